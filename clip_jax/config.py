@@ -37,7 +37,6 @@ from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import ImageSpec
 from clip_jax.models.lora import LoRAConfig
-from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig, Tower
 from clip_jax.processes import ProcessesConfig
@@ -98,7 +97,7 @@ class Config:
                 f"{self.steps}; change --double-batch-at or --steps."
             )
         vision = self.model.vision
-        group = vision.batch_norm_group if isinstance(vision, ResNetConfig) else 1
+        group = vision.batch_norm_group
         if self.accumulation > 1 and group is None:
             raise InputError(
                 f"accumulation={self.accumulation} would compute BatchNorm over chunks instead of "

@@ -38,7 +38,6 @@ from clip_jax.models.clip import (
     split_batch_stats,
 )
 from clip_jax.models.lora import LoRAConfig
-from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import Muon, OptimConfig, Tower, make_optimizer, schedule
 from clip_jax.optim.wrappers import TOWERS, GuardState
@@ -321,7 +320,7 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
     def compare(scalars: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
         return terms.total(objective, context_of(fixed | scalars, inputs, outputs))
 
-    group = vision.batch_norm_group if isinstance(vision, ResNetConfig) else None
+    group = vision.batch_norm_group
     result = cached_value_and_grad(
         encode_chunk, compare, towers, scalars, inputs, recipe.accumulation, group_size=group or 1
     )

@@ -112,9 +112,9 @@ def embed_for_probe(model: CLIP, params: Params, images: Images) -> Float[Array,
     projection, or a ResNet's embeddings, neither of them normalised."""
     config = model.config
     if isinstance(config.vision, ViTConfig) and config.vision.projection:
-        vision = replace(config.vision, projection=False)
+        vision = replace(config.vision, projection=False, projection_bias=False)
         model = replace(model, config=replace(config, embed_dim=vision.width, vision=vision))
-        visual = {name: x for name, x in params["visual"].items() if name != "proj"}
+        visual = {name: x for name, x in params["visual"].items() if "proj" not in name}
         params = {**params, "visual": visual}
     return embed_images(model, params, images, normalize=False)
 

@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.attention import Backend
+from clip_jax.models.bert import BertConfig
+from clip_jax.models.conv_stem import ConvStemConfig
+from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import Caption, DecoderConfig
 from clip_jax.models.images import (
     OPENAI_MEAN,
@@ -29,11 +32,15 @@ from clip_jax.models.images import (
 )
 from clip_jax.models.layers import DType, Layout, Remat, named
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.text import TextConfig, TextTransformer
+from clip_jax.models.rotary import RotaryConfig
+from clip_jax.models.text import TextConfig
+from clip_jax.models.tips import TipsConfig, TipsTextConfig
 from clip_jax.models.vit import ViT, ViTConfig
 
 Params = dict[str, Any]
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
+Vision = ViTConfig | ResNetConfig | ConvStemConfig | RotaryConfig | TipsConfig | ConvNeXtConfig
+Text = TextConfig | BertConfig | TipsTextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +48,8 @@ class CLIPConfig:
     """Architecture of a CLIP model: two towers and the embedding space they share."""
 
     embed_dim: int = 512  # Dimensions of the shared embedding space.
-    vision: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    vision: Vision = field(default_factory=ViTConfig)
+    text: Text = field(default_factory=TextConfig)
     decoder: DecoderConfig | None = None  # Caption decoder, CoCa's or MaMMUT's. None: no captions.
     init_logit_scale: float = 1 / 0.07  # Initial inverse temperature; SigLIP uses 10.
     init_logit_bias: float | None = None  # Initial logit bias; SigLIP uses −10. None: no bias.
@@ -71,8 +78,13 @@ class CLIPConfig:
         if self.decoder is not None:
             if not isinstance(self.vision, ViTConfig):
                 raise InputError(
-                    "model.decoder needs a vision transformer, not a ResNet: choose another "
-                    "model.vision, or set model.decoder to None."
+                    "model.decoder needs a vision transformer, not a ResNet or a ConvNeXt: choose "
+                    "another model.vision, or set model.decoder to None."
+                )
+            if type(self.text) is not TextConfig:
+                raise InputError(
+                    f"model.decoder needs a TextConfig as model.text, not a "
+                    f"{type(self.text).__name__}: choose that, or set model.decoder to None."
                 )
             self.decoder.check(self.text, self.image_token_width)
 
@@ -105,7 +117,7 @@ class Towers(nn.Module):
             "layout": self.layout,
         }  # fmt: skip
         if c.decoder is None:
-            self.text = TextTransformer(c.text, **options)
+            self.text = c.text.module(**options)
         else:
             self.text, self.decoder = c.decoder.modules(c.text, c.image_token_width, options)
         scale = named("", nn.initializers.constant(math.log(c.init_logit_scale)))
@@ -275,6 +287,8 @@ class CLIP:
             compute = functools.partial(towers.text.states, tokens)
             x = _states_after(layer, self.config.text.depth, compute)
             x = x[:, : tokens.shape[1]]  # without the class token
+            if norm and "ln_final" not in params["text"]:
+                raise InputError("norm=True: this text tower has no norm after its last block.")
             return towers.text.ln_final(x) if norm else x
 
         return self._run(params, states).astype(jnp.float32)
@@ -303,7 +317,8 @@ def parameters(config: CLIPConfig) -> dict[str, Any]:
 def _vit(towers: Towers) -> ViT:
     if not isinstance(towers.visual, ViT):
         raise InputError(
-            "image tokens need a vision transformer, not a ResNet: use a model with another vision."
+            "image tokens need a vision transformer, not a ResNet or a ConvNeXt: use a model with "
+            "another vision."
         )
     return towers.visual
 
@@ -322,7 +337,7 @@ def _outputs(
     others = {f"text:{name}": x for name, x in texts.items() if name != "text"}
     if writes or of_image:
         visual = _vit(towers)
-        last, every = visual.tokens(pixels["image"], keys=keys, collect=bool(of_image))
+        last, every = visual.tokens(pixels["image"], bool(of_image), keys, train)
         out["image"], image_tokens = visual.pool_and_tokens(last)
         out |= {name: cast(Array, every)[layer] for name, layer in of_image.items()}
     else:

@@ -24,7 +24,10 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.models import attention
 
-Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+# swiglu: SiLU of a further linear map, times the first one (arXiv:2002.05202).
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "relu", "swiglu"]
+# LayerNorm of a residual block: before each branch, of its output, or after the sum (BERT).
+Norm = Literal["before", "branch", "after"]
 DType = Literal["float32", "bfloat16"]
 # Activations saved for the backward pass, which recomputes the others: from all to none.
 Remat = Literal["none", "hidden", "residual", "attention", "full", "dots"]
@@ -117,6 +120,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": gelu,
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+    "swiglu": nn.silu,  # of the gate
 }
 
 
@@ -163,6 +168,9 @@ class BlockConfig(NamedTuple):
     causal: bool = False  # tokens do not attend to later ones
     layout: Layout = Layout()
     mlp: bool = True  # False: the attention branch alone
+    norm: Norm = "before"
+    inner_norm: bool = False  # norms before the last linear map of both branches, too (EVA-02)
+    key_bias: bool = True  # False: keys have no bias
 
 
 class LayerNorm(nn.Module):
@@ -179,6 +187,14 @@ class LayerNorm(nn.Module):
         variance = checkpoint_name(jnp.square(x32).mean(-1), "moments")[..., None]
         x32 = x32 * jax.lax.rsqrt(variance + self.epsilon)
         return (x32 * scale + bias).astype(x.dtype)
+
+
+def mean(x: Float[Array, "B L D"], length: Int[Array, " B"] | None) -> Float[Array, "B D"]:
+    """Return the mean of the first `length` tokens of each row; None: of all."""
+    if length is None:
+        return x.mean(axis=1)
+    valid = jnp.arange(x.shape[1]) < length[:, None]
+    return jnp.where(valid[:, :, None], x, 0).sum(1) / length[:, None].astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -249,6 +265,8 @@ class Einsum(nn.Module):
             names = " ".join(name for name in right if name not in left).replace("D", "-")
             bias_init = named(names, self.bias_init)
             bias = self.param("bias", bias_init, self.bias_shape).astype(x.dtype)
+            if "S" in right and len(bias) < kernel.shape[right.index("S")]:  # keys have none
+                bias = jnp.insert(bias, 1, 0, axis=0)
         if self.flat and bias is not None:
             return adapt(self, x, affine(x, kernel, bias))
         matrix = kernel.reshape(x.shape[-1], -1) if self.flat else kernel
@@ -281,16 +299,20 @@ class Attention(nn.Module):
     init_fns: BlockInit
     causal: bool
     layout: Layout = Layout()
+    norm: float | None = None  # epsilon of LayerNorm of the heads' output; None: no norm
+    key_bias: bool = True
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        keys: attention.Keys = None,
+        keys: attention.Keys | attention.Rotation = None,
         cache: attention.KV | None = None,
         position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], attention.KV | None]:
         """Attend to all tokens, to `keys` (a mask, or the first n), or to those in a KV cache.
+
+        `keys` may instead be rotary positions, with which all tokens are attended to.
 
         With `cache`, x is one token at `position`, which attends to the tokens up to itself; the
         updated cache is returned.
@@ -298,9 +320,11 @@ class Attention(nn.Module):
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
         qkv = Einsum(
-            "BLD,DSNK->BLSNK", (width, 3, *heads), (3, *heads), self.init_fns.in_proj,
-            flat=self.layout.whole_heads, name="in_proj",
+            "BLD,DSNK->BLSNK", (width, 3, *heads), (2 + self.key_bias, *heads),
+            self.init_fns.in_proj, flat=self.layout.whole_heads, name="in_proj",
         )(x)  # fmt: skip
+        if isinstance(keys, attention.Rotation):
+            qkv, keys = attention.rotate(qkv, self.num_heads, keys), None
         qkv = checkpoint_name(qkv, "qkv")
         if cache is not None and position is not None:
             x, cache = attention.cached(qkv, self.num_heads, cache, position)
@@ -308,32 +332,46 @@ class Attention(nn.Module):
             x = attention.xla(qkv, self.num_heads, self.causal, keys=keys)
         else:
             x = self.layout.attend(qkv, self.num_heads, self.causal, keys)
+        x = checkpoint_name(x, "attended")
+        if self.norm is not None:
+            flat = x.reshape(*x.shape[:2], width)
+            x = LayerNorm(self.norm, name="ln")(flat).reshape(x.shape)
         x = Einsum(
             "BLNK,NKD->BLD", (*heads, width), (width,), self.init_fns.out_proj,
             flat=self.layout.whole_heads, name="out_proj",
-        )(checkpoint_name(x, "attended"))  # fmt: skip
+        )(x)  # fmt: skip
         return x, cache
 
 
 class MLP(nn.Module):
-    """Two linear maps around an activation."""
+    """Two linear maps around an activation, which may have a third map as its gate."""
 
     mlp_width: int
     activation: Activation
     init_fns: BlockInit
+    norm: float | None = None  # epsilon of LayerNorm after the activation; None: no norm
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         width, mlp_width = x.shape[-1], self.mlp_width
-        x = Einsum(
-            "...D,DF->...F", (width, mlp_width), (mlp_width,), self.init_fns.c_fc,
-            uniform(width**-0.5), flat=True, name="c_fc",
-        )(x)  # fmt: skip
-        x = ACTIVATIONS[self.activation](checkpoint_name(x, "hidden"))
+
+        def hidden(name: str) -> Array:
+            return checkpoint_name(Einsum(
+                "...D,DF->...F", (width, mlp_width), (mlp_width,), self.init_fns.c_fc,
+                uniform(width**-0.5), flat=True, name=name,
+            )(x), "hidden")  # fmt: skip
+
+        activation = ACTIVATIONS[self.activation]
+        if self.activation == "swiglu":
+            y = activation(hidden("c_gate")) * hidden("c_fc")
+        else:
+            y = activation(hidden("c_fc"))
+        if self.norm is not None:
+            y = LayerNorm(self.norm, name="ln")(y)
         return Einsum(
             "...F,FD->...D", (mlp_width, width), (width,), self.init_fns.c_proj,
             uniform(mlp_width**-0.5), flat=True, name="c_proj",
-        )(x)  # fmt: skip
+        )(y)  # fmt: skip
 
 
 class LayerScale(nn.Module):
@@ -348,17 +386,21 @@ class LayerScale(nn.Module):
         return x * gamma.astype(x.dtype)
 
 
-def block_operations(tokens: int, width: int, mlp_width: int, mlp: bool = True) -> Operations:
-    """Count a block's operations: 4·width² + 2·tokens·width + 2·width·mlp_width per token."""
+def block_operations(
+    tokens: int, width: int, mlp_width: int, mlp: bool = True, gated: bool = False,
+    inner_norm: bool = False,
+) -> Operations:  # fmt: skip
+    """Count a block's operations: 4·width² + 2·tokens·width + 2·width·mlp_width per token, and half
+    as much again for the MLP with a gate."""
     return Operations(
-        macs=2 * tokens * width * (2 * width + tokens + mlp * mlp_width),
+        macs=tokens * width * (4 * width + 2 * tokens + mlp * (2 + gated) * mlp_width),
         attention=2 * tokens * width * tokens,
-        layer_norm=(1 + mlp) * tokens * width,
+        layer_norm=tokens * ((1 + mlp) * width + inner_norm * (width + mlp_width)),
     )
 
 
 class Block(nn.Module):
-    """Residual block: x + attention(ln_1(x)), then x + mlp(ln_2(x)).
+    """Residual block: x + attention(ln_1(x)), then x + mlp(ln_2(x)); see `Norm` for other orders.
 
     Returns x and the cache, if any (see `Attention`), or with `collect` x twice.
     """
@@ -372,21 +414,33 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B L D"],
         cache: attention.KV | None = None,
-        keys: attention.Keys = None,
+        keys: attention.Keys | attention.Rotation = None,
         position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"] | attention.KV | None]:
         c = self.config
-        attn = Attention(c.num_heads, c.init_fns, c.causal, c.layout, name="attn")
-        ls_1 = ls_2 = lambda x: x
-        if c.layer_scale is not None:
-            ls_1 = LayerScale(c.layer_scale, name="ls_1")
-            ls_2 = LayerScale(c.layer_scale, name="ls_2")
-        y, cache = attn(LayerNorm(c.epsilon, name="ln_1")(x), keys, cache, position)
-        x = c.layout.constrain(x + ls_1(y))
-        x = checkpoint_name(x, "residual")
+        inner = c.epsilon if c.inner_norm else None
+
+        def add(number: int, x: Array, branch: Callable[[Array], Array]) -> Array:
+            norm = LayerNorm(c.epsilon, name=f"ln_{number}")
+            y = branch(norm(x) if c.norm == "before" else x)
+            if c.norm == "branch":
+                y = norm(y)
+            if c.layer_scale is not None:
+                y = LayerScale(c.layer_scale, name=f"ls_{number}")(y)
+            return c.layout.constrain(norm(x + y) if c.norm == "after" else x + y)
+
+        def attend(x: Array) -> Array:
+            nonlocal cache
+            attn = Attention(
+                c.num_heads, c.init_fns, c.causal, c.layout, inner, c.key_bias, name="attn"
+            )
+            x, cache = attn(x, keys, cache, position)
+            return x
+
+        x = checkpoint_name(add(1, x, attend), "residual")
         if c.mlp:
-            mlp = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")
-            x = c.layout.constrain(x + ls_2(mlp(LayerNorm(c.epsilon, name="ln_2")(x))))
+            mlp = MLP(c.mlp_width, c.activation, c.init_fns, inner, name="mlp")
+            x = add(2, x, mlp)
         return x, x if self.collect else cache
 
 

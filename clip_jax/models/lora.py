@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.clip import CLIPConfig, Params, parameters
-from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.vit import ViTConfig
 
 PARTS = {1: ("",), 2: ("k", "v"), 3: ("q", "k", "v")}  # of a fused map, by their number
 _BARE = ("visual/proj", "text/text_projection")  # matrices without a module of their own
@@ -68,7 +68,7 @@ def linear_maps(model: CLIPConfig) -> tuple[Adapted, ...]:
     maps = []
     for path, box in parameters(model).items():
         axes = dict(zip(box.names, box.value.shape, strict=True))
-        is_convolution = "P" in axes and isinstance(model.vision, ResNetConfig)
+        is_convolution = "P" in axes and (not isinstance(model.vision, ViTConfig) or "O" in axes)
         if path not in _BARE and (not path.endswith("/kernel") or is_convolution):
             continue
         depth, parts = axes.pop("depth", None), axes.pop("S", 1)

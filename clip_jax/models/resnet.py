@@ -43,7 +43,7 @@ class ResNetConfig:
     activation = "relu"
     pool = "attention"
     has_map_head = False
-    extra_tokens = 1  # the mean, before the tokens of the map
+    extra_tokens = extra_positions = 1  # the mean, before the tokens of the map
     positions_path = "visual/attnpool/positional_embedding"  # in the model's parameters
 
     def __post_init__(self) -> None:

@@ -22,11 +22,12 @@ from clip_jax.models.layers import (
     Transformer,
     adapt,
     block_operations,
+    mean,
     named,
     uniform,
 )  # fmt: skip
 
-Pool = Literal["argmax", "eos", "last", "class_token", "mean"]
+Pool = Literal["argmax", "eos", "last", "class_token", "mean", "first"]
 Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize", "clip"]
 
 
@@ -67,7 +68,8 @@ class TextConfig:
     causal: bool = True  # Tokens attend only to themselves and earlier ones.
     # Token whose state becomes the embedding. argmax: that of the highest id, which is end of text
     # in CLIP's vocabulary; eos: the first eos_token_id; last: the last position; class_token: a
-    # learned token after all others (CoCa); mean: the mean of all, padding included (MaMMUT).
+    # learned token after all others (CoCa); mean: the mean of all, padding included (MaMMUT);
+    # first: the first token (BERT).
     pool: Pool = "argmax"
     # Whether the class token attends to itself and not to padding. False: it attends to the first
     # padding token instead of itself, an error with which open_clip's CoCa models were trained.
@@ -78,6 +80,10 @@ class TextConfig:
     activation: Activation = "quick_gelu"  # MLP activation; OpenAI has quick_gelu, open_clip gelu.
     norm_epsilon: float = 1e-5  # Epsilon of LayerNorm.
     tokenizer: TokenizerConfig = TokenizerConfig()
+
+    # Fields of other towers that are fixed here.
+    masks_padding = False  # whether padding, on the right, is neither attended to nor pooled
+    learned_positions = True
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -92,6 +98,11 @@ class TextConfig:
             )
         if self.projection_bias and not self.projection:
             raise InputError("text.projection_bias=True needs text.projection=True.")
+        if self.masks_padding and self.tokenizer.pad_side == "left":
+            raise InputError(
+                "text.tokenizer.pad_side='left' does not fit this text tower, which attends to the "
+                "tokens before the padding; set it to right."
+            )
 
     @property
     def head_width(self) -> int:
@@ -106,11 +117,16 @@ class TextConfig:
     @property
     def sees_padding(self) -> bool:
         """Whether a text's embedding depends on the id and the amount of its padding."""
-        return not self.causal or self.pool not in ("argmax", "eos")
+        return not self.masks_padding and (not self.causal or self.pool not in ("argmax", "eos"))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a text in the transformer, a class token included."""
+        return self.context_length + self.has_class_token
 
     @property
     def num_positions(self) -> int:
-        return self.context_length + self.has_class_token
+        return self.num_tokens
 
     @property
     def end_of_text_id(self) -> int:
@@ -138,6 +154,13 @@ class TextConfig:
     def mlp_width(self) -> int:
         return int(self.width * self.mlp_ratio)
 
+    def projected_width(self, embed_dim: int) -> int:
+        """Channels before the projection."""
+        return self.width
+
+    def module(self, **options: Any) -> "TextTransformer":
+        return TextTransformer(self, **options)
+
     def block(self, layout: Layout) -> BlockConfig:
         """Return the settings of the tower's blocks."""
         return BlockConfig(
@@ -158,7 +181,8 @@ class TextConfig:
     ) -> Operations:
         """Count the tower's operations for one text; looking up embeddings costs nothing."""
         tokens += self.has_class_token
-        blocks = self.depth * block_operations(tokens, self.width, self.mlp_width)
+        gated = self.activation == "swiglu"
+        blocks = self.depth * block_operations(tokens, self.width, self.mlp_width, gated=gated)
         # OpenAI and open_clip normalise every token, then pool.
         ends = Operations(self.projection * self.width * embed_dim, layer_norm=tokens * self.width)
         return ends + (stack or blocks)
@@ -185,7 +209,8 @@ class TextTransformer(nn.Module):
 
         self.token_embedding = normal("token_embedding", "- W", 0.02, c.vocab_size, c.width)
         positions = (c.num_positions, c.width)
-        self.positional_embedding = normal("positional_embedding", "L -", 0.01, *positions)
+        if c.learned_positions:
+            self.positional_embedding = normal("positional_embedding", "L -", 0.01, *positions)
         if c.has_class_token:
             self.class_embedding = normal("class_embedding", "-", 0.01, c.width)
         self.transformer = Transformer(
@@ -194,8 +219,8 @@ class TextTransformer(nn.Module):
         )  # fmt: skip
         self.ln_final = LayerNorm(c.norm_epsilon)
         if c.projection:
-            sizes = (c.width, self.embed_dim)
-            self.text_projection = normal("text_projection", "D E", c.width**-0.5, *sizes)
+            sizes = (c.projected_width(self.embed_dim), self.embed_dim)
+            self.text_projection = normal("text_projection", "D E", sizes[0] ** -0.5, *sizes)
         if c.projection_bias:
             self.text_projection_bias = self.param(
                 "text_projection_bias", named("-", uniform(c.width**-0.5)), (self.embed_dim,)
@@ -214,7 +239,7 @@ class TextTransformer(nn.Module):
         c = self.config
         x = self.embed(tokens)
         if not c.has_class_token:
-            return self.transformer(x, collect=collect)
+            return self.transformer(x, self.lengths(tokens), collect=collect)
         real, one = tokens != c.tokenizer.pad_id, jnp.ones((*tokens.shape[:1], 1), bool)
         token = self.class_embedding + self.positional_embedding[tokens.shape[1]]
         token = jnp.broadcast_to(token.astype(x.dtype), (*tokens.shape[:1], 1, c.width))
@@ -224,33 +249,51 @@ class TextTransformer(nn.Module):
             collect=collect,
         )
 
+    def lengths(self, tokens: Int[Array, "B L"]) -> Int[Array, " B"] | None:
+        """Return how many tokens precede the padding; None: the tower does not mask it."""
+        c = self.config
+        if not c.masks_padding:
+            return None
+        return jnp.maximum((tokens != c.tokenizer.pad_id).sum(-1, dtype=jnp.int32), 1)
+
     def embed(
         self, tokens: Int[Array, "B L"], position: Int[Array, ""] | None = None
     ) -> Float[Array, "B L D"]:
         """Look up token embeddings and add those of positions, from 0 or from `position` on."""
-        c = self.config
-        length = tokens.shape[1]
-        if length > c.context_length:
-            raise InputError(
-                f"tokens have length {length}, more than text.context_length={c.context_length}; "
-                "truncate them."
-            )
+        length = self.check_length(tokens)
         positions = self.positional_embedding[:length]
         if position is not None:
             positions = jax.lax.dynamic_slice_in_dim(self.positional_embedding, position, length)
         return (self.layout.lookup(self.token_embedding, tokens) + positions).astype(self.dtype)
+
+    def check_length(self, tokens: Int[Array, "B L"]) -> int:
+        """Return the length of texts. Raises InputError if they are too long."""
+        length, limit = tokens.shape[1], self.config.context_length
+        if length > limit:
+            raise InputError(
+                f"tokens have length {length}, more than text.context_length={limit}; "
+                "truncate them."
+            )
+        return length
 
     def pool(self, x: Float[Array, "B l D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Pool the states, apply `ln_final`, and project."""
         c = self.config
         match c.pool:
             case "mean":
-                x = self.ln_final(x).mean(axis=1)
+                x = mean(self.ln_final(x), self.lengths(tokens))
+            case "first":
+                x = self.ln_final(x[:, 0])
             case "argmax" | "eos":  # argmax: OpenAI's rule for the end of text
                 end = (tokens if c.pool == "argmax" else tokens == c.eos_token_id).argmax(axis=-1)
                 x = self.ln_final(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
             case _:
                 x = self.ln_final(x[:, -1])
+        return self.project(x)
+
+    def project(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        """Project pooled states to the embedding space."""
+        c = self.config
         if c.projection:
             y = self.layout.einsum("BD,DE->BE", x, self.text_projection.astype(x.dtype))
             x = adapt(self, x, y, "text_projection_")

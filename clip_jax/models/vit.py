@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.models import attention
 from clip_jax.models.decoder import CrossAttention
 from clip_jax.models.images import (
     Images,
@@ -34,6 +35,7 @@ from clip_jax.models.layers import (
     Transformer,
     adapt,
     block_operations,
+    mean,
     named,
     uniform,
 )  # fmt: skip
@@ -63,12 +65,18 @@ class ViTConfig:
     pre_norm: bool = True  # LayerNorm before the first block.
     patch_bias: bool = False  # Bias in the patch projection.
     projection: bool = True  # Project to embed_dim; otherwise width must equal it.
+    projection_bias: bool = False  # Bias in the projection, as in MobileCLIP.
     activation: Activation = "quick_gelu"  # MLP activation; OpenAI has quick_gelu, open_clip gelu.
     norm_epsilon: float = 1e-5  # Epsilon of LayerNorm.
     layer_scale: float | None = None  # Initial gain of residual branches. None: no gains.
     patch_dropout: float = 0.0  # Fraction of patches dropped in training (FLIP).
 
-    positions_path = "visual/positional_embedding"  # in the model's parameters; no field
+    # Fields of other towers that are fixed here.
+    positions_path = "visual/positional_embedding"  # in the model's parameters
+    registers = 0  # learned tokens after the class token
+    class_position = True  # whether the class token has a position embedding
+    inner_norm = False
+    batch_norm_group = 1
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -87,6 +95,8 @@ class ViTConfig:
             raise InputError(
                 f"vision.width={self.width} is no multiple of vision.num_heads={self.num_heads}."
             )
+        if self.projection_bias and not self.projection:
+            raise InputError("vision.projection_bias=True needs vision.projection=True.")
         if self.pool == "class_token" and not self.class_token:
             raise InputError(
                 "vision.pool='class_token' needs vision.class_token=True; set it, or pool='mean'."
@@ -125,12 +135,32 @@ class ViTConfig:
     @property
     def extra_tokens(self) -> int:
         """Tokens before those of the patches."""
-        return int(self.class_token)
+        return self.class_token + self.registers
+
+    @property
+    def extra_positions(self) -> int:
+        """Position embeddings before those of the patches."""
+        return int(self.class_token and self.class_position)
 
     @property
     def has_map_head(self) -> bool:
-        """Whether tokens are pooled by attention of a learned query and an MLP (SigLIP)."""
+        """Whether tokens are pooled by attention of a learned query and an MLP, as in SigLIP."""
         return self.pool == "map"
+
+    @property
+    def map_heads(self) -> int:
+        """Number of attention heads with pool=map."""
+        return self.num_heads
+
+    @property
+    def map_mlp_width(self) -> int:
+        """Width of the MLP with pool=map."""
+        return self.mlp_width
+
+    @property
+    def patch_macs(self) -> int:
+        """Multiply-adds that turn the pixels of one patch into a token."""
+        return self.patch_size**2 * 3 * self.width
 
     @property
     def summary(self) -> str:
@@ -144,7 +174,7 @@ class ViTConfig:
         """Return how many tokens a caption decoder attends to, given the number of patches."""
         if self.pool == "queries":
             return self.pool_queries - 1
-        return patches + (self.class_token and self.pool in ("map", "mean_all"))
+        return patches + (self.pool in ("map", "mean_all")) * self.extra_tokens
 
     def pooled_width(self, embed_dim: int) -> int:
         """Channels before the projection, and of the tokens that a caption decoder attends to."""
@@ -165,18 +195,28 @@ class ViTConfig:
     def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ViT":
         return ViT(self, embed_dim, remat, unroll, layout)
 
+    def block(self, layout: Layout) -> BlockConfig:
+        """Return the settings of the tower's blocks."""
+        return BlockConfig(
+            self.num_heads, self.mlp_width, self.activation, self.norm_epsilon,
+            BlockInit.image(self.width, self.mlp_width), self.layer_scale, layout=layout,
+        )  # fmt: skip
+
     def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
         """Count the tower's operations for one image, in training without dropped patches."""
-        tokens = (self.kept_patches if training else self.num_patches) + self.class_token
-        patch, projected = self.patch_size**2 * 3, self.projection * self.pooled_width(embed_dim)
+        tokens = (self.kept_patches if training else self.num_patches) + self.extra_tokens
+        projected = self.projection * self.pooled_width(embed_dim)
         # NaFlex resizes the position embeddings for each image by a matmul.
         resized = self.num_patches * self.grid**2 if self.max_patches else 0
-        macs = (self.num_patches * patch + resized) * self.width + projected * embed_dim
+        macs = self.num_patches * self.patch_macs + resized * self.width + projected * embed_dim
         ends = Operations(
             macs=macs,
             layer_norm=(self.pre_norm * tokens + 1) * self.width,
         )
-        blocks = self.depth * block_operations(tokens, self.width, self.mlp_width)
+        blocks = self.depth * block_operations(
+            tokens, self.width, self.mlp_width, gated=self.activation == "swiglu",
+            inner_norm=self.inner_norm,
+        )  # fmt: skip
         if self.pool not in HEADS:
             return ends + blocks
         return ends + blocks + HEADS[self.pool].operations(self, embed_dim, tokens, training)
@@ -225,14 +265,6 @@ def resize_positions(
     )
 
 
-def _mean(x: Float[Array, "B L D"], length: Lengths) -> Float[Array, "B D"]:
-    """Return the mean of the valid tokens."""
-    if length is None:
-        return x.mean(axis=1)
-    valid = jnp.arange(x.shape[1]) < length[:, None]
-    return jnp.where(valid[:, :, None], x, 0).sum(1) / length[:, None].astype(x.dtype)
-
-
 class AttentionPool(nn.Module):
     """Attention of a learned query to all tokens, then a residual MLP (SigLIP's "MAP" head)."""
 
@@ -243,7 +275,7 @@ class AttentionPool(nn.Module):
     def operations(c: ViTConfig, embed_dim: int, tokens: int, training: bool) -> Operations:
         # The query's projections and MLP are of one token, ln_post of all tokens.
         return Operations(
-            macs=2 * c.width * (c.width + tokens * (c.width + 1) + c.mlp_width),
+            macs=2 * c.width * (c.width + tokens * (c.width + 1) + c.map_mlp_width),
             attention=2 * c.width * tokens,
             layer_norm=tokens * c.width,
         )
@@ -251,7 +283,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], length: Lengths) -> Float[Array, "B D"]:
         c = self.config
-        heads = (c.num_heads, c.width // c.num_heads)
+        heads, mlp_width = (c.map_heads, c.width // c.map_heads), c.map_mlp_width
         init = uniform(c.width**-0.5)
         normal = named("- - -", nn.initializers.normal(c.width**-0.5))
         latent = self.param("latent", normal, (1, 1, c.width))
@@ -261,7 +293,7 @@ class AttentionPool(nn.Module):
         kv = Einsum("BLD,DSNK->BLSNK", (c.width, 2, *heads), (2, *heads), init, init, name="kv")(x)
         x = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1], key_value_seq_lengths=length)
         x = Einsum("BLNK,NKD->BLD", (*heads, c.width), (c.width,), init, init, name="proj")(x)
-        mlp = MLP(c.mlp_width, c.activation, BlockInit.image(c.width, c.mlp_width), name="mlp")
+        mlp = MLP(mlp_width, c.activation, BlockInit.image(c.width, mlp_width), name="mlp")
         return (x + mlp(LayerNorm(c.norm_epsilon, name="norm")(x)))[:, 0]
 
 
@@ -307,30 +339,46 @@ class ViT(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        patch, scale = c.patch_size, c.width**-0.5
-        self.conv1 = Einsum(
-            "BLPQC,PQCD->BLD", (patch, patch, 3, c.width), (c.width,) if c.patch_bias else None,
-            uniform((patch * patch * 3) ** -0.5), einsum=self.layout.einsum,
-        )  # fmt: skip
-        normal = nn.initializers.normal(scale)
+        self.conv1 = self.make_stem()
+        normal = nn.initializers.normal(c.width**-0.5)
         if c.class_token:
             self.class_embedding = self.param("class_embedding", named("-", normal), (c.width,))
+        if c.registers:
+            registers = (c.registers, c.width)
+            self.registers = self.param("registers", named("- -", normal), registers)
         self.positional_embedding = self.param(
-            "positional_embedding", named("L -", normal), (c.grid**2 + c.extra_tokens, c.width)
+            "positional_embedding", named("L -", normal), (c.grid**2 + c.extra_positions, c.width)
         )
         if c.pre_norm:
             self.ln_pre = LayerNorm(c.norm_epsilon)
-        block = BlockConfig(
-            c.num_heads, c.mlp_width, c.activation, c.norm_epsilon,
-            BlockInit.image(c.width, c.mlp_width), c.layer_scale, layout=self.layout,
-        )  # fmt: skip
-        self.transformer = Transformer(block, c.depth, self.remat, self.unroll)
+        self.transformer = Transformer(c.block(self.layout), c.depth, self.remat, self.unroll)
         self.ln_post = LayerNorm(c.norm_epsilon)
         if c.pool in HEADS:
             self.attn_pool = HEADS[c.pool](c, self.embed_dim)
         if c.projection:
             shape = (c.pooled_width(self.embed_dim), self.embed_dim)
             self.proj = self.param("proj", named("D E", normal), shape)
+        if c.projection_bias:
+            bias = named("-", nn.initializers.zeros)
+            self.proj_bias = self.param("proj_bias", bias, (self.embed_dim,))
+
+    def make_stem(self) -> nn.Module:
+        """Return the module that turns patches `[B, L, P, Q, C]` into tokens."""
+        c, patch = self.config, self.config.patch_size
+        return Einsum(
+            "BLPQC,PQCD->BLD", (patch, patch, 3, c.width), (c.width,) if c.patch_bias else None,
+            uniform((patch * patch * 3) ** -0.5), einsum=self.layout.einsum,
+        )  # fmt: skip
+
+    def embed(self, patches: Float[Array, "B L P Q C"], train: bool) -> Float[Array, "B L D"]:
+        """Turn patches into tokens; `train` is for a stem with BatchNorm."""
+        return self.conv1(patches)
+
+    def attended(
+        self, length: Lengths, keys: Key[Array, " B"] | None, kept: int
+    ) -> Lengths | attention.Rotation:
+        """Return what all blocks get; with `keys`, patches were dropped but for `kept`."""
+        return length
 
     def __call__(
         self,
@@ -339,14 +387,15 @@ class ViT(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B E"]:
-        """Embed images; with `keys` patch dropout applies. `train` has no other effect."""
-        return self.pool_and_tokens(self.tokens(images, keys=keys)[0])[0]
+        """Embed images; with `keys` patch dropout applies, with `train` BatchNorm of a stem."""
+        return self.pool_and_tokens(self.tokens(images, keys=keys, train=train)[0])[0]
 
     def tokens(
         self,
         images: Images,
         collect: bool = False,
         keys: Key[Array, " B"] | None = None,
+        train: bool = False,
     ) -> tuple[ImageTokens, Float[Array, "depth B L D"] | None]:
         """Return the last block's states, the class token's first; with `collect` every block's.
 
@@ -355,7 +404,10 @@ class ViT(nn.Module):
         c = self.config
         c.image_spec.check(images)
         patch, table, extra = c.patch_size, self.positional_embedding, c.extra_tokens
-        length = None
+        length, kept = None, 0
+        if extra > (first := c.extra_positions):  # tokens without positions
+            none = jnp.zeros((extra - first, c.width))
+            table = jnp.concatenate([table[:first], none, table[first:]])
         if isinstance(images, Patches):
             x = rearrange(images.pixels, "B L (P Q C) -> B L P Q C", P=patch, Q=patch)
             length = jnp.maximum(images.length, 1)  # of padding of the batch, too
@@ -368,20 +420,23 @@ class ViT(nn.Module):
             x = rearrange(
                 images[:, :side, :side], "B (h P) (w Q) C -> B (h w) P Q C", P=patch, Q=patch
             )
-        x = self.conv1(x)
-        if c.class_token:
-            token = self.class_embedding.astype(x.dtype)
-            token = jnp.broadcast_to(token, (x.shape[0], 1, c.width))
+        x = self.embed(x, train)
+        if extra:
+            tokens = [self.class_embedding[None]] if c.class_token else []
+            tokens += [self.registers] if c.registers else []
+            token = (jnp.concatenate(tokens) if c.registers else tokens[0]).astype(x.dtype)
+            token = jnp.broadcast_to(token, (x.shape[0], extra, c.width))
             x = jnp.concatenate([token, x], axis=1)
         x = x + table.astype(x.dtype)
-        if keys is not None and c.patch_dropout:
+        keys = keys if c.patch_dropout else None
+        if keys is not None:
             kept = max(round((x.shape[1] - extra) * (1 - c.patch_dropout)), 1)
             patches, length = drop_patches(x[:, extra:], keys, kept, length)
             x = jnp.concatenate([x[:, :extra], patches], axis=1)
         if c.pre_norm:
             x = self.ln_pre(x)
         length = None if length is None else length + extra
-        x, every = self.transformer(x, length, collect=collect)
+        x, every = self.transformer(x, self.attended(length, keys, kept), collect=collect)
         return join_tokens(x, length), every
 
     def pool_and_tokens(self, tokens: ImageTokens) -> tuple[Float[Array, "B E"], ImageTokens]:
@@ -394,9 +449,9 @@ class ViT(nn.Module):
             case "class_token":
                 x, seen = self.ln_post(x[:, 0]), join_tokens(self.ln_post(others), own)
             case "mean":
-                x, seen = self.ln_post(_mean(others, own)), join_tokens(others, own)
+                x, seen = self.ln_post(mean(others, own)), join_tokens(others, own)
             case "mean_all":
-                x, seen = self.ln_post(_mean(x, length)), tokens
+                x, seen = self.ln_post(mean(x, length)), tokens
             case "map":
                 x = self.ln_post(x)
                 x, seen = self.attn_pool(x, length), join_tokens(x, length)
@@ -406,4 +461,6 @@ class ViT(nn.Module):
         if c.projection:
             y = self.layout.einsum("BD,DE->BE", x, self.proj.astype(x.dtype))
             x = adapt(self, x, y, "proj_")
+        if c.projection_bias:
+            x = x + self.proj_bias.astype(x.dtype)
         return x, seen

@@ -6,7 +6,8 @@ their ResNets `RN50`: here that is OpenAI's, `RN50-quickgelu` the same, and `RN5
 MetaCLIP 2's (`worldwide`) have its own names, SigLIP's open_clip's, MaMMUT's and CoCa's LAION's.
 `ViT-{S-32,S-16,M-32,B-32,B-16-text-plus,L-14}-SigLIP` are LAION's, with the towers of CLIP.
 Sources: CLIP paper, tables 19 and 20; big_vision; model configurations of open_clip, MetaCLIP and
-LAION-AI/open_clip_mammut.
+LAION-AI/open_clip_mammut. MobileCLIP, PE core, EVA, ConvNeXt and the multilingual models have
+open_clip's names; TIPSv2, AltCLIP and ChineseCLIP are those of Hugging Face.
 """
 
 import difflib
@@ -14,23 +15,30 @@ from dataclasses import replace
 from typing import Any, cast
 
 from clip_jax.errors import InputError
-from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.bert import BertConfig
+from clip_jax.models.clip import CLIPConfig, Text, Vision
+from clip_jax.models.conv_stem import ConvStemConfig
+from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
+from clip_jax.models.tips import TipsConfig, TipsTextConfig
 from clip_jax.models.vit import ViTConfig
 
 
 def _clip(
     embed_dim: int,
-    vision: ViTConfig | ResNetConfig,
-    text: TextConfig,
+    vision: Vision,
+    text: Text,
     activation: Activation = "gelu",
 ) -> CLIPConfig:
-    if isinstance(vision, ViTConfig):
+    if type(vision) in (ViTConfig, ConvStemConfig):
         vision = replace(vision, activation=activation)
+    if type(text) is BertConfig:
+        return CLIPConfig(embed_dim=embed_dim, vision=vision, text=text)
     return CLIPConfig(embed_dim=embed_dim, vision=vision, text=replace(text, activation=activation))
 
 
@@ -59,8 +67,8 @@ def _clipa(embed_dim: int, vision: ViTConfig, text: TextConfig) -> CLIPConfig:
     return _clip(embed_dim, vision, text)
 
 
-_BASE = {"width": 768, "depth": 12, "num_heads": 12}
-_LARGE = {"width": 1024, "depth": 24, "num_heads": 16}
+_BASE: dict[str, Any] = {"width": 768, "depth": 12, "num_heads": 12}
+_LARGE: dict[str, Any] = {"width": 1024, "depth": 24, "num_heads": 16}
 _SO400M = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362}
 _GIANT = {"width": 1536, "depth": 40, "num_heads": 16}
 
@@ -139,6 +147,51 @@ def _naflex(model: CLIPConfig) -> CLIPConfig:
     return replace(model, vision=vision)
 
 
+def _unit_pixels(model: CLIPConfig) -> CLIPConfig:
+    """MobileCLIP-B and TIPSv2: pixels in [0, 1], not normalised."""
+    return replace(model, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+
+
+def _pe_core(
+    patch: int, size: int, width: int, depth: int, heads: int, text: TextConfig, *,
+    mlp: float = 4.0, class_token: bool = True, length: int = 32,
+) -> CLIPConfig:  # fmt: skip
+    """PE core, with a bias in the projection as in timm; the original has none."""
+    vision = RotaryConfig(
+        image_size=size, patch_size=patch, width=width, depth=depth, num_heads=heads,
+        mlp_ratio=mlp, class_token=class_token, reference_grid=size // patch,
+        projection_bias=True,
+    )  # fmt: skip
+    model = _clip(text.width, vision, replace(text, context_length=length))
+    return replace(model, image_mean=INCEPTION_MEAN, image_std=INCEPTION_STD)
+
+
+def _eva(embed_dim: int, text: TextConfig, **options: Any) -> CLIPConfig:
+    """EVA-CLIP: patches and projection with a bias, attention without that of the keys."""
+    vision = RotaryConfig(
+        pool="class_token", pre_norm=False, patch_bias=True, projection_bias=True,
+        norm_epsilon=1e-6, key_bias=False, reference_grid=16, **options,
+    )  # fmt: skip
+    return _clip(embed_dim, vision, text)
+
+
+_EVA02: dict[str, Any] = {
+    "rotary": "rows", "activation": "swiglu", "inner_norm": True, "mlp_ratio": 8 / 3,
+}  # fmt: skip
+
+
+def _convnext(embed_dim: int, size: int, layers: Any, width: int, text: TextConfig, **options: Any):
+    widths = (width, 2 * width, 4 * width, 8 * width)
+    vision = ConvNeXtConfig(image_size=size, layers=layers, widths=widths, **options)
+    return _clip(embed_dim, vision, text)
+
+
+def _tips(width: int, depth: int, heads: int, text_depth: int = 12, mlp: float = 4.0):
+    sizes: dict[str, Any] = {"width": width, "num_heads": heads, "mlp_ratio": mlp}
+    vision, text = TipsConfig(depth=depth, **sizes), TipsTextConfig(depth=text_depth, **sizes)
+    return _unit_pixels(CLIPConfig(embed_dim=width, vision=vision, text=text))
+
+
 _GEMMA = 256_000  # vocabulary size of SigLIP 2
 _B32, _B16 = _vit(32, 768), _vit(16, 768)
 _L14, _L16 = _vit(14, 1024, 24), _vit(16, 1024, 24)
@@ -148,6 +201,20 @@ _bigG14 = _vit(14, 1664, 48, heads=16, mlp=4.9231)
 _T512, _T640, _T768, _T1024, _T1280 = (
     _text(512), _text(640), _text(768), _text(1024, 24), _text(1280, 32),
 )  # fmt: skip
+
+_EVA01: dict[str, Any] = {
+    "rotary": "none", "patch_size": 14, "width": 1408, "depth": 40, "num_heads": 16,
+    "mlp_ratio": 6144 / 1408,
+}  # fmt: skip
+_EVA02_E: dict[str, Any] = {
+    "rotary": "none", "patch_size": 14, "width": 1792, "depth": 64, "num_heads": 16,
+    "mlp_ratio": 15360 / 1792, "norm": "branch",
+}  # fmt: skip
+_CONVNEXT = (3, 3, 27, 3)
+_CHINESE: dict[str, Any] = {
+    "context_length": 52, "vocab_size": 21_128, "positions": 512, "first_position": 0,
+    "token_types": 2, "head": "linear", "pool": "first", "norm_epsilon": 1e-12,
+}  # fmt: skip
 
 ARCHITECTURES: dict[str, CLIPConfig] = {
     "ViT-B/32": _clip(512, _B32, _T512, "quick_gelu"),
@@ -210,6 +277,48 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     "ViT-H-14-quickgelu-worldwide": _worldwide(1024, _H14, _T1024, "quick_gelu"),
     **_sizes("ViT-H-14{}-worldwide", _worldwide(1024, _H14, _T1024), 378),
     **_sizes("ViT-bigG-14{}-worldwide", _worldwide(1280, _bigG14, _T1280), None, 378),
+    **dict.fromkeys(
+        ("MobileCLIP-B", "MobileCLIP2-B"), _unit_pixels(_clip(512, ConvStemConfig(), _T512))
+    ),
+    "MobileCLIP2-L-14": _clip(
+        768, replace(_L14, projection_bias=True), replace(_T768, causal=False)
+    ),
+    "PE-Core-T-16-384": _pe_core(16, 384, 192, 12, 3, _T512),
+    "PE-Core-S-16-384": _pe_core(16, 384, 384, 12, 6, _T512),
+    "PE-Core-B-16": _pe_core(16, 224, 768, 12, 12, _T1024),
+    "PE-Core-L-14-336": _pe_core(14, 336, 1024, 24, 16, _T1024),
+    "PE-Core-bigG-14-448": _pe_core(
+        14, 448, 1536, 50, 16, _text(1280, 24), mlp=8960 / 1536, class_token=False, length=72
+    ),
+    "EVA01-g-14": _eva(1024, _T768, **_EVA01),
+    "EVA01-g-14-plus": _eva(1024, _T1024, **_EVA01),
+    "EVA02-B-16": _eva(512, _T512, patch_size=16, **_BASE, **_EVA02),
+    **_sizes("EVA02-L-14{}", _eva(768, _T768, patch_size=14, **_LARGE, **_EVA02), None, 336),
+    "EVA02-E-14": _eva(1024, _T1024, **_EVA02_E),
+    "EVA02-E-14-plus": _eva(1024, _T1280, **_EVA02_E),
+    "convnext_tiny": _convnext(1024, 224, (3, 3, 9, 3), 96, _T512),
+    "convnext_small": _convnext(512, 224, _CONVNEXT, 96, _T512),
+    "convnext_base": _convnext(512, 224, _CONVNEXT, 128, _T512),
+    "convnext_base_w": _convnext(640, 256, _CONVNEXT, 128, _T640),
+    "convnext_base_w_320": _convnext(640, 320, _CONVNEXT, 128, _T640),
+    "convnext_large": _convnext(768, 224, _CONVNEXT, 192, _T768),
+    "convnext_large_d": _convnext(768, 256, _CONVNEXT, 192, _text(768, 16), head="mlp"),
+    "convnext_large_d_320": _convnext(768, 320, _CONVNEXT, 192, _text(768, 16), head="mlp"),
+    "convnext_xlarge": _convnext(1024, 256, _CONVNEXT, 256, _text(1024, 20)),
+    "convnext_xxlarge": _convnext(1024, 256, (3, 4, 30, 3), 384, _T1024, norm_epsilon=1e-5),
+    "convnext_xxlarge_320": _convnext(1024, 320, (3, 4, 30, 3), 384, _T1024, norm_epsilon=1e-5),
+    "roberta-ViT-B-32": _clip(512, _B32, BertConfig(vocab_size=50_265), "quick_gelu"),
+    "xlm-roberta-base-ViT-B-32": _clip(512, _B32, BertConfig()),
+    "xlm-roberta-large-ViT-H-14": _clip(1024, _H14, BertConfig(**_LARGE)),
+    "AltCLIP": _clip(768, _L14, BertConfig(head="norm", pool="first", **_LARGE), "quick_gelu"),
+    "ChineseCLIP-ViT-B-16": _clip(512, _B16, BertConfig(**_CHINESE), "quick_gelu"),
+    **_sizes(
+        "ChineseCLIP-ViT-L-14{}", _clip(768, _L14, BertConfig(**_CHINESE), "quick_gelu"), None, 336
+    ),
+    "ChineseCLIP-ViT-H-14": _clip(1024, _H14, BertConfig(**_CHINESE | _LARGE), "quick_gelu"),
+    "TIPSv2-B-14": _tips(768, 12, 12),
+    "TIPSv2-L-14": _tips(1024, 24, 16),
+    "TIPSv2-SO-14": _tips(1152, 27, 16, 27, 4304 / 1152),
     "coca_base": _coca(
         512, _vit(18, 768, size=288), replace(_T768, vocab_size=64_000), queries=False
     ),
@@ -268,5 +377,8 @@ def name_of(config: CLIPConfig) -> str:
         if shape(known) == shape(config):
             return name
     v, text = config.vision, f"text-w{config.text.width}d{config.text.depth}"
-    is_vit = isinstance(v, ViTConfig)
-    return f"ViT-w{v.width}d{v.depth}p{v.patch_size}-{text}" if is_vit else f"RN-w{v.width}-{text}"
+    if isinstance(v, ViTConfig):
+        return f"ViT-w{v.width}d{v.depth}p{v.patch_size}-{text}"
+    if isinstance(v, ConvNeXtConfig):
+        return f"ConvNeXt-w{v.width}-{text}"
+    return f"RN-w{v.width}-{text}"

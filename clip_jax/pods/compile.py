@@ -28,8 +28,7 @@ from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
 from clip_jax.losses.objective import total
 from clip_jax.models import attention
-from clip_jax.models.clip import CLIPConfig, path_name
-from clip_jax.models.text import TextConfig
+from clip_jax.models.clip import CLIPConfig, Text, path_name
 from clip_jax.models.vit import ViTConfig
 from clip_jax.pods import schedule
 from clip_jax.pods.collectives import Collective, collectives
@@ -162,13 +161,13 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
 
 
 def attention_of(model: CLIPConfig, device: Any, tensor: int) -> tuple[tuple[str, str], ...]:
-    """Return the backend of each tower's attention in training; a ResNet has none."""
-    sizes: dict[str, tuple[int, ViTConfig | TextConfig]] = {}
+    """Return the backend of each tower's attention in training; convolutions have none."""
+    sizes: dict[str, tuple[int, ViTConfig | Text]] = {}
     if isinstance(model.vision, ViTConfig):
         sizes["image"] = model.vision.kept_patches + model.vision.extra_tokens, model.vision
-    sizes["text"] = model.text.num_positions, model.text
+    sizes["text"] = model.text.num_tokens, model.text
 
-    def backend(tokens: int, tower: ViTConfig | TextConfig) -> str:
+    def backend(tokens: int, tower: ViTConfig | Text) -> str:
         if model.attention != "auto":
             return model.attention
         heads = tower.num_heads // tensor

@@ -1,0 +1,180 @@
+"""Image tower: ConvNeXt (arXiv:2201.03545), as in open_clip."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from einops import rearrange
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Key
+
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.models.images import Square
+from clip_jax.models.layers import (
+    MLP,
+    STACKS,
+    Activation,
+    BlockConfig,
+    BlockInit,
+    Einsum,
+    LayerNorm,
+    LayerScale,
+    Layout,
+    Operations,
+    Remat,
+    Transformer,
+    gelu,
+    named,
+    uniform,
+)  # fmt: skip
+
+Four = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvNeXtConfig:
+    """Image tower: ConvNeXt. The defaults are those of ConvNeXt-Base."""
+
+    image_size: int = 224  # Height and width of input images, in pixels.
+    layers: Four = (3, 3, 27, 3)  # Blocks per stage.
+    widths: Four = (128, 256, 512, 1024)  # Channels per stage.
+    # What follows pooling. linear: a linear map. mlp: two linear maps around GELU.
+    head: Literal["linear", "mlp"] = "linear"
+    activation: Activation = "gelu"  # MLP activation.
+    norm_epsilon: float = 1e-6  # Epsilon of LayerNorm.
+    layer_scale: float | None = 1e-6  # Initial gain of residual branches. None: no gains.
+
+    # Fields of other towers that are fixed here.
+    pool = "mean"
+    has_map_head = False
+    extra_tokens = 0
+    batch_norm_group = 1
+    positions_path = None  # it has no position embeddings
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, "vision.",
+            image_size="[1, inf)", layers="[1, inf)", widths="[1, inf)",
+            norm_epsilon="(0, inf)", layer_scale="(-inf, inf)",
+        )  # fmt: skip
+        if self.image_size % 32:
+            raise InputError(
+                f"vision.image_size={self.image_size} is not a multiple of 32, the stride of a "
+                "ConvNeXt; round it to one."
+            )
+
+    @property
+    def image_spec(self) -> Square:
+        return Square(self.image_size)
+
+    @property
+    def width(self) -> int:
+        """Channels of the first stage."""
+        return self.widths[0]
+
+    @property
+    def summary(self) -> str:
+        """The architecture in one line, for model cards."""
+        return f"ConvNeXt of widths {self.widths}, layers {self.layers}, {self.activation}"
+
+    def check_width(self, embed_dim: int) -> None:
+        """Accept any number of dimensions of the embedding: a projection adapts them."""
+
+    def pooled_width(self, embed_dim: int) -> int:
+        """Channels before the projection."""
+        return 2 * embed_dim if self.head == "mlp" else self.widths[-1]
+
+    def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ConvNeXt":
+        return ConvNeXt(self, embed_dim, remat, unroll, layout)
+
+    def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
+        """Count the tower's operations for one image."""
+        size, inputs, total = self.image_size // 4, 3 * 16, Operations()
+        for stage, (depth, width) in enumerate(zip(self.layers, self.widths, strict=True)):
+            if stage:
+                size, inputs = size // 2, 4 * self.widths[stage - 1]
+            macs = inputs * width + depth * width * (49 + 8 * width)
+            norms = depth * width + (inputs if stage else width)
+            total += size**2 * Operations(macs=macs, layer_norm=norms)
+        width, hidden = self.widths[-1], self.pooled_width(embed_dim)
+        macs = hidden * embed_dim + (self.head == "mlp") * width * hidden
+        return total + Operations(macs=macs, layer_norm=width)
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + scale(mlp(ln(depthwise convolution of x)))."""
+
+    stack = STACKS[0]
+    config: BlockConfig
+    collect: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W D"], cache: None, other: None, position: None
+    ) -> tuple[Float[Array, "B H W D"], None]:
+        c, width = self.config, x.shape[-1]
+        y = nn.Conv(
+            width, (7, 7), feature_group_count=width, dtype=x.dtype, name="conv",
+            kernel_init=named("P Q C D", uniform(1 / 7)), bias_init=named("-", uniform(1 / 7)),
+            conv_general_dilated=c.layout.conv,
+        )(x)  # fmt: skip
+        y = LayerNorm(c.epsilon, name="ln")(checkpoint_name(y, "attended"))
+        y = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")(y)
+        if c.layer_scale is not None:
+            y = LayerScale(c.layer_scale, name="ls")(y)
+        return checkpoint_name(c.layout.constrain(x + y), "residual"), None
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt: a stem of patches, four stages, the mean, LayerNorm, a projection."""
+
+    config: ConvNeXtConfig
+    embed_dim: int
+    remat: Remat = "none"
+    unroll: int = 1
+    layout: Layout = Layout()
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None, *,
+        train: bool = False,
+    ) -> Float[Array, "B E"]:  # fmt: skip
+        """Embed images. `keys` and `train` have no effect."""
+        c = self.config
+        c.image_spec.check(images)
+        norm: Any = functools.partial(LayerNorm, c.norm_epsilon)
+        x = images
+        for stage, (depth, width) in enumerate(zip(c.layers, c.widths, strict=True)):
+            x = norm(name=f"ln{stage}")(x) if stage else x
+            x = self.patches(x, 2 if stage else 4, width, f"conv{stage}")
+            x = x if stage else norm(name="ln0")(x)
+            block = BlockConfig(
+                1, 4 * width, c.activation, c.norm_epsilon, BlockInit.image(width, 4 * width),
+                c.layer_scale, layout=self.layout,
+            )  # fmt: skip
+            x, _ = Transformer(
+                block, depth, self.remat, self.unroll, ConvNeXtBlock, name=f"stage{stage}"
+            )(x)
+        x = norm(name="ln_post")(x.mean((1, 2)))
+        if c.head == "mlp":
+            hidden = c.pooled_width(self.embed_dim)
+            init = uniform(c.widths[-1] ** -0.5)
+            x = gelu(
+                Einsum("BD,DE->BE", (x.shape[-1], hidden), (hidden,), init, init, name="fc")(x)
+            )
+        shape, init = (x.shape[-1], self.embed_dim), nn.initializers.normal(x.shape[-1] ** -0.5)
+        proj = self.param("proj", named("D E", init), shape)
+        return self.layout.einsum("BD,DE->BE", x, proj.astype(x.dtype))
+
+    def patches(
+        self, x: Float[Array, "B H W C"], size: int, width: int, name: str
+    ) -> Float[Array, "B h w D"]:
+        """Apply a convolution whose stride is its size."""
+        side, init = x.shape[1] // size, uniform((size * size * x.shape[-1]) ** -0.5)
+        patches = rearrange(x, "B (h P) (w Q) C -> B (h w) P Q C", P=size, Q=size)
+        shape = (size, size, x.shape[-1], width)
+        y = Einsum(
+            "BLPQC,PQCD->BLD", shape, (width,), init, init, einsum=self.layout.einsum, name=name
+        )(patches)
+        return rearrange(y, "B (h w) D -> B h w D", h=side)

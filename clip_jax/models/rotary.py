@@ -1,0 +1,107 @@
+"""Image tower: a vision transformer with rotary positions, of PE core (arXiv:2504.13181, table 1),
+EVA-02 (arXiv:2303.11331, 2.1) and EVA-CLIP (arXiv:2303.15389)."""
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.models.attention import Rotation
+from clip_jax.models.layers import BlockConfig, Layout, Norm, Remat
+from clip_jax.models.vit import Lengths, ViT, ViTConfig, drop_patches
+
+_BASE = 10_000.0  # ratio of the largest wavelength of the rotations to the smallest
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryConfig(ViTConfig):
+    """Image tower: a vision transformer of PE core or EVA. The defaults are those of PE-Core-B-16.
+
+    It has absolute position embeddings, too. With pool=map, pool_heads are the heads of the
+    pooling, whose MLP has four times the width.
+    """
+
+    # Rotary positions turn half of a head's channels by the column of a patch, half by its row.
+    # columns: the columns' half is first, positions begin behind the class token (PE core). rows:
+    # the rows' half is first, positions begin at 0 (EVA-02). none: absolute positions alone.
+    rotary: Literal["columns", "rows", "none"] = "columns"
+    reference_grid: int = 14  # Rows and columns of the grid to which rotary positions are scaled.
+    norm: Norm = "before"  # LayerNorm of a block: before each branch, or (branch) of its output.
+    inner_norm: bool = False  # LayerNorm also before the last linear map of both branches.
+    key_bias: bool = True  # Bias of attention's keys.
+    patch_size: int = 16
+    pool: Literal["class_token", "mean", "map"] = "map"
+    activation: Literal["gelu", "swiglu"] = "gelu"
+
+    has_map_head = False  # SigLIP's
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, "vision.", reference_grid="[1, inf)")
+        if self.max_patches is not None:
+            raise InputError(
+                f"vision.max_patches={self.max_patches} is not supported by a RotaryConfig, which "
+                "takes square images: remove it, or choose a ViTConfig."
+            )
+        if self.rotary != "none" and self.head_width % 4:
+            raise InputError(
+                f"vision.width={self.width} with vision.num_heads={self.num_heads} has heads of "
+                f"{self.head_width} channels; rotary positions need a multiple of 4."
+            )
+        if self.pool == "map" and self.width % self.pool_heads:
+            raise InputError(
+                f"vision.width={self.width} is no multiple of vision.pool_heads={self.pool_heads}."
+            )
+
+    @property
+    def map_heads(self) -> int:
+        return self.pool_heads
+
+    @property
+    def map_mlp_width(self) -> int:
+        return 4 * self.width
+
+    def block(self, layout: Layout) -> BlockConfig:
+        return (
+            super()
+            .block(layout)
+            ._replace(norm=self.norm, inner_norm=self.inner_norm, key_bias=self.key_bias)
+        )
+
+    def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "RotaryViT":
+        return RotaryViT(self, embed_dim, remat, unroll, layout)
+
+    def rotation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tables of `Rotation` for all tokens; the angle of a class token is 0."""
+        at = np.arange(self.grid, dtype=np.float64)
+        at += self.rotary == "columns" and self.class_token
+        rows, columns = np.meshgrid(*[at * (self.reference_grid / self.grid)] * 2, indexing="ij")
+        axes = (columns, rows) if self.rotary == "columns" else (rows, columns)
+        count = self.head_width // 4
+        angles = np.stack(axes, -1)[..., None] * _BASE ** -(np.arange(count) / count)
+        angles = np.repeat(angles.reshape(self.num_patches, -1), 2, axis=-1)
+        angles = np.concatenate([np.zeros((self.extra_tokens, self.head_width)), angles])
+        sign = np.tile([-1.0, 1.0], self.head_width // 2)
+        return np.cos(angles).astype(np.float32), (np.sin(angles) * sign).astype(np.float32)
+
+
+class RotaryViT(ViT):
+    """Vision transformer whose queries and keys are rotated by their patches' positions."""
+
+    def attended(
+        self, length: Lengths, keys: Key[Array, " B"] | None, kept: int
+    ) -> Lengths | Rotation:
+        c = cast(RotaryConfig, self.config)
+        if c.rotary == "none":
+            return length
+        tables, extra = [jnp.asarray(table) for table in c.rotation()], c.extra_tokens
+        if keys is not None:  # the same choice of patches again, for the same keys
+            tables = [jnp.broadcast_to(x, (len(keys), *x.shape)) for x in tables]
+            tables = [
+                jnp.concatenate([x[:, :extra], drop_patches(x[:, extra:], keys, kept)[0]], axis=1)
+                for x in tables
+            ]
+        return Rotation(*tables)

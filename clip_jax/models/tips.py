@@ -1,0 +1,74 @@
+"""Both towers of TIPSv2 (arXiv:2604.12012): a vision transformer with registers, and a text tower
+with sinusoidal positions that is pooled by the mean of a text's tokens."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from clip_jax.errors import check_ranges
+from clip_jax.models.layers import Activation
+from clip_jax.models.text import Pool, TextConfig, TextTransformer
+from clip_jax.models.vit import ViTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TipsConfig(ViTConfig):
+    """Image tower: a vision transformer with registers. The defaults are those of TIPSv2-B/14."""
+
+    registers: int = 1  # Learned tokens after the class token, without position embeddings.
+    image_size: int = 448
+    patch_size: int = 14
+    pre_norm: bool = False
+    patch_bias: bool = True
+    projection: bool = False
+    activation: Activation = "gelu"
+    norm_epsilon: float = 1e-6
+    layer_scale: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, "vision.", registers="[0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TipsTextConfig(TextConfig):
+    """Text tower of TIPSv2. The defaults are those of TIPSv2-B/14.
+
+    Token embeddings are multiplied by √width, positions are sinusoidal, padding is masked.
+    """
+
+    context_length: int = 64
+    vocab_size: int = 32_000
+    width: int = 768
+    num_heads: int = 12
+    causal: bool = False
+    pool: Pool = "mean"
+    projection: bool = False
+    activation: Activation = "relu"
+
+    masks_padding = True
+    learned_positions = False
+
+    def module(self, **options: Any) -> "TipsText":
+        return TipsText(self, **options)
+
+    def sinusoids(self) -> Float[np.ndarray, "L D"]:
+        """Return the positions: sines, then cosines, of wavelengths from 2π to 20,000π."""
+        half = self.width // 2
+        frequencies = np.exp(np.arange(half) * -np.log(10_000) / (half - 1))
+        angles = np.arange(self.context_length)[:, None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+class TipsText(TextTransformer):
+    """Text tower of TIPSv2."""
+
+    def embed(
+        self, tokens: Int[Array, "B L"], position: Int[Array, ""] | None = None
+    ) -> Float[Array, "B L D"]:
+        positions = cast(TipsTextConfig, self.config).sinusoids()[: self.check_length(tokens)]
+        x = self.layout.lookup(self.token_embedding, tokens) * self.config.width**0.5
+        return (x + jnp.asarray(positions)).astype(self.dtype)
