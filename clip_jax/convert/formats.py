@@ -258,12 +258,13 @@ def starting_params(
                 f"the last of {own.context_length} positions and knows no other length: set "
                 f"--model.text.context-length {own.context_length}."
             )
-    text = weights.params["text"]
-    positions = text["positional_embedding"]
-    if own.has_class_token and config.text.has_class_token:  # the last is the class token's
-        positions = np.concatenate([positions[:length], positions[-1:]])
-    text = text | {"positional_embedding": positions[: config.text.num_positions]}
-    params = weights.params | {"text": text}
+    params, text = weights.params, weights.params["text"]
+    if "positional_embedding" in text:
+        positions = text["positional_embedding"]
+        if own.has_class_token and config.text.has_class_token:  # the last is the class token's
+            positions = np.concatenate([positions[:length], positions[-1:]])
+        positions = positions[: config.text.num_positions]
+        params = params | {"text": text | {"positional_embedding": positions}}
     if len(set(towers)) < 2:
         tower_of = {"visual": "image", "batch_stats": "image", "text": "text"}
         params = {name: x for name, x in params.items() if tower_of.get(name) in towers}

@@ -2,7 +2,8 @@
 
 `CLIPModel` and `MetaClip2Model` differ in the end of text: MetaCLIP 2 uses the configured id; in
 CLIP, id 2 means the highest id. `SiglipModel` is for SigLIP and fixed-resolution SigLIP 2,
-`Siglip2Model` for SigLIP 2 of native aspect ratios (NaFlex).
+`Siglip2Model` for SigLIP 2 of native aspect ratios (NaFlex). `AltCLIPModel` and `ChineseCLIPModel`
+have CLIP's image tower and the text tower of `bert`; `Tipsv2Model` is in `tips`.
 """
 
 import typing
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.convert import image_processor, tokenizer_files, verify
+from clip_jax.convert import bert, image_processor, tips, tokenizer_files, verify
 from clip_jax.convert.settings import Settings, Table, by_table, count_of, read_json, write_json
 from clip_jax.convert.state_dict import (
     TORCH_AXES,
@@ -27,22 +28,25 @@ from clip_jax.convert.target import Assumptions, Target, check_assumptions, fixe
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio, square_side
 from clip_jax.errors import InputError, naming
+from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import NaFlex, Patches
 from clip_jax.models.layers import Activation
 from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
+from clip_jax.models.tips import TipsConfig
 from clip_jax.models.vit import ViTConfig
 
 WEIGHTS_NAME = "model.safetensors"
 _WEIGHTS_NAMES = (
     WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-_POSITION_IDS = "embeddings.position_ids"  # buffers of old files
+_POSITION_IDS = ("embeddings.position_ids", "embeddings.token_type_ids")  # buffers of old files
 _ACTIVATIONS: dict[str, Activation] = {  # of several names for ours, the last is written
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
 }
 _CLEANING: dict[str, Cleaning] = {"siglip": "punctuation", "siglip2": "lower"}  # of texts
 _LEGACY_EOS = 2  # a wrong id in old configurations; Hugging Face reads it as "argmax"
@@ -82,6 +86,11 @@ def _is_naflex(config: CLIPConfig) -> bool:
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
+    if isinstance(config.vision, TipsConfig):
+        return tips.rows(config)
+    if isinstance(config.text, BertConfig):
+        own = bert.CLASSES[bert.class_of(config.text)].names
+        return table(config, [*own, *_NAMES, *TORCH_NAMES], [*bert.AXES, *_AXES])
     if config.vision.has_map_head:
         flattened = _NAFLEX_AXES if _is_naflex(config) else ()
         projection, axes = "text/head/", [(r"^logit_", "1 -> "), *flattened, *_AXES]
@@ -124,6 +133,9 @@ _SIGLIP_TEXT: Table = {
 
 CLIP_ASSUMPTIONS: Assumptions = {
     "vision": ViTConfig,
+    "text": TextConfig,
+    "vision.activation": tuple(_ACTIVATIONS.values()),
+    "text.activation": tuple(_ACTIVATIONS.values()),
     "vision.max_patches": None,
     "decoder": None,
     "has_logit_bias": False,
@@ -131,6 +143,7 @@ CLIP_ASSUMPTIONS: Assumptions = {
     "vision.pre_norm": True,
     "vision.patch_bias": False,
     "vision.projection": True,
+    "vision.projection_bias": False,
     "vision.layer_scale": None,
     "text.causal": True,
     "text.pool": ("argmax", "eos"),
@@ -140,6 +153,9 @@ CLIP_ASSUMPTIONS: Assumptions = {
 }
 SIGLIP_ASSUMPTIONS: Assumptions = {  # also big_vision's
     "vision": ViTConfig,
+    "text": TextConfig,
+    "vision.activation": tuple(_ACTIVATIONS.values()),
+    "text.activation": tuple(_ACTIVATIONS.values()),
     "decoder": None,
     "has_logit_bias": True,
     "vision.pool": "map",
@@ -189,13 +205,27 @@ def _tower(section: Settings, table: Table, activation: str) -> dict[str, Any]:
 
 def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
     sections = _sections(content, source)
+    embed_dim = count_of(content.get("projection_dim", 512), f"{source}: projection_dim")
     vision = _tower(sections[0], _IMAGE, "quick_gelu")
+    if kind := bert.CLASSES.get(content["model_type"]):
+        text = _tower(sections[1], kind.table, "gelu")
+        projected = sections[1].count("project_dim", embed_dim)
+        if kind.text.head == "norm" and projected != embed_dim:
+            raise InputError(
+                f"{source}: text_config.project_dim={projected} is not supported; it must equal "
+                f"projection_dim={embed_dim}."
+            )
+        return CLIPConfig(
+            embed_dim=embed_dim,
+            vision=ViTConfig(**vision),
+            text=BertConfig(**text, **kind.fixed, context_length=kind.text.context_length),
+        )
     text = _tower(sections[1], _TEXT, "quick_gelu")
     eos = sections[1].count("eos_token_id", 49_407)
     # An end of text with the highest id is also that of argmax.
     argmax = content["model_type"] == "clip" and eos in (_LEGACY_EOS, text["vocab_size"] - 1)
     return CLIPConfig(
-        embed_dim=count_of(content.get("projection_dim", 512), f"{source}: projection_dim"),
+        embed_dim=embed_dim,
         vision=ViTConfig(**vision),
         text=TextConfig(
             **text,
@@ -235,15 +265,24 @@ def towers(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of image and text tower that both model classes share."""
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     vision, text = typing.cast(ViTConfig, config.vision), config.text
+    if isinstance(text, BertConfig):
+        own = bert.CLASSES[bert.class_of(text)].settings(text, config.embed_dim)
+    else:
+        own = by_table(_TEXT, text)
     return (
         {**by_table(_IMAGE, vision), "hidden_act": names[vision.activation]},
-        {**by_table(_TEXT, text), "hidden_act": names[text.activation]},
+        {**own, "hidden_act": names[text.activation]},
     )
 
 
 def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`."""
     config, text = weights.config, weights.config.text
+    if isinstance(config.vision, TipsConfig):
+        return {
+            "architectures": ["Tipsv2Model"], "model_type": tips.MODEL_TYPE, "dtype": dtype,
+            **dict(zip(("vision_config", "text_config"), tips.settings(config), strict=True)),
+        }  # fmt: skip
     vision_config, text_config = towers(config)
     top: dict[str, Any] = {}
     if config.vision.has_map_head:
@@ -251,15 +290,19 @@ def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
         if _is_naflex(config):
             kind, model_type = "Siglip2", "siglip2"
             del vision_config["image_size"]
-            vision_config["num_patches"] = config.vision.grid**2
+            vision_config["num_patches"] = typing.cast(ViTConfig, config.vision).grid ** 2
         text_config["projection_size"] = config.embed_dim
     else:
-        is_metaclip = text.pool == "eos" and text.tokenizer.file != "clip"
-        kind, model_type = ("MetaClip2", "metaclip_2") if is_metaclip else ("CLIP", "clip")
-        eos = text.end_of_text_id
-        text_config["eos_token_id"] = eos
-        if not is_metaclip:
-            text_config |= {"bos_token_id": eos - 1, "pad_token_id": eos}
+        if isinstance(text, BertConfig):
+            model_type = bert.class_of(text)
+            kind = bert.CLASSES[model_type].name.removesuffix("Model")
+        else:
+            is_metaclip = text.pool == "eos" and text.tokenizer.file != "clip"
+            kind, model_type = ("MetaClip2", "metaclip_2") if is_metaclip else ("CLIP", "clip")
+            eos = text.end_of_text_id
+            text_config["eos_token_id"] = eos
+            if not is_metaclip:
+                text_config |= {"bos_token_id": eos - 1, "pad_token_id": eos}
         top = {"projection_dim": config.embed_dim, "logit_scale_init_value": 2.6592}
         for section in (vision_config, text_config):
             section["projection_dim"] = config.embed_dim
@@ -281,21 +324,29 @@ def read(folder: Path) -> Weights:
     path = folder / "config.json"
     content = read_json(path)
     kind = content.get("model_type")
-    if kind not in ("clip", "metaclip_2", "siglip", "siglip2"):
+    if kind not in _MODEL_TYPES:
+        known = ", ".join(f"{name} ({kind!r})" for kind, name in _MODEL_TYPES.items())
         raise InputError(
-            f"{path} has model_type={kind!r:.99}; supported are Hugging Face's CLIPModel ('clip'), "
-            "MetaClip2Model ('metaclip_2'), SiglipModel ('siglip') and Siglip2Model ('siglip2')."
+            f"{path} has model_type={kind!r:.99}; supported are Hugging Face's {known}."
         )
     file = next((folder / n for n in _WEIGHTS_NAMES if (folder / n).exists()), None)
     if file is None:
         raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}; add the weights.")
     tensors = {n: x for n, x in read_tensors(file).items() if not n.endswith(_POSITION_IDS)}
-    siglip = kind in ("siglip", "siglip2")
     with naming(path):
-        config = (_read_siglip if siglip else _read_clip)(content, str(path))
+        config = _config(content, str(path))
+    if kind == tips.MODEL_TYPE:
+        tensors = tips.from_file(tensors, content, str(path))
+    if kind == "altclip":  # transformers 5 writes another name than it did before
+        old = "vision_model.encoder.layer."
+        tensors = {n.replace(old, "vision_model.encoder.layers."): x for n, x in tensors.items()}
     vision = typing.cast(ViTConfig, config.vision)
     patch_size = vision.patch_size if vision.max_patches else None
-    preprocess = image_processor.read(folder, vision.image_size, siglip, patch_size)
+    own = {"siglip": "Siglip", "siglip2": "Siglip2", tips.MODEL_TYPE: "Tipsv2"}.get(kind, "CLIP")
+    preprocess = image_processor.read(folder, vision.image_size, own, patch_size)
+    if isinstance(config.text, BertConfig):
+        length = bert.context_length(folder, config.text)
+        config = replace(config, text=replace(config.text, context_length=length))
     default = TokenizerConfig()
     if kind != "clip":
         cleaning: Cleaning = _CLEANING.get(kind, "none")
@@ -311,13 +362,35 @@ def read(folder: Path) -> Weights:
     return Weights(config=config, params=params, preprocess=preprocess)
 
 
+_MODEL_TYPES = {
+    "clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel",
+    "siglip2": "Siglip2Model", tips.MODEL_TYPE: "Tipsv2Model",
+    **{kind: each.name for kind, each in bert.CLASSES.items()},
+}  # fmt: skip
+
+
+def _config(content: dict[str, Any], source: str) -> CLIPConfig:
+    match content["model_type"]:
+        case "siglip" | "siglip2":
+            return _read_siglip(content, source)
+        case tips.MODEL_TYPE:
+            return tips.read(*_sections(content, source))
+    return _read_clip(content, source)
+
+
 def check(weights: Weights) -> None:
     """Raise InputError if transformers' model and processor cannot express the model."""
-    if weights.config.vision.has_map_head:
+    advice = "choose --to open-clip or clip-jax."
+    if isinstance(weights.config.vision, TipsConfig):
+        check_assumptions(weights, "Hugging Face's Tipsv2Model", tips.ASSUMPTIONS, advice)
+    elif isinstance(weights.config.text, BertConfig):
+        kind = bert.CLASSES[bert.class_of(weights.config.text)]
+        image = {name: x for name, x in CLIP_ASSUMPTIONS.items() if not name.startswith("text")}
+        check_assumptions(weights, f"Hugging Face's {kind.name}", image, advice)
+    elif weights.config.vision.has_map_head:
         name = "Siglip2Model" if _is_naflex(weights.config) else "SiglipModel"
         check_siglip(weights, f"Hugging Face's {name}", {})
     else:
-        advice = "choose --to open-clip or clip-jax."
         check_assumptions(weights, "Hugging Face's CLIPModel", CLIP_ASSUMPTIONS, advice)
 
 
@@ -326,14 +399,16 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     check(weights)
     config = weights.config
     tensors = from_params(rows(config), weights.params)
-    if not config.text.projection:  # SiglipModel always has a projection: write the identity
+    if isinstance(config.vision, TipsConfig):
+        tensors = tips.to_file(tensors)
+    elif not config.text.projection:  # SiglipModel always has a projection: write the identity
         kind, width = tensors["text_model.final_layer_norm.weight"].dtype, config.text.width
         tensors[f"{_TEXT_HEAD}.weight"] = np.eye(width, dtype=kind)
         tensors[f"{_TEXT_HEAD}.bias"] = np.zeros(width, kind)
     tensors = {n: cast(x, dtype) for n, x in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-    kind = tensors["text_model.final_layer_norm.weight"].dtype.name
+    kind = next(x for n, x in sorted(tensors.items()) if x.ndim > 1).dtype.name
     write_json(folder / "config.json", config_json(weights, kind))
     image_processor.write(folder, weights.preprocess, config.vision.has_map_head)
     tokenizer_files.write(folder, config.text)
@@ -359,8 +434,12 @@ def outputs(
             ).pooler_output  # fmt: skip
 
         def encode_text(ids: Any) -> Any:
-            return model.get_text_features(input_ids=ids).pooler_output
+            text = weights.config.text
+            mask = (ids != text.tokenizer.pad_id).long() if text.masks_padding else None
+            return model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
 
+        if hasattr(model, "temperature"):
+            model.logit_scale = -model.temperature.log()
         return verify.torch_outputs(encode_image, encode_text, model, inputs)
 
 

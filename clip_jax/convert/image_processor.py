@@ -28,22 +28,23 @@ _CLASSES = {
         _SIGLIP, interpolation="bilinear", resize_mode="naflex", max_patches=256, patch_size=16,
         rules="torchvision",
     ),
+    "ChineseCLIP": Preprocess(rules="transformers"),
+    "Tipsv2": replace(
+        _SIGLIP, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", rules="torchvision"
+    ),
 }  # fmt: skip
 
 
-def read(
-    folder: Path, size: int, siglip: bool = False, patch_size: int | None = None
-) -> Preprocess:
+def read(folder: Path, size: int, own: str = "CLIP", patch_size: int | None = None) -> Preprocess:
     """Read the preprocessing of a processor, for a model of images of `size` pixels.
 
     With `patch_size` it is that of a NaFlex model. Missing and null settings have the defaults of
-    the file's class, or if it has none, of CLIP's, with `siglip` SigLIP's, or NaFlex's. Raises
-    InputError, which names an unsupported setting.
+    the file's class, or if it has none, of `own`, the model's (CLIP, Siglip, …). Raises InputError,
+    which names an unsupported setting.
     """
     content, where = _find(folder)
     content = {name: value for name, value in content.items() if value is not None}
     kind = content.get("image_processor_type", content.get("feature_extractor_type"))
-    own = "Siglip2" if patch_size else "Siglip" if siglip else "CLIP"
     name = str(kind or own).removesuffix("Fast").removesuffix("Pil")
     name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if (name == "Siglip2") != (own == "Siglip2"):
@@ -60,7 +61,9 @@ def read(
     kinds = {number: name for name, number in _RESAMPLE.items()}
     resample = content.get("resample", _RESAMPLE[default.interpolation])
     scale = number_of(content.get("rescale_factor", 1 / 255), f"{where}: rescale_factor")
-    steps = ("do_resize", "do_rescale", "do_normalize")
+    if content.get("do_normalize") is False:
+        content = {**content, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    steps = ("do_resize", "do_rescale")
     if (
         type(resample) is not int
         or resample not in kinds
@@ -139,7 +142,8 @@ def write(folder: Path, preprocess: Preprocess, siglip: bool = False) -> None:
         name = f"Siglip2ImageProcessor{'Pil' if preprocess.rules == 'transformers' else ''}"
         sizes = {"patch_size": preprocess.patch_size, "max_num_patches": preprocess.max_patches}
     else:
-        name = f"{'Siglip' if siglip and not shortest else 'CLIP'}ImageProcessor"
+        own = "Tipsv2" if preprocess.rules == "torchvision" else "Siglip" if siglip else "CLIP"
+        name = f"{'CLIP' if shortest else own}ImageProcessor"
         sizes = {
             "size": {"shortest_edge": size} if shortest else square,
             "do_center_crop": shortest, "crop_size": square,

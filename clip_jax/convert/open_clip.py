@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert import openai, timm, verify
+from clip_jax.convert import bert, openai, timm, verify
 from clip_jax.convert.open_clip_config import (
     CONFIG_NAME,
+    is_custom,
     model_cfg,
     preprocess_cfg,
     read_config,
@@ -21,10 +22,13 @@ from clip_jax.convert.tensor_files import Tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
+from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
-from clip_jax.models.images import NaFlex, Patches
+from clip_jax.models.images import Patches
 from clip_jax.models.layers import Activation
+from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -42,9 +46,10 @@ _PROJECTION: Rules = (
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
-    names, axes = ([*timm.NAMES], [*timm.AXES]) if config.vision.has_map_head else ([], [])
-    if names and isinstance(config.vision.image_spec, NaFlex):
-        names, axes = [*timm.NAFLEX_NAMES], [*timm.NAFLEX_AXES]
+    names, axes = map(list, timm.rules(config.vision))
+    if isinstance(config.text, BertConfig):
+        names += bert.open_clip_names(config.text)
+        axes += bert.AXES
     if config.text.projection_bias:
         names += _PROJECTION
         axes.append((r"text_projection$", "E D -> D E"))
@@ -137,16 +142,24 @@ def _flat_names(tensors: Tensors) -> Tensors:
 
 def _assumptions(config: CLIPConfig) -> Assumptions:
     text = config.text
-    quick = text.activation == "quick_gelu"
+    own = ("quick_gelu",) if text.activation == "quick_gelu" else ("gelu", "gelu_tanh")
+    family = timm.family_of(config.vision)
     assumptions: dict[str, Any] = {
-        "vision.activation": ("quick_gelu", "relu") if quick else ("gelu", "gelu_tanh", "relu"),
-        "vision.pool": ("class_token", "mean", "map", "attention"),
-        "text.pool": ("argmax", "eos", "last"),
+        "vision": type(config.vision) if family else (ViTConfig, ResNetConfig),
+        "text": (TextConfig, BertConfig),
     }
-    if not config.vision.has_map_head:
+    if isinstance(text, BertConfig):
+        assumptions |= bert.OPEN_CLIP_ASSUMPTIONS
+    else:
+        assumptions["text.pool"] = ("argmax", "eos", "last")
+        assumptions["text.activation"] = ("quick_gelu", "gelu", "gelu_tanh")
+    if family is None:
+        gelu = ("quick_gelu", "gelu", "gelu_tanh") if isinstance(text, BertConfig) else own
         assumptions |= {
+            "vision.activation": ("relu",) if isinstance(config.vision, ResNetConfig) else gelu,
+            "vision.pool": ("class_token", "mean", "attention"),
             "vision.class_token": True, "vision.patch_bias": False, "vision.projection": True,
-            "vision.max_patches": None,
+            "vision.projection_bias": False, "vision.max_patches": None,
         }  # fmt: skip
     if config.decoder is not None:
         assumptions |= _decoder_assumptions(config.decoder)
@@ -191,9 +204,11 @@ def as_computed(weights: Weights) -> Weights:
     Raises InputError if timm has no tower of these sizes.
     """
     vision = weights.config.vision
-    if not (isinstance(vision, ViTConfig) and vision.has_map_head):
+    family = timm.family_of(vision)
+    if family is None or "activation" not in family.free:
         return weights
-    vision = replace(vision, activation=timm.TOWERS[timm.name_of(vision)].activation)
+    named = typing.cast(ViTConfig, timm.TOWERS[timm.name_of(vision)])
+    vision = replace(typing.cast(ViTConfig, vision), activation=named.activation)
     return replace(weights, config=replace(weights.config, vision=vision))
 
 
@@ -212,7 +227,7 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
             "--to hugging-face or clip-jax."
         )
     tensors = from_params(rows(weights.config), weights.params)
-    if weights.config.vision.has_map_head:  # open_clip's class has its text tower below `text.`
+    if is_custom(weights.config) and weights.config.decoder is None:
         towers = {n for n in tensors if not n.startswith(("visual.", "logit_"))}
         tensors = {f"text.{n}" if n in towers else n: x for n, x in tensors.items()}
     return {n: cast(x, dtype) for n, x in tensors.items()} | openai.counters(tensors)

@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert import timm, tokenizer_files
+from clip_jax.convert import bert, timm, tokenizer_files
 from clip_jax.convert.settings import Settings, Table, by_table, count_of, number_of, read_json
 from clip_jax.convert.weights import Weights
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError, naming
-from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.bert import BertConfig
+from clip_jax.models.clip import CLIPConfig, Text, Vision
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
@@ -73,33 +74,16 @@ def _epsilon(section: Settings) -> float:
     return number_of(options.get("eps", 1e-5), f"{section.where}.norm_kwargs.eps", True)
 
 
-def _timm_tower(section: Settings, name: str) -> ViTConfig:
-    """Read a tower of timm, whose name defines it, including the activation."""
-    if name not in timm.TOWERS:
-        raise InputError(
-            f"{section.where}.timm_model_name={name!r:.99} is not supported by clip_jax; use one "
-            f"of {', '.join(timm.TOWERS)}."
-        )
-    tower = timm.TOWERS[name]
-    pool = section.get("timm_pool", "avg", str)
-    projection = section.get("timm_proj", "linear", str)
-    size = section.count("image_size", 224)
-    needed = tower.image_size
-    if tower.max_patches is not None:  # of any size, from which 3.3 has no number of patches apart
-        needed, side = size, max(size // tower.patch_size, 1)
-        tower = replace(tower, max_patches=section.count("image_seq_len", side**2))
-    if (pool, projection, size) != ("map", "none", needed):
-        raise InputError(
-            f"{section.where}: timm_pool={pool!r:.99}, timm_proj={projection!r:.99}, "
-            f"image_size={size} of a {name} is not supported: SigLIP needs 'map', 'none', {needed}."
-        )
-    return tower
-
-
-def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
+def _vision(section: Settings, quick_gelu: bool) -> Vision:
     name = section.get("timm_model_name", None, str)
-    if name is not None:
-        return _timm_tower(section, name)
+    if name is not None:  # it defines the tower, including the activation
+        head = section.get("timm_pool", "avg", str), section.values.get("timm_proj", "linear")
+        section.used.add("timm_proj")
+        tower = timm.tower(name, head, section.count("image_size", 224), section.where)
+        if isinstance(tower, ViTConfig) and tower.max_patches is not None:
+            patches = section.count("image_seq_len", tower.max_patches)
+            tower = replace(tower, max_patches=patches)
+        return tower
     section.used |= {"timm_pool", "timm_proj"}
     layers = section.get("layers", 12, object)
     size = section.get("image_size", 224, object)
@@ -150,12 +134,9 @@ def _vision(section: Settings, quick_gelu: bool) -> ViTConfig | ResNetConfig:
     )
 
 
-def _text(section: Settings, quick_gelu: bool) -> TextConfig:
-    if tower := section.get("hf_model_name", None, str):
-        raise InputError(
-            f"{section.where}.hf_model_name={tower!r:.99} is not supported: it is a text "
-            "tower of Hugging Face (as of coca_roberta-ViT-B-32, or xlm-roberta's CLIP)."
-        )
+def _text(section: Settings, quick_gelu: bool) -> Text:
+    if section.get("hf_model_name", None, str):
+        return bert.read_open_clip(section)
     pools: dict[str, Pool] = {"argmax": "argmax", "eos": "eos", "last": "last"}
     pool = section.get("pool_type", "argmax", str)
     correct = section.get("correct_cls_mask", False, bool)
@@ -207,7 +188,7 @@ _CLEANING: dict[str, Cleaning] = {
 }  # fmt: skip
 
 
-def _tokenizer(section: Settings, text: TextConfig, folder: Path) -> TokenizerConfig:
+def _tokenizer(section: Settings, text: Text, folder: Path) -> TokenizerConfig:
     options = section.get("tokenizer_kwargs", {}, dict)
     name = section.get("hf_tokenizer_name", "", str)
     where = f"{section.where}.tokenizer_kwargs.clean"
@@ -254,6 +235,8 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
         section = Settings(multimodal, f"{path}: multimodal_cfg")
         decoder = _coca(section, text_config)
         section.finish()
+    if decoder is not None and not isinstance(text_config, TextConfig):
+        raise InputError(f"{text.where}.hf_model_name is not supported with multimodal_cfg.")
     has_class_token = text_config.pool == "class_token"
     if has_class_token != isinstance(decoder, CoCaConfig):
         raise InputError(
@@ -312,14 +295,14 @@ def preprocess_cfg(preprocess: Preprocess) -> dict[str, Any]:
     return content | {name: values[ours] for name, ours in _PIXELS.items() if values[ours] != 0}
 
 
-def is_open_clips_own(text: TextConfig) -> bool:
+def is_open_clips_own(text: Text) -> bool:
     """Return whether a tokenizer is open_clip's built-in one."""
     tokenizer = text.tokenizer
     is_full = tokenizer.file == "clip" and text.clip_vocab_size == FULL_VOCAB_SIZE
     return is_full and tokenizer.clean in _CLEANING.values()
 
 
-def write_tokenizer(folder: Path, text: TextConfig) -> None:
+def write_tokenizer(folder: Path, text: Text) -> None:
     """Write the files of a tokenizer that is not built into open_clip."""
     if not is_open_clips_own(text):
         tokenizer_files.write(folder, text, text.tokenizer.clean in _CLEANING.values())
@@ -329,12 +312,12 @@ def model_cfg(weights: Weights) -> dict[str, Any]:
     """Return the settings of a model in open_clip's configuration."""
     config, text = weights.config, weights.config.text
     top: dict[str, Any] = {"embed_dim": config.embed_dim}
-    if text.activation == "quick_gelu":
+    if "quick_gelu" in (text.activation, config.vision.activation):
         top["quick_gelu"] = True
     if config.has_logit_bias:
         top["init_logit_bias"] = config.init_logit_bias
     image, words = _vision_cfg(config.vision), text_cfg(text)
-    if config.vision.has_map_head or config.decoder is not None:
+    if is_custom(config):
         top["custom_text"] = True
     if config.decoder is not None:
         image["output_tokens"] = words["output_tokens"] = True
@@ -357,16 +340,24 @@ def model_cfg(weights: Weights) -> dict[str, Any]:
     return {**top, "vision_cfg": image, "text_cfg": words}
 
 
-def _vision_cfg(vision: ViTConfig | ResNetConfig) -> dict[str, Any]:
+def is_custom(config: CLIPConfig) -> bool:
+    """Return whether open_clip needs its class with both towers apart, the text tower's tensors
+    below `text.`."""
+    apart = timm.family_of(config.vision) or config.decoder
+    return apart is not None or isinstance(config.text, BertConfig)
+
+
+def _vision_cfg(vision: Vision) -> dict[str, Any]:
     content: dict[str, Any] = {"image_size": vision.image_spec.side}
+    if family := timm.family_of(vision):
+        return content | {
+            "timm_model_name": timm.name_of(vision), "timm_model_pretrained": False,
+            "timm_pool": family.head[0], "timm_proj": family.head[1],
+        }  # fmt: skip
     if isinstance(vision, ResNetConfig):
         content |= {"layers": list(vision.layers), "patch_size": None}
         return content | by_table(_RESNET, vision)
-    if vision.has_map_head:
-        return content | {
-            "timm_model_name": timm.name_of(vision), "timm_model_pretrained": False,
-            "timm_pool": "map", "timm_proj": "none",
-        }  # fmt: skip
+    vision = typing.cast(ViTConfig, vision)
     content |= {"layers": vision.depth, **by_table(_IMAGE, vision), **_options(vision)}
     if vision.layer_scale is not None:
         content["ls_init_value"] = vision.layer_scale
@@ -380,17 +371,26 @@ def _vision_cfg(vision: ViTConfig | ResNetConfig) -> dict[str, Any]:
     return content
 
 
-def text_cfg(text: TextConfig) -> dict[str, Any]:
+def text_cfg(text: Text) -> dict[str, Any]:
     """Return the settings of text tower and tokenizer in open_clip's configuration."""
-    content: dict[str, Any] = {**by_table(_TEXT, text), **_options(text)}
-    options = {
-        "no_causal_mask": None if text.causal else True,
-        "pool_type": text.pool if text.pool != "argmax" else None,
-        "eos_id": text.eos_token_id if text.pool == "eos" else None,
-        "pad_id": text.tokenizer.pad_id or None if text.pool == "class_token" else None,
-        "proj_type": None if text.projection else "none",
-        "proj_bias": text.projection_bias or None,
-    }
+    if isinstance(text, BertConfig):
+        content = bert.write_open_clip(text)
+        if not text.tokenizer.file:
+            return content | {"hf_tokenizer_name": content["hf_model_name"]}
+    else:
+        content = {**by_table(_TEXT, text), **_options(text)}
+    options = (
+        {}
+        if isinstance(text, BertConfig)
+        else {
+            "no_causal_mask": None if text.causal else True,
+            "pool_type": text.pool if text.pool != "argmax" else None,
+            "eos_id": text.eos_token_id if text.pool == "eos" else None,
+            "pad_id": text.tokenizer.pad_id or None if text.pool == "class_token" else None,
+            "proj_type": None if text.projection else "none",
+            "proj_bias": text.projection_bias or None,
+        }
+    )
     content |= {name: value for name, value in options.items() if value is not None}
     if is_open_clips_own(text) and text.tokenizer.clean != "clip":
         content["tokenizer_kwargs"] = {"clean": text.tokenizer.clean}
@@ -401,7 +401,7 @@ def text_cfg(text: TextConfig) -> dict[str, Any]:
     return content
 
 
-def _options(tower: ViTConfig | TextConfig) -> dict[str, Any]:
+def _options(tower: ViTConfig | Text) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if tower.activation == "gelu_tanh":
         options["act_kwargs"] = {"approximate": "tanh"}

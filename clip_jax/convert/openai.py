@@ -39,6 +39,7 @@ from clip_jax.models.vit import ViTConfig
 SIZES = ("input_resolution", "context_length", "vocab_size")
 COUNTER = "num_batches_tracked"  # BatchNorm's count of updates; unused
 MASK = "attn_mask"  # the text tower's causal mask, which tracing saves
+POSITIONS = "position_ids"  # 0, 1, 2, … in old files of text towers of Hugging Face
 
 
 NAMES: Rules = (  # shared with open_clip, whose decoders keep `text.`
@@ -87,7 +88,8 @@ def infer(tensors: Tensors, source: str, *, activation: Activation | None = None
                 "costs accuracy without an error. Set --activation to quick_gelu or gelu."
             )
         text = replace(text, num_heads=known.text.num_heads)
-        vision = replace(vision, num_heads=known.vision.num_heads)
+        own = typing.cast(ViTConfig, known.vision)  # or a ResNet
+        vision = replace(vision, num_heads=own.num_heads)
     if isinstance(vision, ViTConfig):
         vision = replace(vision, activation=activation)
     return replace(config, vision=vision, text=replace(text, activation=activation))
@@ -129,11 +131,11 @@ def _infer_resnet(tensors: Tensors, source: str) -> ResNetConfig:
 
 
 def without_bookkeeping(tensors: Tensors) -> Tensors:
-    """Remove what is not a weight: repeated sizes, BatchNorm's counters, masks."""
+    """Remove what is not a weight: repeated sizes, BatchNorm's counters, masks, positions."""
     return {
         name: x
         for name, x in tensors.items()
-        if name not in SIZES and name.rpartition(".")[2] not in (COUNTER, MASK)
+        if name not in SIZES and name.rpartition(".")[2] not in (COUNTER, MASK, POSITIONS)
     }
 
 
@@ -151,6 +153,8 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
     if isinstance(vision, ViTConfig):  # full patches only
         size -= size % vision.patch_size
     return {
+        "vision": (ViTConfig, ResNetConfig),
+        "text": TextConfig,
         "decoder": None,
         "has_logit_bias": False,
         "text.activation": "quick_gelu",
@@ -168,6 +172,7 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
         "vision.pre_norm": True,
         "vision.patch_bias": False,
         "vision.projection": True,
+        "vision.projection_bias": False,
         "vision.layer_scale": None,
         "vision.max_patches": None,
         "vision.norm_epsilon": 1e-5,

@@ -17,7 +17,7 @@ from clip_jax.errors import InputError
 from clip_jax.models.clip import Params
 
 # Field or property of the configuration → the value that the format supports, or a tuple of them; a
-# class matches any of its objects. Fields that a tower does not have are skipped.
+# class matches its own objects. Fields that a tower does not have are skipped.
 Assumptions = dict[str, Any]
 
 
@@ -42,7 +42,7 @@ def check_assumptions(
         except AttributeError:
             continue
         values = expected if isinstance(expected, tuple) else (expected,)
-        if any(isinstance(value, x) if isinstance(x, type) else value == x for x in values):
+        if any(type(value) is x if isinstance(x, type) else value == x for x in values):
             continue
         reason = f": {reasons[field]}" if reasons and field in reasons else ""
         needed = " or ".join(map(_shown, values))

@@ -1,20 +1,25 @@
-"""SigLIP's image towers in open_clip: timm models, identified by name.
+"""Image towers that open_clip builds with timm: of SigLIP, MobileCLIP, PE core, EVA, and ConvNeXt.
 
-The name determines the sizes and, unlike in the code of the released weights, the activation.
+The name determines the sizes and, unlike in the code of SigLIP's released weights, the activation.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from clip_jax.convert.state_dict import Rules
+from clip_jax.convert.state_dict import TORCH_AXES, Rules
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
-from clip_jax.models.images import Patches
+from clip_jax.models.clip import Vision
+from clip_jax.models.conv_stem import ConvStemConfig
+from clip_jax.models.convnext import ConvNeXtConfig
+from clip_jax.models.images import NaFlex, Patches
+from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.vit import ViTConfig
 
 # timm's name → tower. The towers added with SigLIP 2, and So400m/16, have tanh GELU. The name of a
 # NaFlex tower has a table of 16 x 16 positions, and no number of patches.
-TOWERS: dict[str, ViTConfig] = {
+TOWERS: dict[str, Vision] = {
     f"{name}_siglip_{size}": replace(
         cast(ViTConfig, zoo.get(architecture).vision), image_size=size, activation=activation
     )
@@ -29,53 +34,202 @@ TOWERS: dict[str, ViTConfig] = {
     )
     for size in sizes
 } | {
-    f"naflexvit_{name}_siglip": cast(ViTConfig, zoo.get(architecture).vision)
+    name: zoo.get(architecture).vision
     for name, architecture in (
-        ("base_patch16", "ViT-B-16-SigLIP2-naflex"),
-        ("so400m_patch16", "ViT-SO400M-16-SigLIP2-naflex"),
+        ("naflexvit_base_patch16_siglip", "ViT-B-16-SigLIP2-naflex"),
+        ("naflexvit_so400m_patch16_siglip", "ViT-SO400M-16-SigLIP2-naflex"),
+        ("vit_base_mci_224", "MobileCLIP-B"),
+        ("vit_large_patch14_clip_224", "MobileCLIP2-L-14"),
+        ("vit_pe_core_tiny_patch16_384", "PE-Core-T-16-384"),
+        ("vit_pe_core_small_patch16_384", "PE-Core-S-16-384"),
+        ("vit_pe_core_base_patch16_224", "PE-Core-B-16"),
+        ("vit_pe_core_large_patch14_336", "PE-Core-L-14-336"),
+        ("vit_pe_core_gigantic_patch14_448", "PE-Core-bigG-14-448"),
+        ("eva_giant_patch14_224", "EVA01-g-14"),
+        ("eva02_base_patch16_clip_224", "EVA02-B-16"),
+        ("eva02_large_patch14_clip_224", "EVA02-L-14"),
+        ("eva02_large_patch14_clip_336", "EVA02-L-14-336"),
+        ("eva02_enormous_patch14_clip_224", "EVA02-E-14"),
+        *((name, name) for name in ("convnext_tiny", "convnext_small", "convnext_base")),
+        *((name, name) for name in ("convnext_large", "convnext_xlarge", "convnext_xxlarge")),
     )
+}
+# Beginnings of other names in open_clip's configurations, and what such a tower is.
+_OTHERS = {
+    "fastvit_": "FastViT, MobileCLIP-S's network of reparameterised convolutions",
+    "vitamin_": "ViTamin, of convolutions and attention",
+    "swin_": "Swin, of attention in windows",
+    "vit_relpos_": "a ViT with relative positions",
+    "vit_medium_patch16_gap_": "a ViT without a class token that is pooled before its last norm",
 }
 
 
-def name_of(vision: ViTConfig) -> str:
-    """Return timm's name of the tower with these sizes, whatever the activation, and of a NaFlex
-    tower the number of patches.
+class Family(NamedTuple):
+    """Towers whose tensors have the same names in timm."""
 
-    Raises InputError if timm has no such tower.
-    """
-    for name, tower in TOWERS.items():
-        free = {"activation": tower.activation, "max_patches": tower.max_patches}
-        is_same = replace(vision, patch_dropout=0.0, **free) == tower
-        if is_same and type(vision.image_spec) is type(tower.image_spec):
-            return name
-    is_naflex, grid = vision.max_patches is not None, f"{vision.grid} x {vision.grid}"
-    size = f"NaFlex with {grid} positions" if is_naflex else f"{vision.image_size} pixels"
-    raise InputError(
-        "open_clip builds attention-pooling towers only by timm's names, and none is a "
-        f"{vision.summary}, {size}; use --to hugging-face or clip-jax."
-    )
+    fits: Callable[[Any], bool]  # whether a tower belongs to it
+    head: tuple[str, str | None]  # timm_pool and timm_proj
+    names: Rules
+    axes: Rules
+    free: tuple[str, ...] = ()  # fields that a name does not determine
 
 
 NAMES: Rules = (
     (r"^visual/conv1/", "visual/trunk/patch_embed/proj/"),
+    (r"^visual/class_embedding", "visual/trunk/cls_token"),
     (r"^visual/positional_embedding", "visual/trunk/pos_embed"),
+    (r"^visual/ln_pre/", "visual/trunk/norm_pre/"),
     (r"^visual/ln_post/", "visual/trunk/norm/"),
     (r"^visual/attn_pool/", "visual/trunk/attn_pool/"),
+    (r"^visual/proj$", "visual/trunk/head/weight"),
+    (r"^visual/proj_bias$", "visual/trunk/head/bias"),
     (r"^visual/transformer/resblocks/", "visual/trunk/blocks/{}/"),
     (r"(trunk/.*)/ln_([12])/", r"\1/norm\2/"),
+    (r"(trunk/.*)/ls_([12])/gamma", r"\1/gamma_\2"),
     (r"(trunk/.*)/in_proj/", r"\1/qkv/"),
     (r"(trunk/.*)/out_proj/", r"\1/proj/"),
+    (r"(trunk/.*)/ln/", r"\1/norm/"),
     (r"(trunk/.*)/c_fc/", r"\1/fc1/"),
     (r"(trunk/.*)/c_proj/", r"\1/fc2/"),
 )
-AXES: Rules = ((r"^visual/positional_embedding", "1 L D -> L D"),)
-NAFLEX_NAMES: Rules = (
+AXES: Rules = (
+    (r"^visual/class_embedding", "1 1 D -> D"),
+    (r"^visual/positional_embedding", "1 L D -> L D"),
+    (r"^visual/(proj|fc/kernel)$", "E D -> D E"),
+)
+_NAFLEX_NAMES: Rules = (
     *NAMES, (r"trunk/patch_embed/", "trunk/embeds/"), (r"trunk/pos_", "trunk/embeds/pos_"),
 )  # fmt: skip
-NAFLEX_AXES: Rules = (
+_NAFLEX_AXES: Rules = (
     (r"^visual/conv1/kernel", "D (P Q C) -> P Q C D"),
     (r"^visual/positional_embedding", "1 H W D -> (H W) D"),
 )
+_STEM: Rules = ((r"visual/conv1/(conv|bn)(\d)/", r"visual/trunk/patch_embed/backbone/\2/\1/"),)
+_BIASES: Rules = ((r"^visual/(.*)/in_proj/bias$", r"visual/\1/[q,v]_bias"),)
+_APART: Rules = (
+    (r"^visual/(.*)/in_proj/kernel$", r"visual/\1/[q,k,v]_proj/kernel"),
+    (r"^visual/(.*)/in_proj/bias$", r"visual/\1/[q,v]_proj/bias"),
+    (r"^visual/(.*)/c_gate/", r"visual/\1/fc1_g/"),
+    (r"^visual/(.*)/c_fc/", r"visual/\1/fc1_x/"),
+)
+_CONVNEXT: Rules = (
+    (r"^visual/conv0/", "visual/trunk/stem/0/"),
+    (r"^visual/ln0/", "visual/trunk/stem/1/"),
+    (r"^visual/ln(\d)/", r"visual/trunk/stages/\1/downsample/0/"),
+    (r"^visual/conv(\d)/", r"visual/trunk/stages/\1/downsample/1/"),
+    (r"^visual/stage(\d)/resblocks/", r"visual/trunk/stages/\1/blocks/{}/"),
+    (r"/conv/", "/conv_dw/"),
+    (r"/ls/gamma", "/gamma"),
+    (r"^visual/ln_post/", "visual/trunk/head/norm/"),
+    (r"^visual/fc/", "visual/head/mlp/fc1/"),
+)
+_DEPTHWISE: Rules = ((r"/conv/kernel$", "D C P Q -> P Q C D"),)
+
+
+def _convnext(head: str, projection: str) -> Family:
+    names = (*_CONVNEXT, (r"^visual/proj$", f"visual/head/{projection}/weight"), *NAMES)
+    return Family(
+        lambda x: isinstance(x, ConvNeXtConfig) and x.head == head,
+        ("", head), names, (*_DEPTHWISE, *AXES), ("image_size", "head"),
+    )  # fmt: skip
+
+
+def _is_vit(vision: Any, naflex: bool = False) -> bool:
+    return type(vision) is ViTConfig and (vision.max_patches is not None) == naflex
+
+
+_MAP, _TOKEN = ("map", "none"), ("token", None)
+_LAYER_SCALE: Rules = ((r"/ls_([12])/gamma", r"/ls\1/gamma"),)
+FAMILIES = (
+    Family(lambda x: _is_vit(x) and x.has_map_head, _MAP, NAMES, AXES, ("activation",)),
+    Family(
+        lambda x: _is_vit(x, True) and x.has_map_head, _MAP, _NAFLEX_NAMES, _NAFLEX_AXES,
+        ("activation", "max_patches"),
+    ),
+    Family(
+        lambda x: _is_vit(x) and x.projection_bias, _TOKEN,
+        (*_LAYER_SCALE, *NAMES), AXES,
+    ),
+    Family(
+        lambda x: isinstance(x, ConvStemConfig), _TOKEN, (*_STEM, *_LAYER_SCALE, *NAMES), AXES,
+        ("batch_norm_group",),
+    ),
+    Family(
+        lambda x: isinstance(x, RotaryConfig) and x.key_bias, ("map", None), NAMES, AXES
+    ),
+    Family(
+        lambda x: isinstance(x, RotaryConfig) and not x.key_bias and x.activation != "swiglu",
+        _TOKEN, (*_BIASES, *NAMES), AXES,
+    ),
+    Family(
+        lambda x: isinstance(x, RotaryConfig) and not x.key_bias and x.activation == "swiglu",
+        _TOKEN, (*_APART, *NAMES), AXES,
+    ),
+    _convnext("linear", "proj"),
+    _convnext("mlp", "mlp/fc2"),
+)  # fmt: skip
+
+
+def family_of(vision: Vision) -> Family | None:
+    """Return the family of a tower; None if open_clip has no such tower, or builds it itself."""
+    return next((family for family in FAMILIES if family.fits(vision)), None)
+
+
+def rules(vision: Vision) -> tuple[Rules, Rules]:
+    """Return the rules for names and axes of a tower's tensors; none of open_clip's own towers."""
+    family = family_of(vision)
+    return (family.names, (*family.axes, *TORCH_AXES)) if family else ((), ())
+
+
+def tower(name: str, head: tuple[str, str | None], size: int, where: str) -> Vision:
+    """Return the tower of a name, with pooling and projection `head`, for images of `size` pixels.
+
+    Raises InputError, which begins with `where`, for another name, head or size.
+    """
+    if name not in TOWERS:
+        kind = next((kind for start, kind in _OTHERS.items() if name.startswith(start)), "")
+        raise InputError(
+            f"{where}.timm_model_name={name!r:.99} is not supported by clip_jax"
+            + (f", which has no {kind}." if kind else f"; use one of {', '.join(TOWERS)}.")
+        )
+    own = TOWERS[name]
+    if isinstance(own, ConvNeXtConfig):  # of any size, and with either head
+        own = replace(own, image_size=size, head="mlp" if head[1] == "mlp" else "linear")
+    elif isinstance(own, ViTConfig) and own.max_patches is not None:
+        # Of any size, from which open_clip 3.3 has no number of patches apart.
+        own = replace(own, max_patches=max(size // own.patch_size, 1) ** 2)
+    family = family_of(own)
+    needed = size if isinstance(own.image_spec, NaFlex) else own.image_size
+    if family is None or (*head, size) != (*family.head, needed):
+        pool, projection = family.head if family else ("", "")
+        raise InputError(
+            f"{where}: timm_pool={head[0]!r:.99}, timm_proj={head[1]!r:.99}, image_size={size} of "
+            f"a {name} is not supported: it needs {pool!r}, {projection!r}, {needed}."
+        )
+    return own
+
+
+def name_of(vision: Vision) -> str:
+    """Return timm's name of the tower with these sizes, whatever its free fields.
+
+    Raises InputError if timm has no such tower.
+    """
+    family = family_of(vision)
+    for name, known in TOWERS.items():
+        if family is not None and type(known) is type(vision):
+            free = {field: getattr(known, field) for field in family.free}
+            if isinstance(vision, ViTConfig):
+                free["patch_dropout"] = 0.0
+            is_same = replace(vision, **free) == known
+            if is_same and type(vision.image_spec) is type(known.image_spec):
+                return name
+    size = f"{vision.image_size} pixels"
+    if isinstance(vision, ViTConfig) and vision.max_patches is not None:
+        size = f"NaFlex with {vision.grid} x {vision.grid} positions"
+    raise InputError(
+        "open_clip builds such towers only by timm's names, and none is a "
+        f"{vision.summary}, {size}; use --to hugging-face or clip-jax."
+    )
 
 
 def as_dictionary(images: Patches) -> dict[str, Any]:

@@ -26,6 +26,7 @@ _UNKNOWN, _CONTROL = 2, 3  # in its SentencePiece.Type
 # Special ids of released vocabularies, by number of ids: (begin, end, padding).
 _RELEASED = {
     32_000: (None, 1, 1), 250_000: (None, 1, 1), 256_000: (None, 1, 0), 901_629: (0, 2, 1),
+    **dict.fromkeys((50_265, 250_002), (0, 2, 1)), **dict.fromkeys((21_128, 30_522), (101, 102, 0)),
 }  # fmt: skip
 
 

@@ -67,11 +67,12 @@ def random_inputs(config: CLIPConfig, seed: int = 0) -> Inputs:
     pixels = rng.normal(size=pixels_of(images).shape).astype(np.float32)
     images = with_pixels(images, pixels)
     end_of_text = text.end_of_text_id
-    tokens = rng.integers(1, text.vocab_size - 1, (_BATCH, text.context_length), dtype=np.int32)
+    least = text.tokenizer.pad_id + 1 if text.masks_padding else 1
+    tokens = rng.integers(least, text.vocab_size - 1, (_BATCH, text.context_length), dtype=np.int32)
     tokens += tokens >= end_of_text  # so that it occurs only once
     for row, end in zip(tokens, rng.integers(1, text.context_length, _BATCH), strict=True):
         row[end] = end_of_text
-        row[end + 1 :] = 0
+        row[end + 1 :] = text.tokenizer.pad_id if text.masks_padding else 0
     return images, tokens
 
 

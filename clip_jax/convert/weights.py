@@ -16,7 +16,9 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.lora import LoRAConfig
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig, resize_positions
 
 DType = Literal["float32", "float16", "bfloat16"]  # dtype of tensors in files
@@ -130,7 +132,9 @@ def same_sizes(config: CLIPConfig, source: str) -> CLIPConfig:
 
 def _sizes(config: CLIPConfig) -> list[object]:
     names, towers = ("width", "layers", "depth", "mlp_width"), (config.vision, config.text)
-    return [*(getattr(tower, name, None) for tower in towers for name in names), config.decoder]
+    kinds = [type(tower) for tower in towers]
+    sizes = (getattr(tower, name, None) for tower in towers for name in names)
+    return [*sizes, *kinds, config.decoder]
 
 
 def cast(array: np.ndarray, dtype: DType | None) -> np.ndarray:
@@ -172,9 +176,12 @@ def with_input(
             )
         vision = replace(vision, max_patches=None)
         preprocess = replace(preprocess, resize_mode="squash", max_patches=None, patch_size=None)
+    config = replace(weights.config, vision=vision)
+    if isinstance(vision, ConvNeXtConfig):  # it has no positions
+        return replace(weights, config=config, preprocess=preprocess)
     flat = flatten(weights.params)
     before = np.asarray(flat[vision.positions_path])
-    extra, side = vision.extra_tokens, vision.grid
+    extra, side = vision.extra_positions, vision.grid
     old_side = math.isqrt(len(before) - extra)
     if side != old_side:
         grid = jnp.asarray(before[extra:].astype(np.float32))
@@ -186,16 +193,16 @@ def with_input(
             grid = rearrange(grid, "h w D -> (h w) D")
         grid = np.asarray(grid).astype(before.dtype)
         flat[vision.positions_path] = np.concatenate([before[:extra], grid])
-    config = replace(weights.config, vision=vision)
     params, head = unflatten(flat), weights.head
     return Weights(config=config, preprocess=preprocess, params=params, head=head)
 
 
 def _with_tokens(weights: Weights, tokens: int) -> Weights:
     vision = weights.config.vision
-    if not isinstance(vision, ViTConfig):
+    if type(vision) is not ViTConfig:
+        kind = {ResNetConfig: "ResNet"}.get(type(vision), type(vision).__name__)
         raise InputError(
-            f"tokens={tokens} needs a ViT as image tower (NaFlex), and this model has a ResNet, "
+            f"tokens={tokens} needs a ViT as image tower (NaFlex), and this model has a {kind}, "
             f"for {vision.image_size} pixels; omit it."
         )
     # Pixels beyond the last full patch, which a fixed resolution may have, are in no size.

@@ -62,7 +62,7 @@ def test_naflex_there_and_back(tmp_path, rules):
     image_processor.write(tmp_path, replace(NAFLEX, rules=rules, interpolation="bicubic"), True)
     kept = rules if rules == "transformers" else "torchvision"
     expected = replace(NAFLEX, rules=kept, interpolation="bicubic")
-    assert image_processor.read(tmp_path, 64, True, 16) == expected
+    assert image_processor.read(tmp_path, 64, "Siglip2", 16) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_naflex_there_and_back(tmp_path, rules):
 def test_what_a_naflex_file_leaves_out(tmp_path, content, expected):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
     default = replace(NAFLEX, max_patches=256)
-    assert image_processor.read(tmp_path, 64, True, 16) == replace(default, **expected)
+    assert image_processor.read(tmp_path, 64, "Siglip2", 16) == replace(default, **expected)
 
 
 @pytest.mark.parametrize(
@@ -94,23 +94,25 @@ def test_a_naflex_processor_fits_its_model(tmp_path, content, patch_size, says):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(content))
     with pytest.raises(InputError) as error:
-        image_processor.read(tmp_path, 64, True, patch_size)
+        image_processor.read(tmp_path, 64, "Siglip2" if patch_size else "Siglip", patch_size)
     assert says in str(error.value)
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("kind", "siglip", "expected"),
+    ("kind", "own", "expected"),
     [
-        (None, False, ("shortest", "bicubic", OPENAI_MEAN)),
-        (None, True, ("squash", "bicubic", (0.5, 0.5, 0.5))),
-        ("CLIPFeatureExtractor", True, ("shortest", "bicubic", OPENAI_MEAN)),
-        ("SiglipImageProcessorFast", False, ("squash", "bicubic", (0.5, 0.5, 0.5))),
-        ("ViTImageProcessor", False, ("squash", "bilinear", (0.5, 0.5, 0.5))),
+        (None, "CLIP", ("shortest", "bicubic", OPENAI_MEAN)),
+        (None, "Siglip", ("squash", "bicubic", (0.5, 0.5, 0.5))),
+        (None, "Tipsv2", ("squash", "bilinear", (0.0, 0.0, 0.0))),
+        ("CLIPFeatureExtractor", "Siglip", ("shortest", "bicubic", OPENAI_MEAN)),
+        ("ChineseCLIPImageProcessor", "CLIP", ("shortest", "bicubic", OPENAI_MEAN)),
+        ("SiglipImageProcessorFast", "CLIP", ("squash", "bicubic", (0.5, 0.5, 0.5))),
+        ("ViTImageProcessor", "CLIP", ("squash", "bilinear", (0.5, 0.5, 0.5))),
     ],
 )
-def test_what_a_file_leaves_out_its_class_decides(tmp_path, kind, siglip, expected):
+def test_what_a_file_leaves_out_its_class_decides(tmp_path, kind, own, expected):
     content = {"image_processor_type": kind, "size": None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-    pixels = image_processor.read(tmp_path, 32, siglip)
+    pixels = image_processor.read(tmp_path, 32, own)
     assert (pixels.resize_mode, pixels.interpolation, pixels.mean) == expected

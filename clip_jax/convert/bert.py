@@ -1,0 +1,172 @@
+"""Text towers BERT, RoBERTa and XLM-RoBERTa, in open_clip and in AltCLIP and ChineseCLIP."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clip_jax.convert.settings import Settings, Table, by_table, read_json
+from clip_jax.convert.state_dict import Rules
+from clip_jax.convert.target import Assumptions
+from clip_jax.convert.tokenizer_files import CONFIG_NAME
+from clip_jax.errors import InputError
+from clip_jax.models.bert import BertConfig
+
+# ------------------------------------------------------------------ names of tensors
+
+_NAMES: Rules = (
+    (r"^text/token_embedding$", "text/embeddings/word_embeddings/weight"),
+    (r"^text/positional_embedding$", "text/embeddings/position_embeddings/weight"),
+    (r"^text/type_embedding$", "text/embeddings/token_type_embeddings/weight"),
+    (r"^text/ln_pre/", "text/embeddings/LayerNorm/"),
+    (r"^text/transformer/resblocks/", "text/encoder/layer/{}/"),
+    (r"^(text/.*)/attn/in_proj/", r"\1/attention/self/[query,key,value]/"),
+    (r"^(text/.*)/attn/out_proj/", r"\1/attention/output/dense/"),
+    (r"^(text/.*)/ln_1/", r"\1/attention/output/LayerNorm/"),
+    (r"^(text/.*)/mlp/c_fc/", r"\1/intermediate/dense/"),
+    (r"^(text/.*)/mlp/c_proj/", r"\1/output/dense/"),
+    (r"^(text/.*)/ln_2/", r"\1/output/LayerNorm/"),
+)
+AXES: Rules = ((r"^text/(text_projection|projection_hidden/kernel)$", "E D -> D E"),)
+_CLASSES: Rules = (
+    (r"^text/text_projection$", "text_projection/weight"),
+    (r"^text/ln_final/", "text_model/pre_LN/"),
+    (r"^text/projection_hidden/", "text_model/transformation/"),
+)
+
+
+def open_clip_names(text: BertConfig) -> Rules:
+    """Return open_clip's names, without the tower's prefix."""
+    last = "proj/2" if text.head == "mlp" else "proj"
+    return (
+        *_NAMES,
+        (r"^text/text_projection$", f"text/{last}/weight"),
+        (r"^text/projection_hidden/", "text/proj/0/"),
+        (r"^text/(embeddings|encoder)/", r"text/transformer/\1/"),
+    )
+
+
+# ------------------------------------------------------------------ open_clip: models by name
+
+_BASE: dict[str, Any] = {"width": 768, "depth": 12, "num_heads": 12}
+_LARGE: dict[str, Any] = {"width": 1024, "depth": 24, "num_heads": 16}
+KNOWN = {
+    "roberta-base": BertConfig(vocab_size=50_265, **_BASE),
+    "roberta-large": BertConfig(vocab_size=50_265, **_LARGE),
+    "xlm-roberta-base": BertConfig(**_BASE),
+    "xlm-roberta-large": BertConfig(**_LARGE),
+}
+_OTHERS = {
+    "google/mt5-": "mT5, an encoder with relative positions",
+    "facebook/nllb-": "NLLB, the encoder of a translation model",
+}
+_POOLERS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "first"}
+OPEN_CLIP_ASSUMPTIONS: Assumptions = {"text.head": ("linear", "mlp")}
+
+
+def read_open_clip(section: Settings) -> BertConfig:
+    """Read a text tower that open_clip builds with transformers. Raises InputError for others."""
+    name = section.get("hf_model_name", "", str)
+    known = KNOWN.get(name.removeprefix("FacebookAI/"))
+    if known is None:
+        kind = next((kind for start, kind in _OTHERS.items() if name.startswith(start)), "")
+        raise InputError(
+            f"{section.where}.hf_model_name={name!r:.99} is not supported"
+            + (f": clip_jax has no {kind}." if kind else f"; use one of {', '.join(KNOWN)}.")
+        )
+    pooler = section.get("hf_pooler_type", "mean_pooler", str)
+    head = section.get("hf_proj_type", "mlp", str)
+    if pooler not in _POOLERS or head not in ("linear", "mlp"):
+        raise InputError(
+            f"{section.where}: hf_pooler_type={pooler!r:.99} with hf_proj_type={head!r:.99} is not "
+            f"supported; supported are {', '.join(_POOLERS)}, and linear or mlp."
+        )
+    length = section.count("context_length", 77)
+    return replace(known, context_length=length, pool=_POOLERS[pooler], head=head)
+
+
+def write_open_clip(text: BertConfig) -> dict[str, Any]:
+    """Return open_clip's settings. Raises InputError unless the sizes are a published model's."""
+    free = {x: getattr(text, x) for x in ("context_length", "pool", "head", "tokenizer")}
+    name = next((name for name, known in KNOWN.items() if replace(known, **free) == text), None)
+    if name is None:
+        raise InputError(
+            "open_clip builds BERT only by the names of published models, and no one has "
+            f"text.width={text.width}, text.depth={text.depth}, text.vocab_size={text.vocab_size} "
+            f"and the other settings of this one (known are {', '.join(KNOWN)}); use --to clip-jax."
+        )
+    poolers = {ours: theirs for theirs, ours in _POOLERS.items()}
+    return {
+        "hf_model_name": name, "hf_proj_type": text.head, "hf_pooler_type": poolers[text.pool],
+        "hf_model_pretrained": False, "context_length": text.context_length,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------ transformers' own classes
+
+
+class ModelClass(NamedTuple):
+    """A class of transformers with this text tower."""
+
+    name: str
+    prefix: str  # of the tower's tensors
+    text: BertConfig  # its defaults
+
+    @property
+    def table(self) -> Table:
+        """Names of settings in `text_config`, and their defaults."""
+        names = {
+            "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "mlp_width",
+            "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
+            "max_position_embeddings": "positions", "type_vocab_size": "token_types",
+            "layer_norm_eps": "norm_epsilon",
+        }  # fmt: skip
+        return {theirs: (ours, getattr(self.text, ours)) for theirs, ours in names.items()}
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Fields that the class determines."""
+        return {x: getattr(self.text, x) for x in ("head", "pool", "first_position")}
+
+    @property
+    def names(self) -> Rules:
+        return (*_NAMES, *_CLASSES, (r"^text/", f"{self.prefix}/"))
+
+    def settings(self, text: BertConfig, embed_dim: int) -> dict[str, Any]:
+        """Return `text_config` without the activation."""
+        ids = text.tokenizer
+        special = {"bos_token_id": ids.begin_id, "eos_token_id": ids.end_id}
+        projected = {"project_dim": embed_dim} if text.head == "norm" else {}
+        return by_table(self.table, text) | special | projected | {"pad_token_id": ids.pad_id}
+
+
+CLASSES = {
+    "altclip": ModelClass(
+        "AltCLIPModel", "text_model/roberta", BertConfig(head="norm", pool="first", **_LARGE)
+    ),
+    "chinese_clip": ModelClass(
+        "ChineseCLIPModel", "text_model",
+        BertConfig(
+            context_length=52, vocab_size=30_522, positions=512, first_position=0, token_types=2,
+            head="linear", pool="first", norm_epsilon=1e-12, **_BASE,
+        ),
+    ),
+}  # fmt: skip
+
+
+def class_of(text: BertConfig) -> str:
+    """Return the model type of the class with such a text tower. Raises InputError if none has."""
+    for kind, each in CLASSES.items():
+        if each.fixed.items() <= {f.name: getattr(text, f.name) for f in fields(text)}.items():
+            return kind
+    raise InputError(
+        f"transformers has no CLIP with text.head={text.head!r}, text.pool={text.pool!r}, "
+        f"text.first_position={text.first_position}; use --to open-clip or clip-jax."
+    )
+
+
+def context_length(folder: Path, text: BertConfig) -> int:
+    """Return the length of texts that a folder's tokenizer file names, or else the default."""
+    path = folder / CONFIG_NAME
+    length = read_json(path).get("model_max_length") if path.exists() else None
+    fits = type(length) is int and 2 <= length <= text.positions - text.first_position
+    return length if fits else min(text.context_length, text.positions - text.first_position)
