@@ -28,11 +28,16 @@ from clip_jax.config import Config
 from clip_jax.convert.formats import write_weights
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.losses import SoftmaxConfig
+from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.conv_stem import ConvStemConfig
+from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.images import NaFlex, concatenate
 from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
+from clip_jax.models.tips import TipsConfig, TipsTextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
 from clip_jax.serialize import to_dict
@@ -180,6 +185,49 @@ MAMMUT = dataclasses.replace(
     text=dataclasses.replace(TINY.text, pool="mean", causal=False, projection=False, depth=4),
     decoder=MaMMUTConfig(cross_every=2, first_mlp=False),
 )
+
+_VISION = {"image_size": 32, "width": 32, "depth": 2, "num_heads": 2}
+_TEXT = {"vocab_size": 520, "context_length": 10, "width": 32, "depth": 2, "num_heads": 2}
+# One small model of each family beside CLIP, SigLIP and the captioners.
+FAMILIES = {
+    "mobileclip": dataclasses.replace(TINY, vision=ConvStemConfig(**_VISION)),
+    "pe_core": dataclasses.replace(
+        TINY, vision=RotaryConfig(**_VISION | {"patch_size": 8}, pool_heads=4, layer_scale=0.5)
+    ),
+    "eva02": dataclasses.replace(
+        TINY,
+        vision=RotaryConfig(
+            **_VISION | {"patch_size": 8}, rotary="rows", activation="swiglu", inner_norm=True,
+            key_bias=False, pool="class_token", pre_norm=False, patch_bias=True,
+            projection_bias=True, mlp_ratio=2,
+        ),
+    ),
+    "eva_post_norm": dataclasses.replace(
+        TINY,
+        vision=RotaryConfig(
+            **_VISION | {"patch_size": 8}, rotary="none", norm="branch", key_bias=False,
+            pool="class_token", pre_norm=False,
+        ),
+    ),
+    "tips": dataclasses.replace(
+        TINY,
+        embed_dim=32,
+        vision=TipsConfig(**_VISION | {"patch_size": 8}),
+        text=TipsTextConfig(**_TEXT),
+    ),
+    "xlm_roberta": dataclasses.replace(TINY, text=BertConfig(**_TEXT, positions=14)),
+    "altclip": dataclasses.replace(TINY, text=BertConfig(**_TEXT, head="norm", pool="first")),
+    "chinese_clip": dataclasses.replace(
+        TINY,
+        text=BertConfig(**_TEXT, head="linear", pool="first", first_position=0, token_types=2),
+    ),
+    "convnext": dataclasses.replace(
+        TINY,
+        vision=ConvNeXtConfig(
+            image_size=64, layers=(1, 2, 1, 1), widths=(8, 16, 24, 32), layer_scale=0.5, head="mlp"
+        ),
+    ),
+}  # fmt: skip
 
 
 def larger(config: CLIPConfig) -> CLIPConfig:

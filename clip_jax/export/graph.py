@@ -97,30 +97,35 @@ class Graph:
         return self.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
 
     def activation(self, x: str, kind: Activation) -> str:
-        if kind == "quick_gelu":
-            gate = self.op("Sigmoid", self.op("Mul", x, self.number(1.702)))
-            return self.op("Mul", x, gate)
+        if kind in ("quick_gelu", "swiglu"):
+            scaled = self.op("Mul", x, self.number(1.702)) if kind == "quick_gelu" else x
+            return self.op("Mul", x, self.op("Sigmoid", scaled))
+        if kind == "relu":
+            return self.op("Relu", x)
         return self.op("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
     def dense(self, x: str, path: str, layer: int | None = None) -> str:
         """Add the linear map at a path, its kernel reshaped to a matrix."""
         kernel, bias = (self.weight(f"{path}/{name}", layer) for name in ("kernel", "bias"))
+        if path.endswith("in_proj") and len(bias) == 2:  # of queries and values
+            bias = np.insert(bias, 1, 0, axis=0)
         return self.linear(x, kernel.reshape(-1, bias.size), bias.reshape(-1))
 
     def heads(self, x: str, path: str, layer: int | None = None) -> list[str]:
         """Add the linear map at a path; return queries, keys or values, each [B, N, L, K]."""
-        *many, heads, dim = self.weight(f"{path}/bias", layer).shape
+        _, *many, heads, dim = self.weight(f"{path}/kernel", layer).shape
         count = many[0] if many else 1
         x = self.op("Reshape", self.dense(x, path, layer), self.integers(0, 0, count, heads, dim))
         x = self.op("Transpose", x, perm=[2, 0, 3, 1, 4])
         return [self.op("Gather", x, np.int64(index), axis=0) for index in range(count)]
 
     def attention(
-        self, out: str, q: str, k: str, v: str, *, layer: int | None = None, mask: str | None = None
-    ) -> str:
+        self, out: str, q: str, k: str, v: str, *, layer: int | None = None,
+        mask: str | None = None, norm: tuple[str, float] | None = None,
+    ) -> str:  # fmt: skip
         """Add attention of [B, N, L, K], and the linear map at `out` after it.
 
-        Scores and their softmax are float32.
+        Scores and their softmax are float32. `norm` is the path and epsilon of a LayerNorm between.
         """
         heads, dim, _ = self.weight(f"{out}/kernel", layer).shape
         q = self.op("Mul", q, self.number(dim**-0.5))
@@ -129,7 +134,8 @@ class Graph:
             scores = self.op("Add", scores, mask)
         shares = self.computed(self.op("Softmax", scores, axis=-1))
         x = self.op("Transpose", self.op("MatMul", shares, v), perm=[0, 2, 1, 3])
-        return self.dense(self.op("Reshape", x, self.integers(0, 0, heads * dim)), out, layer)
+        x = self.op("Reshape", x, self.integers(0, 0, heads * dim))
+        return self.dense(self.layer_norm(x, *norm, layer) if norm else x, out, layer)
 
     def mean(self, x: str, valid: str | None = None) -> str:
         """Add the mean over the tokens of [B, L, D]; over those that are 1 in `valid` [B, L]."""

@@ -4,7 +4,7 @@ import importlib.util
 import string
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from clip_jax.export.towers import caption_logits, image_tower, text_tower
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import Images, NaFlex, Patches
 from clip_jax.models.text import TextConfig
+from clip_jax.models.vit import ViTConfig
 
 # Texts that --verify tokenizes: cases, signs, and more words than any context has.
 TEXTS = ("A photo of a CAT.", "snake_case, it's 42 O'Clock!", "Naïve CAFÉ: e-mail", "x " * 2_000)
@@ -171,7 +172,8 @@ def _write_beside(
     kind, size = "siglip" if siglip else "clip", {"image_size": config.vision.image_size}
     if isinstance(spec, NaFlex):
         kind = "siglip2"
-        size = {"num_patches": config.vision.grid**2, "patch_size": spec.patch_size}
+        grid = cast(ViTConfig, config.vision).grid
+        size = {"num_patches": grid**2, "patch_size": spec.patch_size}
     content = {
         "architectures": ["CLIPModel" if kind == "clip" else f"{kind.title()}Model"],
         "model_type": kind,

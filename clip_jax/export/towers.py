@@ -6,6 +6,7 @@ have no KV cache: all tokens are computed again for each new one.
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 from einops import rearrange
@@ -13,12 +14,19 @@ from einops import rearrange
 from clip_jax.errors import InputError
 from clip_jax.export.graph import Graph
 from clip_jax.export.patches import GRID, MASK
+from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.conv_stem import STEM, ConvStemConfig
+from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import MaMMUTConfig
+from clip_jax.models.layers import BlockConfig, BlockInit, Layout
 from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
+from clip_jax.models.tips import TipsTextConfig
 from clip_jax.models.vit import ViTConfig
 
+Tables = tuple[np.ndarray, np.ndarray]  # cosines and sines of rotary positions
 _MASKED = np.float32(np.finfo(np.float32).min / 2)  # a score; some runtimes do not support −∞
 
 
@@ -30,8 +38,15 @@ def image_tower(graph: Graph, config: CLIPConfig, pixels: str) -> str:
     x, vision = graph.computed(pixels), config.vision
     if isinstance(vision, ResNetConfig):
         return graph.exact(_resnet(graph, vision, x))
-    x, _ = _vit(graph, vision, x)
-    return graph.exact(graph.linear(x, graph.weight("visual/proj")) if vision.projection else x)
+    if isinstance(vision, ConvNeXtConfig):
+        x = _convnext(graph, vision, x)
+    else:
+        x, _ = _vit(graph, vision, x)
+    if graph.has("visual/proj"):
+        x = graph.linear(x, graph.weight("visual/proj"))
+    if graph.has("visual/proj_bias"):
+        x = graph.op("Add", x, graph.number(graph.weight("visual/proj_bias")))
+    return graph.exact(x)
 
 
 def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
@@ -43,16 +58,24 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
     x, mask = _embedded(graph, text, ids, length), None
     if text.has_class_token:
         token = graph.weight("text/class_embedding") + graph.weight("text/positional_embedding")[-1]
-        x = graph.op("Concat", x, _to_each(graph, token, x), axis=1)
+        x = graph.op("Concat", x, _to_each(graph, token[None], x), axis=1)
         mask = _key_mask(graph, text, ids)
         if text.causal:
             mask = graph.op("Min", mask, _triangle(text.num_positions))
     elif text.causal:
         mask = _causal_mask(graph, text, length)
+    valid = None
+    if text.masks_padding:
+        pad = np.int64(text.tokenizer.pad_id)
+        is_pad = graph.op("Equal", graph.cast(ids, np.int64), pad)
+        valid = graph.cast(graph.op("Not", is_pad), np.float32)
+        mask = _padding_mask(graph, valid)
     x = _stack(graph, text, "text", x, mask)
     match text.pool:
         case "mean":
-            x = graph.mean(_ln_final(graph, text, "text", x))
+            x = graph.mean(_ln_final(graph, text, "text", x), valid)
+        case "first":
+            x = _ln_final(graph, text, "text", graph.op("Gather", x, np.int64(0), axis=1))
         case "last" | "class_token":
             x = _ln_final(graph, text, "text", graph.op("Gather", x, np.int64(-1), axis=1))
         case "argmax" | "eos":
@@ -62,6 +85,10 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
             raise InputError(
                 f"text.pool={text.pool!r} has no form in ONNX; use --format stablehlo."
             )
+    if isinstance(text, BertConfig) and text.head != "linear":
+        bias = graph.weight("text/projection_hidden/bias") if text.head == "norm" else None
+        x = graph.linear(x, graph.weight("text/projection_hidden/kernel"), bias)
+        x = graph.activation(x, "gelu") if text.head == "mlp" else x
     if text.projection:
         x = graph.linear(x, graph.weight("text/text_projection"))
     if text.projection_bias:
@@ -111,10 +138,22 @@ def _at_full_length(graph: Graph, text: TextConfig, ids: str) -> str:
 
 def _embedded(graph: Graph, text: TextConfig, ids: str, length: str) -> str:
     """Look up token embeddings of ids [B, L] and add position embeddings."""
-    positions = graph.number(graph.weight("text/positional_embedding")[: text.context_length])
+    table, first = graph.number(graph.weight("text/token_embedding"), "text/token_embedding"), 0
+    x = graph.op("Gather", table, ids, axis=0)
+    if isinstance(text, TipsTextConfig):
+        x, positions = graph.op("Mul", x, graph.number(text.width**0.5)), text.sinusoids()
+    elif isinstance(text, BertConfig):
+        first = text.first_position
+        positions = (
+            graph.weight("text/positional_embedding") + graph.weight("text/type_embedding")[0]
+        )
+    else:
+        positions = graph.weight("text/positional_embedding")
+    positions = graph.number(positions[first : first + text.context_length])
     positions = graph.op("Slice", positions, graph.integers(0), length, graph.integers(0))
-    table = graph.number(graph.weight("text/token_embedding"), "text/token_embedding")
-    return graph.op("Add", graph.op("Gather", table, ids, axis=0), positions)
+    x = graph.op("Add", x, positions)
+    is_normed = isinstance(text, BertConfig)
+    return graph.layer_norm(x, "text/ln_pre", text.norm_epsilon) if is_normed else x
 
 
 def _causal_mask(graph: Graph, text: TextConfig, length: str) -> str:
@@ -149,7 +188,9 @@ def _end(graph: Graph, text: TextConfig, ids: str) -> str:
 
 
 def _ln_final(graph: Graph, text: TextConfig, tower: str, x: str) -> str:
-    return graph.layer_norm(x, f"{tower}/ln_final", text.norm_epsilon)
+    """Add the norm after the last block, which most text towers have."""
+    path = f"{tower}/ln_final"
+    return graph.layer_norm(x, path, text.norm_epsilon) if graph.has(f"{path}/scale") else x
 
 
 # ------------------------------------------------------------------ blocks
@@ -163,47 +204,68 @@ def _stack(
     mask: str | None = None,
     image: str | None = None,
     seen: str | None = None,
+    rotation: Tables | None = None,
 ) -> str:
     """Add a tower's blocks; with `image` also the cross-attention blocks between them.
 
     `mask` and `seen` are additive masks of scores: of the tokens, and of the image's.
     """
-    layers = f"{tower}/transformer/layers"
+    layers, block = f"{tower}/transformer/layers", config.block(Layout())
     own = (f"{layers}/self_{i}" for i in itertools.count())
     paths = [*itertools.takewhile(lambda path: graph.has(f"{path}/ln_1/scale"), own)]
     paths = paths or [f"{tower}/transformer/resblocks"]
     for layer in range(len(graph.weight(f"{paths[0]}/ln_1/scale"))):
         for path in paths:
-            x = _block(graph, config, x, path, layer, mask)
+            x = _block(graph, block, x, path, layer, mask, rotation)
             if path == paths[0] and image is not None:
-                x = _cross_block(graph, config, x, image, seen, f"{layers}/cross", layer)
+                x = _cross_block(graph, block, x, image, seen, f"{layers}/cross", layer)
     return x
 
 
 def _block(
-    graph: Graph, config: ViTConfig | TextConfig, x: str, path: str, layer: int, mask: str | None
-) -> str:
-    y = graph.layer_norm(x, f"{path}/ln_1", config.norm_epsilon, layer)
-    heads = graph.heads(y, f"{path}/attn/in_proj", layer)
-    y = graph.attention(f"{path}/attn/out_proj", *heads, layer=layer, mask=mask)
-    x = graph.op("Add", x, _scaled(graph, y, f"{path}/ls_1/gamma", layer))
+    graph: Graph, c: BlockConfig, x: str, path: str, layer: int, mask: str | None,
+    rotation: Tables | None,
+) -> str:  # fmt: skip
+    def add(number: int, x: str, branch: Callable[[str], str]) -> str:
+        def norm(x: str) -> str:
+            return graph.layer_norm(x, f"{path}/ln_{number}", c.epsilon, layer)
+
+        y = branch(norm(x) if c.norm == "before" else x)
+        y = _scaled(graph, norm(y) if c.norm == "branch" else y, f"{path}/ls_{number}/gamma", layer)
+        y = graph.op("Add", x, y)
+        return norm(y) if c.norm == "after" else y
+
+    def attend(x: str) -> str:
+        q, k, v = graph.heads(x, f"{path}/attn/in_proj", layer)
+        if rotation is not None:
+            q, k = (_rotated(graph, x, rotation) for x in (q, k))
+        inner = (f"{path}/attn/ln", c.epsilon) if c.inner_norm else None
+        return graph.attention(f"{path}/attn/out_proj", q, k, v, layer=layer, mask=mask, norm=inner)
+
+    x = add(1, x, attend)
     if not graph.has(f"{path}/mlp/c_fc/kernel"):
         return x
-    y = _mlp(graph, config, x, path, "ln_2", layer)
-    return graph.op("Add", x, _scaled(graph, y, f"{path}/ls_2/gamma", layer))
+    return add(2, x, lambda x: _mlp(graph, c, x, path, layer))
+
+
+def _rotated(graph: Graph, x: str, rotation: Tables) -> str:
+    """Turn queries or keys [B, N, L, K], as `attention.rotate`."""
+    cos, sin = map(graph.number, rotation)
+    swapped = graph.op("Gather", x, np.arange(cos.shape[-1]) ^ 1, axis=-1)
+    return graph.op("Add", graph.op("Mul", x, cos), graph.op("Mul", swapped, sin))
 
 
 def _cross_block(
-    graph: Graph, config: ViTConfig | TextConfig, x: str, image: str, seen: str | None, path: str,
-    layer: int,
-) -> str:  # fmt: skip
-    image = graph.layer_norm(image, f"{path}/ln_1_kv", config.norm_epsilon, layer)
-    y = graph.layer_norm(x, f"{path}/ln_1", config.norm_epsilon, layer)
+    graph: Graph, c: BlockConfig, x: str, image: str, seen: str | None, path: str, layer: int
+) -> str:
+    image = graph.layer_norm(image, f"{path}/ln_1_kv", c.epsilon, layer)
+    y = graph.layer_norm(x, f"{path}/ln_1", c.epsilon, layer)
     (q,) = graph.heads(y, f"{path}/attn/q", layer)
     kv = graph.heads(image, f"{path}/attn/kv", layer)
     y = graph.attention(f"{path}/attn/out_proj", q, *kv, layer=layer, mask=seen)
     x = graph.op("Add", x, y)
-    return graph.op("Add", x, _mlp(graph, config, x, path, "ln_2", layer))
+    y = graph.layer_norm(x, f"{path}/ln_2", c.epsilon, layer)
+    return graph.op("Add", x, _mlp(graph, c, y, path, layer))
 
 
 def _scaled(graph: Graph, x: str, path: str, layer: int) -> str:
@@ -212,14 +274,17 @@ def _scaled(graph: Graph, x: str, path: str, layer: int) -> str:
     return graph.op("Mul", x, graph.number(graph.weight(path, layer)))
 
 
-def _mlp(
-    graph: Graph, config: ViTConfig | TextConfig, x: str, path: str, norm: str,
-    layer: int | None = None,
-) -> str:  # fmt: skip
-    """Add the MLP at a path, and the norm before it."""
-    x = graph.layer_norm(x, f"{path}/{norm}", config.norm_epsilon, layer)
-    x = graph.activation(graph.dense(x, f"{path}/mlp/c_fc", layer), config.activation)
-    return graph.dense(x, f"{path}/mlp/c_proj", layer)
+def _mlp(graph: Graph, c: BlockConfig, x: str, path: str, layer: int | None = None) -> str:
+    """Add the MLP at a path."""
+    y = graph.dense(x, f"{path}/mlp/c_fc", layer)
+    if c.activation == "swiglu":
+        gate = graph.activation(graph.dense(x, f"{path}/mlp/c_gate", layer), c.activation)
+        y = graph.op("Mul", gate, y)
+    else:
+        y = graph.activation(y, c.activation)
+    if c.inner_norm:
+        y = graph.layer_norm(y, f"{path}/mlp/ln", c.epsilon, layer)
+    return graph.dense(y, f"{path}/mlp/c_proj", layer)
 
 
 # ------------------------------------------------------------------ vision transformers
@@ -263,30 +328,54 @@ def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> tuple
 
 def _vit_states(graph: Graph, config: ViTConfig, x: str) -> tuple[str, str | None]:
     """Add the tower up to its last block; return also which tokens are valid [B, L] (None: all)."""
-    patch, extra = config.patch_size, config.extra_tokens
-    kernel, valid = graph.weight("visual/conv1/kernel"), None
-    bias = graph.weight("visual/conv1/bias") if config.patch_bias else None
-    positions = graph.weight("visual/positional_embedding").copy()
+    extra, valid, rotation = config.extra_tokens, None, None
+    positions, first = graph.weight("visual/positional_embedding"), config.extra_positions
+    tokens = np.zeros((extra, config.width), np.float32)  # class token and registers
     if config.class_token:
-        positions[0] += graph.weight("visual/class_embedding")
+        tokens[0] = graph.weight("visual/class_embedding")
+    if config.registers:
+        tokens[config.class_token :] = graph.weight("visual/registers")
+    tokens[:first] += positions[:first]
+    if isinstance(config, RotaryConfig) and config.rotary != "none":
+        rotation = config.rotation()
     if config.max_patches is None:
-        inputs = [graph.number(rearrange(kernel, "P Q C D -> D C P Q"))]
-        inputs += [] if bias is None else [graph.number(bias)]
-        x = graph.op("Conv", x, *inputs, kernel_shape=[patch, patch], strides=[patch, patch])
-        x = _by_position(graph, x, config.width)
-        if extra:  # an empty position, to which the class token is added
+        x = _by_position(graph, _patches(graph, config, x), config.width)
+        if extra:  # empty positions, to which the tokens are added
             x = graph.op("Pad", x, graph.integers(0, extra, 0, 0, 0, 0))
-        x = graph.op("Add", x, graph.number(positions))
+        x = graph.op("Add", x, graph.number(np.concatenate([tokens, positions[first:]])))
     else:
-        x = graph.linear(x, kernel.reshape(-1, config.width), bias)
-        resized = _resized_positions(graph, config, positions[extra:], x)
+        kernel = graph.weight("visual/conv1/kernel").reshape(-1, config.width)
+        x = graph.linear(
+            x, kernel, graph.weight("visual/conv1/bias") if config.patch_bias else None
+        )
+        resized = _resized_positions(graph, config, positions[first:], x)
         x, valid = graph.op("Add", x, graph.computed(resized)), graph.cast(MASK, np.float32)
         if extra:
-            x = graph.op("Concat", _to_each(graph, positions[0], x), x, axis=1)
+            x = graph.op("Concat", _to_each(graph, tokens, x), x, axis=1)
             valid = graph.op("Pad", valid, graph.integers(0, extra, 0, 0), np.float32(1))
     if config.pre_norm:
         x = graph.layer_norm(x, "visual/ln_pre", config.norm_epsilon)
-    return _stack(graph, config, "visual", x, _padding_mask(graph, valid)), valid
+    mask = _padding_mask(graph, valid)
+    return _stack(graph, config, "visual", x, mask, rotation=rotation), valid
+
+
+def _patches(graph: Graph, config: ViTConfig, x: str) -> str:
+    """Add the convolution, or the stem, that turns pixels into patches [B, D, H, W]."""
+    if isinstance(config, ConvStemConfig):
+        for i, size in enumerate(STEM[:-1]):
+            path = "visual/conv1/{}" + str(i)
+            x = _conv(graph, x, path.format("conv"), path.format("bn"), size, 0)
+            x = graph.activation(x, "gelu")
+        return _strided(graph, x, f"visual/conv1/conv{len(STEM) - 1}")
+    return _strided(graph, x, "visual/conv1")
+
+
+def _strided(graph: Graph, x: str, path: str) -> str:
+    """Add a convolution whose stride is its size."""
+    kernel, sizes = graph.weight(f"{path}/kernel"), [graph.weight(f"{path}/kernel").shape[0]] * 2
+    inputs = [graph.number(rearrange(kernel, "P Q C D -> D C P Q"))]
+    inputs += [graph.number(graph.weight(f"{path}/bias"))] if graph.has(f"{path}/bias") else []
+    return graph.op("Conv", x, *inputs, kernel_shape=sizes, strides=sizes)
 
 
 def _resized_positions(graph: Graph, config: ViTConfig, table: np.ndarray, x: str) -> str:
@@ -326,11 +415,11 @@ def _padding_mask(graph: Graph, valid: str | None) -> str | None:
     return graph.op("Unsqueeze", hidden, graph.integers(1, 2))
 
 
-def _to_each(graph: Graph, token: np.ndarray, x: str) -> str:
-    """Repeat a token [D] for each row of x: [B, 1, D]."""
+def _to_each(graph: Graph, tokens: np.ndarray, x: str) -> str:
+    """Repeat tokens [L, D] for each row of x: [B, L, D]."""
     shape = graph.op("Shape", x, start=0, end=1)
     shape = graph.op("Concat", shape, graph.integers(1, 1), axis=0)
-    return graph.op("Expand", graph.number(token[None, None]), shape)
+    return graph.op("Expand", graph.number(tokens[None]), shape)
 
 
 def _by_position(graph: Graph, x: str, channels: int) -> str:
@@ -351,7 +440,9 @@ def _attention_pool(graph: Graph, config: ViTConfig, x: str, mask: str | None) -
     path = "visual/attn_pool"
     q = _constant_queries(graph, graph.weight(f"{path}/latent")[0], f"{path}/q")
     x = graph.attention(f"{path}/proj", q, *graph.heads(x, f"{path}/kv"), mask=mask)
-    return graph.op("Add", x, _mlp(graph, config, x, path, "norm"))
+    y = graph.layer_norm(x, f"{path}/norm", config.norm_epsilon)
+    block = config.block(Layout())._replace(inner_norm=False)
+    return graph.op("Add", x, _mlp(graph, block, y, path))
 
 
 def _query_pool(graph: Graph, config: ViTConfig, x: str, mask: str | None) -> str:
@@ -365,6 +456,44 @@ def _query_pool(graph: Graph, config: ViTConfig, x: str, mask: str | None) -> st
     x = graph.layer_norm(x, f"{path}/ln_k", config.norm_epsilon)
     kv = graph.heads(x, f"{path}/attn/kv")
     return graph.attention(f"{path}/attn/out_proj", q, *kv, mask=mask)
+
+
+# ------------------------------------------------------------------ ConvNeXts
+
+
+def _convnext(graph: Graph, config: ConvNeXtConfig, x: str) -> str:
+    """Add the tower up to its projection."""
+
+    def last(x: str) -> str:  # channels, for norms and linear maps
+        return graph.op("Transpose", x, perm=[0, 2, 3, 1])
+
+    def first(x: str) -> str:
+        return graph.op("Transpose", x, perm=[0, 3, 1, 2])
+
+    def norm(x: str, path: str, layer: int | None = None) -> str:
+        return graph.layer_norm(x, f"visual/{path}", config.norm_epsilon, layer)
+
+    for stage, depth in enumerate(config.layers):
+        if stage:
+            x = first(norm(last(x), f"ln{stage}"))
+        x = _strided(graph, x, f"visual/conv{stage}")
+        x = x if stage else first(norm(last(x), "ln0"))
+        path = f"stage{stage}/resblocks"
+        block = BlockConfig(1, 0, config.activation, 0, BlockInit.image(1, 1))
+        for layer in range(depth):
+            kernel = graph.weight(f"visual/{path}/conv/kernel", layer)
+            inputs = (
+                graph.number(rearrange(kernel, "P Q C D -> D C P Q")),
+                graph.number(graph.weight(f"visual/{path}/conv/bias", layer)),
+            )
+            y = graph.op(
+                "Conv", x, *inputs, group=kernel.shape[-1], kernel_shape=[7, 7], pads=[3] * 4
+            )
+            y = _mlp(graph, block, norm(last(y), f"{path}/ln", layer), f"visual/{path}", layer)
+            y = _scaled(graph, y, f"visual/{path}/ls/gamma", layer)
+            x = graph.op("Add", x, first(y))
+    x = norm(graph.op("ReduceMean", x, graph.integers(2, 3), keepdims=0), "ln_post")
+    return graph.activation(graph.dense(x, "visual/fc"), "gelu") if config.head == "mlp" else x
 
 
 # ------------------------------------------------------------------ ResNets
@@ -389,15 +518,18 @@ def _resnet(graph: Graph, config: ResNetConfig, x: str) -> str:
     return graph.op("Gather", x, np.int64(0), axis=1)
 
 
-def _conv(graph: Graph, x: str, conv: str, norm: str, stride: int = 1) -> str:
-    """Add a convolution with the BatchNorm after it folded in."""
+def _conv(
+    graph: Graph, x: str, conv: str, norm: str, stride: int = 1, padding: int | None = None
+) -> str:
+    """Add a convolution with the BatchNorm after it folded in; by default half of it is padding."""
     kernel = graph.weight(f"{conv}/kernel").astype(np.float64)
     scale, bias = (graph.weight(f"{norm}/{name}").astype(np.float64) for name in ("scale", "bias"))
     mean, var = (graph.weight(f"batch_stats/{norm}/{name}") for name in ("mean", "var"))
     scale = scale / np.sqrt(var.astype(np.float64) + 1e-5)
     folded = graph.number(rearrange(kernel * scale, "P Q C D -> D C P Q"), f"{conv}/kernel")
     shift, size = graph.number(bias - mean * scale, f"{norm}/bias"), kernel.shape[0]
-    options = {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [size // 2] * 4}
+    padding = size // 2 if padding is None else padding
+    options = {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [padding] * 4}
     return graph.op("Conv", x, folded, shift, **options)
 
 

@@ -17,7 +17,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import Images, Patches, concatenate
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.models.vit import ViTConfig
-from tests import vocabularies
+from tests import conftest, vocabularies
 from tests.conftest import COCA, MAMMUT, RESNET, ROOT, TINY, batch, parameters
 
 RULES = TokenizerConfig(file="", clean="punctuation", end_id=1, pad_id=1)
@@ -62,6 +62,7 @@ FAMILIES = {
     ),
 }  # fmt: skip
 FAMILIES["naflex"] = naflex(FAMILIES["siglip"])
+FAMILIES |= conftest.FAMILIES
 # Each pool, with and without a class token, whose tokens a decoder attends to.
 WRITERS = {
     "class_token": FAMILIES["coca_wrong_mask"],

@@ -73,7 +73,7 @@ def test_naflex_folders_are_siglip2s_and_not_immichs(tmp_path, families):
     assert (content["architectures"], content["model_type"]) == (["Siglip2Model"], "siglip2")
     sizes = {"model_type": "siglip2_vision_model", "num_patches": 9, "patch_size": 8}
     assert content["vision_config"] == sizes
-    how = image_processor.read(tmp_path, 24, siglip=True, patch_size=8)
+    how = image_processor.read(tmp_path, 24, "Siglip2", 8)
     assert replace(how, rules="openai") == weights.preprocess
     with pytest.raises(InputError, match=r"immich supports square images only"):
         write(weights, tmp_path, "immich")
