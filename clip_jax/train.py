@@ -289,7 +289,7 @@ def begin(config: Config, program: Program) -> State:
     own = {} if config.lora is not None else params
     for term in config.objective:
         if isinstance(term, ClassifierConfig) and "text" in params:
-            head = read_weights(files.as_path(config.init_from)).head
+            head = read_weights(files.as_path(config.init_from), one_tower=True).head
             if head is None or head.classes != term.classes:
                 model = Model(config.model, params, default_preprocess(config.model))
                 head = prompt_head(model, term.classes, term.templates)

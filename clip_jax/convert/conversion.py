@@ -1,6 +1,6 @@
 """Convert a model from one format to another, with a numerical check."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clip_jax.convert import card
 from clip_jax.convert.formats import TARGETS, Format, read_weights, verify, write_weights
@@ -8,6 +8,7 @@ from clip_jax.convert.verify import Unverifiable, Verification, features_differe
 from clip_jax.convert.weights import DType, with_input
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
+from clip_jax.optim import Tower
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
@@ -32,6 +33,9 @@ class ConvertConfig:
     # With --to open-clip: write even if open_clip computes the image tower with another GELU, and
     # report how much that changes the features.
     accept_activation: bool = False
+    # With --to hugging-face: write one tower of a CLIP alone, as transformers'
+    # CLIPVisionModelWithProjection or CLIPTextModelWithProjection. None: the model.
+    tower: Tower | None = None
     overwrite: bool = False  # Replace an existing destination.
 
     def __post_init__(self) -> None:
@@ -63,7 +67,19 @@ def convert(config: ConvertConfig) -> Conversion:
             f"--accept-activation needs --to open-clip; --to {config.to} keeps the model's "
             "activation."
         )
-    weights = read_weights(source, activation=config.activation, tokenizer=config.tokenizer)
+    is_hugging_face = config.to == "hugging-face"
+    weights = read_weights(
+        source, activation=config.activation, tokenizer=config.tokenizer, one_tower=is_hugging_face
+    )
+    if config.tower is not None:
+        if not is_hugging_face or weights.only_tower not in (None, config.tower):
+            raise InputError(
+                f"--tower {config.tower} needs --to hugging-face and a model with that tower; "
+                "omit it, or change --to or the source."
+            )
+        name = {"image": "visual", "text": "text"}[config.tower]
+        params = {name: weights.params[name]}
+        weights = replace(weights, params=params, only_tower=config.tower)
     weights = with_input(weights, image_size=config.image_size, tokens=config.tokens)
     difference = None
     if config.accept_activation and target.as_computed is not None:

@@ -23,6 +23,7 @@ from clip_jax.convert import (
     open_clip_config,
     openai,
     peft,
+    perception_models,
     run,
     tokenizer_files,
 )
@@ -69,6 +70,7 @@ def read_weights(
     tokens: int | None = None,
     tokenizer: str | None = None,
     ema: bool = True,
+    one_tower: bool = False,
 ) -> Weights:
     """Read a run, or a model file or folder of any supported format, recognised by its content.
 
@@ -79,7 +81,8 @@ def read_weights(
     records another. Another `image_size` than the model's resizes its position embeddings;
     `tokens` is the number of patches of an image of a NaFlex model (see `with_input`).
     `tokenizer` is the vocabulary for weights that have none. `ema` takes the average that a run
-    with optim.ema_decay keeps, instead of its last weights.
+    with optim.ema_decay keeps, instead of its last weights. With `one_tower` the folder may hold a
+    single tower.
     """
     path, which = split_name(path)
     if not path.exists():
@@ -97,6 +100,11 @@ def read_weights(
             weights = _relocated(path, here, _read(here, activation))
             weights = replace(weights, head=_read_head(here, weights.config.embed_dim))
     _check_numbers(weights, path)
+    if (only := weights.only_tower) and not one_tower:
+        raise InputError(
+            f"{path} holds the {only} tower of a model alone. Give a whole model, start one by "
+            f"--init-from and --init-towers {only}, or convert it by --to hugging-face."
+        )
     own = weights.config.text.activation
     if activation not in (None, own):
         raise InputError(
@@ -166,6 +174,8 @@ def _read(path: Path, activation: Activation | None) -> Weights:
     if any(name.startswith("text_model.") for name in tensors):
         return hugging_face.read(path.parent)
     config = config_path if config_path.exists() else None
+    if config is None and perception_models.PROBE in tensors:
+        return perception_models.read(tensors, str(path))
     return open_clip.read(tensors, str(path), config, activation=activation)
 
 
@@ -247,7 +257,10 @@ def starting_params(
     cut to its context length. With one tower, neither the other nor the logit scale is returned.
     Raises InputError, which names the first parameter of another shape.
     """
-    weights = read_weights(files.as_path(path), image_size=config.vision.image_size)
+    size = config.vision.image_size
+    weights = read_weights(files.as_path(path), image_size=size, one_tower=len(set(towers)) < 2)
+    if weights.only_tower not in (None, *towers):
+        raise InputError(f"{path} holds the {weights.only_tower} tower alone; set --init-towers.")
     own, where = weights.config.text, f"init_from={str(path)!r}"
     length = config.text.context_length
     if "text" in towers:
@@ -258,7 +271,7 @@ def starting_params(
                 f"the last of {own.context_length} positions and knows no other length: set "
                 f"--model.text.context-length {own.context_length}."
             )
-    params, text = weights.params, weights.params["text"]
+    params, text = weights.params, weights.params.get("text", {})
     if "positional_embedding" in text:
         positions = text["positional_embedding"]
         if own.has_class_token and config.text.has_class_token:  # the last is the class token's

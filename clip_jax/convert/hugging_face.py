@@ -3,7 +3,8 @@
 `CLIPModel` and `MetaClip2Model` differ in the end of text: MetaCLIP 2 uses the configured id; in
 CLIP, id 2 means the highest id. `SiglipModel` is for SigLIP and fixed-resolution SigLIP 2,
 `Siglip2Model` for SigLIP 2 of native aspect ratios (NaFlex). `AltCLIPModel` and `ChineseCLIPModel`
-have CLIP's image tower and the text tower of `bert`; `Tipsv2Model` is in `tips`.
+have CLIP's image tower and the text tower of `bert`; `Tipsv2Model` is in `tips`. One tower of a
+CLIP alone is a `CLIPVisionModelWithProjection` or a `CLIPTextModelWithProjection`.
 """
 
 import typing
@@ -35,6 +36,7 @@ from clip_jax.models.layers import Activation
 from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
 from clip_jax.models.tips import TipsConfig
 from clip_jax.models.vit import ViTConfig
+from clip_jax.optim import Tower
 
 WEIGHTS_NAME = "model.safetensors"
 _WEIGHTS_NAMES = (
@@ -306,6 +308,12 @@ def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
         top = {"projection_dim": config.embed_dim, "logit_scale_init_value": 2.6592}
         for section in (vision_config, text_config):
             section["projection_dim"] = config.embed_dim
+    if only := weights.only_tower:
+        name, content = {"image": ("Vision", vision_config), "text": ("Text", text_config)}[only]
+        return {
+            "architectures": [f"CLIP{name}ModelWithProjection"], "dtype": dtype,
+            "model_type": f"clip_{name.lower()}_model", **content,
+        }  # fmt: skip
     return {
         "architectures": [f"{kind}Model"],
         "model_type": model_type,
@@ -323,8 +331,8 @@ def read(folder: Path) -> Weights:
     """Read a folder. Raises InputError, which names what is missing or not supported."""
     path = folder / "config.json"
     content = read_json(path)
-    kind = content.get("model_type")
-    if kind not in _MODEL_TYPES:
+    kind, alone = content.get("model_type"), _ALONE.get(content.get("model_type", ""))
+    if kind not in _MODEL_TYPES and alone is None:
         known = ", ".join(f"{name} ({kind!r})" for kind, name in _MODEL_TYPES.items())
         raise InputError(
             f"{path} has model_type={kind!r:.99}; supported are Hugging Face's {known}."
@@ -333,8 +341,16 @@ def read(folder: Path) -> Weights:
     if file is None:
         raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}; add the weights.")
     tensors = {n: x for n, x in read_tensors(file).items() if not n.endswith(_POSITION_IDS)}
+    if alone is not None:
+        kind, size = "clip", content.get("projection_dim", 512)
+        content = {"model_type": kind, f"{alone.name}_config": content, "projection_dim": size}
+        own = (f"{alone.name}_model.", alone.projection)  # a model without projection has no prefix
+        tensors = {n if n.startswith(own) else f"{own[0]}{n}": x for n, x in tensors.items()}
     with naming(path):
         config = _config(content, str(path))
+    if alone is not None and f"{alone.projection}.weight" not in tensors:
+        tower = replace(getattr(config, alone.name), projection=False)
+        config = replace(config, embed_dim=tower.width, **{alone.name: tower})
     if kind == tips.MODEL_TYPE:
         tensors = tips.from_file(tensors, content, str(path))
     if kind == "altclip":  # transformers 5 writes another name than it did before
@@ -358,8 +374,30 @@ def read(folder: Path) -> Weights:
         image_mean=preprocess.mean,
         image_std=preprocess.std,
     )
-    params = to_params(rows(config), tensors, config, str(file))
-    return Weights(config=config, params=params, preprocess=preprocess)
+    only = None if alone is None else alone.tower
+    params = to_params(_rows_of(config, only), tensors, config, str(file))
+    return Weights(config=config, params=params, preprocess=preprocess, only_tower=only)
+
+
+class _Alone(typing.NamedTuple):
+    """A class of transformers with one tower of a CLIP."""
+
+    tower: Tower
+    name: str  # in `vision_config` and such
+    projection: str
+    features: str  # its output
+
+
+_ALONE = {
+    "clip_vision_model": _Alone("image", "vision", "visual_projection", "image_embeds"),
+    "clip_text_model": _Alone("text", "text", "text_projection", "text_embeds"),
+}
+
+
+def _rows_of(config: CLIPConfig, tower: Tower | None) -> list[Row]:
+    """Return the table of one tower alone, or (None) of the model."""
+    prefix = {"image": "visual/", "text": "text/", None: ""}[tower]
+    return [row for row in rows(config) if row.ours.startswith(prefix)]
 
 
 _MODEL_TYPES = {
@@ -392,13 +430,16 @@ def check(weights: Weights) -> None:
         check_siglip(weights, f"Hugging Face's {name}", {})
     else:
         check_assumptions(weights, "Hugging Face's CLIPModel", CLIP_ASSUMPTIONS, advice)
+        return
+    if weights.only_tower:
+        raise InputError("--tower is supported for CLIP alone, whose towers have classes.")
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
     """Write all files that transformers' model and processor need offline. See `check`."""
     check(weights)
-    config = weights.config
-    tensors = from_params(rows(config), weights.params)
+    config, only = weights.config, weights.only_tower
+    tensors = from_params(_rows_of(config, only), weights.params)
     if isinstance(config.vision, TipsConfig):
         tensors = tips.to_file(tensors)
     elif not config.text.projection:  # SiglipModel always has a projection: write the identity
@@ -410,8 +451,10 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     kind = next(x for n, x in sorted(tensors.items()) if x.ndim > 1).dtype.name
     write_json(folder / "config.json", config_json(weights, kind))
-    image_processor.write(folder, weights.preprocess, config.vision.has_map_head)
-    tokenizer_files.write(folder, config.text)
+    if only != "text":
+        image_processor.write(folder, weights.preprocess, config.vision.has_map_head)
+    if only != "image":
+        tokenizer_files.write(folder, config.text)
 
 
 def outputs(
@@ -420,7 +463,17 @@ def outputs(
     """Return the outputs of the model in a folder, as `adapt` changes it."""
     with verify.library("transformers", "transformers"):
         import torch
+        import transformers
         from transformers import AutoModel
+
+        if only := weights.only_tower:
+            content = read_json(path / "config.json")
+            kind = getattr(transformers, content["architectures"][0])
+            alone = _ALONE[content["model_type"]]
+            given = verify.torch_inputs(inputs)[only == "text"]
+            with torch.no_grad():
+                features = kind.from_pretrained(path)(given)[alone.features]
+            return {f"{only}_features": features.numpy()}
 
         model = adapt(AutoModel.from_pretrained(path, local_files_only=True)).eval().float()
 

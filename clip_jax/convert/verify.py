@@ -32,10 +32,10 @@ class Verification:
     """Relative differences ‖a − b‖/‖b‖ between our outputs (a) and the reference's (b)."""
 
     reference: str  # the library
-    image_features: float
-    text_features: float
-    logits: float
     rounding_loss: float | None  # difference of ours by rounding the weights; None: not rounded
+    image_features: float | None = None  # None: the model has one tower alone
+    text_features: float | None = None
+    logits: float | None = None
     caption_logits: float | None = None  # of a decoder, for all token ids; None: none
 
     @property
@@ -86,6 +86,11 @@ def our_outputs(config: CLIPConfig, params: Params, images: Any, tokens: Any) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(model: CLIP, params: Params, images: Images, tokens: Array) -> dict[str, Array]:
+    if len(alone := {"visual", "text"} & params.keys()) < 2:  # one tower
+        params = {"logit_scale": jnp.zeros(()), **params}
+        if "visual" in alone:
+            return {"image_features": model.encode_image(params, images)}
+        return {"text_features": model.encode_text(params, tokens)}
     needs = () if model.config.decoder is None else ("caption_states",)
     out, _ = model.outputs(params, {"image": images}, {"text": tokens}, needs)
     logits = l2_normalize(out["image"]) @ l2_normalize(out["text"]).T

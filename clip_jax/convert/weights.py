@@ -20,6 +20,7 @@ from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.vit import ViTConfig, resize_positions
+from clip_jax.optim import Tower
 
 DType = Literal["float32", "float16", "bfloat16"]  # dtype of tensors in files
 
@@ -51,6 +52,7 @@ class Weights:
     preprocess: Preprocess = field(default_factory=Preprocess)
     head: Head | None = None
     adapters: Adapters | None = None  # those merged into `params`
+    only_tower: Tower | None = None  # the one tower that `params` has; None: it has all
 
 
 def default_preprocess(config: CLIPConfig, like: Preprocess | None = None) -> Preprocess:
@@ -162,6 +164,8 @@ def with_input(
             f"image_size={image_size} and tokens={tokens} exclude each other: image_size makes a "
             "model of fixed resolution, tokens one of any aspect ratio (NaFlex); omit one."
         )
+    if weights.only_tower == "text":
+        return weights
     if tokens is not None:
         return _with_tokens(weights, tokens)
     if image_size is None or (image_size == vision.image_size and not is_naflex):
@@ -193,8 +197,8 @@ def with_input(
             grid = rearrange(grid, "h w D -> (h w) D")
         grid = np.asarray(grid).astype(before.dtype)
         flat[vision.positions_path] = np.concatenate([before[:extra], grid])
-    params, head = unflatten(flat), weights.head
-    return Weights(config=config, preprocess=preprocess, params=params, head=head)
+    params = unflatten(flat)
+    return replace(weights, config=config, preprocess=preprocess, params=params, adapters=None)
 
 
 def _with_tokens(weights: Weights, tokens: int) -> Weights:
