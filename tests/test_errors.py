@@ -60,7 +60,9 @@ def names(**fields: str) -> set[str]:
 # What zero, a negative number or infinity stands for is said beside the field.
 NEGATIVE = names(
     MeshConfig="data fsdp tensor", CLIPConfig="init_logit_bias image_mean", Preprocess="mean",
-    ViTConfig="layer_scale", PrepareConfig="min_score max_score",
+    ViTConfig="layer_scale", RotaryConfig="layer_scale", TipsConfig="layer_scale",
+    ConvStemConfig="layer_scale", ConvNeXtConfig="layer_scale",
+    PrepareConfig="min_score max_score",
     RulesConfig="batch_exponent width_exponent", LiveTeacher="logit_bias",
     StoredTeacher="logit_bias",
 )  # fmt: skip
@@ -74,6 +76,9 @@ ZERO = names(
     PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
     "seed", HardwareConfig="start_seconds", RulesConfig="max_warmup_share",
     InputBench="warmup", StepBench="warmup", ViTConfig="patch_dropout",
+    RotaryConfig="patch_dropout", TipsConfig="patch_dropout registers",
+    ConvStemConfig="patch_dropout", BertConfig="eos_token_id first_position",
+    TipsTextConfig="eos_token_id",
     SigLIP2Lengths="fixed_share",
     GenerationConfig="seed length_penalty", Preprocess="fill", CaptionConfig="weight",
     TextConfig="eos_token_id", SoftmaxConfig="weight budget_mib label_smoothing",

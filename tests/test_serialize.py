@@ -30,13 +30,19 @@ def test_missing_fields_take_defaults():
         ({"embed_dims": 512}, r"config has unknown fields \['embed_dims'\]; CLIPConfig has embed"),
         ({"embed_dim": True}, r"config.embed_dim is True; it must be of type int"),
         ({"dtype": "float16"}, r"config.dtype is 'float16'; it must be one of \['float32'"),
-        ({"vision": {"width": 768}}, r"config.vision.type is None; it must be one of \['ResNet"),
+        ({"vision": {"width": 768}}, r"config.vision.type is None; it must be one of \['ConvNeXt"),
         (
             {"vision": {"type": ["ViTConfig"]}},
             r"config.vision.type is \['ViTConfig'\]; it must be one",
         ),
-        ({"text": {"type": "ViTConfig"}}, r"config.text.type is 'ViTConfig'; it must be 'TextCon"),
-        ({"text": {"width": 100, "num_heads": 3}}, r"text.width=100 must be a multiple of"),
+        (
+            {"text": {"type": "ViTConfig"}},
+            r"config.text.type is 'ViTConfig'; it must be one of \['Bert",
+        ),
+        (
+            {"text": {"type": "TextConfig", "width": 100, "num_heads": 3}},
+            r"text.width=100 must be a multiple of",
+        ),
         ({"image_mean": [0.5, 0.5]}, r"config.image_mean has 2 values; it must have 3"),
         ({"image_mean": [0.5, 0.5, "x"]}, r"config.image_mean\[2\] is 'x'"),
         (

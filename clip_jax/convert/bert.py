@@ -1,6 +1,6 @@
 """Text towers BERT, RoBERTa and XLM-RoBERTa, in open_clip and in AltCLIP and ChineseCLIP."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,18 +67,15 @@ def read_open_clip(section: Settings) -> BertConfig:
     """Read a text tower that open_clip builds with transformers. Raises InputError for others."""
     name = section.get("hf_model_name", "", str)
     known = KNOWN.get(name.removeprefix("FacebookAI/"))
-    if known is None:
-        kind = next((kind for start, kind in _OTHERS.items() if name.startswith(start)), "")
-        raise InputError(
-            f"{section.where}.hf_model_name={name!r:.99} is not supported"
-            + (f": clip_jax has no {kind}." if kind else f"; use one of {', '.join(KNOWN)}.")
-        )
     pooler = section.get("hf_pooler_type", "mean_pooler", str)
     head = section.get("hf_proj_type", "mlp", str)
-    if pooler not in _POOLERS or head not in ("linear", "mlp"):
+    if known is None or pooler not in _POOLERS or head not in ("linear", "mlp"):
+        kinds = (kind for start, kind in _OTHERS.items() if name.startswith(start))
+        why = next((f": clip_jax has no {kind}" for kind in kinds), "")
         raise InputError(
-            f"{section.where}: hf_pooler_type={pooler!r:.99} with hf_proj_type={head!r:.99} is not "
-            f"supported; supported are {', '.join(_POOLERS)}, and linear or mlp."
+            f"{section.where}: hf_model_name={name!r:.99}, hf_pooler_type={pooler!r:.99}, "
+            f"hf_proj_type={head!r:.99} is not supported{why}; supported are {', '.join(KNOWN)}, "
+            f"with {' or '.join(_POOLERS)}, and linear or mlp."
         )
     length = section.count("context_length", 77)
     return replace(known, context_length=length, pool=_POOLERS[pooler], head=head)
@@ -109,36 +106,26 @@ class ModelClass(NamedTuple):
 
     name: str
     prefix: str  # of the tower's tensors
-    text: BertConfig  # its defaults
+    text: BertConfig  # its defaults; in the fields `FIXED` it has no other values
 
     @property
     def table(self) -> Table:
         """Names of settings in `text_config`, and their defaults."""
-        names = {
-            "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "mlp_width",
-            "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
-            "max_position_embeddings": "positions", "type_vocab_size": "token_types",
-            "layer_norm_eps": "norm_epsilon",
-        }  # fmt: skip
-        return {theirs: (ours, getattr(self.text, ours)) for theirs, ours in names.items()}
-
-    @property
-    def fixed(self) -> dict[str, Any]:
-        """Fields that the class determines."""
-        return {x: getattr(self.text, x) for x in ("head", "pool", "first_position")}
+        return {theirs: (ours, getattr(self.text, ours)) for theirs, ours in _SETTINGS.items()}
 
     @property
     def names(self) -> Rules:
+        """Names of tensors."""
         return (*_NAMES, *_CLASSES, (r"^text/", f"{self.prefix}/"))
 
-    def settings(self, text: BertConfig, embed_dim: int) -> dict[str, Any]:
-        """Return `text_config` without the activation."""
-        ids = text.tokenizer
-        special = {"bos_token_id": ids.begin_id, "eos_token_id": ids.end_id}
-        projected = {"project_dim": embed_dim} if text.head == "norm" else {}
-        return by_table(self.table, text) | special | projected | {"pad_token_id": ids.pad_id}
 
-
+FIXED = ("head", "pool", "first_position")
+_SETTINGS = {
+    "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "mlp_width",
+    "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
+    "max_position_embeddings": "positions", "type_vocab_size": "token_types",
+    "layer_norm_eps": "norm_epsilon",
+}  # fmt: skip
 CLASSES = {
     "altclip": ModelClass(
         "AltCLIPModel", "text_model/roberta", BertConfig(head="norm", pool="first", **_LARGE)
@@ -156,12 +143,20 @@ CLASSES = {
 def class_of(text: BertConfig) -> str:
     """Return the model type of the class with such a text tower. Raises InputError if none has."""
     for kind, each in CLASSES.items():
-        if each.fixed.items() <= {f.name: getattr(text, f.name) for f in fields(text)}.items():
+        if all(getattr(each.text, name) == getattr(text, name) for name in FIXED):
             return kind
     raise InputError(
         f"transformers has no CLIP with text.head={text.head!r}, text.pool={text.pool!r}, "
         f"text.first_position={text.first_position}; use --to open-clip or clip-jax."
     )
+
+
+def settings(text: Any, embed_dim: int) -> dict[str, Any]:
+    """Return `text_config` without the activation. Raises InputError if no class has the tower."""
+    ids, own = text.tokenizer, by_table(CLASSES[class_of(text)].table, text)
+    special = {"bos": ids.begin_id, "eos": ids.end_id, "pad": ids.pad_id}
+    projected = {"project_dim": embed_dim} if text.head == "norm" else {}
+    return own | projected | {f"{name}_token_id": number for name, number in special.items()}
 
 
 def context_length(folder: Path, text: BertConfig) -> int:

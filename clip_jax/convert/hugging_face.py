@@ -156,8 +156,6 @@ CLIP_ASSUMPTIONS: Assumptions = {
 SIGLIP_ASSUMPTIONS: Assumptions = {  # also big_vision's
     "vision": ViTConfig,
     "text": TextConfig,
-    "vision.activation": tuple(_ACTIVATIONS.values()),
-    "text.activation": tuple(_ACTIVATIONS.values()),
     "decoder": None,
     "has_logit_bias": True,
     "vision.pool": "map",
@@ -168,6 +166,8 @@ SIGLIP_ASSUMPTIONS: Assumptions = {  # also big_vision's
     "vision.layer_scale": None,
     "text.causal": False,
     "text.pool": "last",
+    "vision.activation": tuple(_ACTIVATIONS.values()),
+    "text.activation": tuple(_ACTIVATIONS.values()),
     "preprocess.resize_mode": ("shortest", "squash"),
 }
 
@@ -217,11 +217,10 @@ def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
                 f"{source}: text_config.project_dim={projected} is not supported; it must equal "
                 f"projection_dim={embed_dim}."
             )
-        return CLIPConfig(
-            embed_dim=embed_dim,
-            vision=ViTConfig(**vision),
-            text=BertConfig(**text, **kind.fixed, context_length=kind.text.context_length),
-        )
+        longest = text["positions"] - kind.text.first_position
+        text |= {"context_length": min(kind.text.context_length, longest)}
+        tower = replace(kind.text, **text)
+        return CLIPConfig(embed_dim=embed_dim, vision=ViTConfig(**vision), text=tower)
     text = _tower(sections[1], _TEXT, "quick_gelu")
     eos = sections[1].count("eos_token_id", 49_407)
     # An end of text with the highest id is also that of argmax.
@@ -263,29 +262,21 @@ def _read_siglip(content: dict[str, Any], source: str) -> CLIPConfig:
     )
 
 
-def towers(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of image and text tower that both model classes share."""
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-    vision, text = typing.cast(ViTConfig, config.vision), config.text
-    if isinstance(text, BertConfig):
-        own = bert.CLASSES[bert.class_of(text)].settings(text, config.embed_dim)
-    else:
-        own = by_table(_TEXT, text)
-    return (
-        {**by_table(_IMAGE, vision), "hidden_act": names[vision.activation]},
-        {**own, "hidden_act": names[text.activation]},
-    )
-
-
 def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`."""
     config, text = weights.config, weights.config.text
     if isinstance(config.vision, TipsConfig):
         return {
             "architectures": ["Tipsv2Model"], "model_type": tips.MODEL_TYPE, "dtype": dtype,
-            **dict(zip(("vision_config", "text_config"), tips.settings(config), strict=True)),
+            "vision_config": by_table(tips.IMAGE, config.vision),
+            "text_config": by_table(tips.TEXT, text),
         }  # fmt: skip
-    vision_config, text_config = towers(config)
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    vision_config = by_table(_IMAGE, config.vision)
+    vision_config["hidden_act"] = names[typing.cast(Activation, config.vision.activation)]
+    is_bert = isinstance(text, BertConfig)
+    own = bert.settings(text, config.embed_dim) if is_bert else by_table(_TEXT, text)
+    text_config = {**own, "hidden_act": names[text.activation]}
     top: dict[str, Any] = {}
     if config.vision.has_map_head:
         kind, model_type = "Siglip", "siglip"
@@ -295,16 +286,15 @@ def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
             vision_config["num_patches"] = typing.cast(ViTConfig, config.vision).grid ** 2
         text_config["projection_size"] = config.embed_dim
     else:
-        if isinstance(text, BertConfig):
+        is_metaclip = text.pool == "eos" and text.tokenizer.file != "clip"
+        kind, model_type = ("MetaClip2", "metaclip_2") if is_metaclip else ("CLIP", "clip")
+        if is_bert:
             model_type = bert.class_of(text)
             kind = bert.CLASSES[model_type].name.removesuffix("Model")
         else:
-            is_metaclip = text.pool == "eos" and text.tokenizer.file != "clip"
-            kind, model_type = ("MetaClip2", "metaclip_2") if is_metaclip else ("CLIP", "clip")
-            eos = text.end_of_text_id
-            text_config["eos_token_id"] = eos
-            if not is_metaclip:
-                text_config |= {"bos_token_id": eos - 1, "pad_token_id": eos}
+            text_config["eos_token_id"] = eos = text.end_of_text_id
+        if kind == "CLIP":
+            text_config |= {"bos_token_id": eos - 1, "pad_token_id": eos}
         top = {"projection_dim": config.embed_dim, "logit_scale_init_value": 2.6592}
         for section in (vision_config, text_config):
             section["projection_dim"] = config.embed_dim
@@ -331,8 +321,9 @@ def read(folder: Path) -> Weights:
     """Read a folder. Raises InputError, which names what is missing or not supported."""
     path = folder / "config.json"
     content = read_json(path)
-    kind, alone = content.get("model_type"), _ALONE.get(content.get("model_type", ""))
-    if kind not in _MODEL_TYPES and alone is None:
+    kind = str(content.get("model_type"))
+    only, field, projection = _ALONE.get(kind, (None, "", ""))
+    if kind not in _MODEL_TYPES and only is None:
         known = ", ".join(f"{name} ({kind!r})" for kind, name in _MODEL_TYPES.items())
         raise InputError(
             f"{path} has model_type={kind!r:.99}; supported are Hugging Face's {known}."
@@ -341,18 +332,21 @@ def read(folder: Path) -> Weights:
     if file is None:
         raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}; add the weights.")
     tensors = {n: x for n, x in read_tensors(file).items() if not n.endswith(_POSITION_IDS)}
-    if alone is not None:
+    if only is not None:
         kind, size = "clip", content.get("projection_dim", 512)
-        content = {"model_type": kind, f"{alone.name}_config": content, "projection_dim": size}
-        own = (f"{alone.name}_model.", alone.projection)  # a model without projection has no prefix
+        content = {"model_type": kind, f"{field}_config": content, "projection_dim": size}
+        own = (f"{field}_model.", projection)  # without projection, names may have no prefix
         tensors = {n if n.startswith(own) else f"{own[0]}{n}": x for n, x in tensors.items()}
     with naming(path):
-        config = _config(content, str(path))
-    if alone is not None and f"{alone.projection}.weight" not in tensors:
-        tower = replace(getattr(config, alone.name), projection=False)
-        config = replace(config, embed_dim=tower.width, **{alone.name: tower})
+        if kind == tips.MODEL_TYPE:
+            config = tips.read(*_sections(content, str(path)))
+        else:
+            config = (_read_siglip if "siglip" in kind else _read_clip)(content, str(path))
+    if only is not None and f"{projection}.weight" not in tensors:
+        tower = replace(getattr(config, field), projection=False)
+        config = replace(config, embed_dim=tower.width, **{field: tower})
     if kind == tips.MODEL_TYPE:
-        tensors = tips.from_file(tensors, content, str(path))
+        tensors = tips.from_file(tensors)
     if kind == "altclip":  # transformers 5 writes another name than it did before
         old = "vision_model.encoder.layer."
         tensors = {n.replace(old, "vision_model.encoder.layers."): x for n, x in tensors.items()}
@@ -374,23 +368,14 @@ def read(folder: Path) -> Weights:
         image_mean=preprocess.mean,
         image_std=preprocess.std,
     )
-    only = None if alone is None else alone.tower
     params = to_params(_rows_of(config, only), tensors, config, str(file))
     return Weights(config=config, params=params, preprocess=preprocess, only_tower=only)
 
 
-class _Alone(typing.NamedTuple):
-    """A class of transformers with one tower of a CLIP."""
-
-    tower: Tower
-    name: str  # in `vision_config` and such
-    projection: str
-    features: str  # its output
-
-
-_ALONE = {
-    "clip_vision_model": _Alone("image", "vision", "visual_projection", "image_embeds"),
-    "clip_text_model": _Alone("text", "text", "text_projection", "text_embeds"),
+# Classes of transformers with one tower of a CLIP: our tower and field, and the projection's name.
+_ALONE: dict[str, tuple[Tower, str, str]] = {
+    "clip_vision_model": ("image", "vision", "visual_projection"),
+    "clip_text_model": ("text", "text", "text_projection"),
 }
 
 
@@ -405,15 +390,6 @@ _MODEL_TYPES = {
     "siglip2": "Siglip2Model", tips.MODEL_TYPE: "Tipsv2Model",
     **{kind: each.name for kind, each in bert.CLASSES.items()},
 }  # fmt: skip
-
-
-def _config(content: dict[str, Any], source: str) -> CLIPConfig:
-    match content["model_type"]:
-        case "siglip" | "siglip2":
-            return _read_siglip(content, source)
-        case tips.MODEL_TYPE:
-            return tips.read(*_sections(content, source))
-    return _read_clip(content, source)
 
 
 def check(weights: Weights) -> None:
@@ -467,12 +443,10 @@ def outputs(
         from transformers import AutoModel
 
         if only := weights.only_tower:
-            content = read_json(path / "config.json")
-            kind = getattr(transformers, content["architectures"][0])
-            alone = _ALONE[content["model_type"]]
-            given = verify.torch_inputs(inputs)[only == "text"]
+            kind = getattr(transformers, read_json(path / "config.json")["architectures"][0])
+            of_tower = verify.torch_inputs(inputs)[only == "text"]
             with torch.no_grad():
-                features = kind.from_pretrained(path)(given)[alone.features]
+                features = kind.from_pretrained(path)(of_tower)[f"{only}_embeds"]
             return {f"{only}_features": features.numpy()}
 
         model = adapt(AutoModel.from_pretrained(path, local_files_only=True)).eval().float()

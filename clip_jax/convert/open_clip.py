@@ -46,7 +46,8 @@ _PROJECTION: Rules = (
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
-    names, axes = map(list, timm.rules(config.vision))
+    family = timm.family_of(config.vision)
+    names, axes = ([*family.names], [*family.axes]) if family else ([], [])
     if isinstance(config.text, BertConfig):
         names += bert.open_clip_names(config.text)
         axes += bert.AXES

@@ -1,5 +1,6 @@
 """PE core's own files: a state dict of Meta's program under names like OpenAI's."""
 
+import math
 from dataclasses import replace
 from typing import cast
 
@@ -8,13 +9,7 @@ import numpy as np
 from clip_jax.convert import openai
 from clip_jax.convert.state_dict import Row, Rules, table, to_params
 from clip_jax.convert.tensor_files import Tensors
-from clip_jax.convert.weights import (
-    Weights,
-    count_blocks,
-    default_preprocess,
-    shape_of,
-    square_side,
-)
+from clip_jax.convert.weights import Weights, count_blocks, default_preprocess, shape_of
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
@@ -49,7 +44,7 @@ def read(tensors: Tensors, source: str) -> Weights:
     config = known[sizes.index((width, depth))]
     vision = cast(RotaryConfig, config.vision)
     positions, _ = shape_of(tensors, "visual.positional_embedding", 2, source)
-    side = square_side(positions - vision.extra_positions, "visual.positional_embedding", source)
+    side = math.isqrt(positions)
     vision = replace(vision, image_size=side * vision.patch_size, reference_grid=side)
     bare = replace(config, vision=replace(vision, projection_bias=False))
     params = to_params(rows(bare), openai.without_bookkeeping(tensors), bare, source)

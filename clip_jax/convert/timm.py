@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
-from clip_jax.convert.state_dict import TORCH_AXES, Rules
+from clip_jax.convert.state_dict import Rules
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import Vision
@@ -123,62 +123,39 @@ _CONVNEXT: Rules = (
     (r"^visual/ln_post/", "visual/trunk/head/norm/"),
     (r"^visual/fc/", "visual/head/mlp/fc1/"),
 )
-_DEPTHWISE: Rules = ((r"/conv/kernel$", "D C P Q -> P Q C D"),)
+_DEPTHWISE: Rules = ((r"/conv/kernel$", "D C P Q -> P Q C D"), *AXES)
+LAYER_SCALE: Rules = ((r"/ls_([12])/gamma", r"/ls\1/gamma"), *NAMES)
+_MAP, _TOKEN = ("map", "none"), ("token", None)
+
+
+def _is(kind: type, **fields: Any) -> Callable[[Any], bool]:
+    return lambda x: type(x) is kind and all(getattr(x, n) == y for n, y in fields.items())
 
 
 def _convnext(head: str, projection: str) -> Family:
     names = (*_CONVNEXT, (r"^visual/proj$", f"visual/head/{projection}/weight"), *NAMES)
-    return Family(
-        lambda x: isinstance(x, ConvNeXtConfig) and x.head == head,
-        ("", head), names, (*_DEPTHWISE, *AXES), ("image_size", "head"),
-    )  # fmt: skip
+    free = ("image_size", "head")
+    return Family(_is(ConvNeXtConfig, head=head), ("", head), names, _DEPTHWISE, free)
 
 
-def _is_vit(vision: Any, naflex: bool = False) -> bool:
-    return type(vision) is ViTConfig and (vision.max_patches is not None) == naflex
-
-
-_MAP, _TOKEN = ("map", "none"), ("token", None)
-_LAYER_SCALE: Rules = ((r"/ls_([12])/gamma", r"/ls\1/gamma"),)
 FAMILIES = (
-    Family(lambda x: _is_vit(x) and x.has_map_head, _MAP, NAMES, AXES, ("activation",)),
+    Family(_is(ViTConfig, pool="map", max_patches=None), _MAP, NAMES, AXES, ("activation",)),
     Family(
-        lambda x: _is_vit(x, True) and x.has_map_head, _MAP, _NAFLEX_NAMES, _NAFLEX_AXES,
-        ("activation", "max_patches"),
+        _is(ViTConfig, pool="map"), _MAP, _NAFLEX_NAMES, _NAFLEX_AXES, ("activation", "max_patches")
     ),
-    Family(
-        lambda x: _is_vit(x) and x.projection_bias, _TOKEN,
-        (*_LAYER_SCALE, *NAMES), AXES,
-    ),
-    Family(
-        lambda x: isinstance(x, ConvStemConfig), _TOKEN, (*_STEM, *_LAYER_SCALE, *NAMES), AXES,
-        ("batch_norm_group",),
-    ),
-    Family(
-        lambda x: isinstance(x, RotaryConfig) and x.key_bias, ("map", None), NAMES, AXES
-    ),
-    Family(
-        lambda x: isinstance(x, RotaryConfig) and not x.key_bias and x.activation != "swiglu",
-        _TOKEN, (*_BIASES, *NAMES), AXES,
-    ),
-    Family(
-        lambda x: isinstance(x, RotaryConfig) and not x.key_bias and x.activation == "swiglu",
-        _TOKEN, (*_APART, *NAMES), AXES,
-    ),
+    Family(_is(ViTConfig, projection_bias=True), _TOKEN, LAYER_SCALE, AXES),
+    Family(_is(ConvStemConfig), _TOKEN, (*_STEM, *LAYER_SCALE), AXES, ("batch_norm_group",)),
+    Family(_is(RotaryConfig, key_bias=True), ("map", None), NAMES, AXES),
+    Family(_is(RotaryConfig, activation="gelu"), _TOKEN, (*_BIASES, *NAMES), AXES),
+    Family(_is(RotaryConfig, activation="swiglu"), _TOKEN, (*_APART, *NAMES), AXES),
     _convnext("linear", "proj"),
     _convnext("mlp", "mlp/fc2"),
-)  # fmt: skip
+)
 
 
 def family_of(vision: Vision) -> Family | None:
     """Return the family of a tower; None if open_clip has no such tower, or builds it itself."""
     return next((family for family in FAMILIES if family.fits(vision)), None)
-
-
-def rules(vision: Vision) -> tuple[Rules, Rules]:
-    """Return the rules for names and axes of a tower's tensors; none of open_clip's own towers."""
-    family = family_of(vision)
-    return (family.names, (*family.axes, *TORCH_AXES)) if family else ((), ())
 
 
 def tower(name: str, head: tuple[str, str | None], size: int, where: str) -> Vision:
@@ -198,13 +175,11 @@ def tower(name: str, head: tuple[str, str | None], size: int, where: str) -> Vis
     elif isinstance(own, ViTConfig) and own.max_patches is not None:
         # Of any size, from which open_clip 3.3 has no number of patches apart.
         own = replace(own, max_patches=max(size // own.patch_size, 1) ** 2)
-    family = family_of(own)
-    needed = size if isinstance(own.image_spec, NaFlex) else own.image_size
-    if family is None or (*head, size) != (*family.head, needed):
-        pool, projection = family.head if family else ("", "")
+    family, needed = cast(Family, family_of(own)), own.image_size
+    if (*head, size) != (*family.head, size if isinstance(own.image_spec, NaFlex) else needed):
         raise InputError(
             f"{where}: timm_pool={head[0]!r:.99}, timm_proj={head[1]!r:.99}, image_size={size} of "
-            f"a {name} is not supported: it needs {pool!r}, {projection!r}, {needed}."
+            f"a {name} is not supported: it needs {', '.join(map(repr, family.head))}, {needed}."
         )
     return own
 

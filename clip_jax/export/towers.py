@@ -21,7 +21,6 @@ from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import MaMMUTConfig
 from clip_jax.models.layers import BlockConfig, BlockInit, Layout
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.tips import TipsTextConfig
 from clip_jax.models.vit import ViTConfig
@@ -141,19 +140,14 @@ def _embedded(graph: Graph, text: TextConfig, ids: str, length: str) -> str:
     table, first = graph.number(graph.weight("text/token_embedding"), "text/token_embedding"), 0
     x = graph.op("Gather", table, ids, axis=0)
     if isinstance(text, TipsTextConfig):
-        x, positions = graph.op("Mul", x, graph.number(text.width**0.5)), text.sinusoids()
-    elif isinstance(text, BertConfig):
-        first = text.first_position
-        positions = (
-            graph.weight("text/positional_embedding") + graph.weight("text/type_embedding")[0]
-        )
+        x, positions = graph.op("Mul", x, graph.number(text.token_scale)), text.sinusoids()
     else:
         positions = graph.weight("text/positional_embedding")
+    if isinstance(text, BertConfig):
+        first, positions = text.first_position, positions + graph.weight("text/type_embedding")[0]
     positions = graph.number(positions[first : first + text.context_length])
     positions = graph.op("Slice", positions, graph.integers(0), length, graph.integers(0))
-    x = graph.op("Add", x, positions)
-    is_normed = isinstance(text, BertConfig)
-    return graph.layer_norm(x, "text/ln_pre", text.norm_epsilon) if is_normed else x
+    return _norm(graph, text, "text/ln_pre", graph.op("Add", x, positions))
 
 
 def _causal_mask(graph: Graph, text: TextConfig, length: str) -> str:
@@ -188,8 +182,11 @@ def _end(graph: Graph, text: TextConfig, ids: str) -> str:
 
 
 def _ln_final(graph: Graph, text: TextConfig, tower: str, x: str) -> str:
-    """Add the norm after the last block, which most text towers have."""
-    path = f"{tower}/ln_final"
+    return _norm(graph, text, f"{tower}/ln_final", x)
+
+
+def _norm(graph: Graph, text: TextConfig, path: str, x: str) -> str:
+    """Add a norm, if the tower has it."""
     return graph.layer_norm(x, path, text.norm_epsilon) if graph.has(f"{path}/scale") else x
 
 
@@ -328,7 +325,7 @@ def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> tuple
 
 def _vit_states(graph: Graph, config: ViTConfig, x: str) -> tuple[str, str | None]:
     """Add the tower up to its last block; return also which tokens are valid [B, L] (None: all)."""
-    extra, valid, rotation = config.extra_tokens, None, None
+    extra, valid = config.extra_tokens, None
     positions, first = graph.weight("visual/positional_embedding"), config.extra_positions
     tokens = np.zeros((extra, config.width), np.float32)  # class token and registers
     if config.class_token:
@@ -336,8 +333,6 @@ def _vit_states(graph: Graph, config: ViTConfig, x: str) -> tuple[str, str | Non
     if config.registers:
         tokens[config.class_token :] = graph.weight("visual/registers")
     tokens[:first] += positions[:first]
-    if isinstance(config, RotaryConfig) and config.rotary != "none":
-        rotation = config.rotation()
     if config.max_patches is None:
         x = _by_position(graph, _patches(graph, config, x), config.width)
         if extra:  # empty positions, to which the tokens are added
@@ -356,7 +351,7 @@ def _vit_states(graph: Graph, config: ViTConfig, x: str) -> tuple[str, str | Non
     if config.pre_norm:
         x = graph.layer_norm(x, "visual/ln_pre", config.norm_epsilon)
     mask = _padding_mask(graph, valid)
-    return _stack(graph, config, "visual", x, mask, rotation=rotation), valid
+    return _stack(graph, config, "visual", x, mask, rotation=config.rotation()), valid
 
 
 def _patches(graph: Graph, config: ViTConfig, x: str) -> str:

@@ -105,11 +105,11 @@ class Bert(TextTransformer):
     def embed(
         self, tokens: Int[Array, "B L"], position: Int[Array, ""] | None = None
     ) -> Float[Array, "B L D"]:
+        return self.ln_pre(super().embed(tokens, position))
+
+    def positions(self) -> Float[Array, "L D"]:
         first = cast(BertConfig, self.config).first_position
-        length = self.check_length(tokens)
-        positions = self.positional_embedding[first : first + length]
-        x = self.layout.lookup(self.token_embedding, tokens) + positions + self.type_embedding[0]
-        return self.ln_pre(x).astype(self.dtype)
+        return self.positional_embedding[first:] + self.type_embedding[0]
 
     def pool(self, x: Float[Array, "B L D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Pool the states and project them."""

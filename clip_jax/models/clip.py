@@ -76,15 +76,11 @@ class CLIPConfig:
         self.vision.check_width(self.embed_dim)
         self.text.check_width(self.embed_dim)
         if self.decoder is not None:
-            if not isinstance(self.vision, ViTConfig):
+            if not isinstance(self.vision, ViTConfig) or type(self.text) is not TextConfig:
                 raise InputError(
-                    "model.decoder needs a vision transformer, not a ResNet or a ConvNeXt: choose "
-                    "another model.vision, or set model.decoder to None."
-                )
-            if type(self.text) is not TextConfig:
-                raise InputError(
-                    f"model.decoder needs a TextConfig as model.text, not a "
-                    f"{type(self.text).__name__}: choose that, or set model.decoder to None."
+                    "model.decoder needs a vision transformer, not a ResNet or a ConvNeXt, and a "
+                    "TextConfig: choose another model.vision or model.text, or set model.decoder "
+                    "to None."
                 )
             self.decoder.check(self.text, self.image_token_width)
 

@@ -1,7 +1,6 @@
 """Image tower: a vision transformer with a convolutional stem (MobileCLIP-B, arXiv:2311.17049)."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -9,9 +8,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.layers import Einsum, Layout, Remat, gelu, uniform
+from clip_jax.models.layers import Einsum, Layout, gelu, uniform
 from clip_jax.models.resnet import BatchNorm
-from clip_jax.models.vit import ViT, ViTConfig
+from clip_jax.models.vit import ViTConfig
 
 STEM = (4, 2, 2)  # sizes, and strides, of the convolutions: of all, the size of a patch
 
@@ -55,8 +54,8 @@ class ConvStemConfig(ViTConfig):
             macs += outputs * size**2 * widths[i] * widths[i + 1]
         return macs
 
-    def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ConvStemViT":
-        return ConvStemViT(self, embed_dim, remat, unroll, layout)
+    def stem(self, layout: Layout) -> nn.Module:
+        return ConvStem(self, layout)
 
 
 class ConvStem(nn.Module):
@@ -82,13 +81,3 @@ class ConvStem(nn.Module):
                 norm = BatchNorm(train, self.config.batch_norm_group, name=f"bn{i}")
                 x = gelu(norm(x[:, :, None])[:, :, 0])
         return x
-
-
-class ConvStemViT(ViT):
-    """Vision transformer with a convolutional stem."""
-
-    def make_stem(self) -> nn.Module:
-        return ConvStem(cast(ConvStemConfig, self.config), self.layout)
-
-    def embed(self, patches: Float[Array, "B L P Q C"], train: bool) -> Float[Array, "B L D"]:
-        return self.conv1(patches, train)

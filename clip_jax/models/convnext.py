@@ -10,24 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.models import layers
 from clip_jax.models.images import Square
-from clip_jax.models.layers import (
-    MLP,
-    STACKS,
-    Activation,
-    BlockConfig,
-    BlockInit,
-    Einsum,
-    LayerNorm,
-    LayerScale,
-    Layout,
-    Operations,
-    Remat,
-    Transformer,
-    gelu,
-    named,
-    uniform,
-)  # fmt: skip
+from clip_jax.models.layers import Activation, LayerNorm, Layout, Operations, Remat, named, uniform
 
 Four = tuple[int, int, int, int]
 
@@ -105,8 +90,8 @@ class ConvNeXtConfig:
 class ConvNeXtBlock(nn.Module):
     """x + scale(mlp(ln(depthwise convolution of x)))."""
 
-    stack = STACKS[0]
-    config: BlockConfig
+    stack = layers.STACKS[0]
+    config: layers.BlockConfig
     collect: bool = False
 
     @nn.compact
@@ -120,9 +105,9 @@ class ConvNeXtBlock(nn.Module):
             conv_general_dilated=c.layout.conv,
         )(x)  # fmt: skip
         y = LayerNorm(c.epsilon, name="ln")(checkpoint_name(y, "attended"))
-        y = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")(y)
+        y = layers.MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")(y)
         if c.layer_scale is not None:
-            y = LayerScale(c.layer_scale, name="ls")(y)
+            y = layers.LayerScale(c.layer_scale, name="ls")(y)
         return checkpoint_name(c.layout.constrain(x + y), "residual"), None
 
 
@@ -149,19 +134,21 @@ class ConvNeXt(nn.Module):
             x = norm(name=f"ln{stage}")(x) if stage else x
             x = self.patches(x, 2 if stage else 4, width, f"conv{stage}")
             x = x if stage else norm(name="ln0")(x)
-            block = BlockConfig(
-                1, 4 * width, c.activation, c.norm_epsilon, BlockInit.image(width, 4 * width),
-                c.layer_scale, layout=self.layout,
-            )  # fmt: skip
-            x, _ = Transformer(
+            init = layers.BlockInit.image(width, 4 * width)
+            block = layers.BlockConfig(
+                1, 4 * width, c.activation, c.norm_epsilon, init, c.layer_scale, layout=self.layout
+            )
+            x, _ = layers.Transformer(
                 block, depth, self.remat, self.unroll, ConvNeXtBlock, name=f"stage{stage}"
             )(x)
         x = norm(name="ln_post")(x.mean((1, 2)))
         if c.head == "mlp":
             hidden = c.pooled_width(self.embed_dim)
             init = uniform(c.widths[-1] ** -0.5)
-            x = gelu(
-                Einsum("BD,DE->BE", (x.shape[-1], hidden), (hidden,), init, init, name="fc")(x)
+            x = layers.gelu(
+                layers.Einsum("BD,DE->BE", (x.shape[-1], hidden), (hidden,), init, init, name="fc")(
+                    x
+                )
             )
         shape, init = (x.shape[-1], self.embed_dim), nn.initializers.normal(x.shape[-1] ** -0.5)
         proj = self.param("proj", named("D E", init), shape)
@@ -174,7 +161,7 @@ class ConvNeXt(nn.Module):
         side, init = x.shape[1] // size, uniform((size * size * x.shape[-1]) ** -0.5)
         patches = rearrange(x, "B (h P) (w Q) C -> B (h w) P Q C", P=size, Q=size)
         shape = (size, size, x.shape[-1], width)
-        y = Einsum(
+        y = layers.Einsum(
             "BLPQC,PQCD->BLD", shape, (width,), init, init, einsum=self.layout.einsum, name=name
         )(patches)
         return rearrange(y, "B (h w) D -> B h w D", h=side)

@@ -2,16 +2,13 @@
 EVA-02 (arXiv:2303.11331, 2.1) and EVA-CLIP (arXiv:2303.15389)."""
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.attention import Rotation
-from clip_jax.models.layers import BlockConfig, Layout, Norm, Remat
-from clip_jax.models.vit import Lengths, ViT, ViTConfig, drop_patches
+from clip_jax.models.layers import BlockConfig, Layout, Norm
+from clip_jax.models.vit import ViTConfig
 
 _BASE = 10_000.0  # ratio of the largest wavelength of the rotations to the smallest
 
@@ -41,28 +38,16 @@ class RotaryConfig(ViTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, "vision.", reference_grid="[1, inf)")
-        if self.max_patches is not None:
+        if self.max_patches is not None or self.head_width % 4 or self.width % self.pool_heads:
             raise InputError(
-                f"vision.max_patches={self.max_patches} is not supported by a RotaryConfig, which "
-                "takes square images: remove it, or choose a ViTConfig."
-            )
-        if self.rotary != "none" and self.head_width % 4:
-            raise InputError(
-                f"vision.width={self.width} with vision.num_heads={self.num_heads} has heads of "
-                f"{self.head_width} channels; rotary positions need a multiple of 4."
-            )
-        if self.pool == "map" and self.width % self.pool_heads:
-            raise InputError(
-                f"vision.width={self.width} is no multiple of vision.pool_heads={self.pool_heads}."
+                f"vision.max_patches={self.max_patches}, vision.width={self.width} in "
+                f"{self.num_heads} heads, vision.pool_heads={self.pool_heads}: a RotaryConfig "
+                "needs None, heads of a multiple of 4 channels, and a divisor of the width."
             )
 
     @property
-    def map_heads(self) -> int:
-        return self.pool_heads
-
-    @property
-    def map_mlp_width(self) -> int:
-        return 4 * self.width
+    def map_sizes(self) -> tuple[int, int]:
+        return self.pool_heads, 4 * self.width
 
     def block(self, layout: Layout) -> BlockConfig:
         return (
@@ -71,11 +56,9 @@ class RotaryConfig(ViTConfig):
             ._replace(norm=self.norm, inner_norm=self.inner_norm, key_bias=self.key_bias)
         )
 
-    def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "RotaryViT":
-        return RotaryViT(self, embed_dim, remat, unroll, layout)
-
-    def rotation(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tables of `Rotation` for all tokens; the angle of a class token is 0."""
+    def rotation(self) -> tuple[np.ndarray, np.ndarray] | None:
+        if self.rotary == "none":
+            return None
         at = np.arange(self.grid, dtype=np.float64)
         at += self.rotary == "columns" and self.class_token
         rows, columns = np.meshgrid(*[at * (self.reference_grid / self.grid)] * 2, indexing="ij")
@@ -83,25 +66,7 @@ class RotaryConfig(ViTConfig):
         count = self.head_width // 4
         angles = np.stack(axes, -1)[..., None] * _BASE ** -(np.arange(count) / count)
         angles = np.repeat(angles.reshape(self.num_patches, -1), 2, axis=-1)
+        # A class token is turned by the angle 0.
         angles = np.concatenate([np.zeros((self.extra_tokens, self.head_width)), angles])
         sign = np.tile([-1.0, 1.0], self.head_width // 2)
         return np.cos(angles).astype(np.float32), (np.sin(angles) * sign).astype(np.float32)
-
-
-class RotaryViT(ViT):
-    """Vision transformer whose queries and keys are rotated by their patches' positions."""
-
-    def attended(
-        self, length: Lengths, keys: Key[Array, " B"] | None, kept: int
-    ) -> Lengths | Rotation:
-        c = cast(RotaryConfig, self.config)
-        if c.rotary == "none":
-            return length
-        tables, extra = [jnp.asarray(table) for table in c.rotation()], c.extra_tokens
-        if keys is not None:  # the same choice of patches again, for the same keys
-            tables = [jnp.broadcast_to(x, (len(keys), *x.shape)) for x in tables]
-            tables = [
-                jnp.concatenate([x[:, :extra], drop_patches(x[:, extra:], keys, kept)[0]], axis=1)
-                for x in tables
-            ]
-        return Rotation(*tables)

@@ -83,7 +83,7 @@ class TextConfig:
 
     # Fields of other towers that are fixed here.
     masks_padding = False  # whether padding, on the right, is neither attended to nor pooled
-    learned_positions = True
+    learned_positions, token_scale = True, 1.0
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -120,13 +120,8 @@ class TextConfig:
         return not self.masks_padding and (not self.causal or self.pool not in ("argmax", "eos"))
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of a text in the transformer, a class token included."""
-        return self.context_length + self.has_class_token
-
-    @property
     def num_positions(self) -> int:
-        return self.num_tokens
+        return self.context_length + self.has_class_token
 
     @property
     def end_of_text_id(self) -> int:
@@ -260,21 +255,23 @@ class TextTransformer(nn.Module):
         self, tokens: Int[Array, "B L"], position: Int[Array, ""] | None = None
     ) -> Float[Array, "B L D"]:
         """Look up token embeddings and add those of positions, from 0 or from `position` on."""
-        length = self.check_length(tokens)
-        positions = self.positional_embedding[:length]
-        if position is not None:
-            positions = jax.lax.dynamic_slice_in_dim(self.positional_embedding, position, length)
-        return (self.layout.lookup(self.token_embedding, tokens) + positions).astype(self.dtype)
-
-    def check_length(self, tokens: Int[Array, "B L"]) -> int:
-        """Return the length of texts. Raises InputError if they are too long."""
-        length, limit = tokens.shape[1], self.config.context_length
-        if length > limit:
+        c = self.config
+        length = tokens.shape[1]
+        if length > c.context_length:
             raise InputError(
-                f"tokens have length {length}, more than text.context_length={limit}; "
+                f"tokens have length {length}, more than text.context_length={c.context_length}; "
                 "truncate them."
             )
-        return length
+        table, x = self.positions(), self.layout.lookup(self.token_embedding, tokens)
+        positions = table[:length]
+        if position is not None:
+            positions = jax.lax.dynamic_slice_in_dim(table, position, length)
+        x = x if c.token_scale == 1 else x * c.token_scale
+        return (x + positions).astype(self.dtype)
+
+    def positions(self) -> Float[Array, "L D"]:
+        """Return the position embeddings."""
+        return self.positional_embedding
 
     def pool(self, x: Float[Array, "B l D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Pool the states, apply `ln_final`, and project."""

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from clip_jax.errors import check_ranges
 from clip_jax.models.layers import Activation
@@ -52,6 +52,11 @@ class TipsTextConfig(TextConfig):
     masks_padding = True
     learned_positions = False
 
+    @property
+    def token_scale(self) -> float:
+        """What token embeddings are multiplied by."""
+        return self.width**0.5
+
     def module(self, **options: Any) -> "TipsText":
         return TipsText(self, **options)
 
@@ -66,9 +71,5 @@ class TipsTextConfig(TextConfig):
 class TipsText(TextTransformer):
     """Text tower of TIPSv2."""
 
-    def embed(
-        self, tokens: Int[Array, "B L"], position: Int[Array, ""] | None = None
-    ) -> Float[Array, "B L D"]:
-        positions = cast(TipsTextConfig, self.config).sinusoids()[: self.check_length(tokens)]
-        x = self.layout.lookup(self.token_embedding, tokens) * self.config.width**0.5
-        return (x + jnp.asarray(positions)).astype(self.dtype)
+    def positions(self) -> Float[Array, "L D"]:
+        return jnp.asarray(cast(TipsTextConfig, self.config).sinusoids())

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
@@ -148,14 +149,9 @@ class ViTConfig:
         return self.pool == "map"
 
     @property
-    def map_heads(self) -> int:
-        """Number of attention heads with pool=map."""
-        return self.num_heads
-
-    @property
-    def map_mlp_width(self) -> int:
-        """Width of the MLP with pool=map."""
-        return self.mlp_width
+    def map_sizes(self) -> tuple[int, int]:
+        """Number of attention heads and width of the MLP with pool=map."""
+        return self.num_heads, self.mlp_width
 
     @property
     def patch_macs(self) -> int:
@@ -194,6 +190,19 @@ class ViTConfig:
 
     def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ViT":
         return ViT(self, embed_dim, remat, unroll, layout)
+
+    def stem(self, layout: Layout) -> nn.Module:
+        """Return the module that turns patches `[B, L, P, Q, C]` into tokens."""
+        patch = self.patch_size
+        return Einsum(
+            "BLPQC,PQCD->BLD", (patch, patch, 3, self.width),
+            (self.width,) if self.patch_bias else None, uniform((patch * patch * 3) ** -0.5),
+            einsum=layout.einsum,
+        )  # fmt: skip
+
+    def rotation(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the tables of `attention.Rotation` for all tokens; None: no rotary positions."""
+        return None
 
     def block(self, layout: Layout) -> BlockConfig:
         """Return the settings of the tower's blocks."""
@@ -275,7 +284,7 @@ class AttentionPool(nn.Module):
     def operations(c: ViTConfig, embed_dim: int, tokens: int, training: bool) -> Operations:
         # The query's projections and MLP are of one token, ln_post of all tokens.
         return Operations(
-            macs=2 * c.width * (c.width + tokens * (c.width + 1) + c.map_mlp_width),
+            macs=2 * c.width * (c.width + tokens * (c.width + 1) + c.map_sizes[1]),
             attention=2 * c.width * tokens,
             layer_norm=tokens * c.width,
         )
@@ -283,7 +292,8 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], length: Lengths) -> Float[Array, "B D"]:
         c = self.config
-        heads, mlp_width = (c.map_heads, c.width // c.map_heads), c.map_mlp_width
+        count, mlp_width = c.map_sizes
+        heads = (count, c.width // count)
         init = uniform(c.width**-0.5)
         normal = named("- - -", nn.initializers.normal(c.width**-0.5))
         latent = self.param("latent", normal, (1, 1, c.width))
@@ -339,7 +349,7 @@ class ViT(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.conv1 = self.make_stem()
+        self.conv1 = c.stem(self.layout)
         normal = nn.initializers.normal(c.width**-0.5)
         if c.class_token:
             self.class_embedding = self.param("class_embedding", named("-", normal), (c.width,))
@@ -362,23 +372,21 @@ class ViT(nn.Module):
             bias = named("-", nn.initializers.zeros)
             self.proj_bias = self.param("proj_bias", bias, (self.embed_dim,))
 
-    def make_stem(self) -> nn.Module:
-        """Return the module that turns patches `[B, L, P, Q, C]` into tokens."""
-        c, patch = self.config, self.config.patch_size
-        return Einsum(
-            "BLPQC,PQCD->BLD", (patch, patch, 3, c.width), (c.width,) if c.patch_bias else None,
-            uniform((patch * patch * 3) ** -0.5), einsum=self.layout.einsum,
-        )  # fmt: skip
-
-    def embed(self, patches: Float[Array, "B L P Q C"], train: bool) -> Float[Array, "B L D"]:
-        """Turn patches into tokens; `train` is for a stem with BatchNorm."""
-        return self.conv1(patches)
-
     def attended(
         self, length: Lengths, keys: Key[Array, " B"] | None, kept: int
     ) -> Lengths | attention.Rotation:
         """Return what all blocks get; with `keys`, patches were dropped but for `kept`."""
-        return length
+        if (tables := self.config.rotation()) is None:
+            return length
+        extra = self.config.extra_tokens
+
+        def of_kept(x: Float[Array, "L K"]) -> Float[Array, "*B l K"]:
+            if keys is None:
+                return x
+            x = jnp.broadcast_to(x, (len(keys), *x.shape))  # the same choice of patches again
+            return jnp.concatenate([x[:, :extra], drop_patches(x[:, extra:], keys, kept)[0]], 1)
+
+        return attention.Rotation(*(of_kept(jnp.asarray(table)) for table in tables))
 
     def __call__(
         self,
@@ -420,7 +428,7 @@ class ViT(nn.Module):
             x = rearrange(
                 images[:, :side, :side], "B (h P) (w Q) C -> B (h w) P Q C", P=patch, Q=patch
             )
-        x = self.embed(x, train)
+        x = self.conv1(x) if isinstance(self.conv1, Einsum) else self.conv1(x, train)
         if extra:
             tokens = [self.class_embedding[None]] if c.class_token else []
             tokens += [self.registers] if c.registers else []

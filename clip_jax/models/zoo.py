@@ -379,6 +379,4 @@ def name_of(config: CLIPConfig) -> str:
     v, text = config.vision, f"text-w{config.text.width}d{config.text.depth}"
     if isinstance(v, ViTConfig):
         return f"ViT-w{v.width}d{v.depth}p{v.patch_size}-{text}"
-    if isinstance(v, ConvNeXtConfig):
-        return f"ConvNeXt-w{v.width}-{text}"
-    return f"RN-w{v.width}-{text}"
+    return f"{'RN' if isinstance(v, ResNetConfig) else 'ConvNeXt'}-w{v.width}-{text}"

@@ -165,7 +165,7 @@ def attention_of(model: CLIPConfig, device: Any, tensor: int) -> tuple[tuple[str
     sizes: dict[str, tuple[int, ViTConfig | Text]] = {}
     if isinstance(model.vision, ViTConfig):
         sizes["image"] = model.vision.kept_patches + model.vision.extra_tokens, model.vision
-    sizes["text"] = model.text.num_tokens, model.text
+    sizes["text"] = model.text.context_length + model.text.has_class_token, model.text
 
     def backend(tokens: int, tower: ViTConfig | Text) -> str:
         if model.attention != "auto":

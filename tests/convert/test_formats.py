@@ -238,7 +238,7 @@ def test_a_setting_that_we_do_not_have(tmp_path):
         ("vision_cfg", "qk_norm", True, "vision_cfg.qk_norm=True is not supported"),
         ("vision_cfg", "pool_type", "avg", "final_ln_after_pool=False is not supported"),
         ("vision_cfg", "attentional_pool", True, "attentional_pool=True is not supported with"),
-        ("vision_cfg", "timm_model_name", "convnext_base", "timm_model_name='convnext_base'"),
+        ("vision_cfg", "timm_model_name", "swin_base", "timm_model_name='swin_base'"),
         ("text_cfg", "embed_cls", True, "embed_cls=True is not supported without multimodal_cfg"),
         ("multimodal_cfg", "width", 64, "embed_cls=False is not supported with multimodal_cfg"),
         ("text_cfg", "hf_model_name", "roberta", "hf_model_name='roberta' is not supported"),
