@@ -224,7 +224,7 @@ FAMILIES = {
     "convnext": dataclasses.replace(
         TINY,
         vision=ConvNeXtConfig(
-            image_size=64, layers=(1, 2, 1, 1), widths=(8, 16, 24, 32), layer_scale=0.5, head="mlp"
+            image_size=64, layers=(1, 2, 1, 1), width=8, layer_scale=0.5, head="mlp"
         ),
     ),
 }  # fmt: skip

@@ -89,7 +89,7 @@ def _is_naflex(config: CLIPConfig) -> bool:
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
     if isinstance(config.vision, TipsConfig):
-        return tips.rows(config)
+        return table(config, tips.NAMES, tips.AXES)
     if isinstance(config.text, BertConfig):
         own = bert.CLASSES[bert.class_of(config.text)].names
         return table(config, [*own, *_NAMES, *TORCH_NAMES], [*bert.AXES, *_AXES])
@@ -217,9 +217,8 @@ def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
                 f"{source}: text_config.project_dim={projected} is not supported; it must equal "
                 f"projection_dim={embed_dim}."
             )
-        longest = text["positions"] - kind.text.first_position
-        text |= {"context_length": min(kind.text.context_length, longest)}
-        tower = replace(kind.text, **text)
+        length = min(kind.text.context_length, text["positions"] - kind.text.first_position)
+        tower = replace(kind.text, **text, context_length=length)
         return CLIPConfig(embed_dim=embed_dim, vision=ViTConfig(**vision), text=tower)
     text = _tower(sections[1], _TEXT, "quick_gelu")
     eos = sections[1].count("eos_token_id", 49_407)

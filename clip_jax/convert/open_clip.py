@@ -149,15 +149,14 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
         "vision": type(config.vision) if family else (ViTConfig, ResNetConfig),
         "text": (TextConfig, BertConfig),
     }
+    every: tuple[Activation, ...] = ("quick_gelu", "gelu", "gelu_tanh")
     if isinstance(text, BertConfig):
-        assumptions |= bert.OPEN_CLIP_ASSUMPTIONS
+        assumptions, own = assumptions | bert.OPEN_CLIP_ASSUMPTIONS, every
     else:
-        assumptions["text.pool"] = ("argmax", "eos", "last")
-        assumptions["text.activation"] = ("quick_gelu", "gelu", "gelu_tanh")
+        assumptions |= {"text.pool": ("argmax", "eos", "last"), "text.activation": every}
     if family is None:
-        gelu = ("quick_gelu", "gelu", "gelu_tanh") if isinstance(text, BertConfig) else own
         assumptions |= {
-            "vision.activation": ("relu",) if isinstance(config.vision, ResNetConfig) else gelu,
+            "vision.activation": ("relu",) if isinstance(config.vision, ResNetConfig) else own,
             "vision.pool": ("class_token", "mean", "attention"),
             "vision.class_token": True, "vision.patch_bias": False, "vision.projection": True,
             "vision.projection_bias": False, "vision.max_patches": None,

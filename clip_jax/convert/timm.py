@@ -3,6 +3,7 @@
 The name determines the sizes and, unlike in the code of SigLIP's released weights, the activation.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -50,8 +51,7 @@ TOWERS: dict[str, Vision] = {
         ("eva02_large_patch14_clip_224", "EVA02-L-14"),
         ("eva02_large_patch14_clip_336", "EVA02-L-14-336"),
         ("eva02_enormous_patch14_clip_224", "EVA02-E-14"),
-        *((name, name) for name in ("convnext_tiny", "convnext_small", "convnext_base")),
-        *((name, name) for name in ("convnext_large", "convnext_xlarge", "convnext_xxlarge")),
+        *((x, x) for x in zoo.ARCHITECTURES if re.fullmatch("convnext_[a-z]+", x)),
     )
 }
 # Beginnings of other names in open_clip's configurations, and what such a tower is.

@@ -4,7 +4,7 @@ import numpy as np
 
 from clip_jax.convert import timm
 from clip_jax.convert.settings import Settings, Table
-from clip_jax.convert.state_dict import TORCH_AXES, TORCH_NAMES, Row, Rules, table
+from clip_jax.convert.state_dict import TORCH_AXES, TORCH_NAMES, Rules
 from clip_jax.convert.target import Assumptions, assumed
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import mlp_ratio
@@ -15,7 +15,7 @@ from clip_jax.models.tips import TipsConfig, TipsTextConfig
 MODEL_TYPE = "tipsv2"
 _MASK = "vision_encoder.mask_token"  # of pre-training
 _TEMPERATURE, _INITIAL = "temperature", 0.005065968260169029  # published files lack it
-_NAMES: Rules = (
+NAMES: Rules = (
     (r"^visual/registers", "visual/trunk/register_tokens"),
     *timm.LAYER_SCALE,
     (r"^visual/trunk/", "vision_encoder/"),
@@ -26,7 +26,7 @@ _NAMES: Rules = (
     (r"^logit_scale", _TEMPERATURE),
     *TORCH_NAMES,
 )
-_AXES: Rules = ((r"^visual/registers", "1 L D -> L D"), *timm.AXES, *TORCH_AXES)
+AXES: Rules = ((r"^visual/registers", "1 L D -> L D"), *timm.AXES, *TORCH_AXES)
 IMAGE: Table = {
     "image_size": ("image_size", 448), "patch_size": ("patch_size", 14),
     "hidden_size": ("width", 768), "num_hidden_layers": ("depth", 12),
@@ -50,11 +50,6 @@ ASSUMPTIONS: Assumptions = {
     **assumed("text", TipsTextConfig(), *_FREE),
     "preprocess.resize_mode": ("shortest", "squash"),
 }
-
-
-def rows(config: CLIPConfig) -> list[Row]:
-    """Return the table of parameters."""
-    return table(config, _NAMES, _AXES)
 
 
 def read(vision: Settings, text: Settings) -> CLIPConfig:

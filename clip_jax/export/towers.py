@@ -72,14 +72,14 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
     x = _stack(graph, text, "text", x, mask)
     match text.pool:
         case "mean":
-            x = graph.mean(_ln_final(graph, text, "text", x), valid)
+            x = graph.mean(_norm(graph, text, "text/ln_final", x), valid)
         case "first":
-            x = _ln_final(graph, text, "text", graph.op("Gather", x, np.int64(0), axis=1))
+            x = _norm(graph, text, "text/ln_final", graph.op("Gather", x, np.int64(0), axis=1))
         case "last" | "class_token":
-            x = _ln_final(graph, text, "text", graph.op("Gather", x, np.int64(-1), axis=1))
+            x = _norm(graph, text, "text/ln_final", graph.op("Gather", x, np.int64(-1), axis=1))
         case "argmax" | "eos":
             x = graph.op("GatherND", x, _end(graph, text, ids), batch_dims=1)
-            x = _ln_final(graph, text, "text", x)
+            x = _norm(graph, text, "text/ln_final", x)
         case _:
             raise InputError(
                 f"text.pool={text.pool!r} has no form in ONNX; use --format stablehlo."
@@ -117,7 +117,7 @@ def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> s
             keys = graph.op("Slice", keys, graph.integers(0), length, graph.integers(3))
             mask = graph.op("Min", causal, keys)
         x = _stack(graph, text, "text", x, mask)
-    x = _ln_final(graph, text, tower, _stack(graph, text, tower, x, causal, image, seen))
+    x = _norm(graph, text, f"{tower}/ln_final", _stack(graph, text, tower, x, causal, image, seen))
     return graph.exact(graph.linear(x, graph.weight("decoder/vocab_projection")))
 
 
@@ -179,10 +179,6 @@ def _end(graph: Graph, text: TextConfig, ids: str) -> str:
     if text.pool == "eos":
         ids = graph.cast(graph.op("Equal", ids, np.int32(text.eos_token_id)), np.int32)
     return graph.op("ArgMax", ids, axis=1, keepdims=1)
-
-
-def _ln_final(graph: Graph, text: TextConfig, tower: str, x: str) -> str:
-    return _norm(graph, text, f"{tower}/ln_final", x)
 
 
 def _norm(graph: Graph, text: TextConfig, path: str, x: str) -> str:

@@ -8,18 +8,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.layers import (
-    Activation,
-    BlockConfig,
-    Einsum,
-    LayerNorm,
-    Layout,
-    Operations,
-    gelu,
-    mean,
-    named,
-    uniform,
-)  # fmt: skip
+from clip_jax.models import layers
+from clip_jax.models.layers import Activation, BlockConfig, Einsum, LayerNorm, Layout, Operations
 from clip_jax.models.text import Pool, TextConfig, TextTransformer
 
 
@@ -50,17 +40,14 @@ class BertConfig(TextConfig):
         check_ranges(
             self, "text.", positions="[1, inf)", first_position="[0, inf)", token_types="[1, inf)"
         )
-        if self.context_length + self.first_position > self.positions:
-            raise InputError(
-                f"text.context_length={self.context_length} from text.first_position="
-                f"{self.first_position} on needs more than text.positions={self.positions}; "
-                "reduce the length."
-            )
-        if self.pool not in ("mean", "first") or self.causal or not self.projection:
+        longest = self.positions - self.first_position
+        is_bert = self.pool in ("mean", "first") and not self.causal and self.projection
+        if not is_bert or self.context_length > longest:
             raise InputError(
                 f"text.pool={self.pool!r}, text.causal={self.causal}, text.projection="
-                f"{self.projection}: a BertConfig needs pool='mean' or 'first', causal=False and "
-                "projection=True."
+                f"{self.projection}, text.context_length={self.context_length}: a BertConfig needs "
+                f"pool='mean' or 'first', causal=False, projection=True, and at most {longest} "
+                "tokens (text.positions less text.first_position)."
             )
 
     @property
@@ -68,9 +55,8 @@ class BertConfig(TextConfig):
         return self.positions
 
     def projected_width(self, embed_dim: int) -> int:
-        return {"linear": self.width, "mlp": (self.width + embed_dim) // 2, "norm": embed_dim}[
-            self.head
-        ]
+        hidden = {"mlp": (self.width + embed_dim) // 2, "norm": embed_dim}
+        return hidden.get(self.head, self.width)
 
     def block(self, layout: Layout) -> BlockConfig:
         return super().block(layout)._replace(norm="after")
@@ -93,13 +79,13 @@ class Bert(TextTransformer):
         super().setup()
         c = cast(BertConfig, self.config)
         types, normal = (c.token_types, c.width), nn.initializers.normal(0.02)
-        self.type_embedding = self.param("type_embedding", named("- -", normal), types)
+        self.type_embedding = self.param("type_embedding", layers.named("- -", normal), types)
         self.ln_pre = LayerNorm(c.norm_epsilon)
         if c.head != "linear":
             hidden = c.projected_width(self.embed_dim)
             self.projection_hidden = Einsum(
                 "BD,DE->BE", (c.width, hidden), (hidden,) if c.head == "norm" else None,
-                uniform(c.width**-0.5),
+                layers.uniform(c.width**-0.5),
             )  # fmt: skip
 
     def embed(
@@ -114,9 +100,9 @@ class Bert(TextTransformer):
     def pool(self, x: Float[Array, "B L D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Pool the states and project them."""
         c = cast(BertConfig, self.config)
-        x = x[:, 0] if c.pool == "first" else mean(x, self.lengths(tokens))
+        x = x[:, 0] if c.pool == "first" else layers.mean(x, self.lengths(tokens))
         if c.head == "norm":
             x = self.ln_final(x)
         if c.head != "linear":
             x = self.projection_hidden(x)
-        return self.project(gelu(x) if c.head == "mlp" else x)
+        return self.project(layers.gelu(x) if c.head == "mlp" else x)

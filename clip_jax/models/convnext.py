@@ -14,16 +14,14 @@ from clip_jax.models import layers
 from clip_jax.models.images import Square
 from clip_jax.models.layers import Activation, LayerNorm, Layout, Operations, Remat, named, uniform
 
-Four = tuple[int, int, int, int]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNeXtConfig:
     """Image tower: ConvNeXt. The defaults are those of ConvNeXt-Base."""
 
     image_size: int = 224  # Height and width of input images, in pixels.
-    layers: Four = (3, 3, 27, 3)  # Blocks per stage.
-    widths: Four = (128, 256, 512, 1024)  # Channels per stage.
+    layers: tuple[int, int, int, int] = (3, 3, 27, 3)  # Blocks per stage.
+    width: int = 128  # Channels of the first stage; each stage has twice as many as the one before.
     # What follows pooling. linear: a linear map. mlp: two linear maps around GELU.
     head: Literal["linear", "mlp"] = "linear"
     activation: Activation = "gelu"  # MLP activation.
@@ -40,7 +38,7 @@ class ConvNeXtConfig:
     def __post_init__(self) -> None:
         check_ranges(
             self, "vision.",
-            image_size="[1, inf)", layers="[1, inf)", widths="[1, inf)",
+            image_size="[1, inf)", layers="[1, inf)", width="[1, inf)",
             norm_epsilon="(0, inf)", layer_scale="(-inf, inf)",
         )  # fmt: skip
         if self.image_size % 32:
@@ -54,14 +52,14 @@ class ConvNeXtConfig:
         return Square(self.image_size)
 
     @property
-    def width(self) -> int:
-        """Channels of the first stage."""
-        return self.widths[0]
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.width * 2**stage for stage in range(4))
 
     @property
     def summary(self) -> str:
         """The architecture in one line, for model cards."""
-        return f"ConvNeXt of widths {self.widths}, layers {self.layers}, {self.activation}"
+        return f"ConvNeXt of width {self.width}, layers {self.layers}, {self.activation}"
 
     def check_width(self, embed_dim: int) -> None:
         """Accept any number of dimensions of the embedding: a projection adapts them."""
@@ -145,11 +143,9 @@ class ConvNeXt(nn.Module):
         if c.head == "mlp":
             hidden = c.pooled_width(self.embed_dim)
             init = uniform(c.widths[-1] ** -0.5)
-            x = layers.gelu(
-                layers.Einsum("BD,DE->BE", (x.shape[-1], hidden), (hidden,), init, init, name="fc")(
-                    x
-                )
-            )
+            shape = (c.widths[-1], hidden)
+            fc = layers.Einsum("BD,DE->BE", shape, (hidden,), init, init, name="fc")
+            x = layers.gelu(fc(x))
         shape, init = (x.shape[-1], self.embed_dim), nn.initializers.normal(x.shape[-1] ** -0.5)
         proj = self.param("proj", named("D E", init), shape)
         return self.layout.einsum("BD,DE->BE", x, proj.astype(x.dtype))

@@ -15,26 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models import attention
+from clip_jax.models import attention, layers
 from clip_jax.models.attention import KV
 from clip_jax.models.images import ImageTokens, join_tokens, split_tokens
-from clip_jax.models.layers import (
-    MLP,
-    STACKS,
-    Block,
-    BlockConfig,
-    BlockInit,
-    DType,
-    Einsum,
-    Init,
-    LayerNorm,
-    Layout,
-    Operations,
-    Remat,
-    Transformer,
-    block_operations,
-    named,
-)  # fmt: skip
+from clip_jax.models.layers import BlockConfig, DType, Einsum, Init, LayerNorm, Operations, named
 from clip_jax.models.text import TextConfig, TextTransformer
 
 # Keys and values of image tokens, and the numbers of valid ones if images differ in these.
@@ -110,7 +94,7 @@ class CrossBlock(nn.Module):
             image = join_tokens(LayerNorm(c.epsilon, name="ln_1_kv")(states), length)
         y, kv = attn(LayerNorm(c.epsilon, name="ln_1")(x), image, kv)
         x = checkpoint_name(c.layout.constrain(x + y), "residual")
-        mlp = MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")
+        mlp = layers.MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")
         return c.layout.constrain(x + mlp(LayerNorm(c.epsilon, name="ln_2")(x))), kv
 
 
@@ -120,7 +104,7 @@ class Layer(nn.Module):
     With a cache, the image comes with the first token; then the cache holds its keys and values.
     """
 
-    stack = STACKS[1]
+    stack = layers.STACKS[1]
     config: BlockConfig
     blocks: int = 1
     first_mlp: bool = True
@@ -145,7 +129,7 @@ class Layer(nn.Module):
         for i in range(self.blocks):
             config = c._replace(mlp=i > 0 or self.first_mlp, causal=causal)
             kept = None if cache is None else cache.own[i]
-            x, kept = Block(config, name=f"self_{i}")(x, kept, None, position)
+            x, kept = layers.Block(config, name=f"self_{i}")(x, kept, None, position)
             own.append(kept)
             if i == 0 and (image is not None or kv is not None):
                 x, kv = CrossBlock(c, name="cross")(x, image, kv)
@@ -222,7 +206,7 @@ class CoCaConfig:
     def operations(self, text: TextConfig, tokens: int, seen: int, image_width: int) -> Operations:
         """Count the decoder's operations for one caption that attends to `seen` image tokens."""
         width, mlp_width = text.width, int(text.width * self.mlp_ratio)
-        layer = block_operations(tokens, width, mlp_width)
+        layer = layers.block_operations(tokens, width, mlp_width)
         layer += _cross_operations(tokens, width, mlp_width, seen, image_width)
         return self.depth * layer + _vocabulary_operations(text, tokens)
 
@@ -238,17 +222,17 @@ class CoCaDecoder(nn.Module):
 
     config: CoCaConfig
     text: TextConfig  # the decoder has its activation and LayerNorm's ε
-    remat: Remat
+    remat: layers.Remat
     unroll: int
-    layout: Layout
+    layout: layers.Layout
 
     def setup(self) -> None:
         c, width = self.config, self.text.width
         block = self.text.block(self.layout)._replace(
             num_heads=c.num_heads, mlp_width=int(width * c.mlp_ratio),
-            init_fns=BlockInit.text(width, c.depth),
+            init_fns=layers.BlockInit.text(width, c.depth),
         )  # fmt: skip
-        self.transformer = Transformer(block, c.depth, self.remat, self.unroll, Layer)
+        self.transformer = layers.Transformer(block, c.depth, self.remat, self.unroll, Layer)
         self.ln_final = LayerNorm(block.epsilon)
         init = named("D V", nn.initializers.normal(width**-0.5))
         self.vocab_projection = self.param("vocab_projection", init, (width, self.text.vocab_size))
@@ -314,7 +298,7 @@ class MaMMUTConfig:
 
     def _blocks(self, text: TextConfig, tokens: int) -> Operations:
         first, later = (
-            block_operations(tokens, text.width, text.mlp_width, mlp)
+            layers.block_operations(tokens, text.width, text.mlp_width, mlp)
             for mlp in (self.first_mlp, True)
         )
         return (text.depth // self.cross_every) * (first + (self.cross_every - 1) * later)

@@ -13,17 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.models import layers
 from clip_jax.models.images import Square
-from clip_jax.models.layers import (
-    KEPT,
-    Einsum,
-    Init,
-    Layout,
-    Operations,
-    Remat,
-    named,
-    uniform,
-)  # fmt: skip
+from clip_jax.models.layers import Einsum, Init, Layout, Operations, Remat, named, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +257,7 @@ class Stage(nn.Module):
         block = Bottleneck
         if self.remat != "none":
             policy = _save_moments  # two numbers per channel
-            if KEPT[self.remat] == KEPT["hidden"]:
+            if layers.KEPT[self.remat] == layers.KEPT["hidden"]:
                 policy = save_convolutions
             block = nn.remat(Bottleneck, policy=policy)
         for i in range(self.depth):

@@ -9,23 +9,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.layers import (
-    Activation,
-    Block,
-    BlockConfig,
-    BlockInit,
-    DType,
-    LayerNorm,
-    Layout,
-    Operations,
-    Remat,
-    Transformer,
-    adapt,
-    block_operations,
-    mean,
-    named,
-    uniform,
-)  # fmt: skip
+from clip_jax.models import layers
+from clip_jax.models.layers import Activation, BlockConfig, LayerNorm, Layout, Operations, named
 
 Pool = Literal["argmax", "eos", "last", "class_token", "mean", "first"]
 Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize", "clip"]
@@ -160,7 +145,7 @@ class TextConfig:
         """Return the settings of the tower's blocks."""
         return BlockConfig(
             self.num_heads, self.mlp_width, self.activation, self.norm_epsilon,
-            BlockInit.text(self.width, self.depth), causal=self.causal, layout=layout,
+            layers.BlockInit.text(self.width, self.depth), causal=self.causal, layout=layout,
         )  # fmt: skip
 
     def check_width(self, embed_dim: int) -> None:
@@ -176,8 +161,8 @@ class TextConfig:
     ) -> Operations:
         """Count the tower's operations for one text; looking up embeddings costs nothing."""
         tokens += self.has_class_token
-        gated = self.activation == "swiglu"
-        blocks = self.depth * block_operations(tokens, self.width, self.mlp_width, gated=gated)
+        sizes, gated = (tokens, self.width, self.mlp_width), self.activation == "swiglu"
+        blocks = self.depth * layers.block_operations(*sizes, gated=gated)
         # OpenAI and open_clip normalise every token, then pool.
         ends = Operations(self.projection * self.width * embed_dim, layer_norm=tokens * self.width)
         return ends + (stack or blocks)
@@ -188,11 +173,11 @@ class TextTransformer(nn.Module):
 
     config: TextConfig
     embed_dim: int
-    dtype: DType
-    remat: Remat = "none"
+    dtype: layers.DType
+    remat: layers.Remat = "none"
     unroll: int = 1
     layout: Layout = Layout()
-    block: type[nn.Module] = Block
+    block: type[nn.Module] = layers.Block
     fields: tuple[Any, ...] = ()  # further fields of `block`
     blocks: int = 1  # transformer blocks in one `block`
 
@@ -208,7 +193,7 @@ class TextTransformer(nn.Module):
             self.positional_embedding = normal("positional_embedding", "L -", 0.01, *positions)
         if c.has_class_token:
             self.class_embedding = normal("class_embedding", "-", 0.01, c.width)
-        self.transformer = Transformer(
+        self.transformer = layers.Transformer(
             c.block(self.layout), c.depth // self.blocks, self.remat, self.unroll, self.block,
             self.fields,
         )  # fmt: skip
@@ -218,7 +203,7 @@ class TextTransformer(nn.Module):
             self.text_projection = normal("text_projection", "D E", sizes[0] ** -0.5, *sizes)
         if c.projection_bias:
             self.text_projection_bias = self.param(
-                "text_projection_bias", named("-", uniform(c.width**-0.5)), (self.embed_dim,)
+                "text_projection_bias", named("-", layers.uniform(c.width**-0.5)), (self.embed_dim,)
             )
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
@@ -278,7 +263,7 @@ class TextTransformer(nn.Module):
         c = self.config
         match c.pool:
             case "mean":
-                x = mean(self.ln_final(x), self.lengths(tokens))
+                x = layers.mean(self.ln_final(x), self.lengths(tokens))
             case "first":
                 x = self.ln_final(x[:, 0])
             case "argmax" | "eos":  # argmax: OpenAI's rule for the end of text
@@ -293,7 +278,7 @@ class TextTransformer(nn.Module):
         c = self.config
         if c.projection:
             y = self.layout.einsum("BD,DE->BE", x, self.text_projection.astype(x.dtype))
-            x = adapt(self, x, y, "text_projection_")
+            x = layers.adapt(self, x, y, "text_projection_")
         if c.projection_bias:
             x = x + self.text_projection_bias.astype(x.dtype)
         return x

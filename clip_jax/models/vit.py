@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models import attention
+from clip_jax.models import attention, layers
 from clip_jax.models.decoder import CrossAttention
 from clip_jax.models.images import (
     Images,
@@ -23,23 +23,7 @@ from clip_jax.models.images import (
     join_tokens,
     split_tokens,
 )
-from clip_jax.models.layers import (
-    MLP,
-    Activation,
-    BlockConfig,
-    BlockInit,
-    Einsum,
-    LayerNorm,
-    Layout,
-    Operations,
-    Remat,
-    Transformer,
-    adapt,
-    block_operations,
-    mean,
-    named,
-    uniform,
-)  # fmt: skip
+from clip_jax.models.layers import Activation, Einsum, LayerNorm, Layout, Operations, named, uniform
 
 Lengths = Int[Array, " B"] | None  # valid tokens of each image; None: all
 
@@ -188,7 +172,7 @@ class ViTConfig:
                 f"embed_dim={embed_dim} must be a multiple of vision.pool_heads={self.pool_heads}."
             )
 
-    def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ViT":
+    def module(self, embed_dim: int, remat: layers.Remat, unroll: int, layout: Layout) -> "ViT":
         return ViT(self, embed_dim, remat, unroll, layout)
 
     def stem(self, layout: Layout) -> nn.Module:
@@ -204,11 +188,11 @@ class ViTConfig:
         """Return the tables of `attention.Rotation` for all tokens; None: no rotary positions."""
         return None
 
-    def block(self, layout: Layout) -> BlockConfig:
+    def block(self, layout: Layout) -> layers.BlockConfig:
         """Return the settings of the tower's blocks."""
-        return BlockConfig(
+        return layers.BlockConfig(
             self.num_heads, self.mlp_width, self.activation, self.norm_epsilon,
-            BlockInit.image(self.width, self.mlp_width), self.layer_scale, layout=layout,
+            layers.BlockInit.image(self.width, self.mlp_width), self.layer_scale, layout=layout,
         )  # fmt: skip
 
     def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
@@ -222,7 +206,7 @@ class ViTConfig:
             macs=macs,
             layer_norm=(self.pre_norm * tokens + 1) * self.width,
         )
-        blocks = self.depth * block_operations(
+        blocks = self.depth * layers.block_operations(
             tokens, self.width, self.mlp_width, gated=self.activation == "swiglu",
             inner_norm=self.inner_norm,
         )  # fmt: skip
@@ -303,7 +287,8 @@ class AttentionPool(nn.Module):
         kv = Einsum("BLD,DSNK->BLSNK", (c.width, 2, *heads), (2, *heads), init, init, name="kv")(x)
         x = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1], key_value_seq_lengths=length)
         x = Einsum("BLNK,NKD->BLD", (*heads, c.width), (c.width,), init, init, name="proj")(x)
-        mlp = MLP(mlp_width, c.activation, BlockInit.image(c.width, mlp_width), name="mlp")
+        init_fns = layers.BlockInit.image(c.width, mlp_width)
+        mlp = layers.MLP(mlp_width, c.activation, init_fns, name="mlp")
         return (x + mlp(LayerNorm(c.norm_epsilon, name="norm")(x)))[:, 0]
 
 
@@ -343,7 +328,7 @@ class ViT(nn.Module):
 
     config: ViTConfig
     embed_dim: int
-    remat: Remat = "none"
+    remat: layers.Remat = "none"
     unroll: int = 1
     layout: Layout = Layout()
 
@@ -361,7 +346,8 @@ class ViT(nn.Module):
         )
         if c.pre_norm:
             self.ln_pre = LayerNorm(c.norm_epsilon)
-        self.transformer = Transformer(c.block(self.layout), c.depth, self.remat, self.unroll)
+        block = c.block(self.layout)
+        self.transformer = layers.Transformer(block, c.depth, self.remat, self.unroll)
         self.ln_post = LayerNorm(c.norm_epsilon)
         if c.pool in HEADS:
             self.attn_pool = HEADS[c.pool](c, self.embed_dim)
@@ -457,9 +443,9 @@ class ViT(nn.Module):
             case "class_token":
                 x, seen = self.ln_post(x[:, 0]), join_tokens(self.ln_post(others), own)
             case "mean":
-                x, seen = self.ln_post(mean(others, own)), join_tokens(others, own)
+                x, seen = self.ln_post(layers.mean(others, own)), join_tokens(others, own)
             case "mean_all":
-                x, seen = self.ln_post(mean(x, length)), tokens
+                x, seen = self.ln_post(layers.mean(x, length)), tokens
             case "map":
                 x = self.ln_post(x)
                 x, seen = self.attn_pool(x, length), join_tokens(x, length)
@@ -468,7 +454,7 @@ class ViT(nn.Module):
                 x, seen = x[:, 0], x[:, 1:]
         if c.projection:
             y = self.layout.einsum("BD,DE->BE", x, self.proj.astype(x.dtype))
-            x = adapt(self, x, y, "proj_")
+            x = layers.adapt(self, x, y, "proj_")
         if c.projection_bias:
             x = x + self.proj_bias.astype(x.dtype)
         return x, seen

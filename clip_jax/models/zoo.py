@@ -181,8 +181,7 @@ _EVA02: dict[str, Any] = {
 
 
 def _convnext(embed_dim: int, size: int, layers: Any, width: int, text: TextConfig, **options: Any):
-    widths = (width, 2 * width, 4 * width, 8 * width)
-    vision = ConvNeXtConfig(image_size=size, layers=layers, widths=widths, **options)
+    vision = ConvNeXtConfig(image_size=size, layers=layers, width=width, **options)
     return _clip(embed_dim, vision, text)
 
 

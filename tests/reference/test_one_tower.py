@@ -11,7 +11,7 @@ import transformers
 from clip_jax.convert import perception_models
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.formats import read_weights, starting_params, write_weights
-from clip_jax.convert.state_dict import flatten, from_params
+from clip_jax.convert.state_dict import flatten, from_params, table
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
 from clip_jax.errors import InputError
@@ -99,7 +99,7 @@ def test_pe_cores_own_file(tmp_path, monkeypatch):
     weights = random_weights(config)
     bare = replace(config, vision=replace(config.vision, projection_bias=False))
     visual = {x: y for x, y in weights.params["visual"].items() if x != "proj_bias"}
-    tensors = from_params(perception_models.rows(bare), weights.params | {"visual": visual})
+    tensors = from_params(table(bare, perception_models.NAMES), weights.params | {"visual": visual})
     torch.save({x: torch.from_numpy(y.copy()) for x, y in tensors.items()}, tmp_path / "pe.pt")
     again = read_weights(tmp_path / "pe.pt")
     assert again.config.vision == config.vision
