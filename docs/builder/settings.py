@@ -24,7 +24,10 @@ PAGES = {
     "model": (
         "Model",
         "The architecture of both towers, of the tokenizer and of an optional caption decoder.",
-        ("models.clip", "models.vit", "models.resnet", "models.text", "models.decoder"),
+        (
+            *("models.clip", "models.vit", "models.conv_stem", "models.rotary", "models.tips"),
+            *("models.convnext", "models.resnet", "models.text", "models.bert", "models.decoder"),
+        ),
     ),
     "data": (
         "Data",
