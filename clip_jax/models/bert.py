@@ -26,12 +26,12 @@ class BertConfig(TextConfig):
     # What follows pooling. linear: a linear map. mlp: two linear maps around GELU (open_clip).
     # norm: LayerNorm, a linear map to embed_dim with a bias, a linear map (AltCLIP).
     head: Literal["linear", "mlp", "norm"] = "mlp"
-    vocab_size: int = 250_002
-    width: int = 768
-    num_heads: int = 12
-    causal: bool = False
-    pool: Pool = "mean"
-    activation: Activation = "gelu"
+    vocab_size: int = 250_002  # Number of token ids.
+    width: int = 768  # Channels of the residual stream.
+    num_heads: int = 12  # Number of attention heads.
+    causal: bool = False  # Tokens attend only to themselves and earlier ones; must be False.
+    pool: Pool = "mean"  # What becomes the embedding: mean, without padding, or the first token.
+    activation: Activation = "gelu"  # MLP activation.
 
     masks_padding = True
 

@@ -24,10 +24,10 @@ class ConvStemConfig(ViTConfig):
     """
 
     batch_norm_group: int | None = None  # Samples normalised together in training. None: batch.
-    patch_size: int = 16
-    pre_norm: bool = False
-    projection_bias: bool = True
-    norm_epsilon: float = 1e-6
+    patch_size: int = 16  # Height and width of a patch, in pixels.
+    pre_norm: bool = False  # LayerNorm before the first block.
+    projection_bias: bool = True  # Bias in the projection.
+    norm_epsilon: float = 1e-6  # Epsilon of LayerNorm.
 
     class_position = False
 

@@ -29,9 +29,9 @@ class RotaryConfig(ViTConfig):
     norm: Norm = "before"  # LayerNorm of a block: before each branch, or (branch) of its output.
     inner_norm: bool = False  # LayerNorm also before the last linear map of both branches.
     key_bias: bool = True  # Bias of attention's keys.
-    patch_size: int = 16
-    pool: Literal["class_token", "mean", "map"] = "map"
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    patch_size: int = 16  # Height and width of a patch, in pixels.
+    pool: Literal["class_token", "mean", "map"] = "map"  # Pooling. map: attention pooling.
+    activation: Literal["gelu", "swiglu"] = "gelu"  # MLP activation; EVA-02 has swiglu.
 
     has_map_head = False  # SigLIP's
 

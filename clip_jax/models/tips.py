@@ -19,14 +19,14 @@ class TipsConfig(ViTConfig):
     """Image tower: a vision transformer with registers. The defaults are those of TIPSv2-B/14."""
 
     registers: int = 1  # Learned tokens after the class token, without position embeddings.
-    image_size: int = 448
-    patch_size: int = 14
-    pre_norm: bool = False
-    patch_bias: bool = True
-    projection: bool = False
-    activation: Activation = "gelu"
-    norm_epsilon: float = 1e-6
-    layer_scale: float | None = 1.0
+    image_size: int = 448  # Height and width of input images, in pixels.
+    patch_size: int = 14  # Height and width of a patch, in pixels.
+    pre_norm: bool = False  # LayerNorm before the first block.
+    patch_bias: bool = True  # Bias in the patch projection.
+    projection: bool = False  # Project to embed_dim; otherwise width must equal it.
+    activation: Activation = "gelu"  # MLP activation.
+    norm_epsilon: float = 1e-6  # Epsilon of LayerNorm.
+    layer_scale: float | None = 1.0  # Initial gain of residual branches. None: no gains.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,14 +40,14 @@ class TipsTextConfig(TextConfig):
     Token embeddings are multiplied by √width, positions are sinusoidal, padding is masked.
     """
 
-    context_length: int = 64
-    vocab_size: int = 32_000
-    width: int = 768
-    num_heads: int = 12
-    causal: bool = False
-    pool: Pool = "mean"
-    projection: bool = False
-    activation: Activation = "relu"
+    context_length: int = 64  # Maximum tokens per text.
+    vocab_size: int = 32_000  # Number of token ids.
+    width: int = 768  # Channels of the residual stream.
+    num_heads: int = 12  # Number of attention heads.
+    causal: bool = False  # Tokens attend only to themselves and earlier ones.
+    pool: Pool = "mean"  # What becomes the embedding. mean: the mean of the tokens but for padding.
+    projection: bool = False  # Project to embed_dim; otherwise width must equal it.
+    activation: Activation = "relu"  # MLP activation.
 
     masks_padding = True
     learned_positions = False
