@@ -46,7 +46,7 @@ def towers(config: CLIPConfig) -> str:
 def reason(error: InputError, path: Path) -> str:
     """Shorten an error to its first part, without the path, settings as code."""
     first = str(error).removeprefix(f"{path}: ").split("; ")[0].rstrip(".")
-    return re.sub(r"(\w+_cfg\.\w+=\S+)", r"`\1`", first)
+    return re.sub(r"((?:\w+\.)?\w+=[^\s,:]+)", r"`\1`", first)
 
 
 @cache
