@@ -25,12 +25,12 @@ from clip_jax.convert.state_dict import (
     table,
     to_params,
 )
-from clip_jax.convert.target import Assumptions, Target, check_assumptions, fixed
+from clip_jax.convert.target import Assumptions, Target, check_assumptions, fixed, rounded
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast, mlp_ratio, square_side
 from clip_jax.errors import InputError, naming
 from clip_jax.models.bert import BertConfig
-from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.images import NaFlex, Patches
 from clip_jax.models.layers import Activation
 from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
@@ -421,7 +421,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
         kind, width = tensors["text_model.final_layer_norm.weight"].dtype, config.text.width
         tensors[f"{_TEXT_HEAD}.weight"] = np.eye(width, dtype=kind)
         tensors[f"{_TEXT_HEAD}.bias"] = np.zeros(width, kind)
-    tensors = {n: cast(x, dtype) for n, x in tensors.items()}
+    tensors = {n: x if n == tips.TEMPERATURE else cast(x, dtype) for n, x in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     kind = next(x for n, x in sorted(tensors.items()) if x.ndim > 1).dtype.name
@@ -430,6 +430,13 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
         image_processor.write(folder, weights.preprocess, config.vision.has_map_head)
     if only != "image":
         tokenizer_files.write(folder, config.text)
+
+
+def _rounded(weights: Weights, dtype: DType | None) -> Params:
+    """Return the parameters in a file; TIPSv2's temperature is never rounded."""
+    params = rounded(weights, dtype)
+    is_tips = isinstance(weights.config.vision, TipsConfig)
+    return params | {"logit_scale": weights.params["logit_scale"]} if is_tips else params
 
 
 def outputs(
@@ -448,7 +455,9 @@ def outputs(
                 features = kind.from_pretrained(path)(of_tower)[f"{only}_embeds"]
             return {f"{only}_features": features.numpy()}
 
-        model = adapt(AutoModel.from_pretrained(path, local_files_only=True)).eval().float()
+        # In float32 from the start: buffers, too, would be rounded.
+        model = AutoModel.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        model = adapt(model).eval().float()
 
         def encode_image(images: Any) -> Any:
             if not isinstance(images, Patches):
@@ -470,7 +479,7 @@ def outputs(
 
 
 TARGET = Target(
-    write=write, reference="transformers", outputs=outputs,
+    write=write, reference="transformers", outputs=outputs, rounded=_rounded,
     names=("config.json", WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
     use="`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`. Of a NaFlex model, "
     "`AutoImageProcessor` and `AutoTokenizer`: `AutoProcessor` always makes 256 patches of 16 "

@@ -14,7 +14,7 @@ from clip_jax.models.tips import TipsConfig, TipsTextConfig
 
 MODEL_TYPE = "tipsv2"
 _MASK = "vision_encoder.mask_token"  # of pre-training
-_TEMPERATURE, _INITIAL = "temperature", 0.005065968260169029  # published files lack it
+TEMPERATURE, _INITIAL = "temperature", 0.005065968260169029  # published files lack it
 NAMES: Rules = (
     (r"^visual/registers", "visual/trunk/register_tokens"),
     *timm.LAYER_SCALE,
@@ -23,7 +23,7 @@ NAMES: Rules = (
     (r"/fc2/", "/c_proj/"),
     (r"^text/", "text_encoder/"),
     (r"resblocks/", "resblocks/{}/"),
-    (r"^logit_scale", _TEMPERATURE),
+    (r"^logit_scale", TEMPERATURE),
     *TORCH_NAMES,
 )
 AXES: Rules = ((r"^visual/registers", "1 L D -> L D"), *timm.AXES, *TORCH_AXES)
@@ -71,14 +71,14 @@ def read(vision: Settings, text: Settings) -> CLIPConfig:
 
 
 def from_file(tensors: Tensors) -> Tensors:
-    """Return a file's tensors with the logarithm of the logit scale for the temperature."""
-    temperature = tensors.get(_TEMPERATURE, np.float32(_INITIAL))
-    scale = -np.log(temperature.astype(np.float32)).astype(temperature.dtype).reshape(())
-    return {name: x for name, x in tensors.items() if name != _MASK} | {_TEMPERATURE: scale}
+    """Return a file's tensors with the logarithm of the logit scale for the temperature, in float32:
+    in half precision it would be less exact than the temperature."""
+    scale = -np.log(np.asarray(tensors.get(TEMPERATURE, _INITIAL), np.float32)).reshape(())
+    return {name: x for name, x in tensors.items() if name != _MASK} | {TEMPERATURE: scale}
 
 
 def to_file(tensors: Tensors) -> Tensors:
     """Undo `from_file`, with zeros for pre-training's mask token."""
-    scale, token = tensors[_TEMPERATURE], tensors["vision_encoder.cls_token"]
-    temperature = np.exp(-scale.astype(np.float32)).astype(scale.dtype)
-    return tensors | {_TEMPERATURE: temperature, _MASK: np.zeros_like(token[0])}
+    temperature = np.exp(-np.asarray(tensors[TEMPERATURE], np.float32))
+    token = tensors["vision_encoder.cls_token"]
+    return tensors | {TEMPERATURE: temperature, _MASK: np.zeros_like(token[0])}
