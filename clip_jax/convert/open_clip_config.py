@@ -235,6 +235,8 @@ def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Prepr
         section = Settings(multimodal, f"{path}: multimodal_cfg")
         decoder = _coca(section, text_config)
         section.finish()
+    if decoder is not None and isinstance(text_config, BertConfig):
+        raise InputError(f"{text.where}.hf_model_name is not supported with multimodal_cfg.")
     has_class_token = text_config.pool == "class_token"
     if has_class_token != isinstance(decoder, CoCaConfig):
         raise InputError(

@@ -59,8 +59,8 @@ _OTHERS = {
     "fastvit_": "FastViT, MobileCLIP-S's network of reparameterised convolutions",
     "vitamin_": "ViTamin, of convolutions and attention",
     "swin_": "Swin, of attention in windows",
-    "vit_relpos_": "a ViT with relative positions",
-    "vit_medium_patch16_gap_": "a ViT without a class token that is pooled before its last norm",
+    "vit_relpos_": "ViT with relative positions",
+    "vit_medium_patch16_gap_": "ViT without a class token that is pooled before its last norm",
 }
 
 
@@ -201,9 +201,10 @@ def name_of(vision: Vision) -> str:
     size = f"{vision.image_size} pixels"
     if isinstance(vision, ViTConfig) and vision.max_patches is not None:
         size = f"NaFlex with {vision.grid} x {vision.grid} positions"
+    others = "hugging-face or clip-jax" if vision.has_map_head else "clip-jax"
     raise InputError(
         "open_clip builds such towers only by timm's names, and none is a "
-        f"{vision.summary}, {size}; use --to hugging-face or clip-jax."
+        f"{vision.summary}, {size}; use --to {others}."
     )
 
 
