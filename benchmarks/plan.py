@@ -42,6 +42,9 @@ PODS: list[tuple[str, str, dict[str, Any]]] = [  # config, topology, and what di
     ("coca_b32", V5E, {}),
     ("coca_l14", V5E, {}),
     ("mammut_l14", V5E, {}),
+    ("pe_core_l14", V5E, {}),
+    ("eva02_l14", V5E, {}),
+    ("convnext_large", V5E, {}),
     ("datacomp_small", V5E_8, {}),
     ("datacomp_medium", V5E_8, {}),
 ]

@@ -56,7 +56,7 @@ def test_a_state_is_traced_and_laid_out(path):
     "name",
     [
         *("clipa_l14", "coca_l14", "digits", "mammut_l14", "pairs", "rn50x64", "siglip2_b16"),
-        *("shapes_naflex", "vit_l14"),
+        *("convnext_large", "eva02_l14", "pe_core_l14", "shapes_naflex", "vit_l14"),
     ],
 )
 def test_a_step_and_evaluation_trace(name):

@@ -71,8 +71,8 @@ def read(vision: Settings, text: Settings) -> CLIPConfig:
 
 
 def from_file(tensors: Tensors) -> Tensors:
-    """Return a file's tensors with the logarithm of the logit scale for the temperature, in float32:
-    in half precision it would be less exact than the temperature."""
+    """Return a file's tensors with the logarithm of the logit scale for the temperature; in half
+    precision it would be less exact than that."""
     scale = -np.log(np.asarray(tensors.get(TEMPERATURE, _INITIAL), np.float32)).reshape(())
     return {name: x for name, x in tensors.items() if name != _MASK} | {TEMPERATURE: scale}
 

@@ -12,10 +12,11 @@ from transformers import MetaClip2Config, MetaClip2Model, SiglipConfig, SiglipMo
 from clip_jax.convert import open_clip, timm
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.formats import read_weights, verify, write_weights
-from clip_jax.convert.hugging_face import towers
+from clip_jax.convert.hugging_face import config_json
 from clip_jax.convert.state_dict import param_shapes
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import BOUND, relative_difference
+from clip_jax.convert.weights import Weights
 from clip_jax.inference.loading import Model
 from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
@@ -185,7 +186,8 @@ def test_metaclip_2s_sizes():
     assert len(names) == 16
     for name in names:
         config = zoo.get(name)
-        vision, text = towers(config)
+        content = config_json(Weights(config=config, params={}), "float32")
+        vision, text = content["vision_config"], content["text_config"]
         settings = MetaClip2Config(
             vision_config=vision, text_config=text, projection_dim=config.embed_dim
         )
