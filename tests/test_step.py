@@ -25,6 +25,7 @@ from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe, State, context, encode
 from tests.conftest import (
     COCA,
+    FAMILIES,
     GOLDEN_LOSS,
     MESHES,
     NAFLEX_COCA,
@@ -175,6 +176,18 @@ def test_images_of_mixed_shapes_take_the_same_step(mesh, form, accumulation):
     step = functools.partial(Step, NAFLEX_SIGLIP, batch_size=32)
     expected = step(objective=(SigmoidConfig(form="dense"),))()
     check_equal(expected, step(mesh, objective=objective, accumulation=accumulation)())
+
+
+@pytest.mark.parametrize(
+    "name", ["mobileclip", "pe_core", "eva02", "tips", "xlm_roberta", "convnext"]
+)
+def test_every_family_takes_the_same_step_on_a_mesh(name):
+    """PE core with patch dropout, whose rotations are those of the kept patches."""
+    config, is_normalised = FAMILIES[name], name == "mobileclip"
+    config = changed(config, patch_dropout=0.5) if name == "pe_core" else config
+    expected = Step(config)()
+    for mesh in ("4x2", "2x2x2"):
+        check_equal(expected, Step(config, mesh)(), is_normalised)
 
 
 def test_a_resnet_in_groups_accumulated_and_on_a_mesh_and_a_skipped_step():

@@ -50,11 +50,8 @@ class RotaryConfig(ViTConfig):
         return self.pool_heads, 4 * self.width
 
     def block(self, layout: Layout) -> BlockConfig:
-        return (
-            super()
-            .block(layout)
-            ._replace(norm=self.norm, inner_norm=self.inner_norm, key_bias=self.key_bias)
-        )
+        block = super().block(layout)
+        return block._replace(norm=self.norm, inner_norm=self.inner_norm, key_bias=self.key_bias)
 
     def rotation(self) -> tuple[np.ndarray, np.ndarray] | None:
         if self.rotary == "none":

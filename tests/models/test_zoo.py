@@ -113,9 +113,14 @@ def test_parameters_of_the_laion_study():
         ("RN50", 102.01),
         ("RN101", 119.69),
         ("RN50x4", 178.30),  # those of the others follow from their FLOPs: test_flops.py
+        ("EVA02-B-16", 149.69),
+        ("EVA01-g-14", 1136.44),
+        ("convnext_tiny", 92.30),
+        ("convnext_large_d", 351.77),
+        ("roberta-ViT-B-32", 212.72),
     ],
 )
-def test_parameters_of_captioners_and_resnets(name, millions):
+def test_parameters_of_captioners_and_other_towers(name, millions):
     assert sum(counted(name)) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
