@@ -110,12 +110,10 @@ class ModelClass(NamedTuple):
 
     @property
     def table(self) -> Table:
-        """Names of settings in `text_config`, and their defaults."""
         return {theirs: (ours, getattr(self.text, ours)) for theirs, ours in _SETTINGS.items()}
 
     @property
     def names(self) -> Rules:
-        """Names of tensors."""
         return (*_NAMES, *_CLASSES, (r"^text/", f"{self.prefix}/"))
 
 

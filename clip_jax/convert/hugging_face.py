@@ -446,7 +446,6 @@ def outputs(
     with verify.library("transformers", "transformers"):
         import torch
         import transformers
-        from transformers import AutoModel
 
         if only := weights.only_tower:
             kind = getattr(transformers, read_json(path / "config.json")["architectures"][0])
@@ -456,7 +455,8 @@ def outputs(
             return {f"{only}_features": features.numpy()}
 
         # In float32 from the start: buffers, too, would be rounded.
-        model = AutoModel.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        options = {"local_files_only": True, "dtype": torch.float32}
+        model = transformers.AutoModel.from_pretrained(path, **options)
         model = adapt(model).eval().float()
 
         def encode_image(images: Any) -> Any:

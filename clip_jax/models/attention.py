@@ -129,16 +129,10 @@ def _swap(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     return jnp.where(jnp.arange(x.shape[-1]) % 2 == 0, shifted(-1), shifted(1))
 
 
-def _turn_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _turn(x, cos, sin), (cos, sin)
-
-
-def _turn_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, None, None]:
-    cos, sin = kept
-    return _turn(dy, cos, -sin), None, None
-
-
-_turn.defvjp(_turn_forward, _turn_backward)
+_turn.defvjp(
+    lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)),
+    lambda kept, dy: (_turn(dy, kept[0], -kept[1]), None, None),  # back by the same angles
+)
 
 
 def cached(
