@@ -215,7 +215,7 @@ FAMILIES = {
         vision=TipsConfig(**_VISION | {"patch_size": 8}),
         text=TipsTextConfig(**_TEXT),
     ),
-    "xlm_roberta": dataclasses.replace(TINY, text=BertConfig(**_TEXT, positions=14)),
+    "xlm_roberta": dataclasses.replace(TINY, text=BertConfig(**_TEXT, num_positions=14)),
     "altclip": dataclasses.replace(TINY, text=BertConfig(**_TEXT, head="norm", pool="first")),
     "chinese_clip": dataclasses.replace(
         TINY,

@@ -57,7 +57,7 @@ def test_every_row_of_the_published_tables(file, unit, convention, missing):
         ours = flops.forward(config, convention)
         text = ours.text
         if isinstance(config.text, BertConfig):  # of as many tokens as there are positions
-            text = 2 * config.text.operations(config.embed_dim, config.text.positions).macs
+            text = 2 * config.text.operations(config.embed_dim, config.text.num_positions).macs
         total = ours.total - ours.text + text
         for got, part in ((total, ""), (ours.image, "image_"), (text, "text_")):
             if part + unit in rows[name]:

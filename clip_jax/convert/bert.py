@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from clip_jax.convert.settings import Settings, Table, by_table, read_json
 from clip_jax.convert.state_dict import Rules
 from clip_jax.convert.target import Assumptions
 from clip_jax.convert.tokenizer_files import CONFIG_NAME
 from clip_jax.errors import InputError
+from clip_jax.models import zoo
 from clip_jax.models.bert import BertConfig
 
 # ------------------------------------------------------------------ names of tensors
@@ -47,13 +48,16 @@ def open_clip_names(text: BertConfig) -> Rules:
 
 # ------------------------------------------------------------------ open_clip: models by name
 
-_BASE: dict[str, Any] = {"width": 768, "depth": 12, "num_heads": 12}
-_LARGE: dict[str, Any] = {"width": 1024, "depth": 24, "num_heads": 16}
+
+def _text(name: str, **changes: Any) -> BertConfig:
+    return replace(cast(BertConfig, zoo.get(name).text), **changes)
+
+
 KNOWN = {
-    "roberta-base": BertConfig(vocab_size=50_265, **_BASE),
-    "roberta-large": BertConfig(vocab_size=50_265, **_LARGE),
-    "xlm-roberta-base": BertConfig(**_BASE),
-    "xlm-roberta-large": BertConfig(**_LARGE),
+    "roberta-base": _text("roberta-ViT-B-32"),
+    "roberta-large": _text("xlm-roberta-large-ViT-H-14", vocab_size=50_265),
+    "xlm-roberta-base": _text("xlm-roberta-base-ViT-B-32"),
+    "xlm-roberta-large": _text("xlm-roberta-large-ViT-H-14"),
 }
 _OTHERS = {
     "google/mt5-": "mT5, an encoder with relative positions",
@@ -121,21 +125,14 @@ FIXED = ("head", "pool", "first_position")
 _SETTINGS = {
     "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "mlp_width",
     "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
-    "max_position_embeddings": "positions", "type_vocab_size": "token_types",
+    "max_position_embeddings": "num_positions", "type_vocab_size": "token_types",
     "layer_norm_eps": "norm_epsilon",
 }  # fmt: skip
+_CHINESE = _text("ChineseCLIP-ViT-B-16", vocab_size=30_522)
 CLASSES = {
-    "altclip": ModelClass(
-        "AltCLIPModel", "text_model/roberta", BertConfig(head="norm", pool="first", **_LARGE)
-    ),
-    "chinese_clip": ModelClass(
-        "ChineseCLIPModel", "text_model",
-        BertConfig(
-            context_length=52, vocab_size=30_522, positions=512, first_position=0, token_types=2,
-            head="linear", pool="first", norm_epsilon=1e-12, **_BASE,
-        ),
-    ),
-}  # fmt: skip
+    "altclip": ModelClass("AltCLIPModel", "text_model/roberta", _text("AltCLIP")),
+    "chinese_clip": ModelClass("ChineseCLIPModel", "text_model", _CHINESE),
+}
 
 
 def class_of(text: BertConfig) -> str:
@@ -158,8 +155,7 @@ def settings(text: Any, embed_dim: int) -> dict[str, Any]:
 
 
 def context_length(folder: Path, text: BertConfig) -> int:
-    """Return the length of texts that a folder's tokenizer file names, or else the default."""
+    """Return the length of texts that a folder's tokenizer file names, at most the default."""
     path = folder / CONFIG_NAME
     length = read_json(path).get("model_max_length") if path.exists() else None
-    fits = type(length) is int and 2 <= length <= text.positions - text.first_position
-    return length if fits else min(text.context_length, text.positions - text.first_position)
+    return min(length, text.context_length) if type(length) is int else text.context_length

@@ -89,8 +89,11 @@ def convert(config: ConvertConfig) -> Conversion:
         weights = changed
     write_weights(weights, destination, config.to, dtype=config.dtype)
     if target.use:
-        more = target.use_naflex if weights.preprocess.max_patches else ""
-        card.write(destination, source, weights, f"{target.use}{more}")
+        use = target.use + (target.use_naflex if weights.preprocess.max_patches else "")
+        if only := weights.only_tower:
+            kind = {"image": "Vision", "text": "Text"}[only]
+            use = f"`transformers.CLIP{kind}ModelWithProjection.from_pretrained(FOLDER)`."
+        card.write(destination, source, weights, use)
     if not config.verify:
         return Conversion(None, difference)
     try:

@@ -217,7 +217,7 @@ def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
                 f"{source}: text_config.project_dim={projected} is not supported; it must equal "
                 f"projection_dim={embed_dim}."
             )
-        length = min(kind.text.context_length, text["positions"] - kind.text.first_position)
+        length = min(kind.text.context_length, text["num_positions"] - kind.text.first_position)
         tower = replace(kind.text, **text, context_length=length)
         return CLIPConfig(embed_dim=embed_dim, vision=ViTConfig(**vision), text=tower)
     text = _tower(sections[1], _TEXT, "quick_gelu")
@@ -356,8 +356,10 @@ def read(folder: Path) -> Weights:
     if isinstance(config.text, BertConfig):
         length = bert.context_length(folder, config.text)
         config = replace(config, text=replace(config.text, context_length=length))
-    default = TokenizerConfig()
-    if kind != "clip":
+    default = (
+        TokenizerConfig(file="", clean="none") if kind == tips.MODEL_TYPE else TokenizerConfig()
+    )
+    if kind not in ("clip", tips.MODEL_TYPE):
         cleaning: Cleaning = _CLEANING.get(kind, "none")
         default = tokenizer_files.missing(config.text, cleaning)
     config = replace(

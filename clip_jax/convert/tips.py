@@ -12,8 +12,7 @@ from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.tips import TipsConfig, TipsTextConfig
 
-MODEL_TYPE = "tipsv2"
-_MASK = "vision_encoder.mask_token"  # of pre-training
+MODEL_TYPE, _MASK = "tipsv2", "vision_encoder.mask_token"  # of pre-training
 TEMPERATURE, _INITIAL = "temperature", 0.005065968260169029  # published files lack it
 NAMES: Rules = (
     (r"^visual/registers", "visual/trunk/register_tokens"),
@@ -40,8 +39,9 @@ TEXT: Table = {
     "num_hidden_layers": ("depth", 12), "num_attention_heads": ("num_heads", 12),
     "layer_norm_eps": ("norm_epsilon", 1e-5),
 }  # fmt: skip
-_SIZES = [ours for ours, _ in (*IMAGE.values(), *TEXT.values())]
-_FREE = ("mlp_ratio", "patch_dropout", "tokenizer", *_SIZES)
+_FREE = ["mlp_ratio", "patch_dropout", "tokenizer"] + [
+    x for x, _ in [*IMAGE.values(), *TEXT.values()]
+]
 ASSUMPTIONS: Assumptions = {
     "vision": TipsConfig,
     "text": TipsTextConfig,
@@ -71,8 +71,7 @@ def read(vision: Settings, text: Settings) -> CLIPConfig:
 
 
 def from_file(tensors: Tensors) -> Tensors:
-    """Return a file's tensors with the logarithm of the logit scale for the temperature; in half
-    precision it would be less exact than that."""
+    """Return a file's tensors with the logarithm of the logit scale, in float32."""
     scale = -np.log(np.asarray(tensors.get(TEMPERATURE, _INITIAL), np.float32)).reshape(())
     return {name: x for name, x in tensors.items() if name != _MASK} | {TEMPERATURE: scale}
 

@@ -355,7 +355,7 @@ def _patches(graph: Graph, config: ViTConfig, x: str) -> str:
     if isinstance(config, ConvStemConfig):
         for i, size in enumerate(STEM[:-1]):
             path = "visual/conv1/{}" + str(i)
-            x = _conv(graph, x, path.format("conv"), path.format("bn"), size, 0)
+            x = _conv(graph, x, path.format("conv"), path.format("bn"), size, False)
             x = graph.activation(x, "gelu")
         return _strided(graph, x, f"visual/conv1/conv{len(STEM) - 1}")
     return _strided(graph, x, "visual/conv1")
@@ -509,18 +509,15 @@ def _resnet(graph: Graph, config: ResNetConfig, x: str) -> str:
     return graph.op("Gather", x, np.int64(0), axis=1)
 
 
-def _conv(
-    graph: Graph, x: str, conv: str, norm: str, stride: int = 1, padding: int | None = None
-) -> str:
-    """Add a convolution with the BatchNorm after it folded in; by default half of it is padding."""
+def _conv(graph: Graph, x: str, conv: str, norm: str, stride: int = 1, half: bool = True) -> str:
+    """Add a convolution, padded by half its size or not, with the BatchNorm after it folded in."""
     kernel = graph.weight(f"{conv}/kernel").astype(np.float64)
     scale, bias = (graph.weight(f"{norm}/{name}").astype(np.float64) for name in ("scale", "bias"))
     mean, var = (graph.weight(f"batch_stats/{norm}/{name}") for name in ("mean", "var"))
     scale = scale / np.sqrt(var.astype(np.float64) + 1e-5)
     folded = graph.number(rearrange(kernel * scale, "P Q C D -> D C P Q"), f"{conv}/kernel")
     shift, size = graph.number(bias - mean * scale, f"{norm}/bias"), kernel.shape[0]
-    padding = size // 2 if padding is None else padding
-    options = {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [padding] * 4}
+    options = {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [half * size // 2] * 4}
     return graph.op("Conv", x, folded, shift, **options)
 
 

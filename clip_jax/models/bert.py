@@ -20,7 +20,7 @@ class BertConfig(TextConfig):
     LayerNorm follows each sum of a block (post-norm), and padding is masked.
     """
 
-    positions: int = 514  # Rows of the table of position embeddings.
+    num_positions: int = 514  # Rows of the table of position embeddings.
     first_position: int = 2  # Row of a text's first token. RoBERTa: behind the padding id; BERT: 0.
     token_types: int = 1  # Rows of the table of token types, of which the first is added.
     # What follows pooling. linear: a linear map. mlp: two linear maps around GELU (open_clip).
@@ -38,21 +38,21 @@ class BertConfig(TextConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(
-            self, "text.", positions="[1, inf)", first_position="[0, inf)", token_types="[1, inf)"
+            self,
+            "text.",
+            num_positions="[1, inf)",
+            first_position="[0, inf)",
+            token_types="[1, inf)",
         )
-        longest = self.positions - self.first_position
+        longest = self.num_positions - self.first_position
         is_bert = self.pool in ("mean", "first") and not self.causal and self.projection
         if not is_bert or self.context_length > longest:
             raise InputError(
                 f"text.pool={self.pool!r}, text.causal={self.causal}, text.projection="
                 f"{self.projection}, text.context_length={self.context_length}: a BertConfig needs "
                 f"pool='mean' or 'first', causal=False, projection=True, and at most {longest} "
-                "tokens (text.positions less text.first_position)."
+                "tokens (text.num_positions less text.first_position)."
             )
-
-    @property
-    def num_positions(self) -> int:
-        return self.positions
 
     def projected_width(self, embed_dim: int) -> int:
         hidden = {"mlp": (self.width + embed_dim) // 2, "norm": embed_dim}

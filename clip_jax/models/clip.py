@@ -79,8 +79,7 @@ class CLIPConfig:
             if not isinstance(self.vision, ViTConfig) or type(self.text) is not TextConfig:
                 raise InputError(
                     "model.decoder needs a vision transformer, not a ResNet or a ConvNeXt, and a "
-                    "TextConfig: choose another model.vision or model.text, or set model.decoder "
-                    "to None."
+                    "TextConfig: choose others, or set model.decoder to None."
                 )
             self.decoder.check(self.text, self.image_token_width)
 

@@ -17,8 +17,7 @@ _BASE = 10_000.0  # ratio of the largest wavelength of the rotations to the smal
 class RotaryConfig(ViTConfig):
     """Image tower: a vision transformer of PE core or EVA. The defaults are those of PE-Core-B-16.
 
-    It has absolute position embeddings, too. With pool=map, pool_heads are the heads of the
-    pooling, whose MLP has four times the width.
+    With pool=map, pool_heads are the heads of the pooling, whose MLP has four times the width.
     """
 
     # Rotary positions turn half of a head's channels by the column of a patch, half by its row.

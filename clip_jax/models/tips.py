@@ -54,7 +54,6 @@ class TipsTextConfig(TextConfig):
 
     @property
     def token_scale(self) -> float:
-        """What token embeddings are multiplied by."""
         return self.width**0.5
 
     def module(self, **options: Any) -> "TipsText":

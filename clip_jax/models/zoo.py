@@ -211,7 +211,7 @@ _EVA02_E: dict[str, Any] = {
 }  # fmt: skip
 _CONVNEXT = (3, 3, 27, 3)
 _CHINESE: dict[str, Any] = {
-    "context_length": 52, "vocab_size": 21_128, "positions": 512, "first_position": 0,
+    "context_length": 52, "vocab_size": 21_128, "num_positions": 512, "first_position": 0,
     "token_types": 2, "head": "linear", "pool": "first", "norm_epsilon": 1e-12,
 }  # fmt: skip
 
