@@ -15,7 +15,7 @@ import torch
 import transformers
 from sentencepiece import sentencepiece_model_pb2
 
-from clip_jax.convert import bert, timm
+from clip_jax.convert import bert, image_processor, timm
 from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.open_clip_config import read_config
 from clip_jax.convert.tensor_files import read_tensors
@@ -23,6 +23,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.convnext import ConvNeXtConfig
+from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from tests import vocabularies
 from tests.reference import families
@@ -148,13 +149,23 @@ def settings_of(name, **more):
     return content
 
 
+def drawn(model):
+    """The model with random parameters: at fresh ones of this width, attention is uniform."""
+    model = families.moved(model)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if x.ndim > 1 and name.endswith(("weight", "proj")) and "_embedding" not in name:
+                x.normal_(0, x[0].numel() ** -0.5)
+    return model
+
+
 def save(open_clip, folder, content, dtype=torch.float32, pixels=None):
     """Write a model of random weights as open_clip does; return the file's tensors."""
     folder.mkdir()
     kind = {x: content[x] for x in content if x != "custom_text"}
     is_custom = content.get("custom_text") or "hf_model_name" in content["text_cfg"]
     torch.manual_seed(0)
-    model = families.moved((open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**kind))
+    model = drawn((open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**kind))
     state = {n: x.to(dtype) if x.is_floating_point() else x for n, x in model.state_dict().items()}
     path = folder / "open_clip_model.safetensors"
     safetensors.torch.save_file({n: x.contiguous() for n, x in state.items()}, path)
@@ -231,6 +242,31 @@ def test_open_clips_text_towers(tmp_path, open_clip, small, name, head, pooler):
     assert (config.text.head, config.text.pool) == (head, pool)
 
 
+def test_timms_names_have_the_sizes_that_we_say():
+    import timm as reference
+
+    towers = {name: vision for name, vision in timm.TOWERS.items() if "siglip" not in name}
+    assert len(towers) == 18
+    for name, vision in towers.items():
+        with torch.device("meta"):
+            model = reference.create_model(name, pretrained=False, num_classes=0)
+        if isinstance(vision, ConvNeXtConfig):
+            stages = [(len(x.blocks), x.blocks[0].conv_dw.in_channels) for x in model.stages]
+            assert stages == [*zip(vision.layers, vision.widths, strict=True)], name
+            assert model.stages[0].blocks[0].norm.eps == vision.norm_epsilon, name
+            continue
+        block, table = model.blocks[0], model.pos_embed.shape
+        positions = vision.num_patches + (vision.class_token and vision.class_position)
+        assert table == (1, positions, vision.width), name
+        assert (model.cls_token is not None) == vision.class_token, name
+        assert (len(model.blocks), block.attn.num_heads) == (vision.depth, vision.num_heads), name
+        assert block.mlp.fc2.in_features == vision.mlp_width, name
+        assert block.norm1.eps == vision.norm_epsilon, name
+        if isinstance(vision, RotaryConfig):
+            grid = [vision.reference_grid] * 2 if vision.rotary != "none" else None
+            assert (list(model.rope.ref_feat_shape) if model.rope else None) == grid, name
+
+
 # ------------------------------------------------------------------ small models of transformers
 
 VISION = {
@@ -260,7 +296,7 @@ def save_class(folder, name, dtype=torch.float32, **changes):
     kind = getattr(transformers, f"{prefix}Model")
     torch.manual_seed(0)
     settings = kind.config_class(**CLASSES[name] | changes)
-    families.moved(kind(settings)).to(dtype).save_pretrained(folder)
+    drawn(kind(settings)).to(dtype).save_pretrained(folder)
     size = {"height": 42, "width": 42}
     if name == "TIPSv2":
         pixels = transformers.Tipsv2ImageProcessor(size=size)
@@ -353,6 +389,19 @@ def test_transformers_processors(tmp_path, name):
             kind = type(processor.image_processor).__name__
             processor = getattr(transformers, f"{kind}Pil").from_pretrained(folder)
             check_inputs(weights, tokenize, functools.partial(transform, processor=processor))
+
+
+@pytest.mark.parametrize(("kind", "size"), [("Tipsv2", 448), ("ChineseCLIP", 224)])
+def test_defaults_of_image_processors(tmp_path, kind, size):
+    """Of a file with nothing but the class."""
+    name = f"{kind}ImageProcessor"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": name}))
+    ours = image_processor.read(tmp_path, size)
+    theirs = getattr(transformers, name).from_pretrained(tmp_path)
+    for image in kinds()[:8]:
+        (x,) = theirs(images=image, return_tensors="np")["pixel_values"]
+        bound = 2 / 255 / min(ours.std) + 1e-6
+        np.testing.assert_allclose(ours(image), x.transpose(1, 2, 0), 0, bound)
 
 
 PIXELS = {
