@@ -345,7 +345,8 @@ def read(folder: Path) -> Weights:
         tower = replace(getattr(config, field), projection=False)
         config = replace(config, embed_dim=tower.width, **{field: tower})
     if kind == tips.MODEL_TYPE:
-        tensors = tips.from_file(tensors)
+        initial = Settings(content, str(path)).number("temperature_init_value", tips.INITIAL)
+        tensors = tips.from_file(tensors, initial)
     if kind == "altclip":  # transformers 5 writes another name than it did before
         old = "vision_model.encoder.layer."
         tensors = {n.replace(old, "vision_model.encoder.layers."): x for n, x in tensors.items()}

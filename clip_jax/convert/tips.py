@@ -13,7 +13,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.tips import TipsConfig, TipsTextConfig
 
 MODEL_TYPE, _MASK = "tipsv2", "vision_encoder.mask_token"  # of pre-training
-TEMPERATURE, _INITIAL = "temperature", 0.005065968260169029  # published files lack it
+TEMPERATURE, INITIAL = "temperature", 0.005065968260169029  # published files lack it
 NAMES: Rules = (
     (r"^visual/registers", "visual/trunk/register_tokens"),
     *timm.LAYER_SCALE,
@@ -65,14 +65,12 @@ def read(vision: Settings, text: Settings) -> CLIPConfig:
     fields, tower = text.fields(TEXT), TipsConfig(**vision.fields(IMAGE))
     ratio = mlp_ratio(fields["width"], fields.pop("mlp_width"))
     words = TipsTextConfig(**fields, mlp_ratio=ratio)
-    return CLIPConfig(
-        embed_dim=tower.width, vision=tower, text=words, init_logit_scale=1 / _INITIAL
-    )
+    return CLIPConfig(embed_dim=tower.width, vision=tower, text=words, init_logit_scale=1 / INITIAL)
 
 
-def from_file(tensors: Tensors) -> Tensors:
+def from_file(tensors: Tensors, initial: float) -> Tensors:
     """Return a file's tensors with the logarithm of the logit scale, in float32."""
-    scale = -np.log(np.asarray(tensors.get(TEMPERATURE, _INITIAL), np.float32)).reshape(())
+    scale = -np.log(np.asarray(tensors.get(TEMPERATURE, initial), np.float32)).reshape(())
     return {name: x for name, x in tensors.items() if name != _MASK} | {TEMPERATURE: scale}
 
 

@@ -37,8 +37,7 @@ class ConvStemConfig(ViTConfig):
         if self.patch_size != 16 or self.max_patches is not None or self.width % 4:
             raise InputError(
                 f"vision.patch_size={self.patch_size}, vision.max_patches={self.max_patches}, "
-                f"vision.width={self.width}: a convolutional stem needs 16, None and a multiple of "
-                "4; change them, or choose a ViTConfig."
+                f"vision.width={self.width}: a convolutional stem needs 16, None, a multiple of 4."
             )
 
     @property
