@@ -76,7 +76,7 @@ def tokenizer(name):
 def smaller(vision, **changes):
     """A narrow tower of a family, with two blocks."""
     if isinstance(vision, ConvNeXtConfig):
-        sizes = {"layers": (1, 2, 1, 1), "widths": (8, 16, 24, 32), "image_size": 64}
+        sizes = {"layers": (1, 2, 1, 1), "width": 8, "image_size": 64}
     else:
         patch = 16 if vision.patch_size == 16 else 14
         sizes = {"width": 48, "depth": 2, "num_heads": 3, "patch_size": patch}
@@ -345,6 +345,18 @@ def test_half_precision_rounds_no_temperature(tmp_path, dtype):
     np.testing.assert_allclose(scale, weights.params["logit_scale"], rtol=1e-6)
 
 
+def test_a_temperature_in_the_configuration(tmp_path):
+    """Where published files have it: they have no tensor."""
+    save_class(tmp_path, "TIPSv2", temperature_init_value=0.02)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    del tensors["temperature"]
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    weights = read_weights(tmp_path)
+    np.testing.assert_allclose(np.exp(weights.params["logit_scale"]), 50, rtol=1e-5)
+    assert verify(weights, tmp_path, "hugging-face").passed
+
+
 # ------------------------------------------------------------------ token ids and pixels
 
 # Markers are tokens wherever they come from, except for padding: transformers attends to a <pad>
@@ -450,9 +462,9 @@ OTHERS = {
     "swin_base_patch4_window7_224": r"timm_model_name='swin_.*no Swin, of attention in windows",
     "vit_relpos_medium_patch16_cls_224": r"timm_model_name='vit_relpos_.*no ViT with relative pos",
     "vit_medium_patch16_gap_256": r"timm_model_name='vit_medium_.*no ViT without a class token",
-    "nllb-clip-base": r"text_cfg.hf_model_name='facebook/nllb-.*no NLLB, the encoder of a transl",
-    "nllb-clip-base-siglip": r"text_cfg.hf_model_name='facebook/nllb-.*no NLLB",
-    "mt5-base-ViT-B-32": r"text_cfg.hf_model_name='google/mt5-base'.*no mT5.*relative positions",
+    "nllb-clip-base": r"hf_model_name='facebook/nllb-.*no NLLB, the encoder of a transl",
+    "nllb-clip-base-siglip": r"hf_model_name='facebook/nllb-.*no NLLB",
+    "mt5-base-ViT-B-32": r"hf_model_name='google/mt5-base'.*no mT5.*relative positions",
     "coca_roberta-ViT-B-32": r"text_cfg.hf_model_name is not supported with multimodal_cfg",
 }
 
@@ -490,7 +502,11 @@ def test_open_clips_other_families(tmp_path, open_clip):
         ("convnext_base", {"timm_model_name": "resnet50"}, r"'resnet50'.*use one of vit_base"),
         ("roberta-ViT-B-32", {"hf_pooler_type": "max_pooler"}, r"hf_pooler_type='max_pooler'"),
         ("roberta-ViT-B-32", {"hf_proj_type": "none"}, r"hf_proj_type='none'.*linear or mlp"),
-        ("roberta-ViT-B-32", {"hf_model_name": "bert-base"}, r"'bert-base'.*use one of roberta-"),
+        (
+            "roberta-ViT-B-32",
+            {"hf_model_name": "bert-base"},
+            r"'bert-base'.*supported are roberta-",
+        ),
     ],
 )
 def test_open_clips_other_settings(tmp_path, name, change, message):
