@@ -156,6 +156,8 @@ def moved(model: Any) -> Any:
                 one = x.ndim == 1 and name.endswith("weight")
                 one = one or any(part in name for part in ("gamma", "lambda"))
                 x.normal_(float(one), 0.1)
+            elif name.endswith(("weight", "proj")):  # at fresh ones, attention is nearly uniform
+                x.normal_(0, x[0].numel() ** -0.5)
     return lively(model)
 
 

@@ -127,7 +127,7 @@ def small(monkeypatch, open_clip):
 
     monkeypatch.setattr(open_clip.hf_model.AutoConfig, "from_pretrained", settings_of)
     for name, text in bert.KNOWN.items():
-        sizes = {"vocab_size": VOCAB, "width": 32, "depth": 2, "num_heads": 2, "positions": 80}
+        sizes = {"vocab_size": VOCAB, "width": 32, "depth": 2, "num_heads": 2, "num_positions": 80}
         monkeypatch.setitem(bert.KNOWN, name, replace(text, **sizes))
     return tower
 
@@ -149,23 +149,13 @@ def settings_of(name, **more):
     return content
 
 
-def drawn(model):
-    """The model with random parameters: at fresh ones of this width, attention is uniform."""
-    model = families.moved(model)
-    with torch.no_grad():
-        for name, x in model.named_parameters():
-            if x.ndim > 1 and name.endswith(("weight", "proj")) and "_embedding" not in name:
-                x.normal_(0, x[0].numel() ** -0.5)
-    return model
-
-
 def save(open_clip, folder, content, dtype=torch.float32, pixels=None):
     """Write a model of random weights as open_clip does; return the file's tensors."""
     folder.mkdir()
     kind = {x: content[x] for x in content if x != "custom_text"}
     is_custom = content.get("custom_text") or "hf_model_name" in content["text_cfg"]
     torch.manual_seed(0)
-    model = drawn((open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**kind))
+    model = families.moved((open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**kind))
     state = {n: x.to(dtype) if x.is_floating_point() else x for n, x in model.state_dict().items()}
     path = folder / "open_clip_model.safetensors"
     safetensors.torch.save_file({n: x.contiguous() for n, x in state.items()}, path)
@@ -296,7 +286,7 @@ def save_class(folder, name, dtype=torch.float32, **changes):
     kind = getattr(transformers, f"{prefix}Model")
     torch.manual_seed(0)
     settings = kind.config_class(**CLASSES[name] | changes)
-    drawn(kind(settings)).to(dtype).save_pretrained(folder)
+    families.moved(kind(settings)).to(dtype).save_pretrained(folder)
     size = {"height": 42, "width": 42}
     if name == "TIPSv2":
         pixels = transformers.Tipsv2ImageProcessor(size=size)
