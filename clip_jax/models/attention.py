@@ -115,8 +115,9 @@ def rotate(qkv: QKV, heads: int, rotation: Rotation) -> QKV:
 
 @jax.custom_vjp
 def _turn(x: Array, cos: Array, sin: Array) -> Array:
-    x32 = x.astype(jnp.float32)
-    return (x32 * cos + _swap(x32) * sin).astype(x.dtype)
+    # Pairs are exchanged before the cast: float32 values would be stored for it.
+    other = _swap(x).astype(jnp.float32)
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 
 def _swap(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
