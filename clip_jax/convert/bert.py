@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, cast
 
 from clip_jax.convert.settings import Settings, Table, by_table, read_json
 from clip_jax.convert.state_dict import Rules
-from clip_jax.convert.target import Assumptions
 from clip_jax.convert.tokenizer_files import CONFIG_NAME
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
@@ -64,7 +63,6 @@ _OTHERS = {
     "facebook/nllb-": "NLLB, the encoder of a translation model",
 }
 _POOLERS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "first"}
-OPEN_CLIP_ASSUMPTIONS: Assumptions = {"text.head": ("linear", "mlp")}
 
 
 def read_open_clip(section: Settings) -> BertConfig:

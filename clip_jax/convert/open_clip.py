@@ -151,7 +151,7 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
     }
     every: tuple[Activation, ...] = ("quick_gelu", "gelu", "gelu_tanh")
     if isinstance(text, BertConfig):
-        assumptions, own = assumptions | bert.OPEN_CLIP_ASSUMPTIONS, every
+        assumptions, own = assumptions | {"text.head": ("linear", "mlp")}, every
     else:
         assumptions |= {"text.pool": ("argmax", "eos", "last"), "text.activation": every}
     if family is None:

@@ -18,6 +18,7 @@ from clip_jax.errors import InputError
 from clip_jax.export import patches
 from clip_jax.export.graph import INLINE_BYTES, Graph
 from clip_jax.export.towers import caption_logits, image_tower, text_tower
+from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import Images, NaFlex, Patches
 from clip_jax.models.text import TextConfig
@@ -155,7 +156,9 @@ def _write_beside(
     config, preprocess = weights.config, weights.preprocess
     own_padding = config.text.sees_padding
     if layout == "immich":
-        words, own = text_cfg(config.text), is_open_clips_own(config.text)
+        own, words = is_open_clips_own(config.text), dict[str, Any]()
+        is_bert, length = isinstance(config.text, BertConfig), config.text.context_length
+        words |= {"context_length": length} if is_bert else text_cfg(config.text)
         if not own:  # tokenizer.json cleans: immich does not lower case, and joins at underscores
             words["tokenizer_kwargs"] = {"clean": "whitespace"}
         vision = {"image_size": config.vision.image_size}

@@ -127,7 +127,7 @@ def test_weights_above_the_limit_lie_beside_the_file(tmp_path, clip):
         compared(tmp_path, clip)
 
 
-@pytest.mark.parametrize("name", ["mean", "siglip", "mammut"])
+@pytest.mark.parametrize("name", ["mean", "siglip", "mammut", "pe_core", "xlm_roberta"])
 def test_the_layout_of_immich(tmp_path, families, name):
     family = families(name)
     config = family.weights.config

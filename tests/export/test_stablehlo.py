@@ -50,7 +50,7 @@ def test_captions_of_a_vocabulary_without_a_begin_are_refused(tmp_path, families
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["coca", "resnet", "siglip"])
+@pytest.mark.parametrize("name", ["coca", "pe_core", "resnet", "siglip", "xlm_roberta"])
 def test_stablehlo_is_verified(tmp_path, capsys, families, name):
     weights, output = families(name).weights, tmp_path / "out"
     write_weights(weights, tmp_path / "model", "clip-jax")
