@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.layers import Einsum, Layout, gelu, uniform
+from clip_jax.models.layers import Activation, Einsum, Layout, gelu, uniform
 from clip_jax.models.resnet import BatchNorm
 from clip_jax.models.vit import ViTConfig
 
@@ -27,6 +27,7 @@ class ConvStemConfig(ViTConfig):
     patch_size: int = 16  # Height and width of a patch, in pixels.
     pre_norm: bool = False  # LayerNorm before the first block.
     projection_bias: bool = True  # Bias in the projection.
+    activation: Activation = "gelu"  # MLP activation.
     norm_epsilon: float = 1e-6  # Epsilon of LayerNorm.
 
     class_position = False

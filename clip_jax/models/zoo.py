@@ -175,9 +175,7 @@ def _eva(embed_dim: int, text: TextConfig, **options: Any) -> CLIPConfig:
     return _clip(embed_dim, vision, text)
 
 
-_EVA02: dict[str, Any] = {
-    "rotary": "rows", "activation": "swiglu", "inner_norm": True, "mlp_ratio": 8 / 3,
-}  # fmt: skip
+_EVA02 = dict[str, Any](rotary="rows", activation="swiglu", inner_norm=True, mlp_ratio=8 / 3)
 
 
 def _convnext(embed_dim: int, size: int, layers: Any, width: int, text: TextConfig, **options: Any):
