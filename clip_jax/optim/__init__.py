@@ -13,25 +13,18 @@ import optax
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.clip import Params
+from clip_jax.optim import wrappers
 from clip_jax.optim.adafactor import Adafactor, scale_by_adafactor
 from clip_jax.optim.lamb import LAMB, scale_by_trust_ratio
 from clip_jax.optim.matrices import Rows
 from clip_jax.optim.muon import Muon, scale_by_muon, split
-from clip_jax.optim.wrappers import (
-    Tower,
-    average,
-    descend,
-    guard,
-    lock,
-    scale_layers,
-    scale_towers,
-)
+from clip_jax.optim.wrappers import Tower
 
 NO_DECAY = frozenset(
     # Gains, biases and scalars. OpenAI's code decays only tensors of two or more axes, so the
     # class token, a vector, is left out with them.
     {"scale", "bias", "gamma", "logit_scale", "logit_bias", "class_embedding"}
-    | {"text_projection_bias"}
+    | {"text_projection_bias", "proj_bias"}
 )
 
 
@@ -181,18 +174,18 @@ def make_optimizer(config: OptimConfig, rows: Rows) -> optax.GradientTransformat
                 adam(nesterov=kind.nesterov), decay, optax.scale(kind.adam_learning_rate_scale)
             )
             parts = [split(optax.chain(scale, decay), rest, rows)]
-    optimizer = optax.chain(*parts, descend())
+    optimizer = optax.chain(*parts, wrappers.descend())
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     scales = config.image_learning_rate_scale, config.text_learning_rate_scale
     if scales != (1.0, 1.0):
-        optimizer = optax.chain(optimizer, scale_towers(*scales))
+        optimizer = optax.chain(optimizer, wrappers.scale_towers(*scales))
     if config.layer_decay < 1:
-        optimizer = optax.chain(optimizer, scale_layers(config.layer_decay, rows))
+        optimizer = optax.chain(optimizer, wrappers.scale_layers(config.layer_decay, rows))
     if config.locked:
-        optimizer = lock(optimizer, config.locked)
+        optimizer = wrappers.lock(optimizer, config.locked)
     if config.ema_decay is not None:
-        optimizer = average(optimizer, config.ema_decay)
+        optimizer = wrappers.average(optimizer, config.ema_decay)
     if config.skip_norm_ratio is not None:
-        optimizer = guard(optimizer, config.skip_norm_ratio)
+        optimizer = wrappers.guard(optimizer, config.skip_norm_ratio)
     return optimizer

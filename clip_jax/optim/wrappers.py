@@ -16,7 +16,10 @@ TOWERS = {"image": "visual", "text": "text"}  # their names in the parameter tre
 USUAL_DECAY = 0.99  # decay rate of the running mean of gradient norms
 USUAL_UPDATES = 100  # number of updates before a gradient norm can count as unusual
 # Parameters before a tower's first layer.
-INPUTS = frozenset({"token_embedding", "positional_embedding", "class_embedding", "ln_pre"})
+INPUTS = frozenset(
+    {"token_embedding", "positional_embedding", "type_embedding", "class_embedding", "registers"}
+    | {"ln_pre"}
+)
 STEM = frozenset({"conv1", "conv2", "conv3", "bn1", "bn2", "bn3"})
 
 
@@ -52,22 +55,29 @@ def scale_layers(decay: float, rows: Rows) -> optax.GradientTransformation:
     """Multiply updates by decay^n: n is 0 after a tower's last layer, 1 in the last, and so on.
 
     Parameters before the first layer (embeddings, patches, a ResNet's stem) count as one more
-    layer. The layers of a ResNet are its blocks. Parameters of no tower are unchanged.
+    layer. The layers of a ResNet and of a ConvNeXt are its blocks; what is before a stage of a
+    ConvNeXt counts to its first block. Parameters of no tower are unchanged.
     """
     blocks = sorted({block for path in rows if (block := _block(path))})
 
     def update(updates: Any, _: Any) -> Any:
         leaves = jax.tree_util.tree_leaves_with_path(updates)
-        depths = {
-            path[0].key: len(x) for path, x in leaves if rows[path_name(path)].startswith("depth")
-        }
+        stacks: dict[str, dict[str, int]] = {}  # of each tower: the depth of each stack of layers
+        for path, x in leaves:
+            if rows[path_name(path)].startswith("depth"):
+                stacks.setdefault(path[0].key, {})[path[1].key] = len(x)
 
         def scaled(path: tuple[Any, ...], x: Array) -> Array:
             name = path_name(path)
             tower, *inside = name.split("/")
-            depth = depths.get(tower, len(blocks))
+            own = stacks.get(tower, {})
+            depth = sum(own.values()) or len(blocks)
+            stage = re.sub(r"^(conv|ln)(?=\d)", "stage", inside[0]) if inside else ""
+            below = sum(size for stack, size in own.items() if stack < stage)
             if rows[name].startswith("depth"):
-                above = depth - jnp.arange(depth).reshape(-1, *[1] * (x.ndim - 1))
+                above = depth - below - jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+            elif stage in own:
+                above = depth - below + (stage == "stage0")
             elif block := _block(name):
                 above = depth - blocks.index(block)
             elif inside and inside[0] in INPUTS | STEM:

@@ -14,7 +14,15 @@ from tests.optim.conftest import names_only
 
 @pytest.mark.parametrize(
     "name",
-    ["ViT-B/32", "ViT-M-16-alt", "ViT-B-16-SigLIP", "RN50", "coca_ViT-L-14", "mammut_ViT-L-14"],
+    [
+        "ViT-B/32",
+        "ViT-M-16-alt",
+        "ViT-B-16-SigLIP",
+        "PE-Core-B-16",
+        "RN50",
+        "coca_ViT-L-14",
+        "mammut_ViT-L-14",
+    ],
 )
 def test_linear_maps_and_what_decays_are_known_by_name(name):
     """All kernels but those of patches are linear; gains, biases and scalars do not decay."""

@@ -100,9 +100,9 @@ def test_towers_have_their_own_rates_and_the_average_follows_the_weights():
     assert averaged(one_update(params)[1], params) is params
 
 
-@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50", "convnext_base"])
 def test_layers_have_rates_that_rise_towards_the_end(name):
-    """Twelve layers below one another; of RN50, sixteen blocks."""
+    """Twelve layers below one another; of RN50, sixteen blocks; of ConvNeXt, 4 × 12."""
     config = zoo.get(name)
     rows, thin = config.dimensions(), names_only(config)
     thin = jax.tree_util.tree_map_with_path(
@@ -126,11 +126,34 @@ def test_layers_have_rates_that_rise_towards_the_end(name):
             "visual/layer4/2/bn3/bias": 0.5,
             "visual/attnpool/c_proj/kernel": 1,
         }
+    elif name == "convnext_base":
+        last = 0.5 ** np.arange(12, 0, -1)
+        expected |= {
+            "visual/conv0/kernel": 0.5**49,
+            "visual/ln0/bias": 0.5**49,
+            "visual/stage0/resblocks/conv/bias": last * 0.5**36,
+            "visual/ln2/scale": 0.5**24,
+            "visual/conv2/bias": 0.5**24,
+            "visual/stage2/resblocks/ls/gamma": last * 0.5**12,
+            "visual/stage3/resblocks/ln/scale": last,
+            "visual/ln_post/scale": 1,
+        }
     else:
         expected |= {"visual/class_embedding": 0.5**13, "visual/ln_pre/bias": 0.5**13}
         expected |= {"visual/proj": 1, "visual/ln_post/scale": 1}
     for path, rate in expected.items():
         np.testing.assert_array_equal(rates[path], rate, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("TIPSv2-B-14", "visual/registers"), ("AltCLIP", "text/type_embedding")]
+)
+def test_what_is_before_the_first_layer_has_the_lowest_rate(name, path):
+    """One layer, so that its depth is 1 here."""
+    rows, thin = zoo.get(name).dimensions(), names_only(zoo.get(name))
+    scaled, _ = scale_layers(0.5, rows).update(thin, optax.EmptyState())
+    rates = {path_name(p): np.ravel(x) for p, x in jax.tree_util.tree_leaves_with_path(scaled)}
+    assert rates[path] == 0.5**2
 
 
 def test_a_locked_tower_keeps_its_weights_and_takes_no_memory():
