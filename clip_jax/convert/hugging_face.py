@@ -211,12 +211,12 @@ def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
     vision = _tower(sections[0], _IMAGE, "quick_gelu")
     if kind := bert.CLASSES.get(content["model_type"]):
         text = _tower(sections[1], kind.table, "gelu")
-        projected = sections[1].count("project_dim", embed_dim)
-        if kind.text.head == "norm" and projected != embed_dim:
-            raise InputError(
-                f"{source}: text_config.project_dim={projected} is not supported; it must equal "
-                f"projection_dim={embed_dim}."
-            )
+        needed = {"project_dim": embed_dim, "pad_token_id": kind.text.first_position - 1}
+        for name, value in needed.items() if kind.text.head == "norm" else ():
+            if (other := sections[1].get(name, value, int)) != value:
+                raise InputError(
+                    f"{source}: text_config.{name}={other} is not supported; it must be {value}."
+                )
         length = min(kind.text.context_length, text["num_positions"] - kind.text.first_position)
         tower = replace(kind.text, **text, context_length=length)
         return CLIPConfig(embed_dim=embed_dim, vision=ViTConfig(**vision), text=tower)
@@ -407,7 +407,12 @@ def check(weights: Weights) -> None:
         name = "Siglip2Model" if _is_naflex(weights.config) else "SiglipModel"
         check_siglip(weights, f"Hugging Face's {name}", {})
     else:
-        check_assumptions(weights, "Hugging Face's CLIPModel", CLIP_ASSUMPTIONS, advice)
+        more: Assumptions = {}
+        if weights.only_tower:
+            advice = "one tower alone can start a run, too, by --init-from and --init-towers."
+            if weights.only_tower == "text" and weights.config.text.eos_token_id == _LEGACY_EOS:
+                more = {"text.pool": "argmax"}  # as CLIPTextModel pools with such an id
+        check_assumptions(weights, "Hugging Face's CLIPModel", CLIP_ASSUMPTIONS | more, advice)
         return
     if weights.only_tower:
         raise InputError("--tower is supported for CLIP alone, whose towers have classes.")
@@ -430,7 +435,9 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     kind = next(x for n, x in sorted(tensors.items()) if x.ndim > 1).dtype.name
     write_json(folder / "config.json", config_json(weights, kind))
     if only != "text":
-        image_processor.write(folder, weights.preprocess, config.vision.has_map_head)
+        own = "Siglip" if config.vision.has_map_head else "CLIP"
+        own = "Tipsv2" if isinstance(config.vision, TipsConfig) else own
+        image_processor.write(folder, weights.preprocess, own)
     if only != "image":
         tokenizer_files.write(folder, config.text)
 

@@ -133,8 +133,9 @@ def _find(folder: Path) -> tuple[dict[str, Any], str]:
     return (read_json(path), str(path)) if path.exists() else ({}, "")
 
 
-def write(folder: Path, preprocess: Preprocess, siglip: bool = False) -> None:
-    """Write the settings of an equivalent image processor, and remove any other's."""
+def write(folder: Path, preprocess: Preprocess, own: str = "CLIP") -> None:
+    """Write the settings of an equivalent image processor, and remove any other's; `own` begins the
+    name of the model's class, which is written if it resizes in this way."""
     size = preprocess.image_size
     square = {"height": size, "width": size}
     shortest = preprocess.resize_mode == "shortest"
@@ -142,8 +143,8 @@ def write(folder: Path, preprocess: Preprocess, siglip: bool = False) -> None:
         name = f"Siglip2ImageProcessor{'Pil' if preprocess.rules == 'transformers' else ''}"
         sizes = {"patch_size": preprocess.patch_size, "max_num_patches": preprocess.max_patches}
     else:
-        own = "Tipsv2" if preprocess.rules == "torchvision" else "Siglip" if siglip else "CLIP"
-        name = f"{'CLIP' if shortest else own}ImageProcessor"
+        differs = shortest or (own == "Tipsv2" and preprocess.rules != "torchvision")
+        name = f"{'CLIP' if differs else own}ImageProcessor"
         sizes = {
             "size": {"shortest_edge": size} if shortest else square,
             "do_center_crop": shortest, "crop_size": square,

@@ -191,7 +191,7 @@ def _write_beside(
     if external:
         content["transformers.js_config"] = {"use_external_data_format": external}
     write_json(folder / "config.json", content)
-    image_processor.write(folder, preprocess, siglip)
+    image_processor.write(folder, preprocess, "Siglip" if siglip else "CLIP")
     tokenizer_files.write(folder, config.text, as_json=True, own_padding=own_padding)
 
 

@@ -59,7 +59,7 @@ NAFLEX = Preprocess(
 @pytest.mark.parametrize("rules", ["torchvision", "transformers", "openai", "tensorflow"])
 def test_naflex_there_and_back(tmp_path, rules):
     """Its two classes are two rules; those that transformers lacks become torchvision's."""
-    image_processor.write(tmp_path, replace(NAFLEX, rules=rules, interpolation="bicubic"), True)
+    image_processor.write(tmp_path, replace(NAFLEX, rules=rules, interpolation="bicubic"), "Siglip")
     kept = rules if rules == "transformers" else "torchvision"
     expected = replace(NAFLEX, rules=kept, interpolation="bicubic")
     assert image_processor.read(tmp_path, 64, "Siglip2", 16) == expected

@@ -77,6 +77,16 @@ def test_a_tower_of_a_model_becomes_a_folder_to_begin_with(tmp_path):
         ))  # fmt: skip
 
 
+def test_a_tower_whose_class_would_pool_another_token(tmp_path):
+    """transformers' CLIPTextModel takes 2 for an id of OpenAI's; MetaCLIP 2's end of text is 2."""
+    text = replace(TINY.text, pool="eos", eos_token_id=2)
+    weights = replace(random_weights(replace(TINY, text=text)), only_tower="text")
+    with pytest.raises(InputError, match=r"text.pool='eos' \(needs 'argmax'\).*--init-from"):
+        write_weights(weights, tmp_path / "out", "hugging-face")
+    image = replace(weights, only_tower="image")
+    write_weights(image, tmp_path / "out", "hugging-face")
+
+
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_tower_without_projection(tmp_path, tower):
     """As the text encoders of diffusion models, whose tensors have no prefix in transformers 5."""
@@ -90,6 +100,8 @@ def test_a_tower_without_projection(tmp_path, tower):
         theirs = model(torch.as_tensor(given)).pooler_output.numpy()
     ours = our_outputs(weights.config, weights.params, images, ids)
     assert relative_difference(ours[f"{tower}_features"], theirs) < 1e-5
+    with pytest.raises(InputError, match=r"projection=False .*can start a run, too"):
+        write_weights(weights, tmp_path / "out", "hugging-face")
 
 
 def test_pe_cores_own_file(tmp_path, monkeypatch):
