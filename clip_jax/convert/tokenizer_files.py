@@ -57,7 +57,7 @@ def read(folder: Path, text: TextConfig, default: TokenizerConfig) -> TokenizerC
     # Released SigLIP 2 folders name Gemma's class, which ignores this setting; training did not.
     lowers = kind == "GemmaTokenizer" and settings.get("do_lower_case") is True
     clean = "lower" if lowers or kind == "Siglip2Tokenizer" else "none"
-    return _read_json(folder, settings, clean, side)
+    return _read_json(folder, settings, clean, side, default.pad_id)
 
 
 def _read_siglip(folder: Path, settings: dict[str, Any], side: Any) -> TokenizerConfig:
@@ -77,7 +77,7 @@ def _read_siglip(folder: Path, settings: dict[str, Any], side: Any) -> Tokenizer
 
 
 def _read_json(
-    folder: Path, settings: dict[str, Any], clean: Cleaning, side: Any
+    folder: Path, settings: dict[str, Any], clean: Cleaning, side: Any, default_pad: int
 ) -> TokenizerConfig:
     file = str(folder / JSON_NAME)
     tokenizer = json_file.load(file)
@@ -94,9 +94,9 @@ def _read_json(
         end = id_of("eos_token") if settings.get("add_eos_token") else None
     else:
         begin, end = _template(tokenizer, file)
-    pad = id_of("pad_token")
+    pad = default_pad if (named := id_of("pad_token")) is None else named
     return TokenizerConfig(
-        file=file, clean=clean, begin_id=begin, end_id=end, pad_id=pad or 0, pad_side=side
+        file=file, clean=clean, begin_id=begin, end_id=end, pad_id=pad, pad_side=side
     )
 
 

@@ -68,6 +68,8 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
         pad = np.int64(text.tokenizer.pad_id)
         is_pad = graph.op("Equal", graph.cast(ids, np.int64), pad)
         valid = graph.cast(graph.op("Not", is_pad), np.float32)
+        # Padding is what follows the last other token.
+        valid = graph.op("Min", graph.op("CumSum", valid, np.int64(1), reverse=1), np.float32(1))
         mask = _padding_mask(graph, valid)
     x = _stack(graph, text, "text", x, mask)
     match text.pool:

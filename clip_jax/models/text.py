@@ -231,10 +231,10 @@ class TextTransformer(nn.Module):
 
     def lengths(self, tokens: Int[Array, "B L"]) -> Int[Array, " B"] | None:
         """Return how many tokens precede the padding; None: the tower does not mask it."""
-        c = self.config
+        c, ends = self.config, jnp.arange(1, tokens.shape[1] + 1)
         if not c.masks_padding:
             return None
-        return jnp.maximum((tokens != c.tokenizer.pad_id).sum(-1, dtype=jnp.int32), 1)
+        return jnp.where(tokens != c.tokenizer.pad_id, ends, 1).max(-1).astype(jnp.int32)
 
     def embed(
         self, tokens: Int[Array, "B L"], position: Int[Array, ""] | None = None
