@@ -19,6 +19,7 @@ from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.tips import TipsConfig
 from clip_jax.models.vit import ViTConfig, resize_positions
 from clip_jax.optim import Tower
 
@@ -153,9 +154,9 @@ def with_input(
     `tokens` patches; both None: the same model.
 
     Position embeddings are resized to the image size, except the class token's (of a ResNet, the
-    mean token's): by antialiased bicubic interpolation, as in open_clip, or of a NaFlex model by
-    its own bilinear one, so that the new model computes what it does on such a grid. Raises
-    InputError for sizes that the architecture cannot have.
+    mean token's): by antialiased bicubic interpolation, as in open_clip, for TIPSv2 by bilinear
+    one, or of a NaFlex model by its own bilinear one, so that the new model computes what it does
+    on such a grid. Raises InputError for sizes that the architecture cannot have.
     """
     vision, preprocess = weights.config.vision, weights.preprocess
     is_naflex = preprocess.max_patches is not None
@@ -193,7 +194,8 @@ def with_input(
             grid = resize_positions(grid, jnp.array([[side, side]]), side * side)[0]
         else:
             grid = rearrange(grid, "(h w) D -> h w D", h=old_side)
-            grid = jax.image.resize(grid, (side, side, grid.shape[-1]), "cubic")
+            method = "linear" if isinstance(vision, TipsConfig) else "cubic"
+            grid = jax.image.resize(grid, (side, side, grid.shape[-1]), method)
             grid = rearrange(grid, "h w D -> (h w) D")
         grid = np.asarray(grid).astype(before.dtype)
         flat[vision.positions_path] = np.concatenate([before[:extra], grid])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from clip_jax.errors import check_ranges
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
 from clip_jax.models.text import Pool, TextConfig, TextTransformer
 from clip_jax.models.vit import ViTConfig
@@ -51,6 +51,14 @@ class TipsTextConfig(TextConfig):
 
     masks_padding = True
     learned_positions = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool not in ("mean", "first") or self.causal or self.width % 2 or self.width < 4:
+            raise InputError(
+                f"text.pool={self.pool!r}, text.causal={self.causal}, text.width={self.width}: "
+                "TIPSv2 needs mean or first, False, and an even number from 4."
+            )
 
     @property
     def token_scale(self) -> float:

@@ -15,10 +15,12 @@ import torch
 import transformers
 from sentencepiece import sentencepiece_model_pb2
 
-from clip_jax.convert import bert, image_processor, timm
+from clip_jax.convert import bert, image_processor, timm, tokenizer_files
 from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.open_clip_config import read_config
 from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
+from clip_jax.convert.weights import with_input
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
@@ -324,6 +326,31 @@ def test_transformers_classes(tmp_path, name):
     read_back(read_weights(tmp_path / "half"), tmp_path / "half again", "hugging-face", half)
 
 
+def test_tipsv2_at_another_size(tmp_path):
+    """Its own interpolation of positions, bilinear and antialiased, to other grids."""
+    save_class(tmp_path, "TIPSv2")
+    weights = read_weights(tmp_path)
+    reference = transformers.Tipsv2Model.from_pretrained(tmp_path).eval()
+    for size in (28, 70):
+        resized = with_input(weights, image_size=size)
+        images, ids = random_inputs(resized.config)
+        with torch.no_grad():
+            given = torch.from_numpy(images).permute(0, 3, 1, 2)
+            theirs = reference.get_image_features(given).pooler_output.numpy()
+        ours = our_outputs(resized.config, resized.params, images, ids)["image_features"]
+        assert relative_difference(ours, theirs) < 1e-5
+
+
+def test_a_padding_id_that_no_file_names(tmp_path):
+    """As in XLM-R's own folders: the published id, not 0, with which texts begin."""
+    text = zoo.get("AltCLIP").text
+    default = tokenizer_files.missing(text, "none")
+    tokenizer("AltCLIP").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512}))
+    read = tokenizer_files.read(tmp_path, text, default)
+    assert (read.begin_id, read.pad_id, read.end_id) == (0, 1, 2)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_rounds_no_temperature(tmp_path, dtype):
     """Nor does transformers' table of sinusoids, in the comparison."""
@@ -510,7 +537,8 @@ def test_open_clips_other_settings(tmp_path, name, change, message):
     ("name", "section", "change", "message"),
     [
         ("AltCLIP", "text", {"project_dim": 32},
-         r"text_config.project_dim=32 .*must equal projection_dim=24"),
+         r"text_config.project_dim=32 .*must be 24"),
+        ("AltCLIP", "text", {"pad_token_id": 0}, r"text_config.pad_token_id=0 .*must be 1"),
         ("AltCLIP", "text", {"hidden_act": "silu"}, r"text_config.hidden_act='silu'"),
         ("TIPSv2", "vision", {"use_swiglu_ffn": True},
          r"vision_config.use_swiglu_ffn=True .*must be False"),
