@@ -22,16 +22,8 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
 from clip_jax import processes
-from clip_jax.checkpoints.retention import (
-    CheckpointConfig,
-    Results,
-    Retention,
-    Unusable,
-    named_step,
-    orbax_path,
-    steps_in,
-    stored,
-)
+from clip_jax.checkpoints import retention
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.errors import InputError
 from clip_jax.models.clip import Params, path_name, split_batch_stats
 from clip_jax.storage import files
@@ -68,7 +60,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
-        self._directory = orbax_path(directory)
+        self._directory = retention.orbax_path(directory)
         self._config = config
         if config.best:
             _drop_damaged_results(self._directory)
@@ -83,7 +75,7 @@ class Checkpoints:
                 save_decision_policy=policies.AnySavePolicy(due),
                 # Without it Orbax doesn't keep the results, by which the policy finds the best.
                 best_fn=config.value if config.best else None,
-                preservation_policy=Retention(self._directory.parent, config),
+                preservation_policy=retention.Retention(self._directory.parent, config),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -93,10 +85,10 @@ class Checkpoints:
         """Return the best result among the existing checkpoints; -inf without any."""
         if not self._config.best or self._config.best_of == "watcher":
             return float("inf")
-        kept = (stored(self._directory, step) or {} for step in self._manager.all_steps())
+        kept = (retention.stored(self._directory, step) or {} for step in self._manager.all_steps())
         return max(map(self._config.value, kept), default=float("-inf"))
 
-    def is_best(self, results: Results) -> bool:
+    def is_best(self, results: retention.Results) -> bool:
         """Say whether a step with these results must be saved as the best so far."""
         return self._config.value(results) > self._best_value
 
@@ -113,7 +105,7 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def save(
-        self, step: int, state: Any, position: Position, results: Results | None = None
+        self, step: int, state: Any, position: Position, results: retention.Results | None = None
     ) -> None:
         """Save now, unless this step is saved already. Returns when the arrays are copied.
 
@@ -177,8 +169,8 @@ class Checkpoints:
 def _drop_damaged_results(directory: epath.Path) -> None:
     """Delete the results of checkpoints that can no longer be read."""
     if processes.is_lead():
-        for step in steps_in(directory):
-            if stored(directory, step) is None:
+        for step in retention.steps_in(directory):
+            if retention.stored(directory, step) is None:
                 files.remove(directory / str(step) / "metrics" / "metrics")
     processes.gather(None)  # no process reads them before that is done
 
@@ -188,7 +180,7 @@ def restore_step(workdir: AnyPath, step: int, state: Any) -> Restored:
 
     Raises InputError if that step does not exist or is damaged.
     """
-    step = named_step(workdir, str(step))
+    step = retention.named_step(workdir, str(step))
     with _refusing(workdir, step) as folder:
         return Restored(step, *_read(folder, ocp.args.StandardRestore(state)))
 
@@ -225,7 +217,7 @@ def restore_params(
 
 def position_of(workdir: AnyPath, step: int) -> Position:
     """Read what a checkpoint says of its data position, and of the frozen weights in use."""
-    path = orbax_path(workdir) / "checkpoints" / str(step) / "position" / "metadata"
+    path = retention.orbax_path(workdir) / "checkpoints" / str(step) / "position" / "metadata"
     return read_json(path, advice="Restore a copy of the checkpoint, or choose another step.")
 
 
@@ -233,9 +225,9 @@ def position_of(workdir: AnyPath, step: int) -> Position:
 def _refusing(workdir: AnyPath, step: int) -> Generator[epath.Path]:
     """Yield the folder of a step; raise Unusable if a file in it is damaged."""
     try:
-        yield orbax_path(workdir) / "checkpoints" / str(step)
+        yield retention.orbax_path(workdir) / "checkpoints" / str(step)
     except Damaged as error:
-        raise Unusable(
+        raise retention.Unusable(
             f"the checkpoint of step {step} in {workdir} is damaged ({error}). The training "
             "command moves it aside and resumes from the newest intact one."
         ) from error

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from jaxtyping import Int32
 
+from clip_jax.data import sources
 from clip_jax.data.augment import AugmentConfig, augment, replay
 from clip_jax.data.batch_plan import BatchPlan, constant
 from clip_jax.data.digits import DigitsConfig
@@ -28,16 +29,6 @@ from clip_jax.data.order.batches import Batch, GlobalPieces, Sample, StreamPiece
 from clip_jax.data.order.blocks import BlockOrder, OfPositions, StreamOrder, Streams
 from clip_jax.data.order.mixture import ENDLESS, MixtureConfig, MixtureSource
 from clip_jax.data.reinforced import Reinforcement
-from clip_jax.data.sources import (
-    AnyRecord,
-    BlockSource,
-    SampleError,
-    Source,
-    StoredRecord,
-    StoredSource,
-    blocks_of,
-    digest,
-)
 from clip_jax.data.sources.any import SingleConfig, open_single
 from clip_jax.data.sources.shards import listed
 from clip_jax.data.tokenizers import make_tokenizer
@@ -129,7 +120,9 @@ def _tokenized(
     return tokenizer(texts, context_length, True)
 
 
-def open_source(config: SourceConfig, image_size: int, process: tuple[int, int] = (0, 1)) -> Source:
+def open_source(
+    config: SourceConfig, image_size: int, process: tuple[int, int] = (0, 1)
+) -> sources.Source:
     """Open the source that a config describes; a source that draws does so at `image_size` pixels.
 
     `process` is (index, count) of this process: all processes share the building of an index.
@@ -156,16 +149,18 @@ class Pipeline:
         self.order = _settled_order(config, loader.source)
         if self.order == "blocks":
             Streams(plan.unit, process)
-            _check_budget(config, cast(BlockSource, loader.source), process[1])
+            _check_budget(config, cast(sources.BlockSource, loader.source), process[1])
 
     def fingerprints(self) -> list[str]:
         """Hash the source, or each member of a mixture, with the first stored embeddings."""
         source = self._loader.source
         members = source.members if isinstance(source, MixtureSource) else [source]
-        hashes = [digest(one, blocks=self.order == "blocks") for one in members]
+        hashes = [sources.digest(one, blocks=self.order == "blocks") for one in members]
         if not self._loader.reads_stored:
             return hashes
-        first = [cast(StoredSource, one).record(0).more() or Reinforcement() for one in members]
+        first = [
+            cast(sources.StoredSource, one).record(0).more() or Reinforcement() for one in members
+        ]
         stored = [hashlib.sha256(one.image.tobytes()).hexdigest()[:12] for one in first]
         return [f"{one}-{own}" for one, own in zip(hashes, stored, strict=True)]
 
@@ -232,18 +227,22 @@ class Pipeline:
         )  # fmt: skip
 
 
-def _stream_order(seed: int, streams: Streams, shuffle_blocks: int, source: Source) -> StreamOrder:
+def _stream_order(
+    seed: int, streams: Streams, shuffle_blocks: int, source: sources.Source
+) -> StreamOrder:
     if isinstance(source, MixtureSource):
         return source.stream_order(seed, streams, shuffle_blocks)
     shares = OfPositions(streams, len(source))
-    return BlockOrder(blocks_of(source), seed=seed, shuffle_blocks=shuffle_blocks, shares=shares)
+    return BlockOrder(
+        sources.blocks_of(source), seed=seed, shuffle_blocks=shuffle_blocks, shares=shares
+    )
 
 
-def _settled_order(config: DataConfig, source: Source) -> Literal["global", "blocks"]:
+def _settled_order(config: DataConfig, source: sources.Source) -> Literal["global", "blocks"]:
     """Resolve `data.order`. Raises InputError if blocks are required and the source has none."""
     members = config.source.members if isinstance(config.source, MixtureConfig) else ()
     paths = [getattr(one, "path", "") for one in (config.source, *(m.source for m in members))]
-    together = isinstance(source, BlockSource) and len(source.blocks()) < len(source)
+    together = isinstance(source, sources.BlockSource) and len(source.blocks()) < len(source)
     if config.order == "auto":
         return "blocks" if together and any(map(files.is_remote, paths)) else "global"
     if config.order == "blocks" and not together:
@@ -254,7 +253,7 @@ def _settled_order(config: DataConfig, source: Source) -> Literal["global", "blo
     return config.order
 
 
-def _check_budget(config: DataConfig, source: BlockSource, processes: int) -> None:
+def _check_budget(config: DataConfig, source: sources.BlockSource, processes: int) -> None:
     """Raise InputError if the shuffle buffer exceeds the memory for reading ahead."""
     blocks, total = len(source.blocks()), source.size(0, len(source))
     buffer = min(config.shuffle_blocks, blocks)
@@ -296,7 +295,7 @@ class _Loader:
                 "--data.crop stored, with data that clip-jax prepare --reinforce wrote"
             )
         members = self.source.members if isinstance(self.source, MixtureSource) else [self.source]
-        if self._reads_more and not all(isinstance(one, StoredSource) for one in members):
+        if self._reads_more and not all(isinstance(one, sources.StoredSource) for one in members):
             raise InputError(
                 "synthetic captions and stored augmentations need data that clip-jax prepare "
                 "wrote; set --data.source to such a path"
@@ -308,7 +307,7 @@ class _Loader:
 
     def __call__(
         self, position: int, record: int, spec: ImageSpec,
-        fetched: AnyRecord | SampleError | None = None,
+        fetched: sources.AnyRecord | sources.SampleError | None = None,
     ) -> Sample:  # fmt: skip
         """Load the record, unless it was `fetched` already; if it is bad, the next good one."""
         skipped = []
@@ -318,10 +317,10 @@ class _Loader:
             # Each attempt draws the same random numbers, however many earlier ones used.
             rng = np.random.Generator(np.random.Philox(key=[self._config.seed, position]))
             here = None if offset else fetched
-            key = here.key if isinstance(here, AnyRecord) else self.source.key(candidate)
+            key = here.key if isinstance(here, sources.AnyRecord) else self.source.key(candidate)
             try:
                 return Sample(*self._load(candidate, spec, here, rng), position, key, skipped)
-            except SampleError as error:
+            except sources.SampleError as error:
                 skipped.append({"position": position, "key": key, "reason": str(error)})
         raise InputError(
             f"{len(skipped)} samples in a row cannot be read, from {skipped[0]['key']!r} on: "
@@ -329,15 +328,15 @@ class _Loader:
         )
 
     def _load(
-        self, record: int, spec: ImageSpec, fetched: AnyRecord | SampleError | None,
+        self, record: int, spec: ImageSpec, fetched: sources.AnyRecord | sources.SampleError | None,
         rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
-        if isinstance(fetched, SampleError):
+        if isinstance(fetched, sources.SampleError):
             raise fetched
         more, arrays = None, {}
         if self._reads_more:
-            is_stored = isinstance(fetched, StoredRecord)
-            item = fetched if is_stored else cast(StoredSource, self.source).record(record)
+            is_stored = isinstance(fetched, sources.StoredRecord)
+            item = fetched if is_stored else cast(sources.StoredSource, self.source).record(record)
             image, more = item.image(), item.more() or Reinforcement()
             caption, synthetic, arrays = self._drawn(item.captions(), more, rng)
             arrays |= {name: np.array([item.label], np.int32) for name in self._labels}
@@ -346,11 +345,11 @@ class _Loader:
             synthetic = caption
         for text in {caption, synthetic}:
             if not text.strip():
-                raise SampleError("caption is empty")
+                raise sources.SampleError("caption is empty")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise SampleError(
+                raise sources.SampleError(
                     f"caption is not text: {error.reason} at {error.start}"
                 ) from error
         captions = {name: synthetic if x else caption for name, x in self._synthetic.items()}
@@ -359,7 +358,7 @@ class _Loader:
         try:
             views = self._views(image, distinct, more, arrays.pop("number", 0), rng)
         except ImageError as error:
-            raise SampleError(str(error)) from error
+            raise sources.SampleError(str(error)) from error
         packed = {one: one.pack(x[None]) for one, x in zip(distinct, views, strict=True)}
         return {name: packed[one] for name, one in specs.items()} | arrays, captions | {
             "text": caption
@@ -423,7 +422,7 @@ def classes_of(source: Any, expected: tuple[str, ...] = ()) -> tuple[str, ...]:
 def _one_of(values: Sequence[Any], rng: np.random.Generator, what: str) -> int:
     """Draw an index; a single value draws nothing, as in `caption_of`."""
     if not values:
-        raise SampleError(f"{what} is missing")
+        raise sources.SampleError(f"{what} is missing")
     return 0 if len(values) == 1 else int(rng.integers(len(values)))
 
 

@@ -92,7 +92,7 @@ def test_damage_is_noticed(damage, workdir, capfd):
     damage(workdir / "checkpoints/3")
     target = manager.ocp.args.StandardRestore(make_state())
     with pytest.raises(Damaged) as error:
-        manager._read(manager.orbax_path(workdir) / "checkpoints/3", target)
+        manager._read(manager.retention.orbax_path(workdir) / "checkpoints/3", target)
     assert "\n" not in str(error.value)
     gc.collect()  # reads that failed beside the one that was raised
     assert "Traceback" not in capfd.readouterr().err

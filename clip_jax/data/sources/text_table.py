@@ -14,14 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from clip_jax.data.sources import (
-    SampleError,
-    StoredRecord,
-    StoredSource,
-    check_columns,
-    read_file,
-    text_of,
-)
+from clip_jax.data import sources
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
@@ -45,7 +38,7 @@ class TableConfig:
         return TableSource(self)
 
 
-class TableSource(StoredSource):
+class TableSource(sources.StoredSource):
     """One pair for each row. Raises InputError if the file, a column or all rows are missing."""
 
     def __init__(self, config: TableConfig) -> None:
@@ -69,25 +62,27 @@ class TableSource(StoredSource):
         number = self.rows.number(index)
         try:
             image, _ = self.rows[index]
-        except SampleError:
+        except sources.SampleError:
             return f"{number}:"
         shown = image if isinstance(image, bytes) else str(image).encode(errors="replace")
         return f"{number}:{shown.decode(errors='replace')}"
 
-    def record(self, index: int) -> StoredRecord:
+    def record(self, index: int) -> sources.StoredRecord:
         """Return a row: the image's file, and the caption, or a list of captions in a JSONL."""
         image, text = self.rows[index]
-        return StoredRecord(self.key(index), 0, functools.partial(self._image, image), lambda: text)
+        return sources.StoredRecord(
+            self.key(index), 0, functools.partial(self._image, image), lambda: text
+        )
 
     def _image(self, value: Any) -> bytes:
-        image = text_of(value, "image path")
+        image = sources.text_of(value, "image path")
         if not image:
-            raise SampleError("image path is empty")
+            raise sources.SampleError("image path is empty")
         try:
             path = files.as_path(image) if files.is_remote(image) else self._folder / image
         except InputError as error:
-            raise SampleError(str(error)) from error
-        return read_file(path, "image file")
+            raise sources.SampleError(str(error)) from error
+        return sources.read_file(path, "image file")
 
 
 class _Delimited:
@@ -103,7 +98,7 @@ class _Delimited:
         delimiter = next(fit, signs[0])
         rows = _rows(path, delimiter)
         columns = next(rows, [])
-        check_columns(path, config, columns)
+        sources.check_columns(path, config, columns)
         names = filter(None, (config.image_column, config.caption_column))
         places = [columns.index(name) for name in names]
         empty = [""] * len(columns)
@@ -137,7 +132,7 @@ class _Delimited:
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         if index in self._malformed:
-            raise SampleError(self._malformed[index])
+            raise sources.SampleError(self._malformed[index])
         image, *caption = (column[index].as_py() for column in self._columns)
         return image, caption[0] if caption else None
 
@@ -181,9 +176,9 @@ class _JsonLines:
         self._image, self._caption = config.image_column, config.caption_column
         columns: dict[str, None] = {}
         for index in range(min(len(self), _PEEK_LINES)):
-            with contextlib.suppress(SampleError):
+            with contextlib.suppress(sources.SampleError):
                 columns |= dict.fromkeys(self._parse(index))
-        check_columns(path, config, list(columns))
+        sources.check_columns(path, config, list(columns))
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -201,7 +196,7 @@ class _JsonLines:
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise SampleError(f"line is not JSON in UTF-8: {error}") from error
+            raise sources.SampleError(f"line is not JSON in UTF-8: {error}") from error
         if not isinstance(row, dict):
-            raise SampleError(f"line is a JSON {type(row).__name__}, not an object")
+            raise sources.SampleError(f"line is a JSON {type(row).__name__}, not an object")
         return row
