@@ -376,8 +376,8 @@ def test_a_temperature_in_the_configuration(tmp_path):
 
 # ------------------------------------------------------------------ token ids and pixels
 
-# Markers are tokens wherever they come from, except for padding: transformers attends to a <pad>
-# in a caption, and our towers count the tokens before the padding.
+# Markers are tokens wherever they come from. Not here: a padding token in a caption, to which
+# RoBERTa's classes give no position of its own.
 MARKED = ["a </s> photo", "<mask> of a <unk>", "[SEP] the [MASK] [CLS]", "cat<s>dog", "", " \n\t "]
 STRINGS = [*MARKED, *vocabularies.captions(394), *vocabularies.odd_strings(600)]
 
