@@ -479,13 +479,13 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B L D"],
+        x: Float[Array, "B *L D"],
         other: Any = None,
         *,
         caches: list[Any] | None = None,
         position: Int[Array, ""] | None = None,
         **options: Any,
-    ) -> tuple[Float[Array, "B L D"], Any]:
+    ) -> tuple[Float[Array, "B *L D"], Any]:
         x = self.config.layout.constrain(x)
         if caches is not None:
             kept = []
