@@ -8,7 +8,7 @@ from clip_jax.convert.verify import Unverifiable, Verification, features_differe
 from clip_jax.convert.weights import DType, with_input
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
-from clip_jax.optim import Tower
+from clip_jax.optim.wrappers import TOWERS, Tower
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
@@ -77,7 +77,7 @@ def convert(config: ConvertConfig) -> Conversion:
                 f"--tower {config.tower} needs --to hugging-face and a model with that tower; "
                 "omit it, or change --to or the source."
             )
-        name = {"image": "visual", "text": "text"}[config.tower]
+        name = TOWERS[config.tower]
         params = {name: weights.params[name]}
         weights = replace(weights, params=params, only_tower=config.tower)
     weights = with_input(weights, image_size=config.image_size, tokens=config.tokens)

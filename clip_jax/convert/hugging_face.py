@@ -36,7 +36,7 @@ from clip_jax.models.layers import Activation
 from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
 from clip_jax.models.tips import TipsConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.optim import Tower
+from clip_jax.optim.wrappers import TOWERS, Tower
 
 WEIGHTS_NAME = "model.safetensors"
 _WEIGHTS_NAMES = (
@@ -383,8 +383,7 @@ _ALONE: dict[str, tuple[Tower, str, str]] = {
 
 def _rows_of(config: CLIPConfig, tower: Tower | None) -> list[Row]:
     """Return the table of one tower alone, or (None) of the model."""
-    prefix = {"image": "visual/", "text": "text/", None: ""}[tower]
-    return [row for row in rows(config) if row.ours.startswith(prefix)]
+    return [row for row in rows(config) if not tower or row.ours.startswith(f"{TOWERS[tower]}/")]
 
 
 _MODEL_TYPES = {

@@ -378,11 +378,7 @@ def text_cfg(text: Text) -> dict[str, Any]:
         if not text.tokenizer.file:
             return content | {"hf_tokenizer_name": content["hf_model_name"]}
     else:
-        content = {**by_table(_TEXT, text), **_options(text)}
-    options = (
-        {}
-        if isinstance(text, BertConfig)
-        else {
+        options = {
             "no_causal_mask": None if text.causal else True,
             "pool_type": text.pool if text.pool != "argmax" else None,
             "eos_id": text.eos_token_id if text.pool == "eos" else None,
@@ -390,8 +386,8 @@ def text_cfg(text: Text) -> dict[str, Any]:
             "proj_type": None if text.projection else "none",
             "proj_bias": text.projection_bias or None,
         }
-    )
-    content |= {name: value for name, value in options.items() if value is not None}
+        content = {**by_table(_TEXT, text), **_options(text)}
+        content |= {name: value for name, value in options.items() if value is not None}
     if is_open_clips_own(text) and text.tokenizer.clean != "clip":
         content["tokenizer_kwargs"] = {"clean": text.tokenizer.clean}
     if not is_open_clips_own(text):
