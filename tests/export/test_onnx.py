@@ -29,7 +29,7 @@ def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> di
 @pytest.mark.parametrize("name", SQUARE)
 def test_every_family_at_two_batch_sizes_from_one_file(tmp_path, families, name):
     """Texts may be padded to the longest of them alone, and not be longer than the model takes; the
-    id of padding may stand in them."""
+    id of padding may occur in them."""
     family = families(name)
     config, images = family.weights.config, family.images
     write(family.weights, tmp_path)

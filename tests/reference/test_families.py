@@ -471,7 +471,7 @@ def test_open_clips_inputs(tmp_path, open_clip, small, name):
         )  # fmt: skip
 
 
-# ------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------ invalid input
 
 OTHERS = {
     "MobileCLIP-S1": r"vision_cfg.timm_model_name='fastvit_mci1'.*no FastViT",
@@ -495,14 +495,14 @@ def config_of(folder, content):
 
 def test_open_clips_other_families(tmp_path, open_clip):
     """All of its configurations are read but those of the families above."""
-    refused = set()
+    not_read = set()
     for name in open_clip.list_models():
         try:
             config_of(tmp_path, families.configuration(name))
         except InputError:
-            refused.add(name)
+            not_read.add(name)
     kinds_of = ("MobileCLIP-S", "MobileCLIP2-S", "ViTamin", "nllb", "mt5", *OTHERS)
-    assert refused == {name for name in open_clip.list_models() if name.startswith(kinds_of)}
+    assert not_read == {name for name in open_clip.list_models() if name.startswith(kinds_of)}
     for name, message in OTHERS.items():
         with pytest.raises(InputError, match=message):
             config_of(tmp_path, families.configuration(name))
