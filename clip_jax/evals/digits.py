@@ -14,7 +14,8 @@ from clip_jax.errors import check_ranges
 from clip_jax.evals.captioning import captions
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.pictures import contact_sheet, with_probabilities
-from clip_jax.evals.zero_shot import classifier, top_k_accuracy
+from clip_jax.evals.ranks import cosines, top_k_accuracy
+from clip_jax.evals.zero_shot import classifier
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images
 from clip_jax.storage.files import AnyPath
@@ -69,7 +70,7 @@ class DigitsEvaluator:
         for name in self._splits:
             spec = encoder.model.config.vision.image_spec
             images, labels = self._images(name, spec.side)
-            logits = encoder.images(spec.pack(images)) @ weights.T
+            logits = cosines(encoder.images(spec.pack(images)), weights)
             yield f"zero_shot/{name}/top1", top_k_accuracy(logits, labels, 1)
             yield f"zero_shot/{name}/top5", top_k_accuracy(logits, labels, 5)
             backwards = np.array([int(f"{n:0{k}d}"[::-1]) for n in labels])

@@ -44,8 +44,10 @@ class Encoder:
         return self.compute(embed_images, images)
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
-        """Embed texts as unit vectors."""
-        return self.compute(embed_texts, self.tokenize(texts))
+        """Embed texts as unit vectors; equal texts get equal vectors, wherever they stand."""
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        features = self.compute(embed_texts, self.tokenize(list(rows)))
+        return features[[rows[text] for text in texts]]
 
     def compute(
         self, function: Callable[..., Array], *rows: Any, batch_size: int = sharding.ROWS,

@@ -25,6 +25,7 @@ from clip_jax import sharding
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing, Split
 from clip_jax.evals.evaluator import compiled, embed_for_probe, say
+from clip_jax.evals.ranks import top_k_accuracy
 from clip_jax.evals.reader import Outcome, Splits
 from clip_jax.evals.zero_shot import classification
 from clip_jax.models.clip import CLIP, Params, l2_normalize
@@ -75,10 +76,10 @@ def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Out
 
 def neighbours(splits: Splits, k: int = 20, seed: int = 0) -> Outcome:
     """Classify test images by the vote of the k nearest training images; raises as `probe` does."""
-    train, validation, test, _ = _examples(splits, seed)
-    known = _joined(train, validation)
-    votes = nearest_neighbours(known, test[0], splits.encoder.mesh, k=min(k, len(known[1])))
-    return Outcome("neighbours", {"neighbours/acc1": float((votes == test[1]).mean())})
+    train, validation, test, classes = _examples(splits, seed)
+    known, mesh = _joined(train, validation), splits.encoder.mesh
+    votes = neighbour_votes(known, test[0], mesh, classes=classes, k=min(k, len(known[1])))
+    return Outcome("neighbours", {"neighbours/acc1": top_k_accuracy(votes, test[1])})
 
 
 def _examples(splits: Splits, seed: int) -> tuple[Part, Part, Part, int]:
@@ -137,7 +138,7 @@ class Probe:
         return features @ self.weights + self.bias
 
     def accuracy(self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"]) -> float:
-        return float((self.logits(features).argmax(axis=1) == labels).mean())
+        return top_k_accuracy(self.logits(features), labels)
 
 
 class Problem:
@@ -263,24 +264,21 @@ def few_per_class(
     return np.concatenate([rows[:k] for rows in classes])
 
 
-def nearest_neighbours(
-    train: Part, test_features: Float[np.ndarray, "T D"], mesh: Mesh, *, k: int = 20,
+def neighbour_votes(
+    train: Part, test_features: Float[np.ndarray, "T D"], mesh: Mesh, *, classes: int, k: int = 20,
     batch_size: int = 1_024,
-) -> Int[np.ndarray, " T"]:  # fmt: skip
-    """Classify each test row by the vote of its k nearest training rows in cosine similarity.
-
-    Equal votes go to the smallest label, as in scikit-learn.
-    """
+) -> Int[np.ndarray, "T classes"]:  # fmt: skip
+    """Count the classes of each test row's k nearest training rows in cosine similarity."""
     features, labels = train
     rows, queries = (l2_normalize(np.asarray(x, np.float32)) for x in (features, test_features))
-    replicated, classes = sharding.replicated(mesh), int(labels.max()) + 1
+    replicated = sharding.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=replicated)
-    def vote(known: Any, queries: Float[Array, "T D"]) -> Int[Array, " T"]:
+    def vote(known: Any, queries: Float[Array, "T D"]) -> Int[Array, "T classes"]:
         rows, labels = known
         similarity = jnp.einsum("TD,BD->TB", queries, rows, precision="highest")
         _, nearest = jax.lax.top_k(similarity, k)
-        return jax.nn.one_hot(labels[nearest], classes, dtype=jnp.int32).sum(1).argmax(1)
+        return jax.nn.one_hot(labels[nearest], classes, dtype=jnp.int32).sum(1)
 
     known = jax.device_put((rows, labels.astype(np.int32)), replicated)
     return sharding.in_batches(vote, mesh, known, queries, batch_size=batch_size)

@@ -12,6 +12,7 @@ from clip_jax.display import plain, table
 from clip_jax.evals.catalog import OPENAI_MODELS, ROWS
 from clip_jax.evals.datasets import Data
 from clip_jax.evals.pictures import contact_sheet, save, with_probabilities
+from clip_jax.evals.ranks import standing
 from clip_jax.evals.reader import Outcome
 from clip_jax.storage.files import AnyPath, write_whole
 
@@ -104,7 +105,8 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
         return
     names, labels, predicted = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
     present, drawn = np.unique(labels), [plain(name) for name in names]
-    accuracy = np.array([(predicted[labels == c] == c).mean() for c in present])
+    right = standing(outcome.logits, labels).within(1)
+    accuracy = np.array([right[labels == c].mean() for c in present])
     order = np.argsort(accuracy, kind="stable")
 
     by_class = [(names[present[i]], accuracy[i]) for i in order]
@@ -130,7 +132,7 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     axis.set(xlabel="predicted", ylabel="true class", title="The worst classes")
     save(figure, directory / "confusion.png")
 
-    wrong = np.flatnonzero(predicted != labels)
+    wrong = np.flatnonzero(right == 0)
     wrong = wrong[:: max(len(wrong) // 32, 1)][:32]  # evenly spaced: data sets are sorted by class
     if len(wrong):
         pictures = [center_crop(decode(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]

@@ -1,8 +1,8 @@
 """Image and text retrieval (CLIP paper, table 13): recall@k and median rank.
 
-The rank of a query is 1 plus the number of wrong candidates at least as similar as its best right
-one. So ties count against the model: embeddings that are all equal retrieve nothing. The similarity
-matrix is computed in blocks of queries, once per direction.
+A query is right if its best right candidate is among the first k. Of equal similarities every order
+is equally likely (see `ranks`), so embeddings that are all equal retrieve at chance level. The
+similarity matrix is computed in blocks of queries, once per direction.
 """
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax import sharding
 from clip_jax.errors import InputError
+from clip_jax.evals.ranks import Standing
 
 RECALL_AT = (1, 5, 10)
 _ROWS = 512  # queries per block and batch shard
@@ -32,8 +33,8 @@ def retrieval(
     by_text, by_image = ranks(image_features, text_features, image_of_text, mesh)
     values = {}
     for name, own in (("image_retrieval", by_text), ("text_retrieval", by_image)):
-        values |= {f"{name}_recall@{k}": float((own <= k).mean()) for k in RECALL_AT}
-        values[f"{name}_median_rank"] = float(np.median(own))
+        values |= {f"{name}_recall@{k}": float(own.within(k).mean()) for k in RECALL_AT}
+        values[f"{name}_median_rank"] = float(np.median(own.rank()))
     return values
 
 
@@ -42,8 +43,8 @@ def ranks(
     text_features: Float[np.ndarray, "texts E"],
     image_of_text: Int[np.ndarray, " owners"],
     mesh: Mesh,
-) -> tuple[Int[np.ndarray, " texts"], Int[np.ndarray, " images"]]:
-    """Rank the right image of every text, and the best caption of every image; 1 is the best.
+) -> tuple[Standing, Standing]:
+    """Compare the right image of every text, and the best caption of every image, with the others.
 
     Features are unit vectors. Raises InputError for an image without a caption.
     """
@@ -56,29 +57,36 @@ def ranks(
     captions[image_of_text[order], np.concatenate([np.arange(n) for n in captioned])] = order
     image = image_of_text.astype(np.int32)[:, None]
     return (
-        _ranks(text_features, image_features, image, mesh),
-        _ranks(image_features, text_features, captions, mesh),
+        _standing(text_features, image_features, image, mesh),
+        _standing(image_features, text_features, captions, mesh),
     )
 
 
-def _ranks(
+def _standing(
     queries: Float[np.ndarray, "Q E"],
     candidates: Float[np.ndarray, "C E"],
     right: Int[np.ndarray, "Q K"],
     mesh: Mesh,
-) -> Int[np.ndarray, " Q"]:
+) -> Standing:
     """`right` holds the indices of each query's right candidates, padded with −1."""
-    rank = jax.jit(_rank, out_shardings=sharding.replicated(mesh))
+    count = jax.jit(_count, out_shardings=sharding.replicated(mesh))
     known = jax.device_put(candidates, sharding.replicated(mesh))
     rows = _ROWS * sharding.batch_shards(mesh)
-    return sharding.in_batches(rank, mesh, known, queries, right, batch_size=rows)
+    counts = sharding.in_batches(count, mesh, known, queries, right, batch_size=rows)
+    above, tied, of_right = counts.T
+    return Standing(np.where(above < 0, np.inf, above), tied, of_right)
 
 
-def _rank(
+def _count(
     candidates: Float[Array, "C E"], queries: Float[Array, "Q E"], right: Int[Array, "Q K"]
-) -> Int[Array, " Q"]:
+) -> Int[Array, "Q 3"]:
+    """Count the fields of `Standing`; −1 candidates are above where a similarity is not finite."""
     similarity = jnp.einsum("QE,CE->QC", queries, candidates, precision="highest")
     own = jnp.take_along_axis(similarity, jnp.maximum(right, 0), axis=1)
     own = jnp.where(right >= 0, own, -jnp.inf)
     best = own.max(axis=1, keepdims=True)
-    return 1 + (similarity >= best).sum(axis=1, dtype=jnp.int32) - (own >= best).sum(axis=1)
+    above, equal = (similarity > best).sum(axis=1), (similarity == best).sum(axis=1)
+    of_right = (own == best).sum(axis=1)
+    counts = jnp.stack([above, equal - of_right, of_right], axis=1)
+    is_finite = jnp.isfinite(similarity).all(axis=1, keepdims=True)
+    return jnp.where(is_finite, counts, jnp.array([-1, 0, 1])).astype(jnp.int32)

@@ -3,6 +3,7 @@
 Classification (CLIP paper, section 3.1) predicts the class with the nearest mean prompt embedding.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from clip_jax.evals.compositions import composition
 from clip_jax.evals.datasets import Captioned, Contrasted, Data, Labelled, Tagged, Translated
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.languages import average
+from clip_jax.evals.ranks import cosines, standing, top_k_accuracy
 from clip_jax.evals.reader import Embedded, Outcome
 from clip_jax.evals.retrieval import retrieval
 
@@ -43,11 +45,11 @@ def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
     """
     labels = images.labels
     texts = encoder.classes(data.templates, data.names)
-    logits = images.features @ prompts.ensemble(texts).T
+    logits = cosines(images.features, prompts.ensemble(texts))
     values, of_template = classification(logits, labels), {}
-    if encoder.head is not None and set(data.names) <= set(encoder.head.classes):
-        rows = [encoder.head.classes.index(name) for name in data.names]
-        trained = classification(images.features @ encoder.head.kernel[rows].T, labels)
+    rows = encoder.head and rows_of_classes(data.names, encoder.head.classes)
+    if rows is not None:
+        trained = classification(cosines(images.features, encoder.head.kernel[rows]), labels)
         values |= {f"classifier/{name}": value for name, value in trained.items()}
     if len(data.templates) > 1:
         sensitivity, alone = prompts.sensitivity(images.features, labels, texts)
@@ -59,10 +61,31 @@ def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
     )  # fmt: skip
 
 
+def rows_of_classes(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
+    """Return where a classifier has each class of a data set; None if it lacks one.
+
+    Of equal names, the first of the data set is the first of the classifier, and so on: ImageNet's
+    list has "missile" and "sunglasses" twice.
+    """
+    rows = dict(zip(_numbered(classes), range(len(classes)), strict=True))
+    numbered = _numbered(names)
+    return [rows[name] for name in numbered] if rows.keys() >= set(numbered) else None
+
+
+def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Number the occurrences of each name from 0."""
+    counts = Counter[str]()
+    numbered = []
+    for name in names:
+        numbered.append((name, counts[name]))
+        counts[name] += 1
+    return numbered
+
+
 def tag(data: Tagged, images: Embedded, encoder: Encoder) -> Outcome:
     """Rank all images for each class: mean average precision as in CLIP_benchmark and VOC2007."""
     texts = prompts.ensemble(encoder.classes(data.templates, data.names))
-    values = multi_label(images.features @ texts.T, images.labels)
+    values = multi_label(cosines(images.features, texts), images.labels)
     return Outcome("zeroshot_classification", values, images.skipped)
 
 
@@ -100,7 +123,7 @@ def translate(data: Translated, images: Embedded, encoder: Encoder) -> Outcome:
             if mine and data.names:
                 templates, names = data.templates[language], data.names[language]
                 texts = [[prompts.fill(t, name) for t in templates] for name in names]
-                logits = part.features @ classifier(encoder, texts).T
+                logits = cosines(part.features, classifier(encoder, texts))
                 results[language] = classification(logits, part.labels)
             elif mine:
                 results[language] = retrieve(part, encoder).values
@@ -118,32 +141,18 @@ def classifier(encoder: Encoder, texts: Sequence[Sequence[str]]) -> Float[np.nda
     return np.concatenate([prompts.ensemble(group[:, None]) for group in groups])
 
 
-def ranks_of_own(
-    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, " B"]
-) -> Int[np.ndarray, " B"]:
-    """Rank each row's label among its logits, from 1, the best; ties count against it."""
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    return (logits >= own).sum(axis=1)
-
-
-def top_k_accuracy(
-    logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, " B"], k: int = 1
-) -> float:
-    """Return the share of rows with their label in the k largest logits; ties count against it."""
-    return float((ranks_of_own(logits, labels) <= k).mean())
-
-
 def classification(
     logits: Float[np.ndarray, "B classes"], labels: Int[np.ndarray, " B"]
 ) -> dict[str, float]:
     """Return `acc1`, `acc5` and `mean_per_class_recall`, CLIP_benchmark's names.
 
     Below five classes there is no `acc5`. For two classes there is `roc_auc`, which the CLIP paper
-    reports for Hateful Memes. Classes without a sample do not count in the mean.
+    reports for Hateful Memes. Classes without a sample do not count in the mean. Of t equal best
+    classes each counts 1/t (see `ranks`).
     """
-    right = ranks_of_own(logits, labels) == 1
+    right = standing(logits, labels).within(1)
     per_class = np.bincount(labels, right) / np.maximum(np.bincount(labels), 1)
-    values = {"acc1": top_k_accuracy(logits, labels, 1)}
+    values = {"acc1": float(right.mean())}
     if logits.shape[1] >= 5:
         values["acc5"] = top_k_accuracy(logits, labels, 5)
     if logits.shape[1] == 2 and 0 < labels.sum() < len(labels):

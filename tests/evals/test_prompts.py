@@ -49,6 +49,17 @@ def test_sensitivity_is_each_template_and_the_ensemble(task):
     })  # fmt: skip
 
 
+def test_equal_classes_share_their_images(task):
+    """As in `acc1`, whose ensemble these are: the first of equal classes has no advantage."""
+    images, labels, features = task
+    features = features.copy()
+    features[:, 6] = features[:, 2]
+    values, of_template = prompts.sensitivity(images, labels, features)
+    turned, of_turned = prompts.sensitivity(images, 6 - labels, features[:, ::-1])
+    assert values == pytest.approx(turned)
+    assert of_template == pytest.approx(of_turned)
+
+
 def test_template_files(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("a photo of a {c}.\n\nart of {}\n", encoding="utf-8-sig")

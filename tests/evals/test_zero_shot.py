@@ -1,5 +1,6 @@
 """The paper's other metrics against scikit-learn and against their definitions."""
 
+import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -11,6 +12,7 @@ from clip_jax.evals import zero_shot
 from clip_jax.evals.datasets import Labelled
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.reader import Embedded
+from tests.evals.conftest import encoder_on, mesh_of
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,10 @@ def test_the_roc_auc_of_two_classes_is_scikit_learns_with_ties(task):
     assert "roc_auc" not in zero_shot.classification(logits[truth], np.ones(truth.sum(), np.int64))
 
 
-def test_ties_lose_and_classes_without_a_sample_do_not_count():
-    values = zero_shot.classification(np.zeros((3, 5), np.float32), np.arange(3))
-    assert values == {"acc1": 0, "acc5": 1, "mean_per_class_recall": 0}
+def test_ties_count_by_chance_and_classes_without_a_sample_do_not_count():
+    values = zero_shot.classification(np.zeros((3, 6), np.float32), np.arange(3))
+    chance = {"acc1": 1 / 6, "acc5": 5 / 6, "mean_per_class_recall": 1 / 6}
+    assert values == pytest.approx(chance)
     logits, labels = np.eye(5, dtype=np.float32)[[1, 1, 3]], np.array([1, 2, 3])
     assert zero_shot.classification(logits, labels)["mean_per_class_recall"] == pytest.approx(2 / 3)
 
@@ -90,3 +93,35 @@ def test_a_classifier_is_measured_on_classes_that_it_has_by_name(classes, accura
     values = zero_shot.classify(data, embedded, encoder).values
     assert values["acc1"] == 0.75
     assert values.get("classifier/acc1") == accuracy
+
+
+def test_equal_class_names_share_an_image_and_a_classifier_tells_them_apart():
+    """ImageNet's names have "missile" twice; each class has a vector in a trained classifier."""
+    names, images = ["missile", "missile", "cat"], np.eye(3, dtype=np.float32)
+    encoder = encoder_on(mesh_of(1))
+    vectors = dict(zip(("a missile", "a cat"), images[1:], strict=True))
+    encoder._known.update(vectors)
+    data = Labelled(3, [].__getitem__, names, ["a {c}"])
+    head = Head(tuple(names), ("a {}",), images)
+    embedded = Embedded(np.roll(images, -1, axis=0)[[0, 0, 1]], np.arange(3), [0, 1, 2], [])
+    values = zero_shot.classify(data, embedded, encoder).values
+    assert values == pytest.approx({"acc1": 2 / 3, "mean_per_class_recall": 2 / 3})
+
+    embedded = Embedded(images, np.arange(3), [0, 1, 2], [])
+    encoder = dataclasses.replace(encoder, head=head)
+    encoder._known.update(vectors)
+    assert zero_shot.classify(data, embedded, encoder).values["classifier/acc1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "rows"),
+    [
+        ("aab", "aab", [0, 1, 2]),
+        ("aab", "baca", [1, 3, 0]),
+        ("ab", "aab", [0, 2]),
+        ("aab", "ab", None),
+        ("ac", "ab", None),
+    ],
+)
+def test_the_first_of_equal_names_is_the_classifiers_first(names, classes, rows):
+    assert zero_shot.rows_of_classes([*names], [*classes]) == rows

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clip_jax.errors import InputError
+from clip_jax.evals.ranks import cosines, top_k_accuracy
 from clip_jax.storage.files import AnyPath
 
 PLAIN_TEMPLATE = "a photo of a {c}."
@@ -80,7 +81,7 @@ def sensitivity(
     worst, the accuracy of their ensemble, and its gain over the mean; and the single accuracies."""
 
     def accuracy(weights: Float[np.ndarray, "classes E"]) -> float:
-        return float(((image_features @ weights.T).argmax(axis=1) == labels).mean())
+        return top_k_accuracy(cosines(image_features, weights), labels)
 
     alone, together = [accuracy(weights) for weights in features], accuracy(ensemble(features))
     mean = float(np.mean(alone))
