@@ -3,6 +3,7 @@
 Classification (CLIP paper, section 3.1) predicts the class with the nearest mean prompt embedding.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -171,13 +172,18 @@ def average_precisions(
     """Return two average precisions: the mean precision at the ranks of the true samples, and
     VOC2007's mean of the best precision at recall ≥ r, over r = 0, 0.1, ..., 1.
 
-    Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge", 2010, section 4.2.
+    Samples with equal scores share a rank, the last of theirs, as in scikit-learn. NaN for scores
+    that are not finite. Everingham et al., "The PASCAL Visual Object Classes (VOC) Challenge",
+    2010, section 4.2.
     """
-    ordered = truth[np.argsort(-scores, kind="stable")]
-    hits = np.cumsum(ordered)
-    precision, recall = hits / np.arange(1, len(ordered) + 1), hits / ordered.sum()
+    if not np.isfinite(scores).all():
+        return math.nan, math.nan
+    order = np.argsort(-scores, kind="stable")
+    is_last = np.append(np.diff(scores[order]) != 0, True)  # of the samples with its score
+    hits, ranks = np.cumsum(truth[order])[is_last], np.flatnonzero(is_last) + 1
+    precision, recall = hits / ranks, hits / truth.sum()
     best = [precision[recall >= step / 10 - 1e-9].max() for step in range(11)]
-    return float(precision[ordered].mean()), float(np.mean(best))
+    return float((precision * np.diff(recall, prepend=0)).sum()), float(np.mean(best))
 
 
 def multi_label(
@@ -186,8 +192,14 @@ def multi_label(
     """Return `mean_average_precision` and VOC2007's, `mean_average_precision_11`, over classes.
 
     `truth` is 1, −1, or 0 for an image that does not count for a class (VOC: only difficult
-    objects). The CLIP paper reports VOC2007 by the 11-point mean (table 9).
+    objects). The CLIP paper reports VOC2007 by the 11-point mean (table 9). Classes without an
+    image do not count. Raises InputError if no class has one.
     """
+    if not (truth > 0).any():
+        raise InputError(
+            f"none of the {len(truth):,} images read shows one of the {truth.shape[1]:,} classes, "
+            "so there is no mean average precision; raise --images, or correct the labels."
+        )
     of_classes = [
         average_precisions(scores[real != 0], real[real != 0] > 0)
         for scores, real in zip(logits.T, truth.T, strict=True)

@@ -8,6 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from clip_jax.convert.weights import Head
+from clip_jax.errors import InputError
 from clip_jax.evals import zero_shot
 from clip_jax.evals.datasets import Labelled
 from clip_jax.evals.evaluator import Encoder
@@ -41,10 +42,29 @@ def test_ties_count_by_chance_and_classes_without_a_sample_do_not_count():
     assert zero_shot.classification(logits, labels)["mean_per_class_recall"] == pytest.approx(2 / 3)
 
 
-def test_average_precision_is_scikit_learns(task):
-    assert zero_shot.average_precisions(*task)[0] == pytest.approx(
-        average_precision_score(task[1], task[0]), abs=1e-6
-    )
+@pytest.mark.parametrize("steps", [None, 8.0, 1.0, 0.0])
+def test_average_precision_is_scikit_learns_in_any_order(task, steps):
+    """Also for scores rounded to `steps` per unit, of which many or all are equal."""
+    scores, truth = task
+    scores = scores if steps is None else np.round(scores * steps)
+    expected = average_precision_score(truth, scores)
+    first = zero_shot.average_precisions(scores, truth)
+    assert first[0] == pytest.approx(expected, abs=1e-9)
+    for order in (np.argsort(truth), np.argsort(~truth), np.random.default_rng(1).permutation(300)):
+        assert zero_shot.average_precisions(scores[order], truth[order]) == first
+
+
+def test_an_average_precision_of_equal_scores_is_the_share_of_true_ones():
+    """By the order of files it was 1.0 or 0.06."""
+    truth = np.arange(50) < 5
+    for files in (truth, truth[::-1]):
+        assert zero_shot.average_precisions(np.zeros(50, np.float32), files) == (0.1, 0.1)
+
+
+def test_an_average_precision_of_nan_is_nan(task):
+    scores, truth = task
+    broken = np.where(np.arange(300) == 7, np.float32(np.nan), scores)
+    assert np.isnan(zero_shot.average_precisions(broken, truth)).all()
 
 
 @pytest.mark.parametrize(
@@ -76,6 +96,11 @@ def test_many_labels_leave_out_what_is_too_difficult(task):
     plain, eleven = np.mean(expected, axis=0)
     assert values["mean_average_precision_11"] == pytest.approx(eleven)
     assert values["mean_average_precision"] == pytest.approx(plain)
+
+
+def test_tags_that_no_image_has_are_one_message():
+    with pytest.raises(InputError, match="none of the 4 images read shows one of the 3 classes"):
+        zero_shot.multi_label(np.zeros((4, 3), np.float32), np.full((4, 3), -1, np.int8))
 
 
 @pytest.mark.parametrize(
