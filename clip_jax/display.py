@@ -41,9 +41,10 @@ def duration(seconds: float) -> str:
     return " ".join([f"{count} {unit}" for unit, count in parts.items() if count][:2]) or "0 s"
 
 
-def results(step: int, values: Mapping[str, float | int]) -> str:
+def results(step: int, values: Mapping[str, float | int | str]) -> str:
     """Format the results of an evaluation, in lines that fit on a terminal."""
-    text = "  ".join(f"{name}\xa0{value:.4g}" for name, value in values.items())
+    shown = {name: x if isinstance(x, str) else f"{x:.4g}" for name, x in values.items()}
+    text = "  ".join(f"{name}\xa0{value}" for name, value in shown.items())
     lines = textwrap.wrap(text, 90, break_long_words=False, break_on_hyphens=False)
     return "\n".join(f"step {step}  {line}".replace("\xa0", " ") for line in lines)
 

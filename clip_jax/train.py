@@ -405,13 +405,16 @@ def loop(run: Run) -> None:
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Run the evaluators that are due, on the run's own mesh; return their results by name."""
+    """Run the evaluators that are due, on the run's own mesh; return their results by name.
+
+    One that fails since the model's embeddings are not finite is reported, and has no results.
+    """
     results: dict[str, float] = {}
     with run.timers.measure("evaluation"):
         for values in run.evaluations.run(step, run.encoder, run.workdir / "evals"):
             run.watchdog.beat()
             run.reports.evaluated(step, values)
-            results |= values
+            results |= {name: x for name, x in values.items() if not isinstance(x, str)}
     check_best(run.config, run.evaluations)
     return results
 

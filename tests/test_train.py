@@ -14,13 +14,16 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
+from clip_jax.checkpoints.retention import named_step, steps_in
 from clip_jax.config import with_weights
 from clip_jax.convert.formats import read_weights, starting_params, write_weights
 from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
+from clip_jax.evals.digits import DigitsEvaluator
 from clip_jax.evals.evaluator import Evaluations
+from clip_jax.evals.ranks import NotFinite
 from clip_jax.inference.average import fitting
 from clip_jax.inference.loading import load, load_on_mesh
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
@@ -267,6 +270,23 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state
     ):
         train(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_an_evaluation_of_embeddings_that_are_not_finite_fails_and_the_run_goes_on(tmp_path):
+    """Its step is never the best; the evaluation of another step is not marked as failed."""
+    metric = "zero_shot/seen/top1"
+    outcomes = [[(metric, 0.5)], NotFinite("3 of 4 rows"), [(metric, 0.25)], NotFinite("4 of 4")]
+    evals = (dataclasses.replace(tiny().evals[0], every_steps=2),)
+    checkpoint = CheckpointConfig(every_steps=8, keep=1, best=metric)
+    config = tiny(steps=8, evals=evals, checkpoint=checkpoint)
+    with mock.patch.object(DigitsEvaluator, "run", autospec=True, side_effect=outcomes):
+        result = train(config, tmp_path)
+    evaluated = {row["step"]: row.get(metric, row.get("failed")) for row in rows(tmp_path)
+                 if {metric, "failed"} & row.keys()}  # fmt: skip
+    assert evaluated == {2: 0.5, 4: "3 of 4 rows", 6: 0.25, 8: "4 of 4"}
+    assert (result["step"], result["failed"]) == (8, "4 of 4")
+    assert steps_in(tmp_path / "checkpoints") == [2, 8]
+    assert named_step(tmp_path, "best") == 2
 
 
 def test_the_last_checkpoint_is_whole_before_the_result_names_its_step(tmp_path):

@@ -24,10 +24,11 @@ _AXES = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS[
 def describe(splits: Splits, generation: GenerationConfig) -> Outcome:
     """Generate a caption for each image and compare it with the reference captions.
 
-    Raises Missing if the images have no captions.
+    Raises Missing if the images have no captions, and NotFinite.
     """
     if not isinstance(splits.open("test"), Captioned):
         raise Missing("the images have no captions of their own.")
+    splits.embedded("test")  # NotFinite: token ids do not show what is not finite
     images = splits.compute("test", write, generation=generation)
     captions = splits.encoder.read(images.features)
     values = {f"bleu{n}": x for n, x in enumerate(bleu(captions, images.answers), 1)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -16,6 +17,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import read_captions
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
+from clip_jax.evals.ranks import NotFinite, check_finite
 from clip_jax.models.clip import CLIP, Params, l2_normalize
 from clip_jax.models.images import Images
 from clip_jax.models.vit import ViTConfig
@@ -53,9 +55,14 @@ class Encoder:
         self, function: Callable[..., Array], *rows: Any, batch_size: int = sharding.ROWS,
         **options: Any,
     ) -> np.ndarray:  # fmt: skip
-        """Run a function that `compiled` takes over images or tokens, equal on every process."""
+        """Run a function that `compiled` takes over images or tokens, equal on every process.
+
+        Raises NotFinite for results with NaN or infinity.
+        """
         run = compiled(function, self.model, self.mesh, **options)
-        return sharding.in_batches(run, self.mesh, self.params, *rows, batch_size=batch_size)
+        results = sharding.in_batches(run, self.mesh, self.params, *rows, batch_size=batch_size)
+        check_finite(results, f"the model's outputs ({name_of(function)})")
+        return results
 
     def read(self, ids: Int[np.ndarray, "B L"]) -> list[str]:
         """Decode generated token ids to texts."""
@@ -71,6 +78,11 @@ class Encoder:
             self._known.update(zip(new, self.texts(new), strict=True))
         features = np.stack([self._known[row] for row in rows])
         return features.reshape(len(templates), len(names), -1)
+
+
+def name_of(function: Callable[..., Array]) -> str:
+    """Return a function's name, for messages about its results."""
+    return getattr(function, "__name__", "unnamed")
 
 
 def length_of(preprocess: Preprocess) -> dict[str, int]:
@@ -98,7 +110,7 @@ def embed_images(
 ) -> Float[Array, "B E"]:
     """Embed images, as unit vectors unless `normalize` is off."""
     features = model.encode_image(params, model.normalize(images))
-    return l2_normalize(features) if normalize else features
+    return _unit(features) if normalize else features
 
 
 def embed_texts(
@@ -106,7 +118,13 @@ def embed_texts(
 ) -> Float[Array, "B E"]:
     """Embed rows of token ids, as unit vectors unless `normalize` is off."""
     features = model.encode_text(params, tokens)
-    return l2_normalize(features) if normalize else features
+    return _unit(features) if normalize else features
+
+
+def _unit(features: Float[Array, "B E"]) -> Float[Array, "B E"]:
+    """Scale to unit length; NaN where the length overflows, for which `l2_normalize` gives 0."""
+    length = jnp.square(features).sum(axis=1, keepdims=True)
+    return jnp.where(jnp.isfinite(length), l2_normalize(features), jnp.nan)
 
 
 def embed_for_probe(model: CLIP, params: Params, images: Images) -> Float[Array, "B D"]:
@@ -156,15 +174,24 @@ class Evaluations:
         """Say whether any evaluator runs at this step; all run at the last."""
         return step == self._steps or any(step % e.every_steps == 0 for e in self._evaluators)
 
-    def run(self, step: int, encoder: Encoder, output: AnyPath) -> Iterator[dict[str, float]]:
+    def run(self, step: int, encoder: Encoder, output: AnyPath) -> Iterator[dict[str, Any]]:
         """Yield the metrics of each evaluator that is due, with a NaFlex model's `tokens`; at the
-        last step, evaluators also write tables and pictures to `output`."""
+        last step, evaluators also write tables and pictures to `output`.
+
+        A model whose embeddings are not finite has no metrics but `failed`, the reason: training
+        goes on.
+        """
         last = step == self._steps
         for index, evaluator in enumerate(self._evaluators):
-            if last or step % evaluator.every_steps == 0:
-                values = dict(evaluator.run(encoder, output if last else None))
-                self._results[index] = {*values}
-                yield length_of(encoder.preprocess) | values
+            if not last and step % evaluator.every_steps:
+                continue
+            try:
+                values: dict[str, Any] = dict(evaluator.run(encoder, output if last else None))
+            except NotFinite as error:
+                yield {"failed": str(error)}
+                continue
+            self._results[index] = {*values}
+            yield length_of(encoder.preprocess) | values
 
     def check_gives(self, wanted: str) -> None:
         """Raise InputError if no evaluator yields a metric of this name, as far as is known.

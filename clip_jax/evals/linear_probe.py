@@ -10,6 +10,7 @@ axis is scaled by the curvature expected there, so that L-BFGS needs tens of ste
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from clip_jax import sharding
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing, Split
 from clip_jax.evals.evaluator import compiled, embed_for_probe, say
-from clip_jax.evals.ranks import top_k_accuracy
+from clip_jax.evals.ranks import check_finite, top_k_accuracy
 from clip_jax.evals.reader import Outcome, Splits
 from clip_jax.evals.zero_shot import classification
 from clip_jax.models.clip import CLIP, Params, l2_normalize
@@ -138,7 +139,10 @@ class Probe:
         return features @ self.weights + self.bias
 
     def accuracy(self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"]) -> float:
-        return top_k_accuracy(self.logits(features), labels)
+        """Return the top-1 accuracy; raises NotFinite."""
+        logits = self.logits(features)
+        check_finite(logits, "a probe's logits")
+        return top_k_accuracy(logits, labels)
 
 
 class Problem:
@@ -153,7 +157,10 @@ class Problem:
         features = np.asarray(features, np.float32)
         self._mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
         centred = features - self._mean
-        spread, axes = np.linalg.eigh(centred.T @ centred)
+        with np.errstate(over="ignore", invalid="ignore"):
+            covariance = centred.T @ centred
+        check_finite(covariance, "the covariance of features")
+        spread, axes = np.linalg.eigh(covariance)
         self._axes, spread = axes.astype(np.float32), np.maximum(spread, 0)
         # Curvature of the cross-entropy at uniform predictions: p(1 - p) of each class.
         self._curvature = spread * (1 / self._classes) * (1 - 1 / self._classes)
@@ -177,7 +184,8 @@ class Problem:
             np.int32(max_steps), np.float32(tolerance),
         )  # fmt: skip
         solution = np.asarray(weights)
-        self._start = solution
+        if np.isfinite(solution).all():
+            self._start = solution
         turned = self._axes @ solution[:-1]
         bias = solution[-1] - self._mean @ turned
         return Probe(turned, bias, float(value) * self._count, int(steps))
@@ -232,22 +240,27 @@ def search(
 ) -> float:  # fmt: skip
     """Return the λ with the best validation accuracy: search a coarse grid, then finer ones.
 
-    Of equal accuracies the larger λ, the simpler model, wins. Each round begins with large λ, whose
-    problems are easy, since each solution is the start of the next.
+    Of equal accuracies the larger λ, the simpler model, wins. A λ whose logits are not finite is
+    never chosen; NotFinite if there is no other. Each round begins with large λ, whose problems are
+    easy, since each solution is the start of the next.
     """
     if not len(validation[1]):
         raise Missing(
             "choosing λ needs validation images, and no training image can be spared for them; add "
             "training images or a validation split."
         )
-    problem = Problem(*train, mesh, classes=classes)
+    problem, (features, labels) = Problem(*train, mesh, classes=classes), validation
     accuracies: dict[int, float] = {}
     step = min(_COARSE_STEP, len(lambdas))
     ask = {*range(0, len(lambdas), step), len(lambdas) - 1}
     while True:
         for index in sorted(ask - accuracies.keys(), reverse=True):
-            accuracies[index] = problem.fit(lambdas[index]).accuracy(*validation)
+            logits = problem.fit(lambdas[index]).logits(features)
+            is_finite = np.isfinite(logits).all()
+            accuracies[index] = top_k_accuracy(logits, labels) if is_finite else -math.inf
         best = max(accuracies, key=lambda i: (accuracies[i], i))
+        if accuracies[best] == -math.inf:
+            check_finite(logits, "the logits of probes with any λ")
         if step == 1:
             return lambdas[best]
         step = max(step // 2, 1)
@@ -270,7 +283,7 @@ def neighbour_votes(
 ) -> Int[np.ndarray, "T classes"]:  # fmt: skip
     """Count the classes of each test row's k nearest training rows in cosine similarity."""
     features, labels = train
-    rows, queries = (l2_normalize(np.asarray(x, np.float32)) for x in (features, test_features))
+    rows, queries = (_unit(x) for x in (features, test_features))
     replicated = sharding.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=replicated)
@@ -282,6 +295,14 @@ def neighbour_votes(
 
     known = jax.device_put((rows, labels.astype(np.int32)), replicated)
     return sharding.in_batches(vote, mesh, known, queries, batch_size=batch_size)
+
+
+def _unit(features: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:
+    """Scale to unit length; raises NotFinite for features whose length overflows."""
+    features = np.asarray(features, np.float32)
+    with np.errstate(over="ignore"):
+        check_finite(np.linalg.norm(features, axis=1), "the lengths of features")
+    return l2_normalize(features)
 
 
 def probe_features(

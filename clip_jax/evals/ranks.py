@@ -10,6 +10,23 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from clip_jax.errors import InputError
+
+
+class NotFinite(InputError):
+    """A model whose embeddings, logits or losses contain NaN or infinity."""
+
+
+def check_finite(rows: Shaped[np.ndarray, "B ..."], what: str) -> None:
+    """Raise NotFinite with the number of rows that contain NaN or infinity."""
+    is_finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+    if not is_finite.all():
+        raise NotFinite(
+            f"{np.sum(~is_finite):,} of {len(rows):,} rows of {what} are not finite (NaN or "
+            "infinity), but metrics need finite ones. Use weights that do not overflow, such as an "
+            "earlier checkpoint (RUN@STEP), or a data type of larger range (--dtype float32)."
+        )
+
 
 def cosines(
     images: Float[np.ndarray, "B E"], classes: Float[np.ndarray, "classes E"]

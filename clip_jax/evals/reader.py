@@ -19,7 +19,8 @@ from clip_jax.display import Display
 from clip_jax.errors import InputError
 from clip_jax.evals import datasets
 from clip_jax.evals.datasets import Data, OpenSplit, Split, spread
-from clip_jax.evals.evaluator import Encoder, compiled, embed_images
+from clip_jax.evals.evaluator import Encoder, compiled, embed_images, name_of
+from clip_jax.evals.ranks import check_finite
 from clip_jax.models.images import Images, num_bytes, write_row, zeros
 
 # Maximum number of images per process and batch. With 1,024, page faults of the new 150 MB arrays
@@ -156,7 +157,8 @@ class Splits:
         results with each image's answer, on every process.
 
         `more` are further arrays that the function takes after the images. A terminal shows the
-        progress. Raises Missing if the split is not on disk, InputError if no image can be read.
+        progress. Raises Missing if the split is not on disk, InputError if no image can be read,
+        and NotFinite for results with NaN or infinity.
         """
         encoder = self.encoder
         run, data = compiled(function, encoder.model, encoder.mesh, **options), self.open(split)
@@ -181,7 +183,9 @@ class Splits:
                 f"none of {data.count} images can be read; the first: {list(skipped.values())[:1]}."
             )
         indices = np.array(list(answers))
-        return Embedded(features[indices], indices, list(answers.values()), list(skipped.values()))
+        features = features[indices]
+        check_finite(features, f"the model's outputs ({name_of(function)}) for {title}")
+        return Embedded(features, indices, list(answers.values()), list(skipped.values()))
 
 
 def _of_all(known: tuple[dict[int, Any], ...]) -> list[dict[int, Any]]:

@@ -11,6 +11,7 @@ from clip_jax.evals import captioning, linear_probe, prompts, results
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.datasets import Missing, OpenSplit
 from clip_jax.evals.evaluator import Encoder, say
+from clip_jax.evals.ranks import NotFinite
 from clip_jax.evals.reader import ImageCache, Outcome, Splits
 from clip_jax.evals.zero_shot import zero_shot
 from clip_jax.models.generation import GenerationConfig
@@ -101,7 +102,7 @@ class SuiteEvaluator:
         """Run all tasks on all data sets that support them; write tables after each data set.
 
         A data set that cannot be read is reported and left out; if it is the only one, its
-        InputError is raised.
+        InputError is raised. Raises NotFinite for a model that cannot be measured.
         """
         outcomes: list[tuple[str, Outcome]] = []
         for name, open_split in self._opened.items():
@@ -112,7 +113,7 @@ class SuiteEvaluator:
             try:
                 new = list(_outcomes(splits, self._config))
             except InputError as error:
-                if len(self._opened) == 1:
+                if len(self._opened) == 1 or isinstance(error, NotFinite):
                     raise
                 say(f"left out: {name}: {error}")
                 continue

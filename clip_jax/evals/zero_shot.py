@@ -18,7 +18,7 @@ from clip_jax.evals.compositions import composition
 from clip_jax.evals.datasets import Captioned, Contrasted, Data, Labelled, Tagged, Translated
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.languages import average
-from clip_jax.evals.ranks import cosines, standing, top_k_accuracy
+from clip_jax.evals.ranks import check_finite, cosines, standing, top_k_accuracy
 from clip_jax.evals.reader import Embedded, Outcome
 from clip_jax.evals.retrieval import retrieval
 
@@ -139,7 +139,9 @@ def classifier(encoder: Encoder, texts: Sequence[Sequence[str]]) -> Float[np.nda
     """Embed every class as the mean of its prompts' unit embeddings, scaled to unit length."""
     features = encoder.texts([text for group in texts for text in group])
     groups = np.split(features, np.cumsum([len(group) for group in texts])[:-1])
-    return np.concatenate([prompts.ensemble(group[:, None]) for group in groups])
+    classes = np.concatenate([prompts.ensemble(group[:, None]) for group in groups])
+    check_finite(classes, "class embeddings")
+    return classes
 
 
 def classification(
@@ -149,8 +151,9 @@ def classification(
 
     Below five classes there is no `acc5`. For two classes there is `roc_auc`, which the CLIP paper
     reports for Hateful Memes. Classes without a sample do not count in the mean. Of t equal best
-    classes each counts 1/t (see `ranks`).
+    classes each counts 1/t (see `ranks`). Raises NotFinite for logits with NaN or infinity.
     """
+    check_finite(logits, "logits")
     right = standing(logits, labels).within(1)
     per_class = np.bincount(labels, right) / np.maximum(np.bincount(labels), 1)
     values = {"acc1": float(right.mean())}
@@ -193,8 +196,9 @@ def multi_label(
 
     `truth` is 1, −1, or 0 for an image that does not count for a class (VOC: only difficult
     objects). The CLIP paper reports VOC2007 by the 11-point mean (table 9). Classes without an
-    image do not count. Raises InputError if no class has one.
+    image do not count. Raises InputError if no class has one, and NotFinite.
     """
+    check_finite(logits, "logits")
     if not (truth > 0).any():
         raise InputError(
             f"none of the {len(truth):,} images read shows one of the {truth.shape[1]:,} classes, "

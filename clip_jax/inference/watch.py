@@ -19,6 +19,7 @@ from clip_jax.config import Config
 from clip_jax.display import results
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import say
+from clip_jax.evals.ranks import NotFinite
 from clip_jax.inference.evaluate import EvaluateConfig, Evaluators, config_of_run, open_encoder
 from clip_jax.metrics import Writer
 from clip_jax.storage import files
@@ -27,7 +28,7 @@ from clip_jax.storage.json_files import read_json, read_rows
 
 POLL_SECONDS = 2.0  # interval of looking for new checkpoints
 
-Row = dict[str, Any]  # metrics of a step by name, or why it was `skipped`
+Row = dict[str, Any]  # metrics of a step by name, or why it was `skipped` or `failed`
 
 
 def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float | int]:
@@ -35,7 +36,8 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float | int
 
     Returns the last metrics. Every step gets a row in `evals/watch.jsonl` and is not evaluated
     again after a restart. The row of a damaged or deleted checkpoint says why it was skipped; if
-    one is there at the next start or reappears, it gets another row, and the last row counts.
+    one is there at the next start or reappears, it gets another row, and the last row counts. The
+    row of a model whose embeddings are not finite says why it failed.
     Raises InputError if another process watches the run, or its directory is gone. In a
     multi-process run, all processes call this.
     """
@@ -75,7 +77,7 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float | int
     if processes.is_lead():  # the run has written its own metrics
         result = read_json(workdir / "result.json") | last
         files.write_whole(workdir / "result.json", json.dumps(result, indent=1))
-    return last
+    return {name: x for name, x in last.items() if name != "failed"}
 
 
 def _left(workdir: AnyPath, finished: dict[int, Row]) -> tuple[int | None, bool, list[int]]:
@@ -90,7 +92,8 @@ def _left(workdir: AnyPath, finished: dict[int, Row]) -> tuple[int | None, bool,
 
 
 def _evaluate(config: EvaluateConfig, run: Config, evaluators: Evaluators, step: int) -> Row:
-    """Return a step's metrics, or why it is skipped if its checkpoint cannot be read."""
+    """Return a step's metrics, or why it is skipped if its checkpoint cannot be read, or why it
+    failed if its embeddings are not finite."""
     workdir = config.model
     try:
         encoder = open_encoder(replace(config, model=files.as_path(f"{workdir}@{step}")), run)
@@ -100,6 +103,9 @@ def _evaluate(config: EvaluateConfig, run: Config, evaluators: Evaluators, step:
         say(f"step {step} is skipped: {why}")
         return {"skipped": why}
     output = config.output / str(step) if config.output else None
-    values = evaluators.run(encoder, output)
+    try:
+        values: Row = evaluators.run(encoder, output)
+    except NotFinite as error:
+        values = {"failed": str(error)}
     say(results(step, values))
     return values

@@ -228,6 +228,7 @@ class Reports:
         lead = processes.is_lead()
         self._workdir, self._timers, self._devices = workdir, timers, devices
         self._start, self._end, self._reported = start, config.end, start
+        self._evaluated = start
         self._samples, self._flops = config.samples_after, config.flops_after
         self._kind_at = config.batches.at
         self._peak = peak_flops(jax.devices()[0].device_kind)
@@ -308,8 +309,11 @@ class Reports:
         if self._writer:
             self._writer.write(step, values)
 
-    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the results of an evaluator."""
+    def evaluated(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Write the results of an evaluator, or why it `failed`."""
+        if step != self._evaluated:  # an earlier failure says nothing about this step
+            self.result.pop("failed", None)
+            self._evaluated = step
         self.result.update(values)
         self.line(results(step, values))
         if self._writer:

@@ -122,6 +122,8 @@ def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dic
         status, words = "done", ""
     elif worker or is_locked(folder):
         status, words = "running", worker or words
+    elif reason := result.get("failed"):
+        status, words = "failed", reason
     elif FAILURE.match(words):
         status = "failed"
     else:

@@ -312,6 +312,8 @@ def _ours(file: AnyPath) -> Row:
         raise InputError(f"its watcher has evaluated up to step {max(watched)} of {end}")
     if reason := watched.get(end, {}).get("skipped"):
         raise InputError(f"its watcher skipped step {end}: {reason}")
+    if reason := result.get("failed") or watched.get(end, {}).get("failed"):
+        raise InputError(f"its evaluation of step {end} failed: {reason}")
     row |= {"source": str(file.parent), "samples_seen": result.pop("samples_seen")}
     return row | {key: value for key, value in result.items() if isinstance(value, int | float)}
 

@@ -1,5 +1,7 @@
 """Captions on a mesh: what is written, and how probable given ones are."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,18 @@ import pytest
 
 from clip_jax import sharding
 from clip_jax.data.images import Preprocess
-from clip_jax.evals.captioning import captions, log_likelihood, loss_per_token, write
+from clip_jax.evals.captioning import (
+    captions,
+    classify_by_likelihood,
+    describe,
+    log_likelihood,
+    loss_per_token,
+    write,
+)
+from clip_jax.evals.datasets import Captioned, Labelled
 from clip_jax.evals.evaluator import Encoder, compiled
+from clip_jax.evals.ranks import NotFinite
+from clip_jax.evals.reader import Splits
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig
 from tests.conftest import COCA, batch, decode_text, parameters
@@ -51,6 +63,33 @@ def test_probabilities_are_those_of_all_logits_at_once(encoder, log_probabilitie
     score = compiled(log_likelihood, encoder.model, encoder.mesh, mesh=encoder.mesh)
     got = score(encoder.params, placed, texts)
     np.testing.assert_allclose(np.ravel(got), (gains * real).sum(1), rtol=1e-5)
+
+
+def pictures(kind, *more):
+    """Two images, each with the answer of its kind."""
+    images = batch(COCA, 16)["image"]
+    answers = {Labelled: 0, Captioned: ["a cat"]}
+    return kind(2, lambda i: (images[i], answers[kind]), *more)
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        (classify_by_likelihood, pictures(Labelled, ["a", "b"], ["{c}"])),
+        (lambda splits: describe(splits, GenerationConfig(min_length=1)), pictures(Captioned)),
+    ],
+)
+def test_captions_for_images_that_are_not_finite_are_not_measured(task, data, encoder):
+    """Of NaN the first token is the most probable, so that captions look like any others."""
+    broken = encoder.params | {
+        "visual": jax.tree.map(lambda x: x * np.nan, encoder.params["visual"])
+    }
+    tokens = batch(COCA, 16)["text"]
+    encoder = dataclasses.replace(
+        encoder, params=broken, tokenize=lambda texts: tokens[: len(texts)]
+    )
+    with pytest.raises(NotFinite, match="2 of 2 rows of the model's outputs"):
+        task(Splits("set", lambda split: data, encoder))
 
 
 def test_captions_are_written_on_the_mesh(encoder, log_probabilities):

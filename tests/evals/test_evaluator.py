@@ -12,6 +12,7 @@ import pytest
 from clip_jax import sharding
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Evaluations, embed_images, embed_texts
+from clip_jax.evals.ranks import NotFinite
 from clip_jax.models.clip import CLIP, l2_normalize
 from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of
 
@@ -90,6 +91,39 @@ def test_each_has_its_turn_and_all_at_the_last_step():
     assert list(evaluations.run(11, encoder, folder)) == [{"a": 0.5}, {"b": 4.0}]
     assert (first.outputs, second.outputs) == ([folder], [None, folder])  # written at the end
     assert Evaluations([Named(2, {}, ("x", "y")), Fixed(1, {})], 1).measured() == ["x", "y"]
+
+
+@dataclasses.dataclass
+class Broken(Fixed):
+    """An evaluator that raises this error."""
+
+    error: InputError
+
+    def run(self, encoder, output=None):
+        raise self.error
+        yield
+
+
+def test_an_evaluator_of_embeddings_that_are_not_finite_fails_alone():
+    """Otherwise NaN at one step would end a training run, or an evaluator's other errors not."""
+    encoder, broken = encoder_on(mesh_of(1)), Broken(1, {}, NotFinite("3 of 4 rows"))
+    evaluations = Evaluations([broken, Fixed(1, {"b": 4.0})], 2)
+    assert list(evaluations.run(1, encoder, Path())) == [{"failed": "3 of 4 rows"}, {"b": 4.0}]
+    evaluations.check_gives("a")  # whose metrics are still unknown
+    with pytest.raises(InputError, match="no such file"):
+        list(Evaluations([Broken(1, {}, InputError("no such file"))], 2).run(1, encoder, Path()))
+
+
+@pytest.mark.parametrize("value", [1e25, 1e38, np.nan])
+def test_embeddings_that_are_not_finite_are_counted(value):
+    """Weights may be finite, and their products not."""
+    encoder = encoder_on(mesh_of(8))
+    params = encoder.params["visual"] | {"proj": encoder.params["visual"]["proj"] * value}
+    encoder = dataclasses.replace(encoder, params=encoder.params | {"visual": params})
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    with pytest.raises(NotFinite, match=r"^5 of 5 rows of the model's outputs \(embed_images\) "):
+        encoder.images(pixels)
+    assert np.isfinite(encoder.texts(["a cat"])).all()
 
 
 def test_a_result_that_no_evaluator_gives_is_refused_with_those_that_exist():

@@ -14,6 +14,7 @@ from clip_jax.data.digits import DigitsConfig
 from clip_jax.errors import InputError
 from clip_jax.evals import linear_probe as probe
 from clip_jax.evals.datasets import Captioned, Labelled, Missing, open_digits
+from clip_jax.evals.ranks import NotFinite
 from clip_jax.evals.reader import Splits
 from clip_jax.models.clip import CLIP
 from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of
@@ -62,6 +63,17 @@ def test_the_search_ends_at_the_best_of_the_grid(digits):
     assert probe.search(some, some, mesh_of(1), lambdas=[0.1, 1, 10]) == 10  # all are right
     with pytest.raises(Missing, match="no training image can be spared"):
         probe.search(some, none, mesh_of(1))
+
+
+def test_a_solution_that_is_not_finite_is_not_the_start_of_the_next(digits):
+    """Each solution is the start of the next, so one NaN would spoil all that follow."""
+    train, validation, _ = digits
+    problem = probe.Problem(*train, mesh_of(1))
+    assert not np.isfinite(problem.fit(np.nan).weights).any()
+    assert problem.fit(1.0).accuracy(*validation) > 0.8
+    with pytest.raises(NotFinite, match="200 of 200 rows of the logits of probes"):
+        probe.search(train, validation, mesh_of(1), lambdas=[np.nan, np.nan])
+    assert probe.search(train, validation, mesh_of(1), lambdas=[1.0, np.nan]) == 1
 
 
 def test_few_per_class_draws_evenly():

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from clip_jax.evals.ranks import Standing, cosines, standing, top_k_accuracy
+from clip_jax.evals import ranks
+from clip_jax.evals.ranks import NotFinite, Standing, cosines, standing, top_k_accuracy
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_a_tie_is_the_mean_over_all_orders(above, tied, right):
     ],
 )
 def test_of_equal_classes_each_counts_its_share(logits, accuracies):
-    scores, label = np.float32(logits), np.array([0])
+    scores, label = np.array(logits, np.float32), np.array([0])
     for order in itertools.permutations(range(4)):
         changed, moved = scores[:, order], np.array([order.index(0)])
         for k, expected in enumerate(accuracies, 1):
@@ -44,11 +45,14 @@ def test_of_equal_classes_each_counts_its_share(logits, accuracies):
 @pytest.mark.parametrize("column", [0, 1, slice(None)])
 def test_a_row_that_is_not_finite_is_never_right(bad, column):
     """Comparisons with NaN are false, so a count of better classes alone would be 0, the best."""
-    logits = np.float32([[2, 1, 0], [2, 1, 0]])
+    logits = np.array([[2, 1, 0], [2, 1, 0]], np.float32)
     logits[1, column] = bad
     for k in (1, 2, 5):
         assert top_k_accuracy(logits, np.array([0, 0]), k) == 0.5
     assert standing(logits, np.array([0, 0])).rank().tolist() == [1, np.inf]
+    with pytest.raises(NotFinite, match=r"1 of 2 rows of logits are not finite \(NaN or"):
+        ranks.check_finite(logits, "logits")
+    ranks.check_finite(logits[:1], "logits")
 
 
 def test_equal_classes_have_equal_products():

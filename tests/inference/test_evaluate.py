@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -147,6 +148,38 @@ def test_the_digits_take_every_task(evaluate, tmp_path):
             "digits/neighbours/acc1"} <= values.keys()  # fmt: skip
     for name in ("predictions.png", "digits/confusion.png", "results.md"):
         assert (tmp_path / name).exists()
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    """A model of finite weights whose image features are near float32's largest number."""
+    path, params = tmp_path_factory.mktemp("model") / "huge", drawn()
+    params["visual"]["ln_post"]["scale"] *= np.float32(1e37)
+    write_model(Weights(config=SMALL, params=params, preprocess=default_preprocess(SMALL)), path)
+    return path
+
+
+@pytest.mark.parametrize("task", ["zero-shot", "probe", "few-shot", "neighbours"])
+def test_features_that_overflow_are_counted_and_measure_nothing(
+    task, overflowing, data, tmp_path, capsys
+):
+    """Comparisons with NaN are false, so such a model was right everywhere."""
+    for split in ("train", "test"):
+        shutil.copytree(data / "mine", tmp_path / "mine" / split)
+    args = ["--dataset", f"folder:{tmp_path / 'mine'}", "--tasks", task, "--shots", "2"]
+    assert main(["evaluate", str(overflowing), *args]) == 2
+    captured = capsys.readouterr()
+    assert re.search(r"\d+ of \d+ rows of .* are not finite", captured.err)
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("args", [["--dataset", "flickr30k", "--data-dir", "DATA"],
+                                  ["--suite", "digits", "--digits.per-number", "1"],
+                                  ["--suite", "clip", "--data-dir", "DATA"]])  # fmt: skip
+def test_no_evaluator_measures_what_is_not_finite(args, overflowing, data, capsys):
+    args = [str(data) if x == "DATA" else x for x in args]
+    assert main(["evaluate", str(overflowing), *args]) == 2
+    assert re.search(r"\d+ of \d+ rows of .* are not finite", capsys.readouterr().err)
 
 
 def test_a_task_without_its_split_is_named_and_the_others_run(evaluate, model, data, capsys):

@@ -13,6 +13,7 @@ from clip_jax.checkpoints.retention import WATCH, WATCHED, Unusable
 from clip_jax.cli.commands import main
 from clip_jax.config import Config
 from clip_jax.errors import InputError
+from clip_jax.evals.ranks import NotFinite
 from clip_jax.inference import evaluate, watch
 from clip_jax.inference.evaluate import EvaluateConfig
 from clip_jax.optim import OptimConfig
@@ -32,7 +33,7 @@ class MadeUp(HandClock):
     def __init__(self, workdir, *steps) -> None:
         super().__init__()
         self.workdir, self.opened, self.later = workdir, [], []
-        self.unusable, self.deleted = {}, set()
+        self.unusable, self.not_finite, self.deleted = {}, {}, set()
         self.start(None)
         result = {"step": 6, "samples_seen": 6144}
         files.write_whole(workdir / "result.json", json.dumps(result))
@@ -67,6 +68,8 @@ class MadeUp(HandClock):
 
     def run(self, evaluators, encoder, output):
         assert output is None
+        if error := self.not_finite.get(encoder):
+            raise error
         return {"acc": encoder / 10}
 
     def watch(self):
@@ -141,6 +144,24 @@ def test_what_cannot_be_used_gets_a_row_that_says_why(run, capsys):
     del run.unusable[2], run.unusable[6]  # tried again, with the next start
     assert run.watch() == {2: {"acc": 0.2}, 4: gone, 6: {"acc": 0.6}}
     assert run.opened == [2, 4, 6, 2, 6]
+
+
+def test_a_step_whose_embeddings_are_not_finite_has_failed_and_the_next_is_evaluated(run, capsys):
+    run.save(4, 6)
+    run.not_finite = {step: NotFinite("3 of 4 rows") for step in (2, 6)}
+    assert run.watch() == {
+        2: {"failed": "3 of 4 rows"},
+        4: {"acc": 0.4},
+        6: {"failed": "3 of 4 rows"},
+    }
+    assert "step 2  failed 3 of 4 rows" in capsys.readouterr().err
+    assert run.last == {}
+    result = json.loads((run.workdir / "result.json").read_text())
+    assert result == {"step": 6, "samples_seen": 6144, "failed": "3 of 4 rows"}
+    with pytest.raises(InputError, match="its evaluation of step 6 failed: 3 of 4 rows"):
+        run_table._ours(run.workdir / "result.json")
+    run.watch()
+    assert run.opened == [2, 4, 6]  # the same weights have the same embeddings
 
 
 def test_a_step_that_was_put_aside_and_saved_anew_is_evaluated(run):

@@ -25,7 +25,7 @@ from clip_jax.metrics import (
     profile_range,
 )
 from tests.clock import HandClock
-from tests.conftest import tiny_digits
+from tests.conftest import rows, tiny_digits
 
 
 def events_in(folder):
@@ -157,6 +157,21 @@ def test_a_report_tells_how_long_it_compiled_and_when_the_run_ends(tmp_path, cap
         # 90 steps of a second, and an evaluation of 5 s every 10 steps
         "step 10/100  loss 4.5  in-batch accuracy 25.0%  16 images/s  ETA 2 min 15 s",
     ]
+
+
+def test_a_failed_evaluation_is_one_of_its_step(tmp_path, capsys):
+    """Otherwise a run that recovers would be left out of tables."""
+    reports = Reports(
+        epath.Path(tmp_path), Timers(HandClock()), tiny_digits(steps=100), 0, 1, math.inf
+    )
+    reports.evaluated(2, {"failed": "3 of 4 rows"})
+    reports.evaluated(2, {"top1": 0.5})
+    assert reports.result["failed"] == "3 of 4 rows"
+    reports.evaluated(4, {"top1": 0.25})
+    assert "failed" not in reports.result
+    reports.close(None)
+    assert "step 2  failed 3 of 4 rows" in capsys.readouterr().err
+    assert rows(tmp_path)[0] == {"step": 2, "failed": "3 of 4 rows"}
 
 
 def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path):
