@@ -8,8 +8,8 @@ from collections import Counter
 from tests import guard
 from tests.conftest import ROOT
 
-# Tests of the repository, and of files that several modules have to refuse.
-WITHOUT_A_MODULE = {"house", "configs", "launch", "convert/hostile"}
+# Tests of the repository, of files that several modules have to refuse, and of their choices.
+WITHOUT_A_MODULE = {"house", "configs", "launch", "choices", "convert/hostile"}
 PACKAGE = ROOT / "clip_jax"
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 

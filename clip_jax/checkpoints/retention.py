@@ -4,6 +4,7 @@ A watcher of the run (`clip-jax evaluate RUN --watch`) writes a row to `evals/wa
 every step it has finished. The run keeps the oldest steps that have no row yet.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,11 +59,15 @@ class CheckpointConfig:
             raise InputError("checkpoint.best is empty; set it to the name of a result, or None.")
 
     def value(self, results: Results) -> float:
-        """Return the result `best`, signed so that larger is better; -inf if there is none."""
-        value = results.get(self.best or "", float("nan"))
-        if value != value:  # none, or no number
-            return float("-inf")
+        """Return the result `best`, signed so that larger is better; -inf if none is finite."""
+        value = results.get(self.best or "", math.nan)
+        if not math.isfinite(value):
+            return -math.inf
         return value if self.best_mode == "max" else -value
+
+    def has_value(self, results: Results) -> bool:
+        """Return whether the result `best` exists and is finite: others are never the best."""
+        return self.value(results) > -math.inf
 
 
 # --------------------------------------------------------------------------------- which there are
@@ -112,9 +117,9 @@ def named_step(workdir: AnyPath, which: str) -> int:
             rows = {row["step"]: row for row in read_rows(workdir / WATCHED)}
         else:
             rows = {step: stored(workdir / "checkpoints", step) or {} for step in steps}
-        if not any(config.best in rows.get(step, {}) for step in steps):
+        if not any(config.has_value(rows.get(step, {})) for step in steps):
             raise InputError(
-                f"{workdir}@best: none of its checkpoints has {config.best} yet; {kept}."
+                f"{workdir}@best: none of its checkpoints has a finite {config.best} yet; {kept}."
             )
         return max(steps, key=lambda step: (config.value(rows.get(step, {})), step))
     if which and int(which) not in steps:
@@ -159,7 +164,7 @@ class Retention(policies.PreservationPolicy):
             results = rows
         infos: list[Any] = [
             SimpleNamespace(
-                step=x.step, time=x.time, metrics=dict(row) if self._config.best in row else None
+                step=x.step, time=x.time, metrics=dict(row) if self._config.has_value(row) else None
             )
             for x, row in zip(checkpoints, results, strict=True)
         ]

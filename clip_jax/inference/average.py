@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from clip_jax.display import plain, warn
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.pictures import save
+from clip_jax.evals.ranks import NotFinite
 from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
 from clip_jax.inference.loading import model_of, on_mesh, prompt_head
 from clip_jax.serialize import to_dict
@@ -88,15 +89,19 @@ def average(config: AverageConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"output": str(config.output)}
     rows = [{"model": str(x), "weight": w} for x, w in zip(config.models, weights, strict=True)]
     if config.greedy:
-        alone = [measure(x) for x in models]
+        measured = [measure(x) for x in models]
+        result["metric"] = metric = _chosen_metric(measured)
+        alone = [_score(values, metric) for _, values in measured]
         rows, kept, best = [], [], -math.inf
-        result["metric"] = metric = alone[0][0]
-        for i in sorted(range(len(models)), key=lambda i: -alone[i][1][metric]):
-            soup, own = [*kept, models[i]], alone[i][1][metric]
-            value = measure(combine(soup, [1.0] * len(soup)))[1][metric]
-            row = {"alone": own, "soup": value, "kept": value >= best}
+        for i in sorted(range(len(models)), key=lambda i: -alone[i]):
+            soup = [*kept, models[i]]
+            _, values = measure(combine(soup, [1.0] * len(soup)))
+            value = _score(values, metric)
+            is_kept = math.isfinite(value) and value >= best
+            own, shared = (x.get(metric, math.nan) for x in (measured[i][1], values))
+            row = {"alone": own, "soup": shared, "kept": is_kept}
             rows.append({"model": str(config.models[i])} | row)
-            if value >= best:
+            if is_kept:
                 kept, best = soup, value
         models, weights = kept, (1.0,) * len(kept)
     averaged = combine(models, weights, base)
@@ -164,9 +169,14 @@ def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights
 
 
 def _measure(metric: str | None, evaluator: SuiteEvaluator, x: Weights) -> tuple[str, dict]:
-    """Return the name of the result to choose by, and all results by name."""
+    """Return the name of the result to choose by, and all results by name; none, with a warning,
+    for a model whose embeddings are not finite."""
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    values = dict(evaluator.run(on_mesh(x, mesh).encoder(mesh, "average")))
+    try:
+        values = dict(evaluator.run(on_mesh(x, mesh).encoder(mesh, "average")))
+    except NotFinite as error:
+        warn(f"a model is not chosen: {error}")
+        return "", {}
     usual = (name for name in values if name.endswith("/acc1"))
     metric = metric or max(usual, key=lambda x: x.endswith("/classifier/acc1"), default="acc1")
     if metric not in values or metric.endswith(("median_rank", "templates/spread", "lambda")):
@@ -176,19 +186,43 @@ def _measure(metric: str | None, evaluator: SuiteEvaluator, x: Weights) -> tuple
     return metric, values
 
 
+def _chosen_metric(measured: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+    """Return the name of the result to choose by. Raises InputError unless a model has a finite
+    one."""
+    for metric, values in measured:
+        if math.isfinite(_score(values, metric)):
+            return metric
+    raise InputError(
+        "no model has a finite result to choose by; use models whose embeddings are finite, or "
+        "choose another --metric."
+    )
+
+
+def _score(values: Mapping[str, float], metric: str) -> float:
+    """Return the result to choose by, −inf for none or one that is not finite: the worst."""
+    value = values.get(metric, math.nan)
+    return value if math.isfinite(value) else -math.inf
+
+
 def _curve(config: AverageConfig, models: Sequence[Weights], measure: Callable) -> dict[str, Any]:
-    """Evaluate the models between two; write `curve.json` and `curve.png`."""
+    """Evaluate the models between two; write `curve.json` and `curve.png`.
+
+    Of equal results the smallest α is the best.
+    """
     from matplotlib.figure import Figure
 
-    rows, metric = [], ""
+    rows, measured = [], []
     for alpha in sorted(set(config.curve)):
-        metric, values = measure(combine(models, (1 - alpha, alpha)))
-        rows.append({"alpha": alpha, **values})
+        measured.append(measure(combine(models, (1 - alpha, alpha))))
+        rows.append({"alpha": alpha, **measured[-1][1]})
         files.write_whole(config.output / "curve.json", json.dumps(rows, indent=1))
-    best = max(rows, key=lambda row: row[metric])["alpha"]
-    names = [x for x in rows[0] if x.partition("/")[2] == metric.partition("/")[2]]
+    metric = _chosen_metric(measured)
+    best = max(rows, key=lambda row: _score(row, metric))["alpha"]
+    results = dict.fromkeys(name for _, values in measured for name in values)
+    names = [x for x in results if x.partition("/")[2] == metric.partition("/")[2]]
     figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes, rows = figure.subplots(), [{x: row[x] for x in ("alpha", *names)} for row in rows]
+    rows = [{x: row.get(x, math.nan) for x in ("alpha", *names)} for row in rows]
+    axes = figure.subplots()
     for name in names:
         values = [row[name] for row in rows]
         axes.plot([row["alpha"] for row in rows], values, "o-", label=plain(name.partition("/")[0]))

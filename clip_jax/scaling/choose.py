@@ -67,7 +67,11 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
 
 
 def _best(point: RunTable, config: ChooseConfig) -> tuple[dict[str, Any], Sequence[Row]]:
-    """Choose the trial of a point by its mean over seeds; return JSON values, and its runs."""
+    """Choose the trial of a point by its mean over seeds; return JSON values, and its runs.
+
+    Of equal trials that of the lowest learning rate, then batch, warm-up and weight decay is the
+    best.
+    """
     groups = point.groups(lambda row: tuple(number(row, name) for name in SWEPT))
     trials = {trial: group.rows for trial, group in groups.items()}
     seeds = max(map(len, trials.values()))
@@ -83,7 +87,7 @@ def _best(point: RunTable, config: ChooseConfig) -> tuple[dict[str, Any], Sequen
             f"no trial of {row['arch']} with {row['samples_seen']} samples has a finite "
             f"{config.choose_by} with every seed; sweep lower learning rates."
         )
-    best = min(losses, key=losses.__getitem__)
+    best = min(losses, key=lambda trial: (losses[trial], trial))
     edges = []
     for i, what in enumerate(SWEPT.values()):
         values = sorted({  # learning rates and warm-ups depend on the batch

@@ -141,7 +141,7 @@ def test_what_stands_behind_a_run_names_a_step(tmp_path):
     results = {1: '{"acc": 0.2}', 2: '{"acc": 0.9}', 3: '{"acc": 0.9}', 4: '{"ac'}
     for which, message in (
         ("7", "has checkpoints of steps 1, 2, 3, 4, 10, not of 7"),
-        ("best", "none of its checkpoints has acc yet"),
+        ("best", "none of its checkpoints has a finite acc yet"),
     ):
         with pytest.raises(InputError, match=message):
             named_step(run, which)
