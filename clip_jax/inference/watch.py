@@ -73,11 +73,12 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float | int
                 break
             else:
                 clock.sleep(POLL_SECONDS)
-    last = {name: x for name, x in finished.get(end, {}).items() if name != "skipped"}
+    last = finished.get(end, {})
+    last = {name: x for name, x in last.items() if name not in ("skipped", "failed")}
     if processes.is_lead():  # the run has written its own metrics
         result = read_json(workdir / "result.json") | last
         files.write_whole(workdir / "result.json", json.dumps(result, indent=1))
-    return {name: x for name, x in last.items() if name != "failed"}
+    return last
 
 
 def _left(workdir: AnyPath, finished: dict[int, Row]) -> tuple[int | None, bool, list[int]]:
