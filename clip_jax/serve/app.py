@@ -1,6 +1,7 @@
 """HTTP paths of the server: limits on request bodies; results and errors as JSON."""
 
 import asyncio
+import functools
 import hmac
 import json
 from collections.abc import AsyncGenerator
@@ -32,15 +33,20 @@ def build(service: Service, token: str | None = None) -> Starlette:
     """Return the ASGI application for Uvicorn."""
     paths = _Paths(service, token)
     errors: Any = dict.fromkeys((404, 405, 500), paths.failed)
-    return Starlette(
+    app = Starlette(
         routes=[
-            *(Route(path, paths.answer, methods=["POST"]) for path in paths.work),
+            *(
+                Route(path, functools.partial(paths.answer, path), methods=["POST"])
+                for path in paths.work
+            ),
             Route("/health", paths.health),
             Route("/metrics", paths.numbers),
         ],
         exception_handlers=errors,
         lifespan=paths.lifespan,
     )
+    app.router.redirect_slashes = False  # a redirect would go to what the header `Host` names
+    return app
 
 
 class Protocol(AutoHTTPProtocol):
@@ -71,9 +77,12 @@ class _Paths:
         self._service, self._token = service, token
         self.work = {"/embed": service.embed, "/label": service.label, "/search": service.search}
 
-    async def answer(self, request: Request) -> Response:
-        """Handle a request to one of the paths that compute."""
-        started, path, service = CLOCK.now(), request.url.path, self._service
+    async def answer(self, path: str, request: Request) -> Response:
+        """Handle a request to `path`, one of those that compute.
+
+        `path` is that of the route: the request's URL also depends on its header `Host`.
+        """
+        started, service = CLOCK.now(), self._service
         status, content = 200, {}
         try:
             body = await self._read(request)

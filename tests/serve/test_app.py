@@ -9,6 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import uvicorn
+from starlette.datastructures import URL
+from starlette.requests import Request
 from uvicorn.server import ServerState
 
 from clip_jax.evals import prompts
@@ -104,6 +106,7 @@ def test_search_is_searchs_and_needs_embeddings(start, client, model, folder):
         ("/search", {"text": "a", "top": 0}, 400, "from 1 to 1000"),
         ("/search", {"text": 5}, 400, "texts must be a list of strings"),
         ("/nothing", {}, 404, "use /embed, /label, /search"),
+        ("/embed/", {}, 404, "use /embed, /label, /search"),
         ("/embed", None, 405, "use POST"),
     ],
 )
@@ -152,6 +155,16 @@ def test_a_body_that_is_too_long_or_does_not_come_and_a_client_that_left(client,
     monkeypatch.setattr(app, "BODY_SECONDS", 1e-9)
     assert asyncio.run(client.call("/embed", [b"{"], whole=False))[0] == 408
     assert client.service.bytes_waiting == 0
+
+
+def test_a_forged_host_runs_no_other_path(client):
+    """The URL of a request, unlike its path, also depends on its header `Host`."""
+    forged = mock.PropertyMock(return_value=URL("http://x/label?/embed"))
+    with mock.patch.object(Request, "url", forged):
+        status, found, _ = client.ask("/embed", {"texts": ["a"]}, {"Host": "x/label?"})
+    assert (status, len(found["texts"])) == (200, 1)
+    assert '{path="/embed",status="200"} 1.0' in (text := client.ask("/metrics")[1])
+    assert 'path="/label"' not in text
 
 
 def test_a_connection_whose_headers_come_too_slowly_is_closed():
