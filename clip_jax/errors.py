@@ -8,6 +8,7 @@ from collections.abc import Generator
 from typing import Any
 
 _INT64 = 1 << 63
+_SHOWN = 200  # characters of a value in a message
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".svg", ".pdf")
 
 
@@ -17,6 +18,12 @@ class InputError(ValueError):
     The message says what is wrong, what is expected and what to change. Any other exception that
     leaves a command is a bug, and shows its traceback.
     """
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: its first 200 characters, as Python writes it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 @contextlib.contextmanager

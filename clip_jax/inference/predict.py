@@ -11,13 +11,17 @@ from jaxtyping import Float
 from clip_jax.data.images import ImageError, ImageLike, Item, read_ahead
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.image_folder import image_files
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError, check_ranges, shown
 from clip_jax.evals.evaluator import length_of
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
 from clip_jax.models.layers import DType
 from clip_jax.storage.files import AnyPath
+
+# Characters of a text that are read per token of the context; later ones cannot matter: the longest
+# token of CLIP's vocabulary has 32 letters.
+_LETTERS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +90,11 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 def check_labels(labels: Sequence[str], template: str) -> list[str]:
     """Return the labels without duplicates. Raises InputError for unusable labels or template."""
     if not labels or not all(label.strip() for label in labels):
-        raise InputError(f"labels={list(labels)}: give at least one label, and no empty ones.")
+        raise InputError(
+            f"labels={shown(list(labels))}: give at least one label, and no empty ones."
+        )
     if "{}" not in template:
-        raise InputError(f"template={template!r} has no {{}}; put it where the label goes.")
+        raise InputError(f"template={shown(template)} has no {{}}; put it where the label goes.")
     return list(dict.fromkeys(labels))
 
 
@@ -96,13 +102,25 @@ def embed_labels(
     model: Model, labels: Sequence[str], template: str
 ) -> Float[np.ndarray, "classes E"]:
     """Return normalised embeddings of the labels, each in the template."""
-    tokens = model.tokenize(prompts(labels, template), truncate=True)
+    most = letters_read(model)
+    tokens = model.tokenize([prompt(label, template, most) for label in labels], truncate=True)
     return unit(model.encode_text(tokens))
 
 
-def prompts(labels: Sequence[str], template: str) -> list[str]:
-    """Return the template with each label."""
-    return [template.replace("{}", label) for label in labels]
+def letters_read(model: Model) -> int:
+    """Return how many characters of a text can matter to the model."""
+    return _LETTERS * model.config.text.context_length
+
+
+def prompt(label: str, template: str, most: int) -> str:
+    """Return the first `most` characters of the template with a label.
+
+    However long both are, it builds at most four times as many characters. A label may only be
+    empty if the template is `{}`.
+    """
+    label = label[:most]
+    enough = most // max(len(label), 1) + 1  # as many labels are longer than `most`
+    return template[: 2 * most].replace("{}", label, enough)[:most]
 
 
 def ranked(labels: Sequence[str], shares: Float[np.ndarray, " classes"]) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """HTTP paths of the server: limits on request bodies; results and errors as JSON."""
 
 import asyncio
+import contextlib
 import functools
 import hmac
+import itertools
 import json
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+import sys
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -15,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from clip_jax.clock import CLOCK
+from clip_jax.clock import CLOCK, Clock
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import length_of
 from clip_jax.serve.batcher import Full
@@ -23,15 +25,17 @@ from clip_jax.serve.service import Answer, Service
 
 HEADER_SECONDS = 10.0  # time for the headers of a request to arrive
 MAX_BODY = 16 << 20  # bytes of a request body; status 413 above
-MAX_WAITING = 256 << 20  # bytes of all pending requests; status 429 above
+MAX_WAITING = 256 << 20  # bytes of all bodies that arrive or are pending; status 429 above
 BODY_SECONDS = 60.0  # time for a request body to arrive; status 408 after
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # by status
+_MOST_VALUES = 1 << 20  # about as many commas and brackets; status 413 above
 _DROPPED = 4  # how much of a rejected body is read, in multiples of MAX_BODY
+_DROP_SECONDS = 10.0  # for how long it is read
 
 
-def build(service: Service, token: str | None = None) -> Starlette:
+def build(service: Service, token: str | None = None, clock: Clock = CLOCK) -> Starlette:
     """Return the ASGI application for Uvicorn."""
-    paths = _Paths(service, token)
+    paths = _Paths(service, token, clock)
     errors: Any = dict.fromkeys((404, 405, 500), paths.failed)
     app = Starlette(
         routes=[
@@ -73,8 +77,8 @@ class Protocol(AutoHTTPProtocol):
 class _Paths:
     """Handlers of all paths."""
 
-    def __init__(self, service: Service, token: str | None) -> None:
-        self._service, self._token = service, token
+    def __init__(self, service: Service, token: str | None, clock: Clock) -> None:
+        self._service, self._token, self._clock = service, token, clock
         self.work = {"/embed": service.embed, "/label": service.label, "/search": service.search}
 
     async def answer(self, path: str, request: Request) -> Response:
@@ -82,61 +86,55 @@ class _Paths:
 
         `path` is that of the route: the request's URL also depends on its header `Host`.
         """
-        started, service = CLOCK.now(), self._service
-        status, content = 200, {}
+        started, service, status = self._clock.now(), self._service, 500  # 500: a bug
+        body = _Body(service)
         try:
-            body = await self._read(request)
-            service.bytes_waiting += len(body)
-            try:
-                loop = asyncio.get_running_loop()
-                values = await loop.run_in_executor(service.threads, _parse, body)
-                content = await self.work[path](values)
-            finally:
-                service.bytes_waiting -= len(body)
+            await self._read(request, body)
+            loop = asyncio.get_running_loop()
+            values = await loop.run_in_executor(service.parser, _parse, body.take())
+            body.count(_memory(values))
+            content = await self.work[path](values)
+            response = await loop.run_in_executor(service.threads, JSONResponse, content)
+            status = 200
         except (Answer, Full, InputError) as error:
-            status, content = getattr(error, "status", 400), {"error": str(error)}
+            status = getattr(error, "status", 400)
+            response = JSONResponse({"error": str(error)}, status, _HEADERS.get(status))
         except ClientDisconnect:
             status = 499  # the client has left
-        service.metrics.requests.labels(path, status).inc()
-        service.metrics.seconds.labels(path).observe(CLOCK.now() - started)
-        return JSONResponse(content, status, _HEADERS.get(status))
+            response = JSONResponse({}, status)
+        finally:
+            body.release()
+            service.metrics.requests.labels(path, status).inc()
+            service.metrics.seconds.labels(path).observe(self._clock.now() - started)
+        return response
 
-    async def _read(self, request: Request) -> bytes:
+    async def _read(self, request: Request, body: "_Body") -> None:
         """Read the body.
 
         Of a rejected body, some more is read and dropped: closing the connection at once would
         reset it, and the client would not see the error.
         """
-        service, body, size = self._service, bytearray(), 0
-        too_long = Answer(
-            413, f"the body is longer than {MAX_BODY / 2**20:g} MiB; send fewer inputs."
-        )
-        length = request.headers.get("content-length", "0")
-        refusal: Exception | None = _wrong_token(self._token, request)
-        if length.isdecimal() and int(length[:20]) > MAX_BODY:
-            refusal = refusal or too_long
-        if refusal and "expect" in request.headers:  # the client waits for our "continue"
-            raise refusal
+        stream = request.stream()
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    if size > MAX_BODY:
-                        refusal = refusal or too_long
-                    elif service.bytes_waiting + size > MAX_WAITING:
-                        refusal = refusal or Full(
-                            "the server has too many pending requests; retry later."
-                        )
-                    if size > _DROPPED * MAX_BODY:
-                        break
-                    if not refusal:
-                        body += chunk
-        except TimeoutError:
-            late = f"the body did not arrive in {BODY_SECONDS:g} seconds."
-            refusal = refusal or Answer(408, late)
-        if refusal:
-            raise refusal
-        return bytes(body)
+            if refusal := _wrong_token(self._token, request) or _too_long(request):
+                raise refusal
+            await self._in_time(_receive(stream, body), BODY_SECONDS)
+        except (Answer, Full):
+            if "expect" not in request.headers:  # else the client waits for our "continue"
+                with contextlib.suppress(Answer):  # after a 408, the stream has ended
+                    await self._in_time(_drop(stream), _DROP_SECONDS)
+            raise
+
+    async def _in_time(self, reading: Coroutine[Any, Any, None], seconds: float) -> None:
+        """Wait for a coroutine that reads a body. Raises Answer if that takes too long."""
+        task = asyncio.ensure_future(reading)
+        try:
+            done, _ = await self._clock.first([task], seconds)
+            if not done:
+                raise Answer(408, f"the body did not arrive in {seconds:g} seconds.")
+            task.result()
+        finally:
+            task.cancel()
 
     async def health(self, _: Request) -> Response:
         """Return that the server is up, and the model."""
@@ -163,14 +161,73 @@ class _Paths:
         }.get(status, "internal error; see the server's log.")
         return JSONResponse({"error": message}, status, getattr(error, "headers", None))
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncGenerator[None]:
         """Close the service after the last request."""
         yield
         await asyncio.to_thread(self._service.close)
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+class _Body:
+    """A request body, whose bytes count as pending from their arrival to `release`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._content, self._size = service, bytearray(), 0
+
+    def add(self, chunk: bytes) -> None:
+        """Add bytes. Raises Answer or Full if they are too many, and then forgets all."""
+        if self._size + len(chunk) > MAX_BODY:
+            self.release()
+            raise _longer()
+        self.count(self._size + len(chunk))
+        self._content += chunk
+
+    def count(self, size: int) -> None:
+        """Count `size` bytes from now on. Raises Full if they are too many, and forgets all."""
+        waiting = self._service.bytes_waiting + size - self._size
+        if size > self._size and waiting > MAX_WAITING:
+            self.release()  # at once, so that no other body is rejected, too
+            raise Full("the server has too many pending requests; retry later.")
+        self._service.bytes_waiting, self._size = waiting, size
+
+    def take(self) -> bytearray:
+        """Return all bytes, once; they count until `release`."""
+        content, self._content = self._content, bytearray()
+        return content
+
+    def release(self) -> None:
+        """Forget all bytes."""
+        self._service.bytes_waiting -= self._size
+        self._content, self._size = bytearray(), 0
+
+
+async def _receive(stream: AsyncGenerator[bytes], body: _Body) -> None:
+    async for chunk in stream:
+        body.add(chunk)
+
+
+async def _drop(stream: AsyncGenerator[bytes]) -> None:
+    dropped = 0
+    async for chunk in stream:
+        dropped += len(chunk)
+        if dropped > _DROPPED * MAX_BODY:
+            return
+
+
+def _longer() -> Answer:
+    return Answer(413, f"the body is longer than {MAX_BODY / 2**20:g} MiB; send fewer inputs.")
+
+
+def _too_long(request: Request) -> Answer | None:
+    """Return the error of a body that will be too long, by its header."""
+    length = request.headers.get("content-length", "0")
+    return _longer() if length.isdecimal() and int(length[:20]) > MAX_BODY else None
+
+
+def _parse(body: bytearray) -> dict[str, Any]:
+    count = sum(map(body.count, b",:[{"))  # small values take far more memory than their text
+    if count > _MOST_VALUES:
+        raise Answer(413, f"the body has more than {_MOST_VALUES} values; send fewer inputs.")
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -178,6 +235,12 @@ def _parse(body: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise Answer(400, 'the body must be a JSON object, such as {"texts": ["a cat"]}.')
     return values
+
+
+def _memory(values: dict[str, Any]) -> int:
+    """Return the bytes of a request's strings: up to four times those of its body."""
+    lists = (value if isinstance(value, list) else [value] for value in values.values())
+    return sum(map(sys.getsizeof, itertools.chain.from_iterable(lists)))
 
 
 def _wrong_token(token: str | None, request: Request) -> Answer | None:

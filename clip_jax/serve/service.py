@@ -3,7 +3,10 @@
 import asyncio
 import base64
 import binascii
+import hashlib
+import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from clip_jax.data.images import ImageError, size_of
-from clip_jax.errors import check_ranges
+from clip_jax.errors import check_ranges, shown
 from clip_jax.inference.loading import Model, unit
-from clip_jax.inference.predict import check_labels, prompts, ranked
+from clip_jax.inference.predict import check_labels, letters_read, prompt, ranked
 from clip_jax.inference.search import Searcher
 from clip_jax.models.images import Images, concatenate, zeros
 from clip_jax.models.layers import DType
@@ -24,10 +27,13 @@ from clip_jax.serve.batcher import Batcher, Full
 from clip_jax.storage.files import AnyPath
 
 MAX_PIXELS = 50_000_000  # pixels of an image; status 413 above
-_LABEL_SETS = 64  # sets of labels whose embeddings are cached
+MAX_LETTERS = 4 << 20  # characters of all texts of a request that are read; status 413 above
+MAX_ANSWER = 128 << 20  # bytes of an answer, estimated; status 413 above
+_CACHED = 64 << 20  # bytes of cached embeddings of labels
 _MOST_RESULTS = 1000  # results of a search
 _TEXTS = 8  # pending texts per pending image: their rows are small, and labels are many
-_LETTERS = 1000  # characters of a text read per token of the context; later ones cannot matter
+_BYTES_PER_LABEL = 60  # of an answer, beside the label: names of fields and a probability
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +81,10 @@ class Service:
             for name, capacity in (("image", config.queue), ("text", _TEXTS * config.queue))
         )  # fmt: skip
         self.threads = ThreadPoolExecutor(os.cpu_count(), "prepare")
+        # One body at a time: while it is parsed, it takes many times its size.
+        self.parser = ThreadPoolExecutor(1, "parse")
         self.bytes_waiting = 0
-        self._classes: OrderedDict[tuple, Float[np.ndarray, "classes E"]] = OrderedDict()
+        self._classes: OrderedDict[bytes, Float[np.ndarray, "classes E"]] = OrderedDict()
 
     def _encoder(self, tower: str) -> Callable[[list[Any]], Float[np.ndarray, "B E"]]:
         encode = getattr(self.model, f"encode_{tower}")
@@ -96,6 +104,7 @@ class Service:
         self.images.close()
         self.texts.close()
         self.threads.shutdown()
+        self.parser.shutdown()
 
     # ------------------------------------------------------------ requests
 
@@ -115,9 +124,21 @@ class Service:
         labels, template = _strings(values["labels"], "labels"), values["template"]
         if not isinstance(template, str):
             raise Answer(400, "template must be a string with {} where the label goes.")
-        labels = check_labels(labels, template)
+        [template] = _strings([template], "template")
+        if len(template) > (most := letters_read(self.model)):
+            raise Answer(
+                413, f"template has {len(template)} characters; the model reads at most {most}."
+            )
+        labels, encoded = check_labels(labels, template), _strings(values["images"], "images")
+        size = len(encoded) * sum(len(label) + _BYTES_PER_LABEL for label in labels)
+        if size > MAX_ANSWER:
+            raise Answer(
+                413,
+                f"the answer for {len(encoded)} images and {len(labels)} labels would have "
+                f"{size / 2**20:.0f} MiB, more than {MAX_ANSWER / 2**20:g}; send fewer of them.",
+            )
         classes, images = await asyncio.gather(
-            self._embed_labels(labels, template), self.embed_images(values["images"])
+            self._embed_labels(labels, template), self.embed_images(encoded)
         )
         shares = self.model.probabilities(images, classes)
         return {"images": [{"labels": ranked(labels, row)} for row in shares]}
@@ -141,31 +162,45 @@ class Service:
     async def embed_images(self, images: Any) -> Float[np.ndarray, "B E"]:
         """Return normalised embeddings of base64 strings of encoded images."""
         encoded = _strings(images, "images")
-        return await self._compute(self.images, self._image, encoded)
+        return await self._compute(self.images, "images", self._image, encoded)
 
-    async def embed_texts(self, texts: Any) -> Float[np.ndarray, "B E"]:
-        """Return normalised embeddings of texts; texts that are too long are truncated."""
-        return await self._compute(self.texts, self._tokens, _strings(texts, "texts"))
+    async def embed_texts(
+        self, texts: Any, template: str = "{}", name: str = "texts"
+    ) -> Float[np.ndarray, "B E"]:
+        """Return normalised embeddings of texts, each in the template; long ones are truncated."""
+        texts, most = _strings(texts, name), letters_read(self.model)
+        holes, plain = template.count("{}"), len(template.replace("{}", ""))
+        letters = sum(min(plain + holes * len(text), most) for text in texts)
+        if letters > MAX_LETTERS:
+            raise Answer(
+                413, f"{name} have {letters} characters; send at most {MAX_LETTERS} at once."
+            )
+
+        def tokens(_: int, text: str) -> Int32[np.ndarray, "1 L"]:
+            return self.model.tokenize([prompt(text, template, most)], truncate=True)
+
+        return await self._compute(self.texts, name, tokens, texts)
 
     async def _embed_labels(
         self, labels: Sequence[str], template: str
     ) -> Float[np.ndarray, "classes E"]:
-        key = (tuple(labels), template)
-        if key not in self._classes:
-            self._classes[key] = await self.embed_texts(prompts(labels, template))
-            while len(self._classes) > _LABEL_SETS:
-                self._classes.popitem(last=False)
-        self._classes.move_to_end(key)
-        return self._classes[key]
+        key = hashlib.sha256(json.dumps([template, *labels]).encode()).digest()
+        classes = self._classes.pop(key, None)
+        if classes is None:
+            classes = await self.embed_texts(labels, template, "labels")
+        self._classes[key] = classes
+        while sum(x.nbytes for x in self._classes.values()) > _CACHED:
+            self._classes.popitem(last=False)
+        return classes
 
     async def _compute(
-        self, batcher: Batcher, prepare: Callable[[int, str], Any], items: list[str]
+        self, batcher: Batcher, name: str, prepare: Callable[[int, str], Any], items: list[str]
     ) -> Float[np.ndarray, "B E"]:
         if not items:
             return np.empty((0, self.model.config.embed_dim), np.float32)
         if len(items) > batcher.capacity:
             raise Answer(
-                413, f"{len(items)} inputs in one request; send at most {batcher.capacity}."
+                413, f"{len(items)} {name} in one request; send at most {batcher.capacity}."
             )
         if len(batcher) + len(items) > batcher.capacity:
             raise Full("the queue is full; retry later.")
@@ -176,7 +211,8 @@ class Service:
         finally:
             for future in work:
                 future.cancel()
-        return np.stack(await asyncio.gather(*map(asyncio.wrap_future, batcher.submit(rows))))
+        futures = map(asyncio.wrap_future, batcher.submit(rows))
+        return np.stack(await asyncio.gather(*futures))
 
     def _image(self, index: int, encoded: str) -> Images:
         try:
@@ -190,29 +226,22 @@ class Service:
             return self.model.image_preprocess.batch(data)
         except ImageError as error:
             status = 413 if error.reason == "too large" else 400
-            raise Answer(status, f"images[{index}]: {error}.") from error
-
-    def _tokens(self, index: int, text: str) -> Int32[np.ndarray, "1 L"]:
-        most = _LETTERS * self.model.config.text.context_length
-        return self.model.tokenize([text[:most]], truncate=True)
+            raise Answer(status, f"images[{index}]: {error!s:.200}.") from error
 
 
 def _only(request: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """Return the fields of a request; unknown ones are an error."""
     if unknown := sorted(request.keys() - defaults):
         known = ", ".join(defaults)
-        raise Answer(400, f"unknown field {unknown[0]!r:.99}; the fields are {known}.")
+        raise Answer(400, f"unknown field {shown(unknown[0])}; the fields are {known}.")
     return defaults | request
 
 
 def _strings(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
         raise Answer(400, f"{name} must be a list of strings.")
-    try:
-        "".join(value).encode()
-    except UnicodeEncodeError as error:
-        message = f"{name} has an unpaired surrogate, which is no character; remove it."
-        raise Answer(400, message) from error
+    if any(map(_SURROGATE.search, value)):
+        raise Answer(400, f"{name} has an unpaired surrogate, which is no character; remove it.")
     return value
 
 

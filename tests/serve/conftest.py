@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_jax.clock import CLOCK, Clock
 from clip_jax.inference.embed import EmbedConfig, embed
 from clip_jax.inference.loading import Model, load
 from clip_jax.serve.app import build
@@ -41,6 +42,7 @@ class Client:
 
     service: Service
     token: str | None = None
+    clock: Clock = CLOCK
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answered:
         """Send JSON, or bytes as they are."""
@@ -74,7 +76,7 @@ class Client:
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
-        await build(self.service, self.token)(scope, receive, send)
+        await build(self.service, self.token, self.clock)(scope, receive, send)
         known = {k.decode(): x.decode() for k, x in sent[0]["headers"]}
         content = b"".join(message.get("body", b"") for message in sent)
         is_json = known["content-type"] == "application/json"

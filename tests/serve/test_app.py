@@ -21,6 +21,7 @@ from clip_jax.inference.search import Searcher
 from clip_jax.serve import app, service
 from clip_jax.serve.app import HEADER_SECONDS, Protocol, build
 from clip_jax.serve.batcher import Batcher
+from tests.clock import HandClock
 from tests.conftest import NAFLEX, write_tiny_model
 from tests.serve.conftest import Client, encoded, png
 
@@ -40,7 +41,7 @@ def test_embeddings_are_the_models(client, model):
         )
     assert status == 200
     longest = max(len(call.args[1][0]) for call in read.call_args_list)
-    assert longest == 1000 * model.config.text.context_length < len(texts[1])
+    assert longest == 100 * model.config.text.context_length < len(texts[1])
     images = unit(model.encode_image(model.preprocess(pictures)))
     words = unit(model.encode_text(model.tokenize(texts, truncate=True)))
     np.testing.assert_allclose(found["images"], images, atol=1e-6)
@@ -105,6 +106,11 @@ def test_search_is_searchs_and_needs_embeddings(start, client, model, folder):
         ("/search", {"text": "a", "image": "b"}, 400, "either text or image"),
         ("/search", {"text": "a", "top": 0}, 400, "from 1 to 1000"),
         ("/search", {"text": 5}, 400, "texts must be a list of strings"),
+        ("/embed", {"x" * 50_000: 1}, 400, "unknown field 'xxx"),
+        ("/label", {"images": [], "labels": ["x" * 50_000, " "]}, 400, "labels=['xxx"),
+        ("/label", {"images": [], "labels": ["a"], "template": "x" * 999}, 400, "template='xxx"),
+        ("/label", {"images": [], "labels": ["a"], "template": "{}" * 501}, 413, "at most 1000"),
+        ("/label", b'{"labels": ["a"], "template": "{}\\ud800"}', 400, "template has an unpaired"),
         ("/nothing", {}, 404, "use /embed, /label, /search"),
         ("/embed/", {}, 404, "use /embed, /label, /search"),
         ("/embed", None, 405, "use POST"),
@@ -115,6 +121,7 @@ def test_what_is_wrong_is_one_message(client, path, body, status, says):
     assert (got, list(found)) == (status, ["error"])
     assert says in found["error"]
     assert "Traceback" not in found["error"]
+    assert len(found["error"]) < 300
     assert client.service.bytes_waiting == 0
 
 
@@ -141,20 +148,77 @@ def test_what_is_too_much_at_once_is_429(start, monkeypatch):
         assert "full" in found["error"]
         assert 'clip_jax_waiting{tower="text"} 16.0' in client.ask("/metrics")[1]
     assert client.ask("/embed", {"texts": ["x" * 2000]})[0] == 429
+    wide = '{"texts": ["%s😀"]}' % ("x" * 400)  # four bytes a character in memory
+    assert client.ask("/embed", wide.encode())[0] == 429
     assert client.ask("/embed", {"texts": ["x"]})[0] == 200
 
 
-def test_a_body_that_is_too_long_or_does_not_come_and_a_client_that_left(client, monkeypatch):
+def test_a_body_that_is_too_long_and_a_client_that_left(client):
     expecting = {"content-length": "163840", "expect": "100-continue"}
-    for pieces, headers, unread in ((40, {}, 0), (40, expecting, 40), (2000, {}, 1897)):
+    for pieces, headers, unread in ((40, {}, 0), (40, expecting, 40), (2000, {}, 1871)):
         body = [b" " * 4096] * pieces  # read on for a while, or the connection is reset
         assert (asyncio.run(client.call("/embed", body, headers))[0], len(body)) == (413, unread)
     left = {"type": "http.disconnect"}
     assert asyncio.run(client.call("/embed", [b"{"], whole=False, then=left))[0] == 499
     assert client.ask("/embed", {"texts": ["a"]})[0] == 200
-    monkeypatch.setattr(app, "BODY_SECONDS", 1e-9)
-    assert asyncio.run(client.call("/embed", [b"{"], whole=False))[0] == 408
     assert client.service.bytes_waiting == 0
+
+
+def test_a_body_that_stalls_counts_as_pending_until_its_time_is_over(start, monkeypatch):
+    """Bodies that never end would fill the memory: those of 60 clients took 1.4 GB."""
+    monkeypatch.setattr(app, "MAX_WAITING", 1_000)
+    clock = HandClock()
+    client = Client(start().service, clock=clock)
+
+    async def both():
+        stalled = asyncio.ensure_future(client.call("/embed", [b" " * 900], whole=False))
+        while client.service.bytes_waiting < 900:
+            await asyncio.sleep(0)
+        refused = await client.call("/embed", [b" " * 101])
+        clock.advance(app.BODY_SECONDS)
+        return refused, await stalled
+
+    (status, found, headers), stalled = asyncio.run(both())
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert "too many pending" in found["error"]
+    assert stalled[0] == 408
+    assert client.service.bytes_waiting == 0
+    assert client.ask("/embed", {"texts": ["a"]})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("limit", "path", "body", "says"),
+    [
+        ((app, "_MOST_VALUES", 50), "/embed", {"images": [{}] * 30}, "more than 50 values"),
+        ((service, "MAX_LETTERS", 50), "/embed", {"texts": ["x" * 26] * 2}, "texts have 52"),
+        (
+            (service, "MAX_LETTERS", 50),
+            "/label",
+            {"images": [], "labels": ["x" * 11, "y" * 12], "template": "-{}-{}-"},
+            "labels have 52",
+        ),
+        (
+            (service, "MAX_ANSWER", 400),
+            "/label",
+            {"images": ["", "", ""], "labels": ["x" * 80]},
+            "3 images and 1 labels",
+        ),
+    ],
+)
+def test_a_small_request_for_much_work_is_413(client, monkeypatch, limit, path, body, says):
+    """Few bytes may ask for many texts, or for an answer, that the memory does not hold."""
+    monkeypatch.setattr(*limit)
+    status, found, _ = client.ask(path, body)
+    assert status == 413
+    assert says in found["error"]
+
+
+def test_cached_embeddings_of_labels_have_a_limit(client, model, monkeypatch):
+    """Or clients that send other labels each time would fill the memory."""
+    monkeypatch.setattr(service, "_CACHED", 3 * 4 * model.config.embed_dim)
+    for labels in (["a", "b"], ["c"], ["d"], ["e"]):
+        assert client.ask("/label", {"images": [], "labels": labels})[0] == 200
+    assert [len(x) for x in client.service._classes.values()] == [1, 1, 1]
 
 
 def test_a_forged_host_runs_no_other_path(client):
@@ -165,6 +229,16 @@ def test_a_forged_host_runs_no_other_path(client):
     assert (status, len(found["texts"])) == (200, 1)
     assert '{path="/embed",status="200"} 1.0' in (text := client.ask("/metrics")[1])
     assert 'path="/label"' not in text
+
+
+def test_a_bug_is_counted(client):
+    with (
+        mock.patch.object(service.Service, "embed", autospec=True, side_effect=KeyError),
+        pytest.raises(KeyError),  # Starlette raises it again, for the log
+    ):
+        client.ask("/embed", {})
+    assert '{path="/embed",status="500"} 1.0' in client.ask("/metrics")[1]
+    assert client.service.bytes_waiting == 0
 
 
 def test_a_connection_whose_headers_come_too_slowly_is_closed():
