@@ -229,7 +229,7 @@ def _parse(body: bytearray) -> dict[str, Any]:
     if count > _MOST_VALUES:
         raise Answer(413, f"the body has more than {_MOST_VALUES} values; send fewer inputs.")
     try:
-        values = json.loads(body)
+        values = json.loads(body, object_pairs_hook=_fields, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise Answer(400, f"the body is not JSON: {error!s:.200}.") from error
     if not isinstance(values, dict):
@@ -241,6 +241,17 @@ def _memory(values: dict[str, Any]) -> int:
     """Return the bytes of a request's strings: up to four times those of its body."""
     lists = (value if isinstance(value, list) else [value] for value in values.values())
     return sum(map(sys.getsizeof, itertools.chain.from_iterable(lists)))
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a field occurs twice")
+    return fields
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _wrong_token(token: str | None, request: Request) -> Answer | None:

@@ -106,6 +106,8 @@ def test_search_is_searchs_and_needs_embeddings(start, client, model, folder):
         ("/search", {"text": "a", "image": "b"}, 400, "either text or image"),
         ("/search", {"text": "a", "top": 0}, 400, "from 1 to 1000"),
         ("/search", {"text": 5}, 400, "texts must be a list of strings"),
+        ("/embed", b'{"texts": NaN}', 400, "NaN is no number in JSON"),
+        ("/embed", b'{"texts": ["a"], "texts": ["b"]}', 400, "a field occurs twice"),
         ("/embed", {"x" * 50_000: 1}, 400, "unknown field 'xxx"),
         ("/label", {"images": [], "labels": ["x" * 50_000, " "]}, 400, "labels=['xxx"),
         ("/label", {"images": [], "labels": ["a"], "template": "x" * 999}, 400, "template='xxx"),
