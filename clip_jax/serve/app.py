@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.errors import InputError
@@ -25,12 +25,14 @@ from clip_jax.serve.service import Answer, Service
 
 HEADER_SECONDS = 10.0  # time for the headers of a request to arrive
 MAX_BODY = 16 << 20  # bytes of a request body; status 413 above
-MAX_WAITING = 256 << 20  # bytes of all bodies that arrive or are pending; status 429 above
+MAX_WAITING = 256 << 20  # bytes of all bodies that arrive or are pending, and unread answers
 BODY_SECONDS = 60.0  # time for a request body to arrive; status 408 after
+ANSWER_SECONDS = 60.0  # time for a client to read its answer; then it is disconnected
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # by status
 _MOST_VALUES = 1 << 20  # about as many commas and brackets; status 413 above
 _DROPPED = 4  # how much of a rejected body is read, in multiples of MAX_BODY
 _DROP_SECONDS = 10.0  # for how long it is read
+_PIECE = 1 << 20  # bytes of an answer that are sent at once
 
 
 def build(service: Service, token: str | None = None, clock: Clock = CLOCK) -> Starlette:
@@ -53,10 +55,15 @@ def build(service: Service, token: str | None = None, clock: Clock = CLOCK) -> S
     return app
 
 
-class Protocol(AutoHTTPProtocol):
-    """Uvicorn's protocol that also closes connections whose headers arrive too slowly."""
+class Protocol(H11Protocol):
+    """Uvicorn's protocol that also closes connections of clients that are too slow.
+
+    These are clients whose headers do not arrive in time, or that do not read their answers.
+    Uvicorn's other one, of httptools, does not limit the length of headers.
+    """
 
     _late: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the time limit for headers."""
@@ -72,6 +79,19 @@ class Protocol(AutoHTTPProtocol):
             self._late = None
         elif not self._late and not is_busy:
             self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def pause_writing(self) -> None:
+        """Start the time limit for reading an answer."""
+        super().pause_writing()
+        if not self._unread:
+            self._unread = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
+
+    def on_response_complete(self) -> None:
+        """End the time limit for reading an answer."""
+        super().on_response_complete()
+        if self._unread:
+            self._unread.cancel()
+            self._unread = None
 
 
 class _Paths:
@@ -94,7 +114,7 @@ class _Paths:
             values = await loop.run_in_executor(service.parser, _parse, body.take())
             body.count(_memory(values))
             content = await self.work[path](values)
-            response = await loop.run_in_executor(service.threads, JSONResponse, content)
+            response = await loop.run_in_executor(service.threads, _Answered, content, service)
             status = 200
         except (Answer, Full, InputError) as error:
             status = getattr(error, "status", 400)
@@ -252,6 +272,27 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
+
+
+class _Answered(JSONResponse):
+    """A result as JSON, whose bytes count as pending until the client has read them."""
+
+    def __init__(self, content: dict[str, Any], service: Service) -> None:
+        super().__init__(content)
+        self._service = service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send it in pieces: Uvicorn takes the next one when the client has read the last."""
+        size, headers = len(self.body), self.raw_headers
+        self._service.bytes_waiting += size
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            for start in range(0, size, _PIECE):
+                piece = bytes(self.body[start : start + _PIECE])
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body"})
+        finally:
+            self._service.bytes_waiting -= size
 
 
 def _wrong_token(token: str | None, request: Request) -> Answer | None:

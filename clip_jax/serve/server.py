@@ -34,7 +34,7 @@ def serve(config: ServeConfig) -> None:
         service = Service(config, model)
         service.warm_up()
         settings = uvicorn.Config(
-            build(service, token), http=Protocol, log_level="warning", access_log=False,
+            build(service, token), http=Protocol, ws="none", log_level="error", access_log=False,
             lifespan="on", timeout_graceful_shutdown=60, server_header=False,
         )  # fmt: skip
         print(f"{config.model} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)

@@ -255,6 +255,45 @@ def test_a_connection_whose_headers_come_too_slowly_is_closed():
     loop.create_task.call_args.args[0].close()  # of the request
 
 
+def test_a_connection_that_does_not_read_its_answer_is_closed():
+    """Its answer would stay in memory."""
+    loop, transport = mock.MagicMock(), mock.MagicMock()
+    connection = Protocol(uvicorn.Config(build), ServerState(), {}, loop)
+    connection.connection_made(transport)
+    loop.call_later.reset_mock()
+    connection.pause_writing()
+    connection.resume_writing()
+    connection.pause_writing()  # a little was read: no reason to wait longer
+    loop.call_later.assert_called_once_with(app.ANSWER_SECONDS, transport.abort)
+    connection.on_response_complete()
+    loop.call_later.return_value.cancel.assert_called_once_with()
+
+
+def test_headers_that_are_too_long_are_an_error():
+    loop, transport = mock.MagicMock(), mock.MagicMock()
+    transport.is_closing.return_value = False
+    connection = Protocol(uvicorn.Config(build), ServerState(), {}, loop)
+    connection.connection_made(transport)
+    connection.data_received(b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000)
+    assert transport.write.call_args_list[0].args[0].startswith(b"HTTP/1.1 400")
+    transport.close.assert_called_once_with()
+
+
+def test_an_answer_counts_as_pending_until_it_is_read(client, monkeypatch):
+    monkeypatch.setattr(app, "_PIECE", 10)
+    answer, pending, sent = app._Answered({"a": "x" * 40}, client.service), [], []
+
+    async def send(message):
+        pending.append(client.service.bytes_waiting)
+        sent.append(message.get("body", b""))
+
+    asyncio.run(answer({}, None, send))
+    assert b"".join(sent) == answer.body
+    assert max(map(len, sent)) == 10
+    assert pending == [len(answer.body)] * 7
+    assert client.service.bytes_waiting == 0
+
+
 def test_a_token_opens_everything_but_health(start):
     client = start(token="secret")
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
