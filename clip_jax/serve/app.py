@@ -278,7 +278,14 @@ class _Answered(JSONResponse):
     """A result as JSON, whose bytes count as pending until the client has read them."""
 
     def __init__(self, content: dict[str, Any], service: Service) -> None:
-        super().__init__(content)
+        try:
+            super().__init__(content)
+        except ValueError as error:  # JSON has no such numbers
+            raise Answer(
+                500,
+                "the answer has numbers that are NaN or infinite; check the weights with clip-jax "
+                "evaluate, and the embeddings.",
+            ) from error
         self._service = service
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

@@ -88,7 +88,12 @@ class Service:
 
     def _encoder(self, tower: str) -> Callable[[list[Any]], Float[np.ndarray, "B E"]]:
         encode = getattr(self.model, f"encode_{tower}")
-        return lambda rows: unit(encode(concatenate(rows), batch_size=self.config.batch_size))
+
+        @np.errstate(over="ignore", invalid="ignore")  # `_compute` checks each row
+        def compute(rows: list[Any]) -> Float[np.ndarray, "B E"]:
+            return unit(encode(concatenate(rows), batch_size=self.config.batch_size))
+
+        return compute
 
     def warm_up(self) -> None:
         """Compile all shapes that requests need, so that none waits for a compilation."""
@@ -212,7 +217,15 @@ class Service:
             for future in work:
                 future.cancel()
         futures = map(asyncio.wrap_future, batcher.submit(rows))
-        return np.stack(await asyncio.gather(*futures))
+        features = np.stack(await asyncio.gather(*futures))
+        is_unit = np.linalg.norm(features, axis=1) > 0.5  # NaN is not
+        if not is_unit.all():
+            raise Answer(
+                500,
+                f"the model's embedding of {name}[{is_unit.argmin()}] is NaN, infinite or zero, so "
+                "nothing can be compared with it; check the weights with clip-jax evaluate.",
+            )
+        return features
 
     def _image(self, index: int, encoded: str) -> Images:
         try:

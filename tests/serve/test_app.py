@@ -1,11 +1,13 @@
 """What the server answers: the model's numbers, or one message with its status."""
 
 import asyncio
+import dataclasses
 import random
 import re
 from typing import Any
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 import uvicorn
@@ -241,6 +243,39 @@ def test_a_bug_is_counted(client):
         client.ask("/embed", {})
     assert '{path="/embed",status="500"} 1.0' in client.ask("/metrics")[1]
     assert client.service.bytes_waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [
+        (3e38, "embedding of texts[0] is NaN, infinite or zero"),  # projections overflow
+        (1e25, "embedding of texts[0] is NaN, infinite or zero"),  # only their length overflows
+    ],
+)
+def test_an_embedding_that_is_not_finite_is_an_error(folder, model, scale, says):
+    """JSON has no NaN, and a zero vector would be equally similar to everything."""
+    params = model.params | {"text": model.params["text"] | {}}
+    projection = params["text"]["text_projection"]
+    params["text"]["text_projection"] = jax.tree.map(lambda x: x * scale, projection)
+    config = service.ServeConfig(model=folder / "model")
+    client = Client(service.Service(config, dataclasses.replace(model, params=params)))
+    status, found, _ = client.ask("/embed", {"texts": ["a"]})
+    assert (status, list(found)) == (500, ["error"])
+    assert says in found["error"]
+    assert '{path="/embed",status="500"} 1.0' in client.ask("/metrics")[1]
+    client.service.close()
+
+
+def test_a_probability_that_is_not_finite_is_an_error(folder, model):
+    params = model.params | {"logit_scale": np.float32(100)}  # infinite after exp
+    config = service.ServeConfig(model=folder / "model")
+    client = Client(service.Service(config, dataclasses.replace(model, params=params)))
+    with np.errstate(all="ignore"):
+        status, found, _ = client.ask("/label", {"images": [encoded(png(0))], "labels": ["a", "b"]})
+    assert status == 500
+    assert "NaN or infinite" in found["error"]
+    assert '{path="/label",status="500"} 1.0' in client.ask("/metrics")[1]
+    client.service.close()
 
 
 def test_a_connection_whose_headers_come_too_slowly_is_closed():
