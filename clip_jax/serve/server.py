@@ -4,9 +4,11 @@ import signal
 import socket
 import sys
 
+from PIL import Image
+
 from clip_jax.errors import InputError
 from clip_jax.inference.search import load_for
-from clip_jax.serve.service import ServeConfig, Service
+from clip_jax.serve.service import MAX_PIXELS, ServeConfig, Service
 from clip_jax.storage.files import AnyPath
 
 
@@ -29,6 +31,8 @@ def serve(config: ServeConfig) -> None:
             f"cannot serve at {config.host}:{config.port}: the port is taken or the address is not "
             "this machine's; set other ones by --port and --host."
         ) from error
+    # Pillow rejects twice as many: it decodes an icon before its size is known.
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     with taken:
         model = load_for(config.embeddings, config.model, config.tokens, config.dtype)
         service = Service(config, model)

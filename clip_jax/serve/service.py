@@ -3,12 +3,14 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import os
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,7 @@ from clip_jax.serve.batcher import Batcher, Full
 from clip_jax.storage.files import AnyPath
 
 MAX_PIXELS = 50_000_000  # pixels of an image; status 413 above
+_MOST_DECODED = 2 * MAX_PIXELS  # pixels of all images that are decoded at once
 MAX_LETTERS = 4 << 20  # characters of all texts of a request that are read; status 413 above
 MAX_ANSWER = 128 << 20  # bytes of an answer, estimated; status 413 above
 _CACHED = 64 << 20  # bytes of cached embeddings of labels
@@ -84,6 +87,7 @@ class Service:
         # One body at a time: while it is parsed, it takes many times its size.
         self.parser = ThreadPoolExecutor(1, "parse")
         self.bytes_waiting = 0
+        self._pixels, self._decoded = 0, threading.Condition()
         self._classes: OrderedDict[bytes, Float[np.ndarray, "classes E"]] = OrderedDict()
 
     def _encoder(self, tower: str) -> Callable[[list[Any]], Float[np.ndarray, "B E"]]:
@@ -236,10 +240,24 @@ class Service:
             width, height = size_of(data)
             if width * height > MAX_PIXELS:
                 raise ImageError("too large", f"{width} x {height} pixels")
-            return self.model.image_preprocess.batch(data)
+            with self._decoding(width * height):
+                return self.model.image_preprocess.batch(data)
         except ImageError as error:
             status = 413 if error.reason == "too large" else 400
             raise Answer(status, f"images[{index}]: {error!s:.200}.") from error
+
+    @contextlib.contextmanager
+    def _decoding(self, pixels: int) -> Generator[None]:
+        """Wait until so many pixels may be decoded: each takes up to 15 bytes meanwhile."""
+        with self._decoded:
+            self._decoded.wait_for(lambda: self._pixels + pixels <= _MOST_DECODED)
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._decoded:
+                self._pixels -= pixels
+                self._decoded.notify_all()
 
 
 def _only(request: dict[str, Any], **defaults: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from starlette.datastructures import URL
 from starlette.requests import Request
 from uvicorn.server import ServerState
 
+from clip_jax.data.images import Preprocess
 from clip_jax.evals import prompts
 from clip_jax.evals.evaluator import compiled, embed_images
 from clip_jax.inference.loading import Model, load, unit
@@ -327,6 +328,20 @@ def test_an_answer_counts_as_pending_until_it_is_read(client, monkeypatch):
     assert max(map(len, sent)) == 10
     assert pending == [len(answer.body)] * 7
     assert client.service.bytes_waiting == 0
+
+
+def test_pixels_that_are_decoded_at_once_have_a_limit(client, monkeypatch):
+    """Or as many large images as the machine has cores would be in memory."""
+    monkeypatch.setattr(service, "_MOST_DECODED", 639)
+    images, pixels, batch = [encoded(png(i)) for i in range(6)], [], Preprocess.batch
+
+    def decoded(preprocess, data):
+        pixels.append(client.service._pixels)
+        return batch(preprocess, data)
+
+    with mock.patch.object(Preprocess, "batch", autospec=True, side_effect=decoded):
+        assert client.ask("/embed", {"images": images})[0] == 200
+    assert pixels == [320] * 6
 
 
 def test_a_token_opens_everything_but_health(start):
