@@ -110,15 +110,19 @@ def _array(data: memoryview, where: str) -> np.ndarray:
         if version != (1, 0):
             read = np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(head, max_header_size=_LONGEST_HEADER)
-    except ValueError as error:
+    except Exception as error:  # NumPy parses a header as Python: of a damaged one, any error
         raise InputError(f"{where} is not an array: {error!s:.200}.") from error
     if dtype.hasobject or dtype.kind not in "fiubV" or (dtype.kind == "V" and dtype != _BFLOAT16):
         raise InputError(f"{where} holds values of type {dtype}; only numbers are supported.")
     values = data[head.tell() :]
+    wrong = InputError(f"{where} claims {dtype}{list(shape)} but has {len(values)} bytes.")
     if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(values):
-        raise InputError(f"{where} claims {dtype}{list(shape)} but has {len(values)} bytes.")
+        raise wrong
     array = np.frombuffer(values, ml_dtypes.bfloat16 if dtype == _BFLOAT16 else dtype)
-    return array.reshape(shape, order="F" if fortran else "C")
+    try:
+        return array.reshape(shape, order="F" if fortran else "C")
+    except (TypeError, ValueError) as error:  # too many axes, or sizes that are no integers
+        raise wrong from error
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
