@@ -86,7 +86,8 @@ class JSONTokenizer(FileTokenizer):
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def _encode(self, cleaned: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
+        with damage_refused(self.config.file):  # its regular expressions may need too many steps
+            encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def _decode(self, ids: list[int]) -> str:

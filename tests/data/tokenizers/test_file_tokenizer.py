@@ -190,6 +190,18 @@ def test_steps_that_multiply_a_text(tmp_path, files, name):
         make(file=str(tmp_path / "words.json"))
 
 
+def test_a_pattern_that_needs_too_many_steps_is_one_message(tmp_path, files):
+    """The library panics, which is no Exception, when it has tried long enough."""
+    content = json.loads(Path(files["wordpiece"]).read_text())
+    content["normalizer"] = replaced({"Regex": "(a+)+$"}, "a")
+    (tmp_path / "words.json").write_text(json.dumps(content))
+    tokenizer = make(file=str(tmp_path / "words.json"))
+    with pytest.raises(
+        InputError, match=r"words.json is not a valid tokenizer.json: .*retry-limit"
+    ):
+        tokenizer("a" * 100 + "!", 8, True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_is_kept(tmp_path, files, kind):
     config = TokenizerConfig(file=files[kind])
