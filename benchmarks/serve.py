@@ -27,7 +27,7 @@ import numpy as np
 
 from clip_jax.inference.loading import load
 from clip_jax.models import zoo
-from tests.conftest import ROOT, write_tiny_model
+from tests.conftest import write_tiny_model
 from tests.serve.conftest import encoded, png
 
 
@@ -44,7 +44,7 @@ class Process:
         self.port = port
         self.process = subprocess.Popen(
             [*command, "--port", str(port)], stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
         assert self.process.stderr
         line = self.process.stderr.readline()
