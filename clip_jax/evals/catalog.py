@@ -50,7 +50,6 @@ class DataSet:
     split: Split = "test"  # split of TFDS that is the test split
     metric: str = "acc1"  # as in the CLIP paper
     published: bool = False  # whether TFDS orders classes as the published names
-    folders: Sequence[str] = ()  # the first and last, if folders have the published order
     named_like: str = ""  # data set whose published names TFDS orders by; empty: this
     like: str = ""  # data set with its templates and class names; empty: this
     source: str = ""  # where to get it as a folder
@@ -183,17 +182,10 @@ def _open_row(row: DataSet, root: AnyPath, split: Split) -> Data:
         return open_tfds(versions[-1].parent, split=name, names=names, templates=templates)
     part = split_folder(folder, split) if folder.is_dir() else None
     if part and any(entry.is_dir() for entry in part.iterdir()):
-        return open_folder(part, name=row.prompts, names=_names_of_folders(row, part))
+        return open_folder(part, name=row.prompts)
     if split != "test":  # the test split has been opened before: the data set is here
         raise Missing(f"{row.name} in {root} has no {split} split apart from its test.")
     raise Missing(_advice(row, root))
-
-
-def _names_of_folders(row: DataSet, folder: AnyPath) -> Sequence[str] | None:
-    """Return the published names if the folders are those that they name; else None."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    matches = [names[0], names[-1]] == row.folders and len(names) == row.classes
-    return prompts.class_names(row.prompts) if matches else None
 
 
 def _open_texts(row: DataSet, root: AnyPath) -> Data:

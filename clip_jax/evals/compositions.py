@@ -17,8 +17,7 @@ from clip_jax.data.images import ImageLike, decode
 from clip_jax.data.sources import SampleError, text_of
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Contrasted, checked, images_beside
-from clip_jax.evals.prompts import read_text
-from clip_jax.storage.files import AnyPath, matching
+from clip_jax.storage.files import AnyPath, matching, read_text
 
 _FEWEST = 25  # minimum number of cases of an attribute pair in ARO's mean
 

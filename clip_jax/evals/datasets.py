@@ -10,16 +10,15 @@ import numpy as np
 from jaxtyping import Int8
 
 from clip_jax.data import digits
+from clip_jax.data.class_folders import SPLITS, read_class_names, read_classes, spaced
 from clip_jax.data.images import SUFFIXES, ImageLike
 from clip_jax.data.sources import SampleError, text_of
 from clip_jax.data.sources.image_folder import image_files
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
-from clip_jax.storage.files import AnyPath
+from clip_jax.storage.files import AnyPath, read_text
 
 Split = Literal["train", "validation", "test"]
-
-_SPLITS = ("train", "val", "validation", "valid", "test")
 
 
 class Missing(Exception):
@@ -120,7 +119,7 @@ def split_folder(path: AnyPath, split: Split) -> AnyPath | None:
     images in `val` are the test split, as in ImageNet.
     """
     train, test = path / "train", path / "test"
-    validation = next((f for n in _SPLITS[1:4] if (f := path / n).is_dir()), None)
+    validation = next((f for n in SPLITS[1:4] if (f := path / n).is_dir()), None)
     if split == "train":
         return train if train.is_dir() else None
     if split == "validation":
@@ -130,52 +129,34 @@ def split_folder(path: AnyPath, split: Split) -> AnyPath | None:
     return validation if train.is_dir() else path
 
 
-def open_folder(path: AnyPath, *, name: str = "", names: Sequence[str] | None = None) -> Labelled:
-    """Open a folder in ImageFolder's layout: one folder per class, sorted by name.
+def open_folder(path: AnyPath, *, name: str = "") -> Labelled:
+    """Open a folder in ImageFolder's layout, whose classes are those of `read_classes`.
 
-    Class names are, in this order of preference: the lines of `classnames.txt` in the folder (or,
-    of a split, beside it); `names`; the published ones, if the folders are ImageNet's WordNet ids
-    or the class indices of the data set `name`; the folders' names. `name` also selects templates.
-    Raises InputError for a folder without classes and for a wrong number of names.
+    `name` selects the published templates of a data set. Raises InputError for a folder with fewer
+    than two classes or without images.
     """
     if not path.is_dir():
         raise InputError(
             f"there is no folder {path}; folder:PATH needs a folder with one folder per class."
         )
-    folders = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if len(folders) < 2:
-        raise InputError(f"{path} has {len(folders)} folders; it needs one per class, at least 2.")
-    imagenet = prompts.class_names("imagenet1k") or []
-    wnids = dict(zip(prompts.imagenet_wnids(), imagenet, strict=True))
-    numbers = all(folder.isdecimal() for folder in folders)
-    if numbers:
-        folders.sort(key=int)
-    published = prompts.class_names(name) or imagenet  # ImageNetV2's folders are class indices, too
-    beside = [path, path.parent] if path.name in _SPLITS else [path]
-    listed = next((f for f in beside if (f / "classnames.txt").is_file()), None)
-    if listed:
-        names = _class_names(listed)
-    elif names is None and numbers and len(folders) == len(published):
-        names = published
-    elif names is None:
-        names = [wnids.get(folder) or _spaced(folder) for folder in folders]
-    if len(names) != len(folders):
-        where = listed / "classnames.txt" if listed else "the published list"
-        raise InputError(
-            f"{where} has {len(names)} names, but {path} has {len(folders)} folders of classes; "
-            "list one name per line in classnames.txt, in the order of the folders' names."
-        )
-    labels = {folder: label for label, folder in enumerate(folders)}
-    images = image_files(path / folder for folder in folders)
+    classes = read_classes(path)
+    if len(classes) < 2:
+        raise InputError(f"{path} has {len(classes)} folders; it needs one per class, at least 2.")
+    labels = {folder: label for label, folder in enumerate(classes)}
+    images = image_files(path / folder for folder in classes)
     files = [(file, labels[file.relative_to(path).parts[0]]) for file in images]
     if not files:
         raise InputError(
             f"add images ({', '.join(SUFFIXES)}) to the folders of {path}: all are empty."
         )
     return Labelled(
-        len(files), files.__getitem__, names, prompts.templates(name),
-        [label for _, label in files], key=lambda i: str(files[i][0]),
-    )  # fmt: skip
+        len(files),
+        files.__getitem__,
+        list(classes.values()),
+        prompts.templates(name),
+        [label for _, label in files],
+        key=lambda i: str(files[i][0]),
+    )
 
 
 def open_webdataset(path: AnyPath, *, split: str = "test") -> Labelled | Captioned:
@@ -190,7 +171,7 @@ def open_webdataset(path: AnyPath, *, split: str = "test") -> Labelled | Caption
             f"there are no tars in {path / split}; webdataset:PATH needs PATH/test/*.tar."
         )
     kind = path / "dataset_type.txt"
-    captions = kind.exists() and prompts.read_text(kind).strip().lower() == "retrieval"
+    captions = kind.exists() and read_text(kind).strip().lower() == "retrieval"
     shards = str(path / split / "*.tar")
     source = TarSource(TarConfig(path=shards, caption="txt" if captions else "cls"))
     rng = np.random.default_rng(0)  # unused: each image has one text
@@ -203,7 +184,7 @@ def open_webdataset(path: AnyPath, *, split: str = "test") -> Labelled | Caption
 
         return Captioned(len(source), load_captions, key=source.key)
 
-    names = _class_names(path)
+    names = read_class_names(path / "classnames.txt")
 
     def load(index: int) -> tuple[ImageLike, int]:
         image, label = source.load(index, rng)
@@ -254,7 +235,7 @@ def open_tfds(
         return image_of(example), int(example["label"])
 
     count = features["label"].num_classes
-    names = names or [_spaced(name) for name in features["label"].names]
+    names = names or [spaced(name) for name in features["label"].names]
     if len(names) != count:
         raise InputError(f"{path} has {count} classes, but the published list {len(names)} names.")
     return Labelled(len(examples), load, names, templates)
@@ -268,7 +249,7 @@ def open_captions(annotations: AnyPath, images: AnyPath) -> Captioned:
     layout = "COCO's format: images with id and file_name, annotations with image_id and caption"
     captions: dict[Any, list[str]] = {}
     with checked(annotations, layout):
-        content = json.loads(prompts.read_text(annotations))
+        content = json.loads(read_text(annotations))
         files = {row["id"]: images / row["file_name"] for row in content["images"]}
         for row in content["annotations"]:
             captions.setdefault(row["image_id"], []).append(text_of(row["caption"]))
@@ -328,15 +309,3 @@ def open_digits(
         len(labels), lambda i: (images[i], int(labels[i])), names, _DIGITS_TEMPLATES,
         labels.tolist(),
     )  # fmt: skip
-
-
-def _class_names(folder: AnyPath) -> list[str]:
-    # One per line; an empty line counts, since CLEVR has a class without a name.
-    return prompts.read_text(folder / "classnames.txt").splitlines()
-
-
-def _spaced(name: str) -> str:
-    """Turn a folder's or TFDS's name into words: SUN397's `/a/apse/indoor` is "apse indoor"."""
-    if name[:1] == name[2:3] == "/":
-        name = name[3:]
-    return name.replace("_", " ").replace("/", " ")

@@ -13,8 +13,7 @@ import numpy as np
 
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing, Translated, checked, images_beside
-from clip_jax.evals.prompts import read_text
-from clip_jax.storage.files import AnyPath, as_path, walk
+from clip_jax.storage.files import AnyPath, as_path, read_text, walk
 
 BABEL = "babel_imagenet"
 _BABEL_FILES = (f"{BABEL}.json", "nllb_dist13b_prompts.json")

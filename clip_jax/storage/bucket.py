@@ -218,6 +218,16 @@ def listed(folder: str, deep: bool = False) -> Iterator[tuple[str, Stat]]:
             yield f"{root.rstrip('/')}/{one['path']}", _stat(one)
 
 
+def subfolders(folder: str) -> list[str]:
+    """List the names of a folder's subfolders; unsorted."""
+    import obstore
+
+    store, key = _store(folder)
+    with reading(folder):
+        prefixes = obstore.list_with_delimiter(store, key or None)["common_prefixes"]
+    return [prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes]
+
+
 def _stat(entry: Any) -> Stat:
     return entry["size"], entry["last_modified"].timestamp()
 

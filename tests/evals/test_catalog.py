@@ -51,7 +51,7 @@ def real_features(row):
 
 @pytest.mark.parametrize("row", LABELLED, ids=lambda row: row.name)
 def test_published_and_tfds_names_are_as_many_as_the_classes(row):
-    assert row.prompts in prompts._data("templates.json")
+    assert row.prompts in prompts._published()
     names = prompts.class_names(row.name)
     if names and row.named_like == "":
         assert len(names) == row.classes

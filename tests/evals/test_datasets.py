@@ -52,7 +52,7 @@ def test_names_are_in_a_file_that_must_fit_or_beside_a_split(tmp_path):
     assert list(open_folder(tmp_path / "other").names) == ["a", "b"]
     (tmp_path / "classnames.txt").write_text("zero\none\n")
     for folder, says in (
-        ("test", "has 2 names, but .* has 3 folders"),
+        ("test", "has 2 lines for 3 class folders"),
         ("nowhere", "there is no folder"),
         ("test/0", "has 0 folders"),
     ):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clip_jax.evals import prompts
-from clip_jax.evals.prompts import _data, fill
+from clip_jax.evals.prompts import _published, fill
 from tests.evals.conftest import unit
 
 
@@ -19,7 +19,7 @@ def test_imagenet_is_openais():
 
 
 def test_every_template_has_a_place_for_the_class():
-    for rows in _data("templates.json").values():
+    for rows in _published().values():
         for template in rows:
             assert "zebra" in fill(template, "zebra")
             assert "{" not in fill(template, "zebra")

@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from obstore.store import LocalStore
 
 from clip_jax.errors import InputError
 from clip_jax.storage import bucket, files
@@ -66,3 +67,14 @@ def test_braces_that_mean_too_many_files_are_refused():
         with pytest.raises(InputError, match="stands for more than 1,000,000 files"):
             files.expand(pattern)
     assert files.expand("{08..10}/{a,b}") == ["08/a", "08/b", "09/a", "09/b", "10/a", "10/b"]
+
+
+def test_subfolders_are_those_of_a_disk_in_a_bucket_too(tmp_path):
+    """Class folders in a bucket take one request; one for each of ImageNet's takes a minute."""
+    for name in ("a/0.png", "b/c/1.png", "2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    store = LocalStore(tmp_path.parent)
+    with mock.patch.object(bucket, "_bucket", autospec=True, return_value=store):
+        names = files.subfolders(files.as_path(f"gs://b/{tmp_path.name}/"))
+    assert sorted(names) == sorted(files.subfolders(tmp_path)) == ["a", "b"]

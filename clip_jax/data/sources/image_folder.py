@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clip_jax.data.class_folders import read_classes
 from clip_jax.data.images import SUFFIXES
-from clip_jax.data.sources import StoredRecord, StoredSource, read_file, text_of
+from clip_jax.data.sources import StoredRecord, StoredSource, read_file
 from clip_jax.data.sources.shards import listed, warn_once
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -20,8 +21,8 @@ class FolderConfig:
 
     path: str  # Folder with the images; subfolders are included.
     # Captions of class folders, such as "a photo of a {}", of which one is drawn per sample: {} is
-    # the name of the subfolder with spaces for "_", or its line in classnames.txt. Empty: captions
-    # are in .txt files.
+    # the class's name, as `evaluate --dataset folder:PATH` reads it. Empty: captions are in .txt
+    # files.
     templates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -36,8 +37,8 @@ class FolderConfig:
 def image_files(paths: Iterable[AnyPath], beside: Sequence[str] = ()) -> list[AnyPath]:
     """List these files, and the images in these folders in alphabetical order.
 
-    Dot files, such as macOS's ._photo.jpg, are left out. A warning counts other files whose ending
-    is neither an image's nor one of `beside`.
+    Dot files, such as macOS's ._photo.jpg, and hidden folders are left out. A warning counts other
+    files whose ending is neither an image's nor one of `beside`.
     """
     images, folders, ignored = [], {}, Counter()
     for path in paths:
@@ -46,7 +47,7 @@ def image_files(paths: Iterable[AnyPath], beside: Sequence[str] = ()) -> list[An
             continue
         for file in sorted(map(files.as_path, files.walk(path))):
             suffix = file.suffix.lower()
-            if file.name.startswith("."):
+            if any(part.startswith(".") for part in file.relative_to(path).parts):
                 continue
             if suffix in SUFFIXES:
                 images.append(file)
@@ -99,14 +100,5 @@ class FolderSource(StoredSource):
         """Return the classes and their folders' numbers; all images must be in such folders."""
         if loose := next((name for name in self._names if "/" not in name), None):
             raise InputError(f"{self._folder}/{loose} is in no class folder; templates need one")
-        folders = sorted({name.split("/")[0] for name in self._names})
-        listed = self._folder / "classnames.txt"
-        names = [folder.replace("_", " ") for folder in folders]
-        if listed.is_file():
-            names = text_of(read_file(listed, "classnames.txt"), "classnames.txt").splitlines()
-        if len(names) != len(folders):
-            raise InputError(
-                f"{listed} has {len(names)} lines for {len(folders)} class folders; list one name "
-                "per line, in the order of the folders' names"
-            )
-        return tuple(names), {folder: label for label, folder in enumerate(folders)}
+        classes = read_classes(self._folder)
+        return tuple(classes.values()), {folder: label for label, folder in enumerate(classes)}

@@ -14,6 +14,7 @@ import pyarrow as pa
 from jaxtyping import Float64, Int64
 
 from clip_jax.data import reinforced
+from clip_jax.data.class_folders import read_class_names
 from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, captions_of, scores
 from clip_jax.data.sources.shards import BadShards, listed
 from clip_jax.data.sources.tar_index import TarIndex, open_index
@@ -47,7 +48,8 @@ class TarSource(StoredSource):
     def __init__(self, config: TarConfig, process: tuple[int, int] = (0, 1)) -> None:
         """`process` is (index, count) of this process: all share the building of the index."""
         self._caption, self._caption_key = config.caption, config.caption_key
-        self._classes = _class_names(config.class_names)
+        file = config.class_names
+        self._classes = read_class_names(files.as_path(file)) if file else []
         index = open_index(config.path, config.index, config.bad_shards, process)
         assert index is not None  # None only without waiting for the others
         self._index: TarIndex = index
@@ -181,13 +183,3 @@ def _reader(path: str, begin: int, end: int) -> Read:
         raise SampleError("shard ended before the member did: it changed during the run")
     view = memoryview(data)
     return lambda at, size: bytes(view[at - begin : at - begin + size])
-
-
-def _class_names(path: str) -> list[str]:
-    if not path:
-        return []
-    try:
-        with files.open_file(path) as file:
-            return file.read().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"class_names={path} cannot be read: {error}") from error

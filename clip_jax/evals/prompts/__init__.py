@@ -1,54 +1,48 @@
-"""Published class names and prompt templates, and the sensitivity of accuracy to phrasing.
+"""Published prompt templates and class names, and the sensitivity of accuracy to phrasing.
 
-The data files are CLIP_benchmark's (see NOTICE), ImageNet's names and its 80 templates OpenAI's.
+The templates are CLIP_benchmark's (see NOTICE), ImageNet's 80 templates are OpenAI's.
 """
 
 import functools
 import json
 from importlib import resources
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from clip_jax.data.class_folders import class_names, imagenet_wnids
 from clip_jax.errors import InputError
 from clip_jax.evals.ranks import cosines, top_k_accuracy
-from clip_jax.storage.files import AnyPath
+from clip_jax.storage.files import AnyPath, read_text
+
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "class_names",
+    "ensemble",
+    "fill",
+    "imagenet_wnids",
+    "read_templates",
+    "sensitivity",
+    "templates",
+]
 
 PLAIN_TEMPLATE = "a photo of a {c}."
 
 
 @functools.cache
-def _data(file: str) -> Any:
-    return json.loads(resources.files(__name__).joinpath(file).read_text(encoding="utf-8"))
-
-
-def class_names(data_set: str) -> list[str] | None:
-    """Return the published class names in the order of the labels; None if there are none."""
-    return _data("class_names.json").get(data_set)
+def _published() -> dict[str, list[str]]:
+    content = resources.files(__name__).joinpath("templates.json").read_text(encoding="utf-8")
+    return json.loads(content)
 
 
 def templates(data_set: str) -> list[str]:
     """Return the published templates, with `{c}` where the class goes, or a plain one."""
-    return _data("templates.json").get(data_set) or [PLAIN_TEMPLATE]
-
-
-def imagenet_wnids() -> list[str]:
-    """Return the WordNet ids of ImageNet's classes in order; its folders have these names."""
-    return _data("imagenet_wnids.json")
+    return _published().get(data_set) or [PLAIN_TEMPLATE]
 
 
 def fill(template: str, name: str) -> str:
     """Replace `{c}` or `{}` in a template with a class name."""
     return template.replace("{c}", name).replace("{}", name)
-
-
-def read_text(path: AnyPath) -> str:
-    """Read a text file. Raises InputError if it is missing or not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from error
 
 
 def read_templates(path: AnyPath) -> list[str]:
