@@ -92,7 +92,10 @@ class FolderSource(StoredSource):
             name = self.classes[label]
             captions = [template.replace("{}", name) for template in self._templates]
             return StoredRecord(self.key(index), 0, image, lambda: captions, label=label)
-        what = "caption file (class folders need --data.source.templates instead)"
+        what = (
+            "caption file (class folders need --data.source.templates in training; prepare takes "
+            "only images with caption files)"
+        )
         text = functools.partial(read_file, path.with_suffix(".txt"), what)
         return StoredRecord(self.key(index), 0, image, text)
 

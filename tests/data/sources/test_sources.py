@@ -166,7 +166,7 @@ def test_class_folders_are_captioned_by_templates_and_their_names(tmp_path):
     with pytest.raises(InputError, match=r"'a cat' has no \{\}"):
         FolderConfig(path=str(tmp_path), templates=("a cat",))
     without = FolderSource(FolderConfig(path=str(tmp_path)))
-    with pytest.raises(SampleError, match="class folders need --data"):
+    with pytest.raises(SampleError, match=r"need --data\.source\.templates in training; prepare"):
         without.load(0, RNG)
     with pytest.raises(InputError, match="does not take templates"):
         open_single(dataclasses.replace(config, path="pairs.csv"), 16)
