@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -50,6 +51,21 @@ SingleConfig = (
 )
 
 
+def _by_suffix(kinds: Iterable[Any]) -> dict[str, Any]:
+    """Return the kind of source by the endings of its files. Raises TypeError if two kinds claim
+    one ending."""
+    owners: dict[str, Any] = {}
+    for kind in kinds:
+        for suffix in getattr(kind, "suffixes", ()):
+            if (other := owners.setdefault(suffix, kind)) is not kind:
+                names = f"{other.__name__} and {kind.__name__}"
+                raise TypeError(f"{names} both claim files that end in {suffix}; change `suffixes`")
+    return owners
+
+
+_KINDS = _by_suffix(get_args(SingleConfig))
+
+
 def open_single(
     config: SingleConfig,
     image_size: int,
@@ -95,10 +111,7 @@ def guess_source(config: PathConfig) -> SingleConfig:
     determines it."""
     path = config.path
     folder = files.as_path(path)
-    kinds: dict[str, Any] = {
-        suffix: kind for kind in get_args(SingleConfig) for suffix in getattr(kind, "suffixes", ())
-    }
-    kind = kinds.get(folder.suffix)
+    kind = _KINDS.get(folder.suffix)
     if kind is None and folder.is_dir():
         names = {x.name for x in folder.iterdir() if not x.name.startswith(".")}
         shards = [x for x in _IN_FOLDERS if any(name.endswith(x.suffixes[0]) for name in names)]
@@ -114,7 +127,7 @@ def guess_source(config: PathConfig) -> SingleConfig:
         if not (any(sign in path for sign in "*?[{") or folder.exists()):
             raise InputError(f"{path} does not exist; correct the path")
         raise InputError(
-            f"{path} is not a data source; use files that end in {', '.join(kinds)}, or a folder "
+            f"{path} is not a data source; use files that end in {', '.join(_KINDS)}, or a folder "
             "of such files, of images, of save_to_disk or of a TFDS version"
         )
     optional = ("image_column", "caption_column", "templates")

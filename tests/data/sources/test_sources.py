@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,13 @@ import pytest
 
 from clip_jax.data.pipeline import DataConfig, _Loader
 from clip_jax.data.sources import BlockSource, SampleError, StoredSource
-from clip_jax.data.sources.any import PathConfig, open_images, open_single
+from clip_jax.data.sources.any import (
+    PathConfig,
+    SingleConfig,
+    _by_suffix,
+    open_images,
+    open_single,
+)
 from clip_jax.data.sources.array_record import ArrayRecordConfig, decode_example, encode_example
 from clip_jax.data.sources.image_folder import FolderConfig, FolderSource
 from clip_jax.data.sources.parquet import ParquetConfig, ParquetSource
@@ -127,6 +134,16 @@ def test_a_truncated_shard_is_named_with_its_reason_or_skipped(name, lost, tmp_p
     there = dataclasses.replace(config, path=str(tmp_path / f"{{0,1}}.{name}"))
     with pytest.raises(InputError, match=rf"1\.{name} \("):
         open_single(there, 16)
+
+
+def test_each_ending_belongs_to_one_format():
+    """Of two formats that claim an ending, the last one would read the other's files."""
+    kinds = get_args(SingleConfig)
+    endings = [suffix for kind in kinds for suffix in getattr(kind, "suffixes", ())]
+    assert len(endings) == len(set(endings)) == len(_by_suffix(kinds)) >= 9
+    second = type("SecondConfig", (), {"suffixes": (".new", ".tgz")})
+    with pytest.raises(TypeError, match=r"TarConfig and SecondConfig both claim .* in \.tgz"):
+        _by_suffix([*kinds, second])
 
 
 def test_images_without_a_text_and_pipes_are_samples_with_a_reason(tmp_path):
