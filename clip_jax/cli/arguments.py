@@ -66,15 +66,21 @@ def leading(args: Sequence[str]) -> list[str]:
 
 
 def read(
-    kind: Any, args: Sequence[str], positional: Sequence[str], command: FunctionType, verb: str = ""
+    kind: Any,
+    args: Sequence[str],
+    positional: Sequence[str],
+    command: FunctionType,
+    verb: str = "",
+    takes_json: bool = True,
 ) -> tuple[Any, bool]:
     """Parse a command's config, its first fields by position; also say if --json was passed."""
-    rest = [arg for arg in args if arg != "--json"]
+    rest = [arg for arg in args if arg != "--json"] if takes_json else list(args)
     values = leading(rest)[: len(positional)]
     names = positional[: len(values)]
     flags = [part for pair in zip(names, values, strict=True) for part in (f"--{pair[0]}", pair[1])]
     verb = " ".join([verb or command.__name__, *(name.upper() for name in positional)])
-    config = parse(kind, [*flags, *rest[len(values) :]], f"{verb} [--json]", command)
+    verb += " [--json]" if takes_json else ""
+    config = parse(kind, [*flags, *rest[len(values) :]], verb, command)
     return config, len(rest) < len(args)
 
 

@@ -52,13 +52,6 @@ Scaling experiments: train a ladder of runs, collect the results, fit scaling la
 `clip-jax scale VERB --help` lists the options of a verb.
 """
 
-CONFIGS_USAGE = """\
-usage: clip-jax configs [NAME] [--json]
-
-Without NAME: list the bundled configs with their hardware, cost and expected result.
-With NAME: print that config, to start your own from: clip-jax configs digits > mine.py
-"""
-
 BENCH_USAGE = """\
 usage: clip-jax bench VERB CONFIG [...]
 
@@ -164,7 +157,7 @@ def demo(args: Sequence[str]) -> int:
     from clip_jax.serve.demo import DemoConfig
     from clip_jax.serve.demo import demo as serve
 
-    config, _ = arguments.read(DemoConfig, args, ("model",), demo)
+    config, _ = arguments.read(DemoConfig, args, ("model",), demo, takes_json=False)
     serve(config)
     return 0
 
@@ -174,7 +167,7 @@ def serve(args: Sequence[str]) -> int:
     from clip_jax.serve.server import serve as run_server
     from clip_jax.serve.service import ServeConfig
 
-    config, _ = arguments.read(ServeConfig, args, ("model",), serve)
+    config, _ = arguments.read(ServeConfig, args, ("model",), serve, takes_json=False)
     run_server(config)
     return 0
 
@@ -335,23 +328,28 @@ def configs(args: Sequence[str]) -> int:
     """List the bundled configs, or print one to start from: clip-jax configs [NAME]"""
     from clip_jax.config import bundled_configs, lab_note
 
+    @dataclass(frozen=True, kw_only=True)
+    class Choice:
+        names: tuple[str, ...] = ()  # Bundled configs to print. Empty: list all, with their notes.
+
     names = [arg for arg in args if not arg.startswith("-")]
-    if {"-h", "--help"} & set(args):
-        print(CONFIGS_USAGE)
-        return 0
+    flags = [arg for arg in args if arg.startswith("-")]
+    named = ["--names", *names] if names else []
+    config, as_json = arguments.read(Choice, [*named, *flags], (), configs, "configs [NAME ...]")
     paths = bundled_configs()
-    if unknown := [name for name in names if name not in paths]:
+    if unknown := [name for name in config.names if name not in paths]:
         raise InputError(f"no config {unknown[0]!r}; choose from {', '.join(paths)}.")
-    if names:
-        print("\n".join(paths[name].read_text(encoding="utf-8") for name in names), end="")
-        return 0
-    notes = {name: lab_note(path) for name, path in paths.items()}
+    notes = {name: lab_note(paths[name]) for name in config.names or paths}
+    if config.names:
+        texts = {name: paths[name].read_text(encoding="utf-8") for name in config.names}
+        values = {name: note | {"python": texts[name]} for name, note in notes.items()}
+        return _print(values, as_json, "\n".join(texts.values()).removesuffix("\n"))
     width = shutil.get_terminal_size().columns - 2
     lines = []
     for name, note in notes.items():
         texts = [note["about"], *(f"{label}: {x}" for label, x in note.items() if label != "about")]
         lines += [name, *(textwrap.indent(textwrap.fill(text, width), "  ") for text in texts)]
-    return _print(notes, "--json" in args, "\n".join(lines))
+    return _print(notes, as_json, "\n".join(lines))
 
 
 def sample_data(args: Sequence[str]) -> int:

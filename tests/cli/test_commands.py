@@ -13,10 +13,12 @@ import pytest
 from clip_jax import __main__ as console_script
 from clip_jax.checkpoints import run_config
 from clip_jax.cli import arguments
-from clip_jax.cli.commands import demo, main
+from clip_jax.cli.commands import COMMANDS, demo, main
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.train import Diverged, Preempted
 from tests.conftest import ROOT
+
+SCALE = ("ladder", "collect", "choose", "fit", "plan", "relate", "report")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,47 @@ def test_a_wrong_flag_is_explained_and_exits_with_2(command, says, capsys, monke
     assert says in capsys.readouterr().err
 
 
+FIRST = {  # arguments of each command before its flags
+    "configs": [""],
+    "sample-data": ["x"],
+    "train": ["configs/digits.py"],
+    "evaluate": ["x"],
+    "predict": ["x"],
+    "embed": ["x y z"],
+    "search": ["x y"],
+    "demo": ["x"],
+    "serve": ["x"],
+    "convert": ["x y"],
+    "average": ["x y z"],
+    "export": ["x y"],
+    "prepare": ["x y"],
+    "plan": ["configs/digits.py"],
+    "scale": ["", *(f"{verb} x" for verb in SCALE)],
+    "bench": ["", "input configs/digits.py", "step configs/digits.py"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        *((f"{name} {first}", "--nope") for name, row in FIRST.items() for first in row),
+        ("configs digits", "--nope"),
+        *((command, "--json") for command in ("train configs/digits.py", "demo x", "serve x")),
+    ],
+)
+def test_a_flag_that_a_command_does_not_know_is_refused(command, flag, capsys, monkeypatch):
+    """One that is ignored, misspelt perhaps, gives a result of other settings than its user's."""
+    assert FIRST.keys() == COMMANDS.keys()
+    monkeypatch.chdir(ROOT)
+    try:
+        code = main([*command.split(), flag])
+    except SystemExit as stopped:
+        code = stopped.code
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (2, "")
+    assert flag in printed.err
+
+
 def test_the_console_script_starts_itself_once_with_huge_pages():
     with (
         mock.patch.object(os, "execv", autospec=True) as execute,
@@ -157,19 +200,16 @@ PRIVATE = (
     "table of words", "never-seen", "what is kept back", "what ships inside", "own cosine", "trunk",
     "features of unit length", "lies whole", "encoding in chunks", "tides", "dealt", "peers ",
 )  # fmt: skip
-COMMANDS = [
+WITH_HELP = [
     *(f"train configs/{path.name}" for path in (ROOT / "configs").glob("[!l_]*.py")),
     *("plan configs/digits.py", "bench input configs/digits.py", "bench step configs/digits.py"),
-    *(
-        f"scale {verb}"
-        for verb in ("ladder", "collect", "choose", "fit", "plan", "relate", "report")
-    ),
+    *(f"scale {verb}" for verb in SCALE),
     *("evaluate", "predict", "embed", "search", "demo", "serve", "convert", "export", "prepare"),
-    "sample-data",
+    *("sample-data", "configs"),
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", WITH_HELP)
 def test_every_help_text_stands_alone(command, monkeypatch):
     """It is a phrase of its own, and does not go on where the option's name ends."""
     monkeypatch.setenv("COLUMNS", "100")
@@ -201,6 +241,9 @@ def test_bundled_configs_are_listed_and_printed(capsys, monkeypatch):
     assert notes.keys() == {path.stem for path in (ROOT / "configs").glob("[!_]*.py")}
     assert all(note["Hardware"].endswith(".") for note in notes.values())
     assert notes["vit_b16"]["Expected"].endswith("evaluation of the released weights).")
+    assert main(["configs", "digits", "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert one == {"digits": notes["digits"] | {"python": (ROOT / "configs/digits.py").read_text()}}
     assert main(["configs", "digit"]) == 2
     assert "no config 'digit'; choose from" in capsys.readouterr().err
 
