@@ -16,7 +16,7 @@ from clip_jax.data.sources import SampleError, text_of
 from clip_jax.data.sources.image_folder import image_files
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
-from clip_jax.storage.files import AnyPath, read_text
+from clip_jax.storage.files import AnyPath, escape, read_text
 
 Split = Literal["train", "validation", "test"]
 
@@ -172,7 +172,7 @@ def open_webdataset(path: AnyPath, *, split: str = "test") -> Labelled | Caption
         )
     kind = path / "dataset_type.txt"
     captions = kind.exists() and read_text(kind).strip().lower() == "retrieval"
-    shards = str(path / split / "*.tar")
+    shards = f"{escape(str(path / split))}/*.tar"
     source = TarSource(TarConfig(path=shards, caption="txt" if captions else "cls"))
     rng = np.random.default_rng(0)  # unused: each image has one text
 

@@ -37,7 +37,7 @@ class SuiteConfig:
     # prompt. probe: logistic regression on features. few-shot: the same on --shots images per
     # class. neighbours: vote of the nearest training images. The last three need a training split.
     tasks: tuple[Task, ...] = ("zero-shot",)
-    # File with one prompt template per line, {c} for the class name. None: published templates.
+    # File with one prompt template per line, {} for the class name. None: published templates.
     templates: Path | None = None
     images: int | None = None  # Maximum number of images per split, spread over classes. None: all.
     shots: tuple[int, ...] = linear_probe.SHOTS  # Training images per class in the few-shot task.

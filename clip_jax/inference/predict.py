@@ -17,6 +17,7 @@ from clip_jax.inference.loading import Model, load, unit
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate
 from clip_jax.models.layers import DType
+from clip_jax.models.templates import check_template, fill
 from clip_jax.storage.files import AnyPath
 
 # Characters of a text that are read per token of the context; later ones cannot matter: the longest
@@ -93,8 +94,7 @@ def check_labels(labels: Sequence[str], template: str) -> list[str]:
         raise InputError(
             f"labels={shown(list(labels))}: give at least one label, and no empty ones."
         )
-    if "{}" not in template:
-        raise InputError(f"template={shown(template)} has no {{}}; put it where the label goes.")
+    check_template(template, "template")
     return list(dict.fromkeys(labels))
 
 
@@ -103,24 +103,13 @@ def embed_labels(
 ) -> Float[np.ndarray, "classes E"]:
     """Return normalised embeddings of the labels, each in the template."""
     most = letters_read(model)
-    tokens = model.tokenize([prompt(label, template, most) for label in labels], truncate=True)
+    tokens = model.tokenize([fill(template, label, most) for label in labels], truncate=True)
     return unit(model.encode_text(tokens))
 
 
 def letters_read(model: Model) -> int:
     """Return how many characters of a text can matter to the model."""
     return _LETTERS * model.config.text.context_length
-
-
-def prompt(label: str, template: str, most: int) -> str:
-    """Return the first `most` characters of the template with a label.
-
-    However long both are, it builds at most four times as many characters. A label may only be
-    empty if the template is `{}`.
-    """
-    label = label[:most]
-    enough = most // max(len(label), 1) + 1  # as many labels are longer than `most`
-    return template[: 2 * most].replace("{}", label, enough)[:most]
 
 
 def ranked(labels: Sequence[str], shares: Float[np.ndarray, " classes"]) -> list[dict[str, Any]]:

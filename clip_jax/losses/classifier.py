@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import check_ranges
 from clip_jax.losses.objective import Context, Outputs, Result, Term
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.inputs import Input, LabelInput
+from clip_jax.models.templates import check_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,8 @@ class ClassifierConfig(Term):
 
     def __post_init__(self) -> None:
         check_ranges(self, "ClassifierConfig.", weight="[0, inf)", label_smoothing="[0, 1)")
-        if not all("{}" in template for template in self.templates or [""]):
-            raise InputError(f"ClassifierConfig.templates={self.templates}: each needs a {{}}.")
+        for template in self.templates or ("",):
+            check_template(template, "ClassifierConfig.templates")
 
     def reads(self, model: CLIPConfig) -> dict[str, Input]:
         """Return the label of each image."""

@@ -21,10 +21,11 @@ from jaxtyping import Float, Int32
 from clip_jax.data.images import ImageError, size_of
 from clip_jax.errors import check_ranges, shown
 from clip_jax.inference.loading import Model, unit
-from clip_jax.inference.predict import check_labels, letters_read, prompt, ranked
+from clip_jax.inference.predict import check_labels, letters_read, ranked
 from clip_jax.inference.search import Searcher
 from clip_jax.models.images import Images, concatenate, zeros
 from clip_jax.models.layers import DType
+from clip_jax.models.templates import PLACEHOLDER, fill
 from clip_jax.serve.batcher import Batcher, Full
 from clip_jax.storage.files import AnyPath
 
@@ -178,7 +179,7 @@ class Service:
     ) -> Float[np.ndarray, "B E"]:
         """Return normalised embeddings of texts, each in the template; long ones are truncated."""
         texts, most = _strings(texts, name), letters_read(self.model)
-        holes, plain = template.count("{}"), len(template.replace("{}", ""))
+        holes, plain = len(PLACEHOLDER.findall(template)), len(fill(template, ""))
         letters = sum(min(plain + holes * len(text), most) for text in texts)
         if letters > MAX_LETTERS:
             raise Answer(
@@ -186,7 +187,7 @@ class Service:
             )
 
         def tokens(_: int, text: str) -> Int32[np.ndarray, "1 L"]:
-            return self.model.tokenize([prompt(text, template, most)], truncate=True)
+            return self.model.tokenize([fill(template, text, most)], truncate=True)
 
         return await self._compute(self.texts, name, tokens, texts)
 

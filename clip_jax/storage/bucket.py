@@ -8,6 +8,7 @@ import asyncio
 import bisect
 import contextlib
 import errno
+import fnmatch
 import functools
 import importlib.util
 import itertools
@@ -16,7 +17,7 @@ import re
 import statistics
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +35,6 @@ _RETRIES = 20  # with random pauses that double from 0.1 to 15 s: about the same
 _LATE = (1.0, 4.0)  # repeat a request after 1 s, or 4 times the usual time
 _AT_ONCE = 4  # maximum concurrent requests for one range
 _USUAL = 64  # newest answers, whose median time is the usual time
-_SIGNS = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "?": "[^/]"}
 
 _lock = threading.Lock()
 _requests = _bytes = 0
@@ -149,15 +149,30 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
 
 
 def glob(pattern: str) -> list[str]:
-    """List objects that match; * and ? match within a folder, **/ any folders or none."""
-    folder = re.split(r"[*?]", pattern, maxsplit=1)[0].rpartition("/")[0]
-    rest = pattern[len(folder) + 1 :]
-    wanted = re.compile(
-        "".join(_SIGNS.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*|\?)", rest))
+    """List objects that match; *, ? and [0-9] match within a folder, **/ any folders or none.
+
+    An object whose name is the pattern is the only match.
+    """
+    folder = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    wanted = pattern[len(folder) + 1 :].split("/")
+    paths = [path for path, _ in listed(folder, deep=len(wanted) > 1)]
+    if pattern in paths:
+        return [pattern]
+    names = {path: path[len(folder) + 1 :].split("/") for path in paths}
+    return sorted(
+        path
+        for path, parts in names.items()
+        if not any(part.startswith(".") for part in parts) and _matches(parts, wanted)
     )
-    paths = (path for path, _ in listed(folder, deep="/" in rest))
-    paths = (path for path in paths if "/." not in path[len(folder) :])  # not dot files, like glob
-    return sorted(path for path in paths if wanted.fullmatch(path[len(folder) + 1 :]))
+
+
+def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Return whether the parts of a path match those of a pattern."""
+    if not (parts and wanted):
+        return not parts and not wanted
+    if wanted[0] == "**" and wanted[1:]:
+        return any(_matches(parts[start:], wanted[1:]) for start in range(len(parts)))
+    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
 
 
 def requested() -> tuple[int, int]:

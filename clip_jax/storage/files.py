@@ -26,7 +26,7 @@ from clip_jax.storage.errors import Unreachable, explain, of_client, summary
 
 AnyPath = Path | epath.Path  # the result of `as_path`
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
+_BRACES = re.compile(r"(?<!\[)\{([^{}]*)\}")  # [{] is a brace in a name
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MOST_FILES = 1_000_000  # maximum for one pattern
 _FEW = 8  # up to so many objects of a folder are requested singly; else it is listed
@@ -52,27 +52,51 @@ def as_path(path: str | os.PathLike[str]) -> AnyPath:
 # ------------------------------------------------------------------------------------- reading
 
 
-def expand(pattern: str) -> list[str]:
-    """List the paths that match a pattern of {00000..00041}, {a,b}, *, ?; sorted for * and ?.
+def is_pattern(path: str) -> bool:
+    """Return whether `expand` reads signs of a pattern in a path."""
+    return any(sign in path for sign in "*?[{")
 
-    Raises InputError if nothing matches. A path without * and ? need not exist.
+
+def escape(path: str) -> str:
+    """Quote the signs of a pattern in a path, as a part of a pattern."""
+    return re.sub(r"[*?\[{]", r"[\g<0>]", path)
+
+
+def expand(pattern: str) -> list[str]:
+    """List the paths that match a pattern of {00000..00041}, {a,b}, *, ?, [0-9] or [!0-9]; sorted
+    for the last four.
+
+    A file whose name is the pattern is the only match. Raises InputError if nothing matches. A path
+    without *, ? and [ need not exist.
     """
     paths = []
-    for number, path in enumerate(_expand_braces(os.path.expanduser(pattern))):
+    pattern = os.path.expanduser(pattern)
+    if not is_remote(pattern) and os.path.exists(pattern):
+        return [pattern]
+    for number, path in enumerate(_expand_braces(pattern)):
         if number == _MOST_FILES:
             raise InputError(
                 f"{pattern!r} stands for more than {_MOST_FILES:,} files, the maximum; use a "
                 "narrower pattern"
             )
-        if not any(sign in path for sign in "*?"):
+        if not any(sign in path for sign in "*?["):
             paths.append(path)
         elif is_remote(path):
             paths += bucket.glob(path)
         else:
-            paths += sorted(glob.glob(path, recursive=True))
+            paths += _glob(path)
     if not paths:
         raise InputError(f"nothing matches {pattern!r}; correct the path")
     return paths
+
+
+def _glob(pattern: str) -> list[str]:
+    if os.path.exists(pattern):
+        return [pattern]
+    folder, name = os.path.split(pattern)
+    if os.path.isdir(folder):  # its name may have signs of a pattern
+        pattern = os.path.join(glob.escape(folder), name)
+    return sorted(glob.glob(pattern, recursive=True))
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:

@@ -66,7 +66,7 @@ def test_template_files(tmp_path):
     assert prompts.read_templates(path) == ["a photo of a {c}.", "art of {}"]
     assert fill("art of {}", "zebra") == "art of zebra"
     path.write_text("a photo\n")
-    with pytest.raises(ValueError, match=r"template 1, 'a photo', needs \{c\} for"):
+    with pytest.raises(ValueError, match=r"mine\.txt: template 1='a photo' has no \{\} for"):
         prompts.read_templates(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="is empty"):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import tracemalloc
 from unittest import mock
 
 import jax
@@ -17,7 +16,6 @@ from clip_jax.cli.commands import main
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.weights import Head
 from clip_jax.inference.loading import Model, load
-from clip_jax.inference.predict import prompt
 from tests.conftest import COCA, write_tiny_model
 from tests.data.conftest import write_tar
 from tests.evals.conftest import unit
@@ -134,32 +132,6 @@ def test_without_labels_the_classes_are_those_of_the_models_classifier(folder, t
     results = [run("predict", x, "--images", image, "--labels", "a", "b") for x in
                (model, folder / "model")]  # fmt: skip
     assert results[0] == results[1]
-
-
-@pytest.mark.parametrize(
-    ("label", "template"),
-    [
-        ("a cat", "a photo of a {}."),
-        ("x" * 9, "{}"),
-        ("x" * 50, "{} and {}"),
-        ("x", "{}" * 30),
-        ("x", "-" * 9 + "{}" * 3),
-        ("{}", "{}-" * 9),
-        ("", "{}"),
-    ],
-)
-def test_a_prompt_is_the_beginning_of_the_template_with_the_label(label, template):
-    for most in range(1, 30):
-        assert prompt(label, template, most) == template.replace("{}", label)[:most]
-
-
-def test_a_prompt_is_cut_while_it_is_built():
-    """A long template with many places for a long label would fill the memory."""
-    tracemalloc.start()
-    assert prompt("x" * 100_000, "{}" * 1_000, 5_000) == "x" * 5_000
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 1_000_000
 
 
 def test_with_a_bias_every_label_has_a_probability_of_its_own():

@@ -92,8 +92,8 @@ def test_a_linear_probe_trains_the_classifier_and_the_scale_alone() -> None:
 
 def test_wrong_settings_are_named() -> None:
     for fields, message in (
-        ({"templates": ("a photo",)}, r"templates=\('a photo',\): each needs a \{\}"),
-        ({"templates": ()}, "each needs"),
+        ({"templates": ("a photo",)}, r"ClassifierConfig\.templates='a photo' has no \{\}"),
+        ({"templates": ()}, "templates='' has no"),
         ({"label_smoothing": 1.0}, r"ClassifierConfig\.label_smoothing=1\.0"),
     ):
         with pytest.raises(InputError, match=message):

@@ -62,6 +62,46 @@ def test_a_pattern_leaves_dot_files_out_in_a_bucket_as_on_a_disk():
         assert files.expand("gs://b/*.tar") == ["gs://b/1.tar"]
 
 
+PATHS = ("a/0.tar", "a/1.tar", "a/5.tar", "a/[0-3].tar", "b[1]/2.tar", "b{1}/3.tar", "c/d/e/4.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a/[0-3].tar", ["a/[0-3].tar"]),  # the file of that name
+        ("a/[0-4].tar", ["a/0.tar", "a/1.tar"]),
+        ("a/[!01].tar", ["a/5.tar"]),
+        ("?/[15]*", ["a/1.tar", "a/5.tar"]),
+        ("a/{0,[15]}.tar", ["a/0.tar", "a/1.tar", "a/5.tar"]),
+        ("[c]/**/*.tar", ["c/d/e/4.tar"]),
+        (f"{files.escape('b[1]')}/*.tar", ["b[1]/2.tar"]),
+        (f"{files.escape('b{1}')}/*.tar", ["b{1}/3.tar"]),
+        ("a/[5-0].tar", None),
+        ("a/[01.tar", None),  # no pattern: the bracket is not closed
+    ],
+)
+def test_a_pattern_matches_the_same_files_on_a_disk_and_in_a_bucket(pattern, expected, tmp_path):
+    """`[0-3]` was a name for tars, and a pattern where the format was guessed."""
+    for path in PATHS:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x")
+    for root in (str(tmp_path), f"gs://b/{tmp_path.name}"):
+        store = LocalStore(tmp_path.parent)
+        with mock.patch.object(bucket, "_bucket", autospec=True, return_value=store):
+            if expected is None:
+                with pytest.raises(InputError, match="nothing matches"):
+                    files.expand(f"{root}/{pattern}")
+            else:
+                assert files.expand(f"{root}/{pattern}") == [f"{root}/{x}" for x in expected]
+
+
+def test_a_folder_with_signs_of_a_pattern_in_its_name_is_itself(tmp_path):
+    """`odd[1]/*.tar` matched nothing beside the folder `odd[1]`."""
+    (tmp_path / "odd[1]").mkdir()
+    (tmp_path / "odd[1]" / "0.tar").write_bytes(b"x")
+    assert files.expand(f"{tmp_path}/odd[1]/*.tar") == [f"{tmp_path}/odd[1]/0.tar"]
+
+
 def test_braces_that_mean_too_many_files_are_refused():
     for pattern in ("{0..99999999999}.tar", "{0..99999}/{0..99999}.tar"):
         with pytest.raises(InputError, match="stands for more than 1,000,000 files"):

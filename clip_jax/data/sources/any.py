@@ -120,11 +120,11 @@ def guess_source(config: PathConfig) -> SingleConfig:
         elif "dataset_info.json" in names:
             kind = TfdsConfig
         elif shards:
-            kind, path = shards[0], f"{path.rstrip('/')}/*{shards[0].suffixes[0]}"
+            kind, path = shards[0], f"{files.escape(path.rstrip('/'))}/*{shards[0].suffixes[0]}"
         else:
             kind = FolderConfig
     if kind is None:
-        if not (any(sign in path for sign in "*?[{") or folder.exists()):
+        if not (files.is_pattern(path) or folder.exists()):
             raise InputError(f"{path} does not exist; correct the path")
         raise InputError(
             f"{path} is not a data source; use files that end in {', '.join(_KINDS)}, or a folder "

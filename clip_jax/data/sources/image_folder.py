@@ -11,6 +11,7 @@ from clip_jax.data.images import SUFFIXES
 from clip_jax.data.sources import StoredRecord, StoredSource, read_file
 from clip_jax.data.sources.shards import listed, warn_once
 from clip_jax.errors import InputError
+from clip_jax.models.templates import check_template, fill
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
@@ -27,8 +28,7 @@ class FolderConfig:
 
     def __post_init__(self) -> None:
         for template in self.templates:
-            if "{}" not in template:
-                raise InputError(f"templates: {template!r} has no {{}} for the name of the class")
+            check_template(template, "templates")
 
     def open(self, *_: Any) -> "FolderSource":
         return FolderSource(self)
@@ -90,7 +90,7 @@ class FolderSource(StoredSource):
         image = functools.partial(read_file, path, path.suffix)
         if (label := self._labels.get(self._names[index].split("/")[0])) is not None:
             name = self.classes[label]
-            captions = [template.replace("{}", name) for template in self._templates]
+            captions = [fill(template, name) for template in self._templates]
             return StoredRecord(self.key(index), 0, image, lambda: captions, label=label)
         what = (
             "caption file (class folders need --data.source.templates in training; prepare takes "

@@ -89,7 +89,7 @@ class TfdsBucketSource(ArrayRecordSource):
             )
         super().__init__(
             ArrayRecordConfig(
-                path=f"{config.path.rstrip('/')}/*-{config.split}.array_record*",
+                path=f"{files.escape(config.path.rstrip('/'))}/*-{config.split}.array_record*",
                 image_column=config.image_column,
                 caption_column=config.caption_column,
             )

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from clip_jax.data.class_folders import class_names, imagenet_wnids
 from clip_jax.errors import InputError
 from clip_jax.evals.ranks import cosines, top_k_accuracy
+from clip_jax.models.templates import check_template, fill
 from clip_jax.storage.files import AnyPath, read_text
 
 __all__ = [
@@ -40,19 +41,11 @@ def templates(data_set: str) -> list[str]:
     return _published().get(data_set) or [PLAIN_TEMPLATE]
 
 
-def fill(template: str, name: str) -> str:
-    """Replace `{c}` or `{}` in a template with a class name."""
-    return template.replace("{c}", name).replace("{}", name)
-
-
 def read_templates(path: AnyPath) -> list[str]:
-    """Read one template per line. Raises InputError for a line without `{c}` for the class."""
+    """Read one template per line. Raises InputError for a line without `{}` or `{c}`."""
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
-        if "{c}" not in line and "{}" not in line:
-            raise InputError(
-                f"{path}: template {number}, {line!r}, needs {{c}} for the class name."
-            )
+        check_template(line, f"{path}: template {number}")
     if not lines:
         raise InputError(f"{path} is empty; write one template per line: {PLAIN_TEMPLATE}")
     return lines

@@ -180,7 +180,7 @@ def test_class_folders_are_captioned_by_templates_and_their_names(tmp_path):
     (tmp_path / "loose.png").write_bytes(b"x")
     with pytest.raises(InputError, match=r"loose\.png is in no class folder"):
         open_single(config, 16)
-    with pytest.raises(InputError, match=r"'a cat' has no \{\}"):
+    with pytest.raises(InputError, match=r"templates='a cat' has no \{\}"):
         FolderConfig(path=str(tmp_path), templates=("a cat",))
     without = FolderSource(FolderConfig(path=str(tmp_path)))
     with pytest.raises(SampleError, match=r"need --data\.source\.templates in training; prepare"):
