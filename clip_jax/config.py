@@ -29,6 +29,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import DataConfig, classes_of, open_source
 from clip_jax.errors import InputError, check_ranges, naming
 from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.evals.evaluator import check_distinct
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.losses import ClassifierConfig, DistillationConfig, SoftmaxConfig, TermConfig
@@ -130,6 +131,7 @@ class Config:
             raise InputError("init_architecture and lora need trained weights: set --init-from.")
         if self.lora is not None and len(self.init_towers) < 2:
             raise InputError("lora needs the weights of both towers: omit --init-towers.")
+        check_distinct(self.evals)
         if self.profile_steps is not None:
             profile_range(self.profile_steps)
 

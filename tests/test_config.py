@@ -12,6 +12,9 @@ from clip_jax.convert.formats import starting_params
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.image_folder import FolderConfig
 from clip_jax.errors import InputError
+from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.evals.held_out_pairs import PairsEvalConfig
+from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.losses import ClassifierConfig, SigmoidConfig, SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig
@@ -118,6 +121,35 @@ def test_a_bias_stays_for_a_sigmoid_loss_and_a_softmax_leaves_it_out(tmp_path, c
         assert model.init_logit_bias == bias
         assert ("logit_bias" in starting_params(path, model)) == (bias is not None)
         assert ("its logit bias is left out" in capsys.readouterr().err) == (bias is None)
+
+
+PAIRS, DIGITS, SUITE = PairsEvalConfig(), DigitsEvalConfig(), SuiteEvalConfig
+
+
+@pytest.mark.parametrize(
+    ("evals", "both"),
+    [
+        ((PAIRS, DIGITS, SUITE()), None),
+        ((PAIRS, PairsEvalConfig(pool=2)), "held-out pairs"),
+        ((PAIRS, PairsEvalConfig(name="web"), PairsEvalConfig(name="news")), None),
+        ((PairsEvalConfig(name="web"), PAIRS, PairsEvalConfig(name="web")), r"web \(zero-shot\)"),
+        ((DIGITS, DigitsEvalConfig(per_number=1)), "the bundled digits"),
+        ((SUITE(dataset=("food101",)), SUITE(dataset=("pets", "food101"))), "food101"),
+        ((SUITE(dataset=("food101",)), SUITE(dataset=("food101",), tasks=("probe",))), None),
+        ((SUITE(), SUITE(dataset=("mnist",))), "mnist"),
+        ((SUITE(dataset=("folder:a/x",)), SUITE(dataset=("folder:~/b/x",))), "x"),
+        ((SUITE(dataset=("folder:a/x", "folder:b/x")), SUITE(dataset=("folder:b",))), "b"),
+        ((SUITE(dataset=("folder:a/x",)), SUITE(dataset=("folder:gs://b/y",))), None),
+        ((SUITE(dataset=("folder:a/web",)), PairsEvalConfig(name="web")), "web"),
+    ],
+)
+def test_two_evaluators_with_the_same_metrics_are_refused(evals, both):
+    """The second one's `info_nce` would replace the first one's in `result.json`."""
+    if both is None:
+        assert Config(evals=evals).evals == evals
+    else:
+        with pytest.raises(InputError, match=rf"evals\.0 and evals\.\d both measure {both}"):
+            Config(evals=evals)
 
 
 def test_a_classifier_takes_the_classes_of_the_data_once(tmp_path):

@@ -8,6 +8,7 @@ or a prepared TFDS builder (`TFDS_NAME/[config/]VERSION/dataset_info.json`).
 
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,16 +84,12 @@ def data_sets(
     data set is not on disk, or none is, unless `skip` is set.
     """
     opened: dict[str, OpenSplit] = {}
-    own_names = Counter(Path(text.partition(":")[2]).absolute().name for text in names)
-    for text in names or ROWS:
-        kind, _, path = text.partition(":")
-        if path and kind in _KINDS:
+    for text, name in zip(names or ROWS, names_of(names), strict=True):
+        kind, path = _own(text)
+        if path:
             own = files.as_path(path)
-            full = Path(str(own)).absolute()
-            name = full.name if own_names[full.name] == 1 else full.parent.name
             open_split = functools.partial(_open_own, kind, own, name, codes)
         elif text in _NAMES:
-            name = text
             open_split = functools.partial(_open_named, name, files.as_path(data_dir), codes)
         else:
             raise InputError(
@@ -115,6 +112,31 @@ def data_sets(
             f"none of the suite's {len(SUITE)} data sets is in {data_dir}; set --data-dir."
         )
     return opened
+
+
+def names_of(texts: Sequence[str]) -> list[str]:
+    """Return the names by which data sets are reported; without `texts`, those of the suite.
+
+    One's own has the name of its folder or, if another folder is called the same, of the parent.
+    """
+    folders = {
+        text: Path(os.path.expanduser(path)).absolute() for text in texts if (path := _own(text)[1])
+    }
+    counts = Counter(folders[text].name for text in texts if text in folders)
+
+    def name_of(text: str) -> str:
+        folder = folders.get(text)
+        if folder is None:
+            return text
+        return folder.name if counts[folder.name] == 1 else folder.parent.name
+
+    return [name_of(text) for text in texts or ROWS]
+
+
+def _own(text: str) -> tuple[str, str]:
+    """Return the kind and the path of one's own data set; two empty texts for a named one."""
+    kind, _, path = text.partition(":")
+    return (kind, path) if path and kind in _KINDS else ("", "")
 
 
 def _open_own(kind: str, path: AnyPath, name: str, codes: Sequence[str], split: Split) -> Data:

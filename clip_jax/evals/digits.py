@@ -38,6 +38,10 @@ class DigitsEvalConfig:
         names = ("per_number", "max_numbers", "max_prompts", "every_steps")
         check_ranges(self, "evals.", **dict.fromkeys(names, "[1, inf)"))
 
+    def measures(self) -> list[str]:
+        """Return the bundled digits, whatever their number: the metrics have the same names."""
+        return ["the bundled digits"]
+
     def make(self) -> "DigitsEvaluator":
         return DigitsEvaluator(self)
 

@@ -142,7 +142,8 @@ def embed_for_probe(model: CLIP, params: Params, images: Images) -> Float[Array,
 @runtime_checkable
 class Evaluator(Protocol):
     """An evaluator: yields named metrics, during training and on saved weights. It is built by
-    `make` of its config, a member of `Config.evals`.
+    `make` of its config, a member of `Config.evals`, whose `measures` returns what no other
+    evaluator of a run may measure.
 
     One that knows its data sets before it runs has their `names`; its metrics are `NAME/METRIC`.
     """
@@ -155,6 +156,20 @@ class Evaluator(Protocol):
         All processes call it and get the same numbers; only one writes.
         """
         ...
+
+
+def check_distinct(configs: Sequence[Any]) -> None:
+    """Raise InputError if two evaluators of a run measure the same: of two metrics with one name,
+    the second would replace the first."""
+    owners: dict[str, int] = {}
+    for index, config in enumerate(configs):
+        for subject in config.measures():
+            if (first := owners.setdefault(subject, index)) != index:
+                raise InputError(
+                    f"evals.{first} and evals.{index} both measure {subject}, so their metrics "
+                    "have the same names; set another `name` (of held-out pairs), data set or "
+                    "task, or remove one of the two."
+                )
 
 
 class Evaluations:

@@ -1,6 +1,7 @@
 """Contrastive loss, caption loss and retrieval on pairs held out from training."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -30,6 +31,9 @@ class PairsEvalConfig:
     # logarithm: use the same value in all runs that are compared.
     pool: int = 1_024
     every_steps: int = 1_000  # Steps between evaluations; the last step is always evaluated.
+    # Prefix of the metrics' names: with web, info_nce is web/info_nce. Empty: no prefix. Evaluators
+    # of held-out pairs in one run need different names.
+    name: str = ""
 
     def __post_init__(self) -> None:
         check_ranges(self, "evals.", pairs="[2, inf)", pool="[2, inf)", every_steps="[1, inf)")
@@ -37,6 +41,15 @@ class PairsEvalConfig:
             raise InputError(f"evals.pool={self.pool} must be at most evals.pairs={self.pairs}.")
         if self.data.crop != "center":
             raise InputError("evals.data.crop must be 'center', not 'random', for held-out pairs.")
+
+        if not re.fullmatch(r"[\w.-]*", self.name):
+            raise InputError(
+                f"evals.name={self.name!r} must consist of letters, digits, '_', '-' and '.'."
+            )
+
+    def measures(self) -> list[str]:
+        """Return the name, under which a suite would report retrieval."""
+        return [f"{self.name} (zero-shot)" if self.name else "held-out pairs"]
 
     def make(self) -> "PairsEvaluator":
         return PairsEvaluator(self)
@@ -57,6 +70,11 @@ class PairsEvaluator:
 
     def run(self, encoder: Encoder, output: AnyPath | None = None) -> Iterator[tuple[str, float]]:
         """Embed all pairs and measure them."""
+        prefix = f"{self.config.name}/" if self.config.name else ""
+        for metric, value in self._measure(encoder):
+            yield prefix + metric, value
+
+    def _measure(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
         batch = self._batch(encoder)
         images, texts = encoder.images(batch.image), encoder.compute(embed_texts, batch.text)
         yield "info_nce", info_nce(images, texts, encoder.logit_scale, self.config.pool)

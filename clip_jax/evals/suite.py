@@ -8,7 +8,7 @@ from typing import Literal
 from clip_jax import processes
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals import captioning, linear_probe, prompts, results
-from clip_jax.evals.catalog import data_sets
+from clip_jax.evals.catalog import data_sets, names_of
 from clip_jax.evals.datasets import Missing, OpenSplit
 from clip_jax.evals.evaluator import Encoder, say
 from clip_jax.evals.ranks import NotFinite
@@ -76,6 +76,10 @@ class SuiteEvalConfig(SuiteConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, "evals.", memory_mib="[0, inf)", every_steps="[1, inf)")
+
+    def measures(self) -> list[str]:
+        """Return the data sets with their tasks."""
+        return [f"{name} ({task})" for name in names_of(self.dataset) for task in self.tasks]
 
     def make(self) -> "SuiteEvaluator":
         skip = self.missing == "skip"

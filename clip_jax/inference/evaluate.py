@@ -13,7 +13,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.datasets import open_digits
 from clip_jax.evals.digits import DigitsEvalConfig
-from clip_jax.evals.evaluator import Encoder, Evaluator, length_of, say
+from clip_jax.evals.evaluator import Encoder, Evaluator, check_distinct, length_of, say
 from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
 from clip_jax.inference.loading import load_on_mesh
 from clip_jax.models.layers import DType
@@ -178,10 +178,12 @@ def _options(config: EvaluateConfig) -> dict[str, Any]:
 def _of_run(config: EvaluateConfig, run: Config | None) -> list[Any]:
     """Return a run's evaluators, changed by the options of the command that they have."""
     options = _options(config)
-    return [
+    changed = [
         replace(own, **{name: options[name] for name in options.keys() & vars(own).keys()})
         for own in (run.evals if run else ())
     ]
+    check_distinct(changed)
+    return changed
 
 
 def _digits(config: EvaluateConfig, run: Config | None) -> DigitsEvalConfig:

@@ -34,6 +34,18 @@ def test_the_numbers_are_those_of_the_first_pairs_each_time():
     assert 1 < first["info_nce"] < 5
 
 
+def test_a_name_tells_the_metrics_of_two_sources_apart():
+    """Without one, the metrics of the second would replace those of the first."""
+    encoder = encoder_on(mesh_of(8))
+    own, named = (
+        dict(PairsEvalConfig(pairs=37, pool=13, name=name).make().run(encoder))
+        for name in ("", "web")
+    )
+    assert named == {f"web/{metric}": value for metric, value in own.items()}
+    with pytest.raises(InputError, match=r"evals\.name='a/b' must consist of letters"):
+        PairsEvalConfig(name="a/b")
+
+
 def test_more_pairs_than_there_are_would_come_twice_in_one_pool(tmp_path):
     data = DataConfig(source=made.table(tmp_path, made.make_pairs(20)), crop="center")
     with pytest.raises(InputError, match=r"evals\.pairs=21, but their source has 20; set"):

@@ -316,6 +316,9 @@ def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, ca
         assert _suite(config, of) == suite
     own = Config(evals=(PairsEvalConfig(), SuiteEvalConfig()))
     assert [getattr(x, "images", None) for x in _of_run(ask(images=9), own)] == [None, 9]
+    tasks = (SuiteEvalConfig(), SuiteEvalConfig(tasks=("probe",)))  # each has its metrics
+    with pytest.raises(InputError, match=r"evals\.0 and evals\.1 both measure"):
+        _of_run(ask(tasks=("neighbours",)), Config(evals=tasks))
     with pytest.raises(InputError, match=r"--images: the evaluators of .* have no such option"):
         _suite(ask(images=9), pairs)
     _digits(asked, Config(data=DataConfig(source=DigitsConfig(digits=2))))
