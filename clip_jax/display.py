@@ -112,7 +112,12 @@ class Display:
 
     def report(self, step: int, values: Mapping[str, Any], seconds_left: float = 0) -> None:
         """Print the main metrics of a report and the estimated time to completion."""
-        shown = [text.format(values[name]) for name, text in REPORTED.items() if name in values]
+        shown = []
+        for metric, text in REPORTED.items():
+            for name, value in values.items():
+                term, _, last = name.rpartition("/")
+                if last == metric:
+                    shown.append(f"{term} {text.format(value)}".strip())
         if seconds_left:
             shown.append(f"ETA {duration(seconds_left)}")
         self.line(f"step {step}/{self._total}  " + "  ".join(shown))

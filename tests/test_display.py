@@ -24,6 +24,7 @@ def test_elsewhere_also_under_jupyter_it_writes_lines_and_no_bar(monkeypatch, ca
         display.advance(20)
         display.report(20, {"loss": 1.25, "other": 3}, seconds_left=80)
         display.report(30, {"image_to_text_accuracy": 0.984, "images_per_second": 12345.6})
+        display.report(30, {"a/image_to_text_accuracy": 0.5, "b/image_to_text_accuracy": 0.75})
     Display("train", 30, quiet=True).line("unheard")
     monkeypatch.setattr("builtins.get_ipython", type("ZMQInteractiveShell", (), {}), raising=False)
     fake = type(sys)("IPython.display")  # without `display`: nothing goes into the page
@@ -32,6 +33,7 @@ def test_elsewhere_also_under_jupyter_it_writes_lines_and_no_bar(monkeypatch, ca
     assert capsys.readouterr().err.splitlines() == [
         "step 20/30  loss 1.25  ETA 1 min 20 s",
         "step 30/30  in-batch accuracy 98.4%  12,346 images/s",
+        "step 30/30  a in-batch accuracy 50.0%  b in-batch accuracy 75.0%",
         "step 1",
     ]
 

@@ -11,6 +11,7 @@ Embeddings and the results of `encode` are kept for the global batch; all other 
 towers exist only while their chunk is encoded. So any term works with gradient accumulation.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -27,6 +28,12 @@ Inputs = dict[str, Any]  # the batch by name: "image", "text", and further input
 Outputs = dict[str, Float[Array, "B ..."]]
 Metrics = dict[str, Any]  # name -> scalar
 Result = tuple[Float[Array, ""], Metrics]
+
+# Metrics of the step itself, whose names no term's metric takes.
+OF_STEP = frozenset(
+    {"loss", "grad_norm", "param_norm", "logit_scale", "learning_rate"}
+    | {"skipped_updates", "skipped_in_a_row"}
+)
 
 
 class Axes(NamedTuple):
@@ -151,6 +158,7 @@ def check(objective: Objective, model: CLIPConfig) -> None:
         )
     for term in objective:
         term.check(model)
+    reads(objective, model)
     writes = any("caption_states" in term.needs for term in objective)
     if writes != (model.decoder is not None):
         wrong = "needs model.decoder" if writes else "does not train model.decoder"
@@ -189,18 +197,37 @@ def is_embedding(name: str) -> bool:
 
 
 def total(objective: Objective, x: Context) -> Result:
-    """Return the weighted sum of the terms; with several, each adds a metric `NAME_loss`."""
-    parts, metrics = [], {}
-    for term in objective:
-        value, own = term.loss(_seen_by(term, x))
-        metrics |= own | ({f"{term.name}_loss": value} if len(objective) > 1 else {})
-        parts.append(value if term.weight == 1 else term.weight * value)
+    """Return the weighted sum of the terms; with several, each adds a metric `NAME_loss`.
+
+    Other metrics have the names that their terms give them, or `NAME/METRIC` if several terms have
+    the metric.
+    """
+    results = [(term, *term.loss(_seen_by(term, x))) for term in objective]
+    metrics = {}
+    if len(objective) > 1:
+        metrics = {f"{term.name}_loss": value for term, value, _ in results}
+    names = Counter([*OF_STEP, *metrics, *(name for _, _, own in results for name in own)])
+    for term, _, own in results:
+        for name, y in own.items():
+            metrics[name if names[name] == 1 else f"{term.name}/{name}"] = y
+    parts = [value if term.weight == 1 else term.weight * value for term, value, _ in results]
     return sum(parts[1:], start=parts[0]), metrics
 
 
 def reads(objective: Objective, model: CLIPConfig) -> dict[str, Input]:
-    """Return what the input pipeline makes of each sample for the terms, by name."""
-    return {name: x for term in objective for name, x in term.reads(model).items()}
+    """Return what the input pipeline makes of each sample for the terms, by name.
+
+    Raises InputError if two terms mean different inputs by one name.
+    """
+    inputs: dict[str, Input] = {}
+    for term in objective:
+        for name, x in term.reads(model).items():
+            if inputs.setdefault(name, x) != x:
+                raise InputError(
+                    f"the objective's term {term.name!r} and an earlier one read different inputs, "
+                    f"both by the name {name!r}: rename one of them in the term's `reads`."
+                )
+    return inputs
 
 
 def draw(objective: Objective, model: CLIPConfig, key: Array) -> Params:

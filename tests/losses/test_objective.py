@@ -20,9 +20,11 @@ from clip_jax.errors import InputError
 from clip_jax.losses import (
     CaptionConfig,
     Context,
+    DistillationConfig,
     Frozen,
     SigmoidConfig,
     SoftmaxConfig,
+    StoredTeacher,
     Term,
     objective,
 )
@@ -264,6 +266,62 @@ def test_each_term_sees_what_it_carries_itself() -> None:
     state = State(jnp.zeros((), jnp.int32), {}, {}, begun)
     x = context(CLIP(TINY), make_mesh(MeshConfig(), jax.devices()[:1]), state, {}, {}, {})
     assert objective.update(both, x) == {"first": {"count": 10}, "second": {"count": 20}}
+
+
+def test_a_metric_of_several_terms_has_their_names_and_none_is_overwritten() -> None:
+    """A later term's accuracy replaced an earlier term's, and the step's loss a term's own."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class First(StoredTerm):
+        name: ClassVar[str] = "first"
+
+        def loss(self, x: Context):
+            return 1.0, {"accuracy": 0.25, "norm": 2.0, "loss": 3.0, "second_loss": 4.0}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Second(StoredTerm):
+        name: ClassVar[str] = "second"
+
+        def loss(self, x: Context):
+            return 5.0, {"accuracy": 0.75}
+
+    state = State(jnp.zeros((), jnp.int32), {}, {})
+    x = context(CLIP(TINY), make_mesh(MeshConfig(), jax.devices()[:1]), state, {}, {}, {})
+    alone = {"accuracy": 0.25, "norm": 2.0, "first/loss": 3.0, "second_loss": 4.0}
+    assert objective.total((First(),), x) == (1.0, alone)
+    value, metrics = objective.total((First(), Second(weight=2.0)), x)
+    assert value == 11.0
+    assert metrics == {
+        "first_loss": 1.0,
+        "first/accuracy": 0.25,
+        "first/loss": 3.0,
+        "first/second_loss": 4.0,
+        "norm": 2.0,
+        "second_loss": 5.0,
+        "second/accuracy": 0.75,
+    }
+
+
+def test_the_names_of_the_steps_own_metrics_are_known_to_the_objective() -> None:
+    """A term's metric of another name of the step would be overwritten."""
+    own = program([], optim=replace(OPTIM, skip_norm_ratio=10.0))
+    _, metrics = jax.eval_shape(own.step, own.state, own.batch)
+    of_term = {"image_to_text_accuracy", "text_to_image_accuracy"}
+    assert metrics.keys() == objective.OF_STEP | of_term
+
+
+def test_inputs_of_two_terms_by_one_name_are_refused_unless_they_are_equal() -> None:
+    """The second teacher's embeddings replaced the first's in the batch."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Second(DistillationConfig):
+        name: ClassVar[str] = "second"
+
+    first = DistillationConfig(teachers=(StoredTeacher(embed_dim=8),))
+    same, other = (Second(teachers=(StoredTeacher(embed_dim=x),)) for x in (8, 12))
+    assert objective.reads((first, same), TINY) == first.reads(TINY)
+    with pytest.raises(InputError, match=r"term 'second' and an earlier one .* 'stored_image'"):
+        objective.check((first, other), TINY)
 
 
 def test_what_terms_need_of_the_towers_has_one_order_in_every_process() -> None:
