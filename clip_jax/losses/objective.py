@@ -11,6 +11,7 @@ Embeddings and the results of `encode` are kept for the global batch; all other 
 towers exist only while their chunk is encoded. So any term works with gradient accumulation.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -231,11 +232,15 @@ def reads(objective: Objective, model: CLIPConfig) -> dict[str, Input]:
 
 
 def draw(objective: Objective, model: CLIPConfig, key: Array) -> Params:
-    """Draw the terms' own parameters, by the terms' names."""
+    """Draw the terms' own parameters, by the terms' names.
+
+    Each term has a key of its name, so that no two draw equal numbers and none depends on others.
+    """
     drawn: Params = {}
     for term in objective:
+        own = jax.random.fold_in(key, zlib.crc32(term.name.encode()))
         for i, (name, (shape, _)) in enumerate(term.parameters(model).items()):
-            normal = jax.random.normal(jax.random.fold_in(key, i), shape)
+            normal = jax.random.normal(jax.random.fold_in(own, i), shape)
             drawn.setdefault(term.name, {})[name] = normal * shape[0] ** -0.5
     return drawn
 

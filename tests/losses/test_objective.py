@@ -29,11 +29,12 @@ from clip_jax.losses import (
     objective,
 )
 from clip_jax.models.clip import CLIP, CLIPConfig, l2_normalize
+from clip_jax.models.lora import LoRAConfig, draw
 from clip_jax.optim import OptimConfig
 from clip_jax.pods import compile as pod
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe, State, context
-from tests.conftest import COCA, MESHES, OPTIM, TINY, assert_close, batch, parameters
+from tests.conftest import COCA, MESHES, OPTIM, TINY, assert_close, batch, by_path, parameters
 
 TEACHER = replace(TINY, embed_dim=24, vision=replace(TINY.vision, width=16, depth=1))
 SCALE = 20.0
@@ -322,6 +323,31 @@ def test_inputs_of_two_terms_by_one_name_are_refused_unless_they_are_equal() -> 
     assert objective.reads((first, same), TINY) == first.reads(TINY)
     with pytest.raises(InputError, match=r"term 'second' and an earlier one .* 'stored_image'"):
         objective.check((first, other), TINY)
+
+
+def test_each_term_draws_its_own_numbers_whatever_else_is_drawn() -> None:
+    """Terms with equal shapes began equal, and adapters in the order of a term's numbers."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Other(StoredTerm):
+        name: ClassVar[str] = "other"
+
+        def parameters(self, model: CLIPConfig):
+            return {"a": ((96,), "-"), "b": ((96,), "-")}
+
+    @dataclass(frozen=True, kw_only=True)
+    class More(Other):
+        name: ClassVar[str] = "more"
+
+    key = jax.random.key(0)
+    lora = LoRAConfig(rank=3, targets=("visual/proj", "text/text_projection"))
+    adapters = by_path(draw(TINY, lora, key))
+    drawn, alone = (objective.draw(x, TINY, key) for x in ((More(), Other()), (Other(),)))
+    jax.tree.map(np.testing.assert_array_equal, drawn["other"], alone["other"])
+    arrays = [x.ravel() for x in (*adapters.values(), *by_path(drawn).values()) if x.any()]
+    assert [x.size for x in arrays] == [96] * 6
+    ranks = np.argsort(np.argsort(arrays))
+    assert np.abs(np.corrcoef(ranks) - np.eye(6)).max() < 0.5
 
 
 def test_what_terms_need_of_the_towers_has_one_order_in_every_process() -> None:
