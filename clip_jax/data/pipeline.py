@@ -40,6 +40,7 @@ from clip_jax.storage import files
 _MAX_REPLACEMENTS = 1000  # attempts for one position; beyond that the source is broken
 _MIN_JUDGED = 256  # samples to read before the share of bad ones is checked
 _SHOWN_REASONS = 3
+_FIRST = 8  # samples whose stored embeddings are compared with the objective before training
 
 Tokenize = Callable[[Sequence[str], int, bool], Int32[np.ndarray, "B L"]]
 
@@ -106,6 +107,9 @@ def build(
     process = (process_index, process_count)
     side = max(kind.images.side for kind in plan.kinds)
     loader = _Loader(config, side, process, inputs)
+    stored = {x.widths for x in (inputs or {}).values() if isinstance(x, StoredInput)}
+    for source, widths in itertools.product(loader.members, stored):
+        _check_widths(cast(sources.StoredSource, source), widths)
     how = {"text": (tokenizer, context_length)}
     for name, x in (inputs or {}).items():
         if isinstance(x, TextInput):
@@ -153,15 +157,12 @@ class Pipeline:
 
     def fingerprints(self) -> list[str]:
         """Hash the source, or each member of a mixture, with the first stored embeddings."""
-        source = self._loader.source
-        members = source.members if isinstance(source, MixtureSource) else [source]
+        members = self._loader.members
         hashes = [sources.digest(one, blocks=self.order == "blocks") for one in members]
         if not self._loader.reads_stored:
             return hashes
-        first = [
-            cast(sources.StoredSource, one).record(0).more() or Reinforcement() for one in members
-        ]
-        stored = [hashlib.sha256(one.image.tobytes()).hexdigest()[:12] for one in first]
+        first = [_reinforcement(cast(sources.StoredSource, one), 0).image for one in members]
+        stored = [hashlib.sha256(image.tobytes()).hexdigest()[:12] for image in first]
         return [f"{one}-{own}" for one, own in zip(hashes, stored, strict=True)]
 
     def batches(self, start_step: int = 0) -> Generator[Batch]:
@@ -276,7 +277,8 @@ class _Loader:
         self, config: DataConfig, side: int, process: tuple[int, int] = (0, 1),
         inputs: Mapping[str, Input] | None = None,
     ) -> None:  # fmt: skip
-        self.source = open_source(config.source, side, process)
+        source = self.source = open_source(config.source, side, process)
+        self.members = source.members if isinstance(source, MixtureSource) else [source]
         self._config, self._side, self._inputs = config, side, inputs or {}
         each = self._inputs.items()
         self._specs = {name: x.spec for name, x in each if isinstance(x, ImageInput)}
@@ -294,8 +296,8 @@ class _Loader:
                 "a StoredTeacher needs the augmentations that its embeddings belong to: set "
                 "--data.crop stored, with data that clip-jax prepare --reinforce wrote"
             )
-        members = self.source.members if isinstance(self.source, MixtureSource) else [self.source]
-        if self._reads_more and not all(isinstance(one, sources.StoredSource) for one in members):
+        is_stored = [isinstance(one, sources.StoredSource) for one in self.members]
+        if self._reads_more and not all(is_stored):
             raise InputError(
                 "synthetic captions and stored augmentations need data that clip-jax prepare "
                 "wrote; set --data.source to such a path"
@@ -398,14 +400,36 @@ class _Loader:
             chosen["image"] = more.image, arrays["number"]
         for name, x in self._stored.items():
             rows, row = chosen[x.of]
-            if rows.shape[1:] != (x.width,) or row >= len(rows):
-                raise InputError(
-                    f"the stored embeddings of {x.of} have the shape {rows.shape}, but the "
-                    f"objective's StoredTeachers need {x.width} values for each of its captions or "
-                    "augmentations: set their embed_dim to that of the teachers in report.json"
-                )
-            arrays[name] = rows[row][None]
+            arrays[name] = rows[row : row + 1]
+            more.check(arrays[name], x)
         return caption, synthetic, arrays
+
+
+def _check_widths(source: sources.StoredSource, widths: tuple[int, ...]) -> None:
+    """Raise InputError if a source stores embeddings of other widths than the teachers of a term.
+
+    The first samples decide together: one that differs from all others is a bad sample.
+    """
+    stored = {}
+    for index in range(min(_FIRST, len(source))):
+        more = _reinforcement(source, index)
+        if more.fits(widths):
+            return
+        if more.total:
+            stored[source.key(index)] = more.widths or more.total
+    for key, own in stored.items():
+        raise InputError(
+            f"data.source stores embeddings of width {own} (sample {key!r}), but embed_dim of the "
+            f"objective's StoredTeachers is {widths}: set one StoredTeacher for each teacher in "
+            "report.json of the data, in the same order"
+        )
+
+
+def _reinforcement(source: sources.StoredSource, index: int) -> Reinforcement:
+    """Return what is stored with a sample, nothing for a sample that cannot be read."""
+    with contextlib.suppress(sources.SampleError):
+        return source.record(index).more() or Reinforcement()
+    return Reinforcement()
 
 
 def classes_of(source: Any, expected: tuple[str, ...] = ()) -> tuple[str, ...]:

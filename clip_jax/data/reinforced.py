@@ -11,7 +11,7 @@ import io
 import json
 import zlib
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxtyping import Float32
 
 from clip_jax.data.augment import OPERATIONS, POSTERIZE, Augmentation
 from clip_jax.data.sources import SampleError, captions_of
+from clip_jax.models.inputs import StoredInput
 from clip_jax.storage.torch_pickle import read_torch
 
 EmbeddingType = Literal["float16", "int8"]
@@ -40,12 +41,36 @@ class Reinforcement:
     synthetic: tuple[str, ...] = ()  # captions
     text: Float32[np.ndarray, "T _D"] = field(default_factory=_absent)
     synthetic_text: Float32[np.ndarray, "S _D"] = field(default_factory=_absent)
+    # The width of each teacher's part of D; empty if unknown, as in tars.
+    widths: tuple[int, ...] = field(default=(), kw_only=True)
+
+    @property
+    def total(self) -> int:
+        """The width of all teachers' embeddings together; 0 without embeddings."""
+        return next((x.shape[1] for x in _rows(self).values()), 0)
+
+    def fits(self, widths: tuple[int, ...]) -> bool:
+        """Say whether the embeddings are of teachers of these widths, as far as the format says."""
+        return self.widths == widths if self.widths else self.total == sum(widths)
+
+    def check(self, row: Float32[np.ndarray, "_ _D"], x: StoredInput) -> None:
+        """Raise SampleError unless a row of these embeddings is there, is of the teachers' widths
+        and is zero for none of them."""
+        if not row.size:
+            raise SampleError(f"the stored embedding of {x.of} is missing")
+        if not self.fits(x.widths):
+            stored = self.widths or self.total
+            raise SampleError(f"stored embeddings have width {stored}, but need {x.widths}")
+        parts = np.split(row, np.cumsum(x.widths)[:-1], axis=1)
+        if not all(part.any() for part in parts):
+            raise SampleError(f"the stored embedding of {x.of} is zero")
 
 
 def to_features(
     r: Reinforcement, dtype: EmbeddingType, widths: Sequence[int]
 ) -> dict[str, list[bytes]]:
-    """Return features of an ArrayRecord's example; `widths` are the teachers', in their order."""
+    """Return features of an ArrayRecord's example; `widths` are the teachers', in their order, or
+    empty if they are unknown, as in tars."""
     features = {name: _encode(x, dtype, widths) for name, x in _rows(r).items()}
     if features:
         features["emb"] = [json.dumps({"dtype": dtype, "widths": list(widths)}).encode()]
@@ -64,7 +89,11 @@ def from_features(
         stored = json.loads(features.get("emb", [b"{}"])[0])
         rows = {x: _decode(features[x], **stored) for x in _ROWS if x in features}
         texts = captions_of(features[SYNTHETIC]) if SYNTHETIC in features else []
-        return _join(features.get("paug", [b""])[0], texts, rows, captions)
+        joined = _join(features.get("paug", [b""])[0], texts, rows, captions)
+        widths = tuple(stored["widths"]) if rows else ()
+        if widths and sum(widths) != joined.total:
+            raise SampleError(f"embeddings of width {joined.total} cannot be of {widths}")
+        return joined and replace(joined, widths=widths)
 
 
 def to_members(r: Reinforcement) -> dict[str, bytes]:
@@ -168,6 +197,7 @@ def _rows(r: Reinforcement) -> dict[str, Any]:
 def _encode(rows: _Rows, dtype: EmbeddingType, widths: Sequence[int]) -> list[bytes]:
     if dtype == "float16":
         return [row.tobytes() for row in rows.astype("<f2")]
+    widths = widths or (rows.shape[1],)
     starts = np.cumsum([0, *widths[:-1]])
     scales = np.maximum.reduceat(np.abs(rows), starts, axis=1).astype("<f4")
     unit = rows / np.repeat(np.maximum(scales, 1e-30), widths, axis=1)
@@ -178,6 +208,7 @@ def _encode(rows: _Rows, dtype: EmbeddingType, widths: Sequence[int]) -> list[by
 def _decode(rows: Sequence[bytes], dtype: EmbeddingType, widths: Sequence[int]) -> _Rows:
     if dtype == "float16":
         return np.array([np.frombuffer(row, "<f2") for row in rows], np.float32)
+    widths = widths or (len(rows[0]) - 4,)
     at = 4 * len(widths)
     scales = np.array([np.frombuffer(row[:at], "<f4") for row in rows])
     steps = np.array([np.frombuffer(row[at:], np.int8) for row in rows], np.float32)

@@ -108,9 +108,9 @@ class DistillationConfig(Contrastive):
 
     def reads(self, model: CLIPConfig) -> dict[str, Input]:
         """Return the inputs of the loss and of the teachers that the student's towers lack."""
-        width = sum(x.embed_dim for x in self.teachers if isinstance(x, StoredTeacher))
-        kinds = cast(Any, ("image", *self.texts) if width else ())
-        stored = {f"stored_{kind}": StoredInput(kind, width) for kind in kinds}
+        widths = tuple(x.embed_dim for x in self.teachers if isinstance(x, StoredTeacher))
+        kinds = cast(Any, ("image", *self.texts) if widths else ())
+        stored = {f"stored_{kind}": StoredInput(kind, widths) for kind in kinds}
         live = {name: own for own, name in self._names(model).items()}
         return stored | {name: own for name, own in live.items() if name not in ("image", "text")}
 

@@ -31,10 +31,10 @@ class TextInput:
 
 
 class StoredInput(NamedTuple):
-    """Embeddings that are stored with the sample, of all teachers side by side, [B, width]."""
+    """Embeddings that are stored with the sample, of all teachers side by side, [B, Σ widths]."""
 
     of: Literal["image", "text", "synthetic"]
-    width: int
+    widths: tuple[int, ...]  # of each teacher, in the order of the data
 
 
 class LabelInput(NamedTuple):
@@ -54,4 +54,4 @@ def shapes_of(x: Input, batch_size: int) -> Any:
         return jax.ShapeDtypeStruct((batch_size, x.text.context_length), jnp.int32)
     if isinstance(x, LabelInput):
         return jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return jax.ShapeDtypeStruct((batch_size, x.width), jnp.float32)
+    return jax.ShapeDtypeStruct((batch_size, sum(x.widths)), jnp.float32)

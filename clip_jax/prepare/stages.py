@@ -188,7 +188,7 @@ def _record(pair: Pair, config: PrepareConfig) -> bytes:
             "leave out resize, encode and filters of captions, or reinforce again"
         )
     if more:
-        features |= to_features(more, config.embedding_type, (more.image.shape[1],))
+        features |= to_features(more, config.embedding_type, more.widths)
     return encode_example(features)
 
 

@@ -14,10 +14,11 @@ from clip_jax.data.digits import DigitsSource
 from clip_jax.data.order import batches
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig
-from clip_jax.data.reinforced import Reinforcement, to_features
+from clip_jax.data.reinforced import Reinforcement, to_features, to_members
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
 from clip_jax.data.sources.image_folder import FolderConfig
+from clip_jax.data.sources.tar import TarConfig
 from clip_jax.errors import InputError
 from clip_jax.models.images import NaFlex, Square
 from clip_jax.models.inputs import ImageInput, LabelInput, StoredInput, TextInput
@@ -241,10 +242,10 @@ def test_a_teacher_sees_the_same_crop_flip_and_colours_at_its_own_size(order, tm
 
 def reinforced(folder, count=24):
     """Pairs with two captions, three synthetic ones and four augmentations; the embeddings of the
-    n-th pair are its number, and the number of the caption or augmentation."""
+    n-th pair are its number, and the number of the caption or augmentation, both from 1."""
     records = []
     for n, (_, image, text) in enumerate(made.make_pairs(count)):
-        rows = [np.stack([np.full(k, n), np.arange(k)], 1).astype(np.float32) for k in (4, 2, 3)]
+        rows = [np.stack([np.full(k, n), np.arange(k)], 1) + np.float32(1) for k in (4, 2, 3)]
         boxes = [(4 * i, i, 40 - 4 * i, 30) for i in range(4)]
         more = Reinforcement(
             augmentations=tuple(Augmentation(box, i % 2 == 1, ()) for i, box in enumerate(boxes)),
@@ -259,7 +260,7 @@ def reinforced(folder, count=24):
     return ArrayRecordConfig(path=str(path)), records
 
 
-STORED = {f"stored_{of}": StoredInput(of, 2) for of in ("image", "text", "synthetic")}
+STORED = {f"stored_{of}": StoredInput(of, (2,)) for of in ("image", "text", "synthetic")}
 TEXT = TextConfig(context_length=16, vocab_size=1024)
 TOKENS = {"synthetic": TextInput(TEXT, synthetic=True)}
 
@@ -276,7 +277,7 @@ def test_stored_embeddings_are_of_the_augmentation_and_caption_that_are_drawn(
     batches = take(config, 4, inputs={**STORED, **TOKENS, "larger": ImageInput(Square(16))})
     drawn = set()
     for batch in batches:
-        of = {name: x.astype(int) for name, x in batch.inputs.items() if name in STORED}
+        of = {name: x.astype(int) - 1 for name, x in batch.inputs.items() if name in STORED}
         for row, (n, number) in enumerate(of["stored_image"]):
             image, more, _ = records[n]
             seen = replay(image, more.augmentations[number], [Square(8), Square(16)], 8)
@@ -307,15 +308,97 @@ def test_a_synthetic_caption_replaces_the_true_one_by_a_ratio(tmp_path):
         assert least <= count <= most
 
 
+def embedded(row):
+    """What is stored with a pair that has one augmentation and one caption."""
+    row = np.asarray([row], np.float32)
+    return Reinforcement((Augmentation(),), 8, image=row, text=row)
+
+
+ROW = np.arange(1, 25)  # by teachers of widths 16 and 8
+
+
+def two_teachers(folder, first, layout="records"):
+    """24 pairs with embeddings by two teachers, of which the first has these features."""
+    members, records = [], []
+    for number, (name, image, text) in enumerate(made.make_pairs(24)):
+        key, more = name.partition(".")[0], embedded(ROW)
+        features = to_features(more, "float16", (16, 8)) if number else first
+        records.append(encode_example({"image": [image], "caption": [text.encode()], **features}))
+        members += [(name, image), (f"{key}.txt", text.encode())]
+        members += [(f"{key}.{suffix}", content) for suffix, content in to_members(more).items()]
+    if layout == "tar":
+        made.write_tar(folder / "pairs.tar", members)
+        return TarConfig(path=str(folder / "pairs.tar"))
+    made.write_records(folder / "pairs.array_record", "group_size:1", records)
+    return ArrayRecordConfig(path=str(folder / "pairs.array_record"))
+
+
+ABSENT = to_features(Reinforcement((Augmentation(),), 8), "float16", ())
+
+
+@pytest.mark.parametrize(
+    ("layout", "widths", "message"),
+    [
+        ("records", (16, 8), None),
+        ("records", (8, 16), r"of width \(16, 8\) \(sample '.*:1'\), .* is \(8, 16\): set one"),
+        ("records", (24,), r"of width \(16, 8\) .* StoredTeachers is \(24,\)"),
+        ("tar", (16, 8), None),
+        ("tar", (8, 8), r"of width 24 .* StoredTeachers is \(8, 8\)"),
+    ],
+)
+def test_widths_of_stored_embeddings_are_those_of_the_teachers_one_by_one(
+    layout, widths, message, tmp_path
+):
+    """Only their sum was compared, so that a teacher's values were taken for another's."""
+    source = two_teachers(tmp_path, ABSENT, layout)
+    config = DataConfig(source=MixtureConfig(members=(MemberConfig(source=source),)), crop="stored")
+    refused = message and pytest.raises(InputError, match=message)
+    with refused or contextlib.nullcontext():
+        open_pipeline(config, inputs={"stored_image": StoredInput("image", widths)})
+
+
+@pytest.mark.parametrize("order", ["global", "blocks"])
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (ABSENT, "the stored embedding of image is missing"),
+        (
+            to_features(embedded(ROW), "float16", (8, 16)),
+            "stored embeddings have width (8, 16), but need (16, 8)",
+        ),
+        (
+            to_features(embedded(ROW[:12]), "float16", (12,)),
+            "stored embeddings have width (12,), but need (16, 8)",
+        ),
+        (
+            to_features(embedded(ROW), "float16", (17, 8)),
+            "embeddings of width 24 cannot be of (17, 8)",
+        ),
+        (
+            to_features(embedded(ROW * (ROW > 16)), "float16", (16, 8)),
+            "the stored embedding of image is zero",
+        ),
+    ],
+    ids=["absent", "exchanged", "narrow", "damaged", "zero"],
+)
+def test_a_sample_whose_embeddings_do_not_fit_is_a_bad_one(first, reason, order, tmp_path):
+    """It ended the run, with a traceback if it was the first and damaged, or it was trained on."""
+    config = DataConfig(source=two_teachers(tmp_path, first), crop="stored", order=order)
+    inputs = {f"stored_{of}": StoredInput(of, (16, 8)) for of in ("image", "text")}
+    assert len(open_pipeline(config, inputs=inputs).fingerprints()) == 1
+    read = take(config, 2, inputs=inputs)
+    skipped = {(x["key"].rpartition(":")[2], x["reason"]) for one in read for x in one.skipped}
+    assert skipped == {("0", reason)}
+    for one in read:
+        np.testing.assert_array_equal(one.inputs["stored_image"], np.tile(ROW, (12, 1)))
+
+
 def test_what_a_source_cannot_give_is_refused(tmp_path):
     source, _ = reinforced(tmp_path)
-    stored = DataConfig(source=source, crop="stored")
-    wide = {"stored_image": StoredInput("image", 3)}
     for config, inputs, message in (
         (digits(crop="stored"), {}, "need data that clip-jax prepare wrote"),
         (digits(synthetic_ratio=0.5), {}, "need data that clip-jax prepare wrote"),
         (DataConfig(source=source), STORED, "set --data.crop stored"),
-        (stored, wide, r"embeddings of image have the shape \(4, 2\), .* need 3 values"),
     ):
         with pytest.raises(InputError, match=message):
             take(config, 1, inputs=inputs)

@@ -75,6 +75,16 @@ def test_what_is_written_is_read(dtype):
     check_equal(read, STORED, rtol=2**-11, atol=0.005 if dtype == "int8" else 1e-7)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_the_widths_of_teachers_are_stored_and_compared_one_by_one(dtype):
+    """Of unknown ones, as from tars, only the sum."""
+    known, unknown = (from_features(to_features(STORED, dtype, x), 1) for x in (WIDTHS, ()))
+    check_equal(unknown, STORED, rtol=2**-11, atol=0.005 if dtype == "int8" else 1e-7)
+    for widths in (WIDTHS, (24, 40), (64,), (40,)):
+        assert known.fits(widths) == (widths == WIDTHS)
+        assert unknown.fits(widths) == (sum(widths) == 64)
+
+
 def test_what_is_absent_is_not_written():
     for empty in (from_features({"image": [b"x"]}), from_members({"image": b"x"}, 1)):
         assert empty is None

@@ -376,9 +376,9 @@ def test_teachers_share_inputs_that_are_equal() -> None:
     other = LiveTeacher(weights="runs/other", model=OTHER)
     term = replace(TERM, teachers=(LIVE, other, TERM.teachers[0], other))
     assert term.reads(SMALL) == {
-        "stored_image": StoredInput("image", 8),
-        "stored_text": StoredInput("text", 8),
-        "stored_synthetic": StoredInput("synthetic", 8),
+        "stored_image": StoredInput("image", (8,)),
+        "stored_text": StoredInput("text", (8,)),
+        "stored_synthetic": StoredInput("synthetic", (8,)),
         "synthetic": TextInput(SMALL.text, synthetic=True),
         "teacher0_image": ImageInput(BIG.vision.image_spec),
         "teacher1_text": TextInput(OTHER.text),
