@@ -4,7 +4,6 @@
 """
 
 import functools
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -40,7 +39,7 @@ from clip_jax.models.clip import (
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import Muon, OptimConfig, Tower, make_optimizer, schedule
-from clip_jax.optim.wrappers import TOWERS, GuardState
+from clip_jax.optim.wrappers import TOWERS, GuardState, capped
 from clip_jax.sharding import AnyMesh
 
 FrozenParams = dict[str, dict[str, Params]]  # by the names of the term and of its model
@@ -330,9 +329,7 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
         grads, state.opt_state, trainable, learning_rate=batch["learning_rate"]
     )
     trainable = cast(Params, optax.apply_updates(trainable, updates))
-    if "logit_scale" in trainable:  # the paper clips the scale to keep training stable
-        cap = math.log(optim.max_logit_scale)
-        trainable["logit_scale"] = jnp.minimum(trainable["logit_scale"], cap)
+    trainable = capped(trainable, optim.max_logit_scale)
     batch_stats, carried = result.statistics if batch_stats else {}, {}
     if state.carried:
         carried = terms.update(objective, context_of(trainable, inputs, result.outputs))

@@ -185,7 +185,7 @@ def make_optimizer(config: OptimConfig, rows: Rows) -> optax.GradientTransformat
     if config.locked:
         optimizer = wrappers.lock(optimizer, config.locked)
     if config.ema_decay is not None:
-        optimizer = wrappers.average(optimizer, config.ema_decay)
+        optimizer = wrappers.average(optimizer, config.ema_decay, config.max_logit_scale)
     if config.skip_norm_ratio is not None:
         optimizer = wrappers.guard(optimizer, config.skip_norm_ratio)
     return optimizer

@@ -1,7 +1,8 @@
 """Wrappers of an optimizer: learning rates by tower and layer, locks, averages, skipped updates."""
 
+import math
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,17 @@ def lock(
     return optax.chain(optax.masked(inner, others), optax.masked(optax.set_to_zero(), locked))
 
 
+def capped(params: Params, max_logit_scale: float) -> Params:
+    """Return the parameters with a clipped logit scale, by which the paper keeps training stable.
+
+    Adapters train no logit scale.
+    """
+    if "logit_scale" not in params:
+        return params
+    limit = math.log(max_logit_scale)
+    return params | {"logit_scale": jnp.minimum(params["logit_scale"], limit)}
+
+
 class AverageState(NamedTuple):
     """The optimizer's state and the moving average of the parameters."""
 
@@ -120,20 +132,21 @@ class AverageState(NamedTuple):
 
 
 def average(
-    inner: optax.GradientTransformationExtraArgs, decay: float
+    inner: optax.GradientTransformationExtraArgs, decay: float, max_logit_scale: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Keep an exponential moving average of the weights, in float32."""
+    """Keep an exponential moving average of the weights with `capped` logit scale, in float32."""
 
     def init(params: Any) -> AverageState:
-        return AverageState(inner.init(params), jax.tree.map(jnp.copy, params))
+        ema = jax.tree.map(jnp.copy, capped(params, max_logit_scale))
+        return AverageState(inner.init(params), ema)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, AverageState]:
         updates, after = inner.update(updates, state.inner, params, **extra)
-        new = optax.apply_updates(params, updates)
+        new = capped(cast(Params, optax.apply_updates(params, updates)), max_logit_scale)
         ema = jax.tree.map(lambda old, x: decay * old + (1 - decay) * x, state.ema, new)
-        return updates, AverageState(after, ema)
+        return updates, AverageState(after, capped(ema, max_logit_scale))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

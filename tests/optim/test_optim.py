@@ -21,7 +21,7 @@ from clip_jax.optim import (
     make_optimizer,
     schedule,
 )
-from clip_jax.optim.wrappers import averaged, scale_layers
+from clip_jax.optim.wrappers import averaged, capped, scale_layers
 from clip_jax.sharding import path_name
 from tests.conftest import TINY, by_path
 from tests.optim.conftest import names_only
@@ -98,6 +98,26 @@ def test_towers_have_their_own_rates_and_the_average_follows_the_weights():
     ema = averaged(state, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ema, expected)
     assert averaged(one_update(params)[1], params) is params
+
+
+@pytest.mark.parametrize("more", [{}, {"skip_norm_ratio": 10.0}, {"locked": ("image",)}])
+@pytest.mark.parametrize("start", [np.log(99.0), np.log(150.0)])
+def test_the_average_is_of_logit_scales_that_are_capped(start, more):
+    """It was of the scales before the step clips them, and began with an initial one above."""
+    config = OptimConfig(**PLAIN | more, ema_decay=0.5)
+    optimizer, limit = make_optimizer(config, {}), np.float32(np.log(100.0))
+    params = two_towers() | {"logit_scale": np.float32(start)}
+    state, ema = optimizer.init(params), min(np.float32(start), limit)
+    assert averaged(state, params)["logit_scale"] == ema
+    for _ in range(3):
+        grads = jax.tree.map(lambda x: -np.ones_like(x), params)  # each raises the scale by 0.1
+        updates, state = optimizer.update(grads, state, params, learning_rate=0.1)
+        params = capped(optax.apply_updates(params, updates), 100.0)
+        assert params["logit_scale"] == limit
+        ema = (ema + limit) / 2
+        assert averaged(state, params)["logit_scale"] == pytest.approx(ema, rel=1e-6)
+        assert averaged(state, params)["logit_scale"] <= limit
+    assert "logit_scale" not in capped({"visual": {}}, 100.0)
 
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "RN50", "convnext_base"])
