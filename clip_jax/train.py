@@ -169,7 +169,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
 
     steps_kept = begun.position.get("seconds/steps", math.inf)
     reports = Reports(workdir, timers, config, start, mesh.size, steps_kept)
-    reports.result["unique_samples"] = pipeline.num_samples
+    reports.facts["unique_samples"] = pipeline.num_samples
     for line in begun.messages:
         reports.line(line)
     axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())

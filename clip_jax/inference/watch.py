@@ -76,8 +76,11 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float | int
     last = finished.get(end, {})
     last = {name: x for name, x in last.items() if name not in ("skipped", "failed")}
     if processes.is_lead():  # the run has written its own metrics
-        result = read_json(workdir / "result.json") | last
-        files.write_whole(workdir / "result.json", json.dumps(result, indent=1))
+        result = read_json(workdir / "result.json")
+        if result.get("step") == end:
+            files.write_whole(workdir / "result.json", json.dumps(result | last, indent=1))
+        else:
+            say(f"result.json is of step {result.get('step')}, so only {WATCHED} has step {end}.")
     return last
 
 

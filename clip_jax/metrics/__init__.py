@@ -228,7 +228,6 @@ class Reports:
         lead = processes.is_lead()
         self._workdir, self._timers, self._devices = workdir, timers, devices
         self._start, self._end, self._reported = start, config.end, start
-        self._evaluated = start
         self._samples, self._flops = config.samples_after, config.flops_after
         self._kind_at = config.batches.at
         self._peak = peak_flops(jax.devices()[0].device_kind)
@@ -242,6 +241,8 @@ class Reports:
         self._skipped_here: list[dict[str, Any]] = []  # since the last `write_down`
         self._read: Counter[str] = Counter()  # from buckets, since the last report
         self.result = recover_json(workdir / "result.json", self.line) if lead else {}
+        self.facts: dict[str, Any] = {}  # that hold for every step, for result.json
+        self._result_step = start
         self.goodput = Goodput(timers, self.result, steps_kept)
 
     def begin(self) -> None:
@@ -305,19 +306,23 @@ class Reports:
         unseen = self._timers.total["evaluation"] + self._timers.total["save"]
         per_step = training / steps + unseen / (step - self._start) if steps else 0.0
         self._display.report(step, values, per_step * (self._end - step))
-        self.result.update(step=step, samples_seen=values["samples_seen"], loss=metrics["loss"])
+        self._record(step, {"loss": metrics["loss"]})
         if self._writer:
             self._writer.write(step, values)
 
     def evaluated(self, step: int, values: Mapping[str, float | str]) -> None:
         """Write the results of an evaluator, or why it `failed`."""
-        if step != self._evaluated:  # an earlier failure says nothing about this step
-            self.result.pop("failed", None)
-            self._evaluated = step
-        self.result.update(values)
+        self._record(step, values)
         self.line(results(step, values))
         if self._writer:
             self._writer.write(step, dict(values))
+
+    def _record(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Add a step's values to `result.json`, and remove those of an earlier step."""
+        if step != self._result_step:
+            self._result_step = step
+            self.result = {"step": step, "samples_seen": self._samples(step)}
+        self.result.update(values)
 
     def position(self) -> dict[str, float]:
         """Return the timing that a checkpoint saves."""
@@ -331,7 +336,7 @@ class Reports:
             if rows:
                 rows.sort(key=lambda row: (row["step"], row["position"]))
                 self._skipped.write(*rows)
-            self.result.update(self.goodput.values())
+            self.result.update(self.facts, **self.goodput.values())
             files.write_whole(self._workdir / "result.json", json.dumps(self.result, indent=1))
 
     def flush(self) -> None:

@@ -106,6 +106,7 @@ def test_a_run_that_stops_early_is_watched_as_far_and_further_when_it_goes_on(ru
     run.later = [lambda: run.save(4)]
     run.watch()
     assert run.last == {"acc": 0.4}
+    assert "acc" not in json.loads((run.workdir / "result.json").read_text())  # which is of step 6
     run.start(5)
     run.later = [lambda: run.start(None), lambda: run.save(5), lambda: run.save(6)]
     assert set(run.watch()) == {2, 4, 5, 6}

@@ -174,6 +174,39 @@ def test_a_failed_evaluation_is_one_of_its_step(tmp_path, capsys):
     assert rows(tmp_path)[0] == {"step": 2, "failed": "3 of 4 rows"}
 
 
+def test_result_json_has_the_values_of_one_step_over_all_starts(tmp_path):
+    """Otherwise the table of a study has results of earlier steps as if the run ended with them."""
+    clock, config = HandClock(), tiny_digits(steps=100)
+
+    def start(step: int) -> Reports:
+        reports = Reports(epath.Path(tmp_path), Timers(clock), config, step, 1, math.inf)
+        clock.advance(1)
+        reports.facts["unique_samples"] = 50
+        return reports
+
+    def written(reports: Reports) -> dict[str, float]:
+        reports.write_down()
+        values = json.loads((tmp_path / "result.json").read_text())
+        return {x: value for x, value in values.items() if x != "goodput" and "seconds/" not in x}
+
+    first = start(0)
+    first.report(10, {"loss": 3.0})
+    first.evaluated(10, {"retrieval": 0.5})
+    first.evaluated(10, {"zero_shot": 0.25})
+    of_ten = {"step": 10, "samples_seen": 160, "unique_samples": 50, "loss": 3.0}
+    assert written(first) == of_ten | {"retrieval": 0.5, "zero_shot": 0.25}
+    first.evaluated(15, {"zero_shot": 0.75})
+    of_fifteen = {"step": 15, "samples_seen": 240, "unique_samples": 50}
+    assert written(first) == of_fifteen | {"zero_shot": 0.75}
+    first.close(None)
+    resumed = start(5)  # from an older checkpoint, with other evaluators
+    assert resumed.result["step"] == 15  # still what the file has
+    resumed.report(15, {"loss": 2.0})
+    resumed.evaluated(15, {"retrieval": 0.125})
+    assert written(resumed) == of_fifteen | {"loss": 2.0, "retrieval": 0.125}
+    resumed.close(None)
+
+
 def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path):
     full, board = open("/dev/full", "wb"), tmp_path / "tensorboard"  # noqa: SIM115
     with mock.patch.object(record_writer, "open_file", autospec=True, return_value=full):
