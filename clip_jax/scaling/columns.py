@@ -2,13 +2,16 @@
 
 A column is mapped by OURS=THEIRS or OURS=THEIRS:UNIT. OURS with a {COLUMN} in braces names results
 of a long table, which has a row per model and data set: {dataset}_acc1=acc1 gives the columns
-cifar10_acc1 and so on, in one row per model.
+cifar10_acc1 and so on, in one row per run. Rows that are equal in all other columns are one run, so
+=THEIRS leaves columns out that describe a result, such as =acc5 or =lp_*.
 """
 
 import re
 from collections.abc import Sequence
+from fnmatch import filter as matching
 from typing import Any, NamedTuple
 
+from clip_jax.display import warn
 from clip_jax.errors import InputError
 
 Row = dict[str, Any]
@@ -23,7 +26,6 @@ SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "%": 0.01}  # of numbers
 PLAIN = {"percent": 0.01, "K": 1e3, "M": 1e6, "B": 1e9}  # for all other columns
 TAG = "tag"  # unit of samples_seen=pretrained:tag, for the names of open_clip's weights
 BRACES = re.compile(r"\{(.*?)\}")  # columns in the name of a result
-IDENTITY = ("arch", "samples_seen", "seed", "name", "source")  # tell the runs of a long table apart
 
 # Columns of published tables. An entry whose column a table lacks does not count; of several
 # entries for one column the last counts.
@@ -38,6 +40,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "arch=model", "samples_seen=pretrained:tag", "pretrained=pretrained",
         "{dataset}_acc1=acc1", "{dataset}_img_r5=image_retrieval_recall@5",
         "{dataset}_txt_r5=text_retrieval_recall@5",
+        "=task", "=acc*", "=*_acc", "=lp_*", "=mean_*", "=*recall*",
     ),
     # zeroshot_results.csv of Cherti et al. 2023, arXiv:2212.07143
     "cherti": (
@@ -45,6 +48,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "samples_seen_scale=samples_seen_pretty", "{downstream_dataset}_acc1=acc1",
         "{downstream_dataset}_img_r5=image_retrieval_recall@5",
         "{downstream_dataset}_txt_r5=text_retrieval_recall@5",
+        "=task", "=acc*", "=mean_*", "=*recall*",
     ),
     # all_results.csv.gz of Nezhurina et al. 2025, arXiv:2506.04598, as its code reads it
     "laion": (
@@ -55,6 +59,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "eval_type=eval_type", "{downstream_dataset}_acc1=acc1", "{downstream_dataset}_miou=miou",
         "{downstream_dataset}_img_r5=image_retrieval_recall@5",
         "{downstream_dataset}_loss=contrastive_loss",
+        "=task", "=path", "=acc*", "=*_acc", "=main_metric*", "=mean_*", "=*recall*",
+        "=cosine_distance", "=caption_loss",
     ),
 }  # fmt: skip
 
@@ -62,7 +68,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 class Entry(NamedTuple):
     """A column of ours, the column that it comes from, and its unit ("": none)."""
 
-    ours: str
+    ours: str  # "" for a pattern of columns that are left out
     theirs: str
     unit: str
 
@@ -83,9 +89,9 @@ class Entry(NamedTuple):
 def mapped(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     """Return rows with our columns; others keep their names.
 
-    `columns` has entries and names of presets. A long table keeps the columns that are equal in all
-    rows of a run. Raises InputError for a column that is missing, an unknown unit, or two values of
-    one result of a run.
+    `columns` has entries and names of presets. Rows of a long table are of one run if all columns
+    but those of results are equal. Raises InputError for a column that is missing, an unknown unit,
+    or two values of one result of a run.
     """
     names = {name for row in rows for name in row}
     entries: dict[str, Entry] = {}
@@ -94,40 +100,48 @@ def mapped(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
         for text in PRESETS.get(column, (column,)):
             entry = _entry(text, names)
             needed = {entry.theirs, *BRACES.findall(entry.ours)}
+            if not entry.ours:
+                needed = {*matching(names, entry.theirs)} or needed
             if needed <= names:
-                entries[entry.ours] = entry
                 used |= needed
+                if entry.ours:
+                    entries[entry.ours] = entry
             elif column not in PRESETS:
                 lacks, has = (", ".join(sorted(x)) for x in (needed - names, names))
                 raise InputError(f"columns={text!r}: the table has no {lacks}; it has {has}.")
     results = [entries.pop(name) for name in list(entries) if "{" in name]
-    keys = {*IDENTITY, *entries}
     runs: dict[Any, Row] = {}
     for i, row in enumerate(rows):
         rest = {name: cell for name, cell in row.items() if name not in used}
         rest |= {name: entry.cell(row) for name, entry in entries.items()}
-        key = tuple(_alike(cell) for name, cell in rest.items() if name in keys)
-        run = runs.setdefault(key if results else i, dict(rest))
-        for name, cell in rest.items():
-            if name not in keys and run.get(name) != cell:
-                run.pop(name, None)  # differs between the results of a run
+        key = tuple((name, _alike(rest[name])) for name in sorted(rest))
+        run = runs.setdefault(key if results else i, rest)
         for entry in results:
             name = BRACES.sub(lambda x, row=row: str(row.get(x[1])), entry.ours)
             cell = entry.cell(row)
             if cell not in ("", None) and run.setdefault(name, cell) != cell:
                 raise InputError(
-                    f"{run.get('arch')} has two values of {name}, {run[name]} and {cell}; map the "
-                    "column that tells these runs apart, such as lr=lr."
+                    f"{run.get('arch')} has two values of {name}, {run[name]} and {cell}, in rows "
+                    "whose other columns are equal; correct the table, or name the result by one "
+                    "more column in braces."
                 )
+    if results and len(runs) == len(rows) > 1:
+        others = ", ".join(sorted(names - used | entries.keys()))
+        warn(
+            f"no two rows are equal in {others}, so each is a run of its own. To join rows, leave "
+            "out columns that describe a result, such as --columns =acc5."
+        )
     return list(runs.values())
 
 
 def _entry(text: str, names: set[str]) -> Entry:
-    """Read OURS=THEIRS or OURS=THEIRS:UNIT."""
+    """Read OURS=THEIRS, OURS=THEIRS:UNIT or =THEIRS."""
     ours, _, theirs = text.partition("=")
-    if not (ours and theirs):
+    if not theirs:
         forms = ", ".join(("OURS=THEIRS", "OURS=THEIRS:UNIT", *PRESETS))
-        raise InputError(f"columns={text!r} must be one of {forms}.")
+        raise InputError(f"columns={text!r} must be one of {forms}, or =THEIRS.")
+    if not ours:
+        return Entry("", theirs, "")
     before, colon, unit = theirs.rpartition(":")
     if not colon or theirs in names:
         return Entry(ours, theirs, "")

@@ -124,11 +124,59 @@ def test_a_result_is_named_by_several_columns():
         for seed in ("0", "1")
         for name, metric, value in (("x", "acc1", "0.1"), ("x", "acc5", "0.2"), ("y", "acc1", ""))
     ]
-    wide = mapped(rows, ["{set}_{metric}=value"])
+    wide = mapped(rows, ["{set}_{metric}=value", "=not*"])
     assert wide == [{"arch": "a", "x_acc1": "0.1", "x_acc5": "0.2", "seed": x} for x in "01"]
     twice = [*rows, {**rows[0], "value": "0.3"}]
     with pytest.raises(InputError, match=r"a has two values of x_acc1, 0\.1 and 0\.3"):
-        mapped(twice, ["{set}_{metric}=value"])
+        mapped(twice, ["{set}_{metric}=value", "=note"])
+
+
+def test_rows_of_runs_that_differ_in_any_other_column_are_not_joined(
+    capsys: pytest.CaptureFixture[str],
+):
+    """Else a run that was measured on x and one that was measured on y become one run."""
+    rows = [
+        {"model": "a", "lr": lr, "set": name, "top1": top1}
+        for lr, name, top1 in (("1e-3", "x", "0.1"), ("5e-4", "y", "0.9"))
+    ]
+    wide = mapped(rows, ["arch=model", "{set}_top1=top1"])
+    run = {"arch": "a"}
+    assert wide == [run | {"lr": "1e-3", "x_top1": "0.1"}, run | {"lr": "5e-4", "y_top1": "0.9"}]
+    assert "no two rows are equal in arch, lr, so each is a run" in capsys.readouterr().err
+    same = [row | {"lr": lr} for row, lr in zip(rows, ("1e-3", "0.001"), strict=True)]
+    joined = run | {"lr": "1e-3", "x_top1": "0.1", "y_top1": "0.9"}
+    assert mapped(same, ["arch=model", "{set}_top1=top1"]) == [joined]
+    assert mapped(rows, ["arch=model", "{set}_top1=top1", "=lr"]) == [
+        {"arch": "a", "x_top1": "0.1", "y_top1": "0.9"}
+    ]
+    assert capsys.readouterr().err == ""
+
+
+RESULTS = {  # published columns that differ between the results of a run
+    "clip_benchmark": (
+        "acc1 acc5 mean_per_class_recall dataset task mean_average_precision "
+        "image_retrieval_recall@5 text_retrieval_recall@5 image_retrieval_recall@1 image_acc "
+        "lp_acc1"
+    ),
+    "cherti": (
+        "downstream_dataset acc1 acc5 mean_per_class_recall image_retrieval_recall@5 "
+        "text_retrieval_recall@5 mean_average_precision task"
+    ),
+    "laion": (
+        "path downstream_dataset task image_acc text_acc acc main_metric main_metric_value acc1 "
+        "acc5 mean_per_class_recall image_retrieval_recall@5 text_retrieval_recall@5 "
+        "cosine_distance contrastive_loss caption_loss miou"
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", RESULTS)
+def test_the_columns_of_a_published_result_do_not_divide_its_run(preset: str):
+    run = {"model": "a", "arch": "a", "pretrained": "", "lr": "1e-3", "train_caption_loss": "2"}
+    rows = [run | dict.fromkeys(RESULTS[preset].split(), value) for value in ("0.1", "0.2")]
+    (row,) = mapped(rows, [preset])
+    assert (row["lr"], row["0.1_acc1"], row["0.2_acc1"]) == ("1e-3", "0.1", "0.2")
+    assert row["train_caption_loss"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +184,7 @@ def test_a_result_is_named_by_several_columns():
     [
         ("open-clip", "must be one of OURS=THEIRS, OURS=THEIRS:UNIT, open_clip, clip_benchmark"),
         ("arch=model", "the table has no model; it has a:b, flops"),
+        ("=x*", r"columns='=x\*': the table has no x\*; it has a:b, flops"),
         ("gmacs_per_sample=flops:G", "unit of gmacs_per_sample must be one of MACs, GMACs"),
         ("{set}_{split}=flops", "the table has no set, split; it has a:b, flops"),
         ("top1=flops:tag", "unit of top1 must be one of percent, K, M, B"),
