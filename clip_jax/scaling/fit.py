@@ -14,10 +14,16 @@ from typing import Any, Literal
 import numpy as np
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models import zoo
 from clip_jax.scaling import compare, papers, plots, run_table
 from clip_jax.scaling.laws import BINS, Additive, Batched, Law, PowerLaw, Runs, pareto
-from clip_jax.scaling.run_table import RunTable, Selection, gmacs, is_score, number, short, text
+from clip_jax.scaling.run_table import (
+    MOST_FLOPS,
+    RunTable,
+    Selection,
+    is_score,
+    short,
+    text,
+)
 from clip_jax.scaling.uncertainty import Fit, Form, Prediction, Procedure, fit_law, middle, sizes_of
 from clip_jax.storage.files import AnyPath, check_destination
 
@@ -111,11 +117,11 @@ class FitConfig(Selection):
         runs = table.runs(self.metric, self.is_score, third)
         if column := AXES[self.against][0]:
             table.check(column)
-            axis = table.numbers(column) / (3600 if self.against == "hours" else 1)
+            axis = table.positive(column, MOST_FLOPS) / (3600 if self.against == "hours" else 1)
             runs = runs._replace(size=np.ones_like(axis), samples=axis)
         setting = [" ".join(text(row, name) for name in SETTINGS) for row in table.rows]
         known = (x for x in OTHERS if x != third and all(text(row, x) for row in table.rows))
-        others = [values for x in known if (values := table.numbers(x)).min() > 0]
+        others = [table.positive(x) for x in known if table.numbers(x).min() != 0]
         for names in (np.array([text(row, kind) for row in table.rows]) for kind in KINDS):
             others += [np.where(names == name, math.e, 1.0) for name in np.unique(names)[1:]]
         if self.run:
@@ -204,12 +210,11 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
     result["warnings"] = fitted.misfit()
     if config.hold_out:
         result["hold_out"] = _hold_out(table, config)
-    sizes = {row["arch"]: number(row, "gmacs_per_sample") for row in table.rows}
     largest = runs.compute.max()
     predicted: dict[str, tuple[float, Prediction]] = {}
     result["predictions"] = {}
     for wanted in config.predict:
-        run = _run_of(wanted, sizes, config)
+        run = _run_of(wanted, table, config)
         compute, answer = run[0] * run[1], _answer(fitted, *run, config)
         result["predictions"][wanted] = {"compute": compute, **answer}
         if answer["error"] is not None:
@@ -221,7 +226,7 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
                 "interval assumes that the law still holds there."
             )
     if config.sensitivity:
-        result["sensitivity"] = _sensitivity(table, runs, sizes, config)
+        result["sensitivity"] = _sensitivity(table, runs, config)
     if config.plot:
         page = plots.figure(
             fitted, others=published(config.metric), predictions=predicted,
@@ -317,9 +322,7 @@ def _hold_out(table: RunTable, config: FitConfig) -> dict[str, Any]:
     }
 
 
-def _run_of(
-    wanted: str, sizes: Mapping[str, float], config: FitConfig
-) -> tuple[float, float, float | None]:
+def _run_of(wanted: str, table: RunTable, config: FitConfig) -> tuple[float, float, float | None]:
     """Read MODEL@SAMPLES or MODEL@SAMPLES/THIRD."""
     model, at, samples = wanted.rpartition("@")
     if not at:
@@ -327,7 +330,7 @@ def _run_of(
     if config.against not in ("compute", "samples"):
         raise InputError(f"predict needs a law of compute or samples, not of {config.against}.")
     samples, slash, third = samples.partition("/")
-    size = sizes[model] if model in sizes else gmacs(zoo.get(model))
+    size = table.size_of(model)
     size = 1.0 if config.against == "samples" else size
     return size, run_table.parse_count(samples), run_table.parse_count(third) if slash else None
 
@@ -351,9 +354,7 @@ def _answer(
     return both | (score if config.is_score else {})
 
 
-def _sensitivity(
-    table: RunTable, runs: Runs, sizes: Mapping[str, float], config: FitConfig
-) -> list[dict[str, Any]]:
+def _sensitivity(table: RunTable, runs: Runs, config: FitConfig) -> list[dict[str, Any]]:
     """Return the answer of each variant of a fit: its name, the prediction, and its warnings."""
     answers = []
     for name, variant, keep in _variants(runs, config):
@@ -361,7 +362,7 @@ def _sensitivity(
             rows = RunTable([row for row, kept in zip(table.rows, keep, strict=True) if kept])
             fitted = variant.fit(variant.runs(rows))
             if config.predict:
-                at = _run_of(config.predict[0], sizes, variant)
+                at = _run_of(config.predict[0], table, variant)
             else:
                 compute = EXTRAPOLATION * runs.compute.max()
                 best = fitted.law.optimum(compute, sizes_of([fitted]))

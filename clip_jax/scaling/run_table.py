@@ -36,6 +36,8 @@ from clip_jax.storage.files import AnyPath, as_path, check_destination, walk, wr
 from clip_jax.storage.files import read as read_file
 from clip_jax.storage.json_files import read_json, read_rows
 
+LEAST, MOST = 1e-12, 1e18  # of sizes, samples and batches
+MOST_FLOPS = 1e40
 ERROR = re.compile(r"loss|info_nce|perplexity")  # names of metrics that are better when lower
 
 COMPARISONS = {
@@ -105,16 +107,44 @@ class RunTable:
         """Return a column as numbers. Raises InputError for a cell that is not a number."""
         return np.array([number(row, column) for row in self.rows])
 
+    def positive(self, column: str, most: float = MOST) -> np.ndarray:
+        """Return a column as numbers. Raises InputError for one that no run can have."""
+        values = self.numbers(column)
+        for row, value in zip(self.rows, values, strict=True):
+            if not LEAST <= value <= most:
+                excluded = f"{column}<={most:g}" if value > most else f"{column}>0"
+                raise InputError(
+                    f"{column} of {row['arch']} is {value:g}, but must be from {LEAST:g} to "
+                    f"{most:g}; correct the table, map its unit with --columns, or exclude the row "
+                    f"with --where '{excluded}'."
+                )
+        return values
+
+    def size_of(self, model: str) -> float:
+        """Return the forward GMACs of a model of the table or else of the zoo.
+
+        Raises InputError if models of different sizes have this name.
+        """
+        rows = RunTable([row for row in self.rows if row["arch"] == model])
+        if not rows.rows:
+            return gmacs(zoo.get(model))
+        sizes = rows.numbers("gmacs_per_sample")
+        if sizes.max() > 1.02 * sizes.min():
+            raise InputError(
+                f"models of {sizes.min():.4g} to {sizes.max():.4g} GMACs are all named {model}; "
+                "correct the column arch, or exclude all but one with --where gmacs_per_sample<..."
+            )
+        return float(sizes[-1])
+
     def runs(self, metric: str, is_score: bool, third: str = "") -> Runs:
         """Convert rows to runs: the error from the metric, the third quantity from a column."""
-        columns = ["gmacs_per_sample", "samples_seen", metric, *([third] if third else [])]
-        self.check(*columns)
-        sizes, samples, values, *others = map(self.numbers, columns)
-        is_finite = all(np.isfinite(x).all() for x in (values, samples, sizes, *others))
-        if not is_finite or min(sizes.min(), samples.min()) <= 0:
+        self.check("gmacs_per_sample", "samples_seen", metric, *([third] if third else []))
+        sizes, samples = self.positive("gmacs_per_sample"), self.positive("samples_seen")
+        values = self.numbers(metric)
+        if not np.isfinite(values).all():
             raise InputError(
-                f"{', '.join(map(repr, columns))} must be finite in every row, the first two above "
-                "0; correct the table, or exclude rows with --where, such as 'samples_seen>0'."
+                f"{metric} must be finite in every row; correct the table, or exclude the rows of "
+                f"diverged runs with --where, such as --where '{metric}<1e9'."
             )
         if is_score and not ((values >= 0) & (values <= 1)).all():
             raise InputError(
@@ -125,7 +155,7 @@ class RunTable:
         lengths = [text(row, "samples_seen_scale") or short(count) for row, count in counts]
         return Runs(
             sizes, samples, error=1 - values if is_score else values,
-            third=others[0] if others else None, length=np.array(lengths),
+            third=self.positive(third) if third else None, length=np.array(lengths),
             model=np.array([row["arch"] for row in self.rows]),
         )  # fmt: skip
 
@@ -240,8 +270,11 @@ def is_score(metric: str, metric_is: Literal["score", "error"] | None = None) ->
 
 def parse_count(text: str) -> float:
     """Read "12.8B", "400M", "64K" or a plain number."""
-    if not re.fullmatch(r"\d+(\.\d+)?(e\+?\d+|[KMB])?", text.strip(), re.IGNORECASE):
-        raise InputError(f"{text!r} is not a number of samples; write 12.8B, 400M or 64000.")
+    is_count = re.fullmatch(r"\d+(\.\d+)?(e\+?\d+|[KMB])?", text.strip(), re.IGNORECASE)
+    if not is_count or not 1 <= numeric(text) <= MOST:
+        raise InputError(
+            f"{text!r} is not a number of samples from 1 to {MOST:g}; write 12.8B, 400M or 64000."
+        )
     return numeric(text)
 
 

@@ -28,8 +28,15 @@ HEADER = b"arch,samples_seen,gmacs_per_sample,imagenet1k_acc1\n"
         (b"\xf4\x00", "cannot be read as CSV"),
         (b"", "has no column 'arch'"),
         (HEADER + b"a,b,1,0.5,and more\n", "samples_seen of a is 'b', not a number"),
-        (HEADER + b"a,0,1,0.5\n", "must be finite in every row, the first two above 0"),
-        (HEADER + b"a,1,-1,0.5\n", "must be finite in every row, the first two above 0"),
+        (HEADER + b"a,0,1,0.5\n", "samples_seen of a is 0, but must be from 1e-12 to 1e.18; .*>0'"),
+        (
+            HEADER + b"a,1e200,1,0.5\n",
+            "samples_seen of a is 1e.200, but must .* 'samples_seen<=1e.1",
+        ),
+        (HEADER + b"a,1,-1,0.5\n", "gmacs_per_sample of a is -1, but must be from 1e-12 to 1e.18"),
+        (HEADER + b"a,1,1e-200,0.5\n", "gmacs_per_sample of a is 1e-200, but must be from 1e-12"),
+        (HEADER + b"a,1,nan,0.5\n", "gmacs_per_sample of a is nan, but must be from 1e-12"),
+        (HEADER + b"a,1,1,nan\n", "imagenet1k_acc1 must be finite in every row; .*_acc1<1e9'"),
         (HEADER + b"a,1,,0.5\n", "gmacs_per_sample of a is '', not a number"),
     ],
 )
@@ -37,6 +44,39 @@ def test_a_file_that_is_no_table_is_refused(content, says, tmp_path):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(InputError, match=says):
         fit(run_table.read(tmp_path / "t.csv"), FitConfig())
+
+
+def rows_of(column: str, *values: str) -> run_table.RunTable:
+    plain = {"arch": "a", "samples_seen": "1e6", "gmacs_per_sample": "3", "loss": "1"}
+    return run_table.RunTable([plain | {column: value} for value in values])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "options"),
+    [
+        ("global_batch", "inf", {}),
+        ("unique_samples", "nan", {}),
+        ("global_batch", "0", {"form": "batched"}),
+        ("unique_samples", "1e200", {"form": "repeated"}),
+        ("seconds/total", "0", {"against": "hours"}),
+        ("training_flops", "1e300", {"against": "training_flops"}),
+    ],
+)
+def test_no_run_has_such_a_quantity(column: str, value: str, options: dict[str, str]):
+    """Such a value ends a fit with a traceback of NumPy, or gives a law without a warning."""
+    config = FitConfig(metric="loss", **options)
+    assert len(config.runs(rows_of(column, "100", "200")).error) == 2
+    with pytest.raises(InputError, match=f"{column} of a is .*, but must be from 1e-12 to 1e"):
+        config.runs(rows_of(column, "100", value))
+
+
+def test_a_model_of_several_sizes_has_no_size():
+    """Else the last row's size is planned and predicted with."""
+    near = rows_of("gmacs_per_sample", "3", "3.01")
+    assert near.size_of("a") == 3.01
+    assert near.size_of("ViT-B-32") == pytest.approx(7.4, rel=0.01)
+    with pytest.raises(InputError, match=r"models of 3 to 30 GMACs are all named a; correct"):
+        rows_of("gmacs_per_sample", "3", "30").size_of("a")
 
 
 def write(folder: Path, contents: dict[str, str | dict]) -> None:
@@ -108,6 +148,9 @@ def test_counts_are_read_and_written_as_people_do():
     assert {text: run_table.parse_count(text) for text in counts} == counts
     shorts = {12.8e9: "13B", 2.56e9: "2.6B", 1e9: "1B", 4e8: "400M", 900.0: "900"}
     assert {number: run_table.short(number) for number in shorts} == shorts
+    for wrong in ("0", "0.5", "1e400", "nan", "-1", ""):
+        with pytest.raises(InputError, match=r"is not a number of samples from 1 to 1e\+18; write"):
+            run_table.parse_count(wrong)
 
 
 def test_a_loss_is_known_by_its_name_and_a_score_is_between_0_and_1():
