@@ -1,26 +1,37 @@
 """Plan a run for a budget: a scaling law divides it between the model's size and pairs seen."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError, check_ranges, naming
 from clip_jax.models import zoo
 from clip_jax.pods import plan as pods
 from clip_jax.pods.topology import Topology
 from clip_jax.scaling import run_table
 from clip_jax.scaling.choose import fit_rule, learning_rate
+from clip_jax.scaling.columns import numeric
 from clip_jax.scaling.fit import FitConfig
 from clip_jax.scaling.laws import TRAINING_FLOPS, Batched
-from clip_jax.scaling.run_table import RunTable, Selection, gmacs, number, parse_count, short, text
+from clip_jax.scaling.run_table import (
+    MOST_FLOPS,
+    RunTable,
+    Selection,
+    number,
+    parse_count,
+    short,
+    text,
+)
 from clip_jax.scaling.uncertainty import Fit, middle, sizes_of
+from clip_jax.serialize import from_dict
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
+MOST_PAIRS = 1_000_000_000  # of a batch
 EPOCHS = 4  # up to which repeated pairs are worth almost as much as new ones (arXiv:2305.16264)
 
 
@@ -33,7 +44,8 @@ class ScalePlanConfig(Selection):
     topology: Annotated[Topology, pods.AsText] = pods.V5E  # Pod, such as v5e:16x16 or H100:64.
     chip_hour_price: float | None = None  # Price of one chip-hour, in dollars. None: no price.
     mfu: float = 0.4  # Assumed MFU (0 to 1) for hours and price.
-    bound: AnyPath | None = None  # Output of `clip-jax plan --json`. Its MFU bound limits the MFU.
+    # Output of `clip-jax plan --json` for the same chip. Its MFU bound limits the MFU. None: none.
+    bound: AnyPath | None = None
     metric: str = "imagenet1k_acc1"  # Column with the result of each run.
     metric_is: Literal["score", "error"] | None = None  # Kind of metric. None: by its name.
     form: Literal["additive", "repeated", "batched"] = "additive"  # Form of the law.
@@ -43,7 +55,9 @@ class ScalePlanConfig(Selection):
     sweep: AnyPath | None = None  # Output of `scale choose --json`, for the learning rate.
 
     def __post_init__(self) -> None:
-        check_ranges(self, chip_hour_price="(0, inf)", mfu="(0, 1]", batch_size="[2, inf)")
+        check_ranges(
+            self, chip_hour_price="(0, inf)", mfu="[1e-6, 1]", batch_size=f"[2, {MOST_PAIRS}]"
+        )
         if self.form == "repeated" and self.unique is None:
             raise InputError("form=repeated needs the number of distinct pairs; set --unique.")
         self.training_flops()  # raises for a budget that cannot be read
@@ -58,12 +72,27 @@ class ScalePlanConfig(Selection):
         if self.chip_hour_price:
             units["usd"] = self.flops_of_chip_hour / self.chip_hour_price
         match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+|[KMB])?)(|chip-hours|usd)", self.budget)
-        if not match or match[2] not in units or not parse_count(match[1]):
+        known = match is not None and match[2] in units
+        flops = numeric(match[1]) * units[match[2]] if known else 0.0
+        if not 1 <= flops <= MOST_FLOPS:
             raise InputError(
                 f"budget={self.budget!r} must be training FLOPs such as 1e21, 300chip-hours, or "
-                f"5000usd with --chip-hour-price, the price of one {self.topology.chip.name} hour."
+                f"5000usd with --chip-hour-price, the price of one {self.topology.chip.name} hour; "
+                f"from 1 to {MOST_FLOPS:g} FLOPs."
             )
-        return parse_count(match[1]) * units[match[2]]
+        return flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optima:
+    """The best learning rates of one point of a sweep, one for each seed."""
+
+    width: float
+    global_batch: float
+    optima: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_ranges(self, width="(0, inf)", global_batch="(0, inf)", optima="(0, inf)")
 
 
 def choices(
@@ -99,23 +128,30 @@ def choices(
 def plan(config: ScalePlanConfig) -> dict[str, Any]:
     """Return the best model with its settings, time and price, and all options, as JSON values.
 
-    Raises InputError for a table or a sweep that gives no answer.
+    Raises InputError for a table, a sweep or a bound that gives no answer.
     """
     if config.bound:
-        if not config.bound.is_file():
-            raise InputError(f"there is no {config.bound}; `clip-jax plan --json` prints one.")
-        planned = read_json(config.bound, "mfu_bound", advice="Run `clip-jax plan --json`.")
-        config = replace(config, mfu=min(config.mfu, planned["mfu_bound"]), bound=None)
+        bound = _mfu_bound(config.bound, config.topology)
+        config = replace(config, mfu=min(config.mfu, bound), bound=None)
+    optima = _optima(config.sweep) if config.sweep else []
+    unique = None if config.unique is None else parse_count(config.unique)
     law = FitConfig(metric=config.metric, metric_is=config.metric_is, form=config.form, draws=300)
     table = run_table.read(config.table, config.columns).select(config.metric, config.where)
     fitted = law.fit(law.runs(table))
-    own = {row["arch"]: number(row, "gmacs_per_sample") for row in table.rows}
-    sizes = {x: own[x] if x in own else gmacs(zoo.get(x)) for x in config.candidates or own}
-    unique = parse_count(config.unique) if config.unique else None
+    _check_improves(fitted, config.metric)
+    own = dict.fromkeys(row["arch"] for row in table.rows)
+    sizes = {model: table.size_of(model) for model in config.candidates or own}
     third = {"repeated": unique, "batched": float(config.batch_size or 0)}.get(config.form) or None
     best, *_ = options = choices(fitted, sizes, config.training_flops(), third)
     batch_size = config.batch_size or _batch_size(config, table, fitted, best["samples"])
-    rate = _learning_rate(config.sweep, table, best["model"], batch_size) if config.sweep else None
+    if batch_size > best["samples"]:
+        raise InputError(
+            f"the budget pays for {short(best['samples'])} pairs of {best['model']}, less than one "
+            f"batch of {batch_size:,}; raise --budget, or lower --batch-size."
+        )
+    rate = None
+    if config.sweep:
+        rate = _learning_rate(optima, config.sweep, table, best["model"], batch_size)
     compute, epochs = best["size"] * best["samples"], unique and best["samples"] / unique
     law_best, drawn_best = fitted.best(np.array([compute]), sizes_of([fitted]))
     best_size = [float(x) for x in np.ravel([law_best.size, *middle(np.asarray(drawn_best.size))])]
@@ -133,12 +169,46 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
         "metric": config.metric, "is_score": law.is_score, "form": config.form,
         "runs": len(fitted.runs.error), "training_flops": compute * TRAINING_FLOPS,
         "best_size": best_size, "unique": unique, "epochs": epochs,
-        "batch_size": batch_size, "steps": max(round(best["samples"] / batch_size), 1),
+        "batch_size": batch_size, "steps": round(best["samples"] / batch_size),
         "learning_rate": rate, "topology": str(config.topology), "mfu": config.mfu,
         "hours": chip_hours * config.topology.chip.devices / config.topology.devices,
         "chip_hours": chip_hours, "price": price and chip_hours * price, "options": options,
         "warnings": warnings,
     }  # fmt: skip
+
+
+def _mfu_bound(path: AnyPath, topology: Topology) -> float:
+    """Return the bound of the MFU that `clip-jax plan --json` printed for the chip of a pod."""
+    if not path.is_file():
+        raise InputError(f"there is no {path}; `clip-jax plan --json` prints one.")
+    planned = read_json(path, "mfu_bound", advice="Run `clip-jax plan --json`.")
+    bound = planned["mfu_bound"]
+    if type(bound) not in (int, float) or not 0 < bound < float("inf"):
+        raise InputError(
+            f"{path}: mfu_bound is {bound!r}, but it must be a number above 0. A step that does "
+            "not fit has none; plan one that fits with `clip-jax plan --json`."
+        )
+    with naming(path):
+        planned_for = Topology.parse(str(planned.get("name", topology)))
+    if planned_for.chip != topology.chip:
+        raise InputError(
+            f"{path} is the plan of {planned_for}, with the chip {planned_for.chip.name}, but "
+            f"--topology {topology} has the chip {topology.chip.name}; plan the step for that one."
+        )
+    return bound
+
+
+def _check_improves(fitted: Fit, metric: str) -> None:
+    """Raise InputError unless more compute lowers the law's error, at its best division."""
+    compute = fitted.runs.compute
+    span = np.array([compute.min() / 10, compute.max() * 10])
+    first, last = np.asarray(fitted.law.optimum(span, sizes_of([fitted])).error)
+    if last > first * (1 - 1e-6):
+        raise InputError(
+            f"by the law of these runs, more compute does not improve {metric}: its error is "
+            f"{first:.4g} for the least compute and {last:.4g} for the most. Set --metric-is score "
+            "or error if the metric is the other kind, or exclude runs with --where."
+        )
 
 
 def _batch_size(config: ScalePlanConfig, table: RunTable, fitted: Fit, samples: float) -> int:
@@ -151,13 +221,43 @@ def _batch_size(config: ScalePlanConfig, table: RunTable, fitted: Fit, samples: 
     if "global_batch" not in table.columns:
         raise InputError("the table has no column global_batch; set --batch-size.")
     nearest = min(table.rows, key=lambda x: abs(np.log(number(x, "samples_seen") / samples)))
-    return int(number(nearest, "global_batch"))
+    batch_size = number(nearest, "global_batch")
+    if not 2 <= batch_size <= MOST_PAIRS:
+        raise InputError(
+            f"global_batch of {nearest['arch']} is {batch_size:g}, but a batch must have from 2 to "
+            f"{MOST_PAIRS:g} pairs; correct the table, or set --batch-size."
+        )
+    return int(batch_size)
 
 
-def _learning_rate(sweep: AnyPath, table: RunTable, model: str, batch: int) -> dict[str, Any]:
+def _optima(sweep: AnyPath) -> list[tuple[float, float, float]]:
+    """Read widths, batch sizes and learning rates of the optima of a sweep."""
+    if not sweep.is_file():
+        raise InputError(f"there is no {sweep}; `clip-jax scale choose --json` prints one.")
+    advice = "Run `clip-jax scale choose --json`."
+    points = read_json(sweep, "points", advice=advice)["points"]
+    try:
+        own = [_own(point) for point in from_dict(list[Any], points, "points")]
+        read = from_dict(list[Optima], own, "points")
+    except InputError as error:
+        raise InputError(f"{sweep} is damaged: {error} {advice}") from error
+    return [(point.width, point.global_batch, rate) for point in read for rate in point.optima]
+
+
+def _own(point: Any) -> Any:
+    """Keep only the fields of Optima, of those that `scale choose` prints of a point."""
+    names = Optima.__annotations__
+    return {x: point[x] for x in names if x in point} if isinstance(point, dict) else point
+
+
+def _learning_rate(
+    optima: Sequence[tuple[float, float, float]],
+    sweep: AnyPath,
+    table: RunTable,
+    model: str,
+    batch: int,
+) -> dict[str, Any]:
     """Predict the learning rate by the rule of the sweep's optima, those of all widths."""
-    points = read_json(sweep, "points", advice="Run `scale choose --json`.").get("points", ())
-    optima = [(x["width"], x["global_batch"], rate) for x in points for rate in x["optima"]]
     if (rule := fit_rule(optima)) is None:
         raise InputError(
             f"{sweep} has {len(optima)} optima; a rule needs three or more, of two or more widths. "

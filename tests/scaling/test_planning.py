@@ -130,6 +130,13 @@ def test_budgets_of_all_units_are_the_same_at_the_assumed_mfu():
         ({"form": "repeated"}, "form=repeated needs the number of distinct pairs; set --unique"),
         ({"candidates": ("ViT-B-33",)}, "no architecture 'ViT-B-33'"),
         ({"mfu": 0.0}, "mfu=0.0 must be"),
+        ({"budget": "1e400"}, "budget='1e400' must be .*; from 1 to 1e.40 FLOPs"),
+        ({"budget": "5usd", "chip_hour_price": 1e-320}, "budget='5usd' must be"),
+        ({"budget": "6e12"}, "pays for 352.292 pairs of ViT-S-32, less than one batch of 1,024"),
+        ({"batch_size": 10**12}, "batch_size=1000000000000 must be .* at most 1000000000"),
+        ({"batch_size": 10**9, "budget": "6e17"}, "less than one batch of 1,000,000,000; raise"),
+        ({"unique": "0"}, "'0' is not a number of samples from 1"),
+        ({"unique": "0", "form": "repeated"}, "'0' is not a number of samples from 1"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_refused(changes, message, tmp_path):
@@ -176,11 +183,64 @@ def test_a_sweep_without_a_rule_is_refused(tmp_path):
     one = json.loads(sweep.read_text())
     one["points"] = one["points"][:1]
     sweep.write_text(json.dumps(one))
-    for path, count in ((sweep, 2), (tmp_path / "nothing.json", 0)):
-        with pytest.raises(InputError, match=rf"{path.name} has {count} optima; a rule needs"):
-            planned(tmp_path, sweep=path)
-    with pytest.raises(InputError, match=r"sweep\.csv is damaged: .* Run `scale choose --json`"):
+    with pytest.raises(InputError, match=r"sweep\.json has 2 optima; a rule needs"):
+        planned(tmp_path, sweep=sweep)
+    with pytest.raises(InputError, match=r"there is no .*gone\.json; `clip-jax scale choose"):
+        planned(tmp_path, sweep=tmp_path / "gone.json")
+    with pytest.raises(InputError, match=r"sweep\.csv is damaged: .* Run `clip-jax scale choose"):
         planned(tmp_path, sweep=tmp_path / "sweep.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": "wide"}, r"points\[0\]\.width is 'wide'; it must be of type float"),
+        ({"width": 0}, "width=0.0 must be more than 0"),
+        ({"global_batch": math.inf}, "global_batch=inf must be more than 0"),
+        ({"optima": None}, r"points\[0\]\.optima is None; it must be a list"),
+        ({"optima": [-1e-3]}, r"optima=\(-0\.001,\) must be more than 0"),
+        ({"optima": [math.nan]}, r"optima=\(nan,\) must be more than 0"),
+    ],
+)
+def test_a_damaged_point_of_a_sweep_is_one_message(change, message, tmp_path):
+    """Such points end in a traceback, or in a learning rate of NaN."""
+    sweep = write_sweep(tmp_path / "sweep.json")
+    points = json.loads(sweep.read_text())["points"]
+    damaged = {"points": [points[0] | change, *points[1:]]}
+    for content, says in ((damaged, message), ({"points": [1]}, r"points\[0\] is 1; it must be")):
+        sweep.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=rf"sweep\.json is damaged: {says}.* Run `clip-jax"):
+            planned(tmp_path, sweep=sweep)
+
+
+@pytest.mark.parametrize("bound", [None, "0.3", [0.3], math.nan, math.inf, 0, -0.3, True])
+def test_a_bound_is_a_number(bound, tmp_path):
+    """NaN is no bound at all: the smaller of it and the MFU is the MFU."""
+    path = tmp_path / "bound.json"
+    path.write_text(json.dumps({"mfu_bound": bound}))
+    with pytest.raises(InputError, match=r"bound\.json: mfu_bound is .*, but it must be a number"):
+        planned(tmp_path, bound=path)
+
+
+def test_a_bound_is_of_the_same_chip(tmp_path):
+    path = tmp_path / "bound.json"
+    path.write_text(json.dumps({"name": "v5e:4x4", "mfu_bound": 0.3}))
+    assert planned(tmp_path, bound=path)["mfu"] == 0.3
+    v5p = Topology.parse("v5p:4x4x4")
+    with pytest.raises(InputError, match=r"v5e:4x4, with the chip TPU v5e, but .* chip TPU v5p"):
+        planned(tmp_path, bound=path, topology=v5p)
+    path.write_text(json.dumps({"name": "v9:4x4", "mfu_bound": 0.3}))
+    with pytest.raises(InputError, match=r"bound\.json: topology 'v9:4x4' is not known"):
+        planned(tmp_path, bound=path)
+
+
+def test_a_law_that_more_compute_does_not_improve_plans_nothing(tmp_path):
+    """All models are equally good then, and the first of the table would be planned."""
+    worse = Additive(*map(np.array, (-0.1, -0.1, 0.5, 0.5, 0.0)))
+    with pytest.raises(InputError, match=r"more compute does not improve loss: its error is 4\.30"):
+        planned(tmp_path, law=worse)
+    with pytest.raises(InputError, match=r"does not improve top1: .* Set --metric-is score"):
+        planned(tmp_path, metric="top1", metric_is="error")
 
 
 def test_repetition_is_counted_by_its_law_or_named(tmp_path):
