@@ -13,7 +13,8 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
+from clip_jax import train as training
+from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints, Restored
 from clip_jax.checkpoints.retention import named_step, steps_in
 from clip_jax.config import with_weights
 from clip_jax.convert.formats import read_weights, starting_params, write_weights
@@ -27,7 +28,7 @@ from clip_jax.evals.ranks import NotFinite
 from clip_jax.inference.average import fitting
 from clip_jax.inference.loading import load, load_on_mesh
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
-from clip_jax.metrics import Reports
+from clip_jax.metrics import Goodput, Reports, Timers
 from clip_jax.models.lora import LoRAConfig, merge
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.processes import ProcessesConfig
@@ -40,12 +41,14 @@ from clip_jax.train import (
     Run,
     agree,
     begin,
+    branch,
     check_data,
     check_patches,
     check_processes_agree,
     open_data,
     train,
 )
+from tests.clock import HandClock
 from tests.conftest import (
     by_path,
     larger,
@@ -174,6 +177,22 @@ def test_a_branch_is_the_unbroken_run_with_its_schedule(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(branch, **changes), tmp_path / name)
+
+
+def test_a_branch_begins_without_training_time(tmp_path):
+    """Else a branch that dies before its first checkpoint counts the steps that it repeats twice:
+    only what exceeds the time at the checkpoint is lost."""
+    position = {"samples": 4 * 16, "seconds/steps": 500.0}
+    parent = Restored(4, "state", position)
+    program = mock.Mock(spec=Program, state=mock.Mock())
+    with mock.patch.object(training, "restore_step", autospec=True, return_value=parent):
+        begun = branch(tiny(), program, epath.Path(tmp_path), 4, {})
+    assert (begun.step, begun.state) == (4, "state")
+    kept = begun.position["seconds/steps"]
+    assert kept == 0.0
+    timers = Timers(HandClock())
+    timers.total["init"] = 1.0
+    assert Goodput(timers, {"seconds/steps": 100.0}, kept).values()["seconds/lost"] == 100.0
 
 
 def test_siglip2s_lengths_stretch_the_rest_of_the_learning_rate_schedule(tmp_path):

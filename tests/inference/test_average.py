@@ -17,8 +17,9 @@ from clip_jax.config import Config
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.weights import Head, Weights, default_preprocess
+from clip_jax.errors import InputError
 from clip_jax.inference import average
-from clip_jax.inference.average import AverageConfig, combine
+from clip_jax.inference.average import AverageConfig, combine, fitting
 from clip_jax.inference.loading import model_of, prompt_head
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -317,6 +318,27 @@ def test_models_that_do_not_fit_are_refused_by_name(
     assert says in error
     assert str(tmp_path / "other") in error
     assert not (tmp_path / "x").exists()
+
+
+def test_models_of_different_vocabularies_are_refused(tmp_path: Path):
+    """Of one size, nothing else tells that the average's rows of tokens mix other words."""
+    files = {name: tmp_path / f"{name}.json" for name in ("own", "copy", "other")}
+    for name, path in files.items():
+        path.write_text("other words" if name == "other" else "words")
+
+    def tokenizing(name: str) -> Weights:
+        tokenizer = replace(SMALL.text.tokenizer, file=str(files.get(name, name)))
+        config = replace(SIGLIP, text=replace(SMALL.text, tokenizer=tokenizer))
+        return replace(drawn(0, head=False), config=config)
+
+    def average_of(*names: str) -> list[Weights]:
+        return fitting([tokenizing(x) for x in names], [Path(x) for x in names])
+
+    assert len(average_of("own", "copy", "own")) == 3
+    assert len(average_of("clip", "clip")) == 2
+    for names in (("own", "copy", "other"), ("clip", "other")):
+        with pytest.raises(InputError, match=r"^other was trained with other token ids: its text"):
+            average_of(*names)
 
 
 def test_a_resnet_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -130,6 +130,21 @@ def test_times_bound_the_step_and_price_the_run():
     assert "490 MB/s in 116.8 requests/s" in text
 
 
+@pytest.mark.parametrize(("topology", "chips"), [("v3:4x4", 16), ("tpu7x:4x4x4", 64)])
+def test_a_price_is_per_chip_where_a_chip_is_two_devices(topology: str, chips: int):
+    """Else these runs are twice as expensive as they are."""
+    pod = Topology.parse(topology)
+    assert pod.devices == 2 * chips
+    config = dataclasses.replace(CONFIG, topology=pod, mfu=1e-9)  # below every bound
+    planned: Any = assess(config, facts(planning.request(config), pair=2**20))
+    total = 1_000 * flops.training(TINY, CONFIG.batch_size).total
+    hours = total / (chips * pod.chip.peak_flops * 1e-9) / 3600
+    assert planned.hours == pytest.approx(hours)
+    assert planned.price == pytest.approx(hours * chips * 1.2)
+    per_host = 1_000 * CONFIG.batch_size / (hours * 3600) / (chips / 4)
+    assert planned.images_per_second_per_host == pytest.approx(per_host)
+
+
 class Teacher(Term):
     def frozen(self):
         return {

@@ -158,6 +158,17 @@ def test_what_failed_is_tried_again_by_later_workers_alone(study: Study):
     assert study.take(study.worker("three")) == "a"
 
 
+def test_a_stopped_job_is_the_first_to_be_taken_again(study: Study):
+    """Else its checkpoint waits until all others of the study are done."""
+    one = study.worker()
+    assert [study.take(one), study.take(one)] == ["a", "b"]
+    study.end(one, study.jobs["b"], "stopped")
+    assert [study.take(one), study.take(one)] == ["b", "c"]
+    study.end(one, study.jobs["a"], "stopped")
+    study.end(one, study.jobs["b"], "stopped")
+    assert [study.take(one), study.take(one)] == ["b", "a"]
+
+
 def test_jobs_wait_for_their_input_and_are_dropped_if_it_fails(study: Study):
     def after_a(job: Job) -> Job:
         return job if job.name == "a" else job._replace(after="a", is_ready=made.exists)
