@@ -46,6 +46,7 @@ from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
+from clip_jax.storage.json_files import content_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +203,7 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         raise InputError(f"no config at {path}; a run saves its own in its run directory.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(content_of(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}. Correct it, or restore a copy.") from error
     with naming(path):  # the check of a value's range does not know the file

@@ -38,7 +38,7 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if data not in args:
-            raise InputError(f"{where} is {data!r}; it must be one of {list(args)}.")
+            raise InputError(f"{where} is {data!r:.200}; it must be one of {list(args)}.")
         return data
     if origin in (typing.Union, types.UnionType):
         return _read_union(args, data, where)
@@ -52,22 +52,22 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
         return float(data)
     if kind in (bool, int, float, str, type(None)):
         if type(data) is not kind:
-            raise InputError(f"{where} is {data!r}; it must be of type {kind.__name__}.")
+            raise InputError(f"{where} is {data!r:.200}; it must be of type {kind.__name__}.")
         return data
     if not isinstance(data, str):
-        raise InputError(f"{where} is {data!r}; it must be a string.")
+        raise InputError(f"{where} is {data!r:.200}; it must be a string.")
     return as_path(data)  # a path or a URL
 
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise InputError(
-            f"{where} is {data!r}; it must be an object with {kind.__name__}'s fields."
+            f"{where} is {data!r:.200}; it must be an object with {kind.__name__}'s fields."
         )
     data = dict(data)
     name = data.pop("type", kind.__name__)
     if name != kind.__name__:
-        raise InputError(f"{where}.type is {name!r}; it must be {kind.__name__!r}.")
+        raise InputError(f"{where}.type is {name!r:.200}; it must be {kind.__name__!r}.")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(data) - set(fields)):
@@ -89,7 +89,7 @@ def _read_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
         by_name = {k.__name__: k for k in kinds if dataclasses.is_dataclass(k)}
         name = data.get("type")
         if not isinstance(name, str) or name not in by_name:
-            raise InputError(f"{where}.type is {name!r}; it must be one of {sorted(by_name)}.")
+            raise InputError(f"{where}.type is {name!r:.200}; it must be one of {sorted(by_name)}.")
         return from_dict(by_name[name], data, where)
     errors = []
     for kind in kinds:
@@ -102,7 +102,7 @@ def _read_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
 
 def _read_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(data, list | tuple):
-        raise InputError(f"{where} is {data!r}; it must be a list.")
+        raise InputError(f"{where} is {data!r:.200}; it must be a list.")
     if kinds[-1:] == (...,):
         kinds = (kinds[0],) * len(data)
     if len(data) != len(kinds):

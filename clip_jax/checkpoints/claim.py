@@ -20,7 +20,7 @@ from clip_jax.errors import InputError
 from clip_jax.storage import files
 from clip_jax.storage.errors import Unreachable
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import parse
+from clip_jax.storage.json_files import content_of, parse
 
 LEASE_SECONDS = 45  # without renewal, after which a lease in a bucket has expired
 RENEW_SECONDS = 10
@@ -178,7 +178,7 @@ class _Renewal:
 
 def count_start(path: AnyPath, step: int) -> int:
     """Record a start at `step` in a file; return the number of starts in a row at that step."""
-    earlier = (parse(path.read_bytes()) if path.exists() else None) or {}
+    earlier = (parse(content_of(path)) if path.exists() else None) or {}
     starts = earlier.get("starts", 0) + 1 if earlier.get("step") == step else 1
     files.write_whole(path, json.dumps({"step": step, "starts": starts}))
     return starts

@@ -22,7 +22,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.serialize import from_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import parse, read_rows
+from clip_jax.storage.json_files import content_of, parse, read_rows
 
 Results = Mapping[str, Any]  # of one step, by name
 
@@ -133,7 +133,7 @@ def named_step(workdir: AnyPath, which: str) -> int:
 def stored(directory: AnyPath, step: int) -> Results | None:
     """Return the results that Orbax saved with a checkpoint; {} if none, None if unreadable."""
     path = directory / str(step) / "metrics" / "metrics"
-    return parse(path.read_bytes()) if path.exists() else {}
+    return parse(content_of(path)) if path.exists() else {}
 
 
 # --------------------------------------------------------------------------------- which are kept

@@ -268,7 +268,15 @@ def images_beside(folder: AnyPath) -> AnyPath:
     return next((images for name in names if (images := folder / name).is_dir()), folder)
 
 
-_WRONG = (AttributeError, LookupError, OverflowError, SampleError, TypeError, ValueError)
+_WRONG = (
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    SampleError,
+    TypeError,
+    ValueError,
+)
 
 
 @contextlib.contextmanager

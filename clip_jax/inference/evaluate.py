@@ -19,6 +19,7 @@ from clip_jax.inference.loading import load_on_mesh
 from clip_jax.models.layers import DType
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
+from clip_jax.storage.json_files import content_of, parse
 
 _DIGITS = DigitsEvalConfig(per_number=100)
 
@@ -125,7 +126,7 @@ def config_of_run(path: AnyPath) -> Config | None:
     """Return the config of a run directory; None if there is none that can be read."""
     path, _ = split_name(path)
     try:
-        return of_run(json.loads((path / "config.json").read_text()))
+        return of_run(parse(content_of(path / "config.json")))
     except (OSError, ValueError):
         return None
 

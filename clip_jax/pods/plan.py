@@ -32,6 +32,7 @@ from clip_jax.pods.topology import NODE, Topology
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.step import Recipe
 from clip_jax.storage import files
+from clip_jax.storage.json_files import read_json
 
 COMPILES = 8  # maximum number of compilations of --fit
 REMAT: tuple[Remat, ...] = ("none", "hidden", "residual", "attention", "full")  # cheapest first
@@ -376,7 +377,7 @@ def compiling(config: PlanConfig) -> Compile:
         key = hashlib.sha256(f"{json.dumps(values)} {program}".encode()).hexdigest()[:24]
         path = folder / f"{key}.json"
         if path.is_file():
-            return from_dict(Facts, json.loads(path.read_text())["facts"])
+            return from_dict(Facts, read_json(path, "facts", advice="Delete it.")["facts"])
         warn(f"compiling for {request.topology} (takes a few minutes) ...")
         facts = pod.compile_step(request)
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from clip_jax.scaling.uncertainty import Form, Procedure, fit_law
 from clip_jax.serialize import to_json
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath, as_path
-from clip_jax.storage.json_files import parse, read_rows
+from clip_jax.storage.json_files import content_of, parse, read_rows
 
 POINTS = 240  # maximum number of points per curve, evenly spaced
 CURVES = ("loss", "grad_norm", "logit_scale", "images_per_second")  # drawn besides the metric
@@ -107,7 +107,7 @@ def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
 def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dict[str, Any]:
     """Return the data that the page shows of a run directory, which `worker` may be training."""
     written = (folder / name for name in ("config.json", "result.json"))
-    config, result = ((x.exists() and parse(x.read_bytes())) or {} for x in written)
+    config, result = ((x.exists() and parse(content_of(x))) or {} for x in written)
     config = upgrade(config)
     step, steps = result.get("step", 0), config.get("steps", 0)
     try:

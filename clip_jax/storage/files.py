@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import IO, Any
 
 from etils import epath
@@ -170,17 +171,26 @@ def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
 
 
 def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a file for reading; from a bucket, 8 MiB are fetched at a time."""
+    """Open a file for reading; from a bucket, 8 MiB are fetched at a time.
+
+    Raises OSError for a pipe, which might block, and for a device, which might have no end.
+    """
     path = os.fspath(path)
     if is_remote(path):
         return bucket.open_object(path)
+    kind = os.stat(path).st_mode
+    if not (S_ISREG(kind) or S_ISDIR(kind)):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", path)
     return open(path, "rb")  # the caller closes it
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
-    """Read a file."""
+    """Read a file; see `open_file`."""
     path = os.fspath(path)
-    return bucket.read(path) if is_remote(path) else Path(path).read_bytes()
+    if is_remote(path):
+        return bucket.read(path)
+    with open_file(path) as file:
+        return file.read()
 
 
 def read_text(path: AnyPath) -> str:

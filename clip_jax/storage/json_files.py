@@ -1,6 +1,7 @@
 """JSON and JSON Lines files of a command, which are recovered if a kill left them incomplete."""
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,33 @@ from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 _UPLOAD_SECONDS = 60  # between uploads of a file in a bucket, which cannot append
+_LARGEST = 64 << 20  # bytes of a JSON file
+_MOST_LINES = 4 << 30  # bytes of a JSONL file
 
 
 def parse(data: bytes) -> dict[str, Any] | None:
-    """Parse a JSON object; None if the bytes are not one."""
+    """Parse a JSON object; None if the bytes are not one, or nest too deeply for the parser."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def content_of(path: AnyPath, most: int = _LARGEST) -> bytes:
+    """Read a file. Raises InputError if it has more than `most` bytes or cannot be read."""
+    try:
+        size, _ = files.stat(os.fspath(path))
+        if size > most:
+            raise InputError(
+                f"{path} has {size:,} bytes; at most {most:,} are expected. Restore a copy."
+            )
+        return files.read(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path} cannot be read: {reason}. Restore a file that can.") from error
 
 
 def read_json(path: AnyPath, *names: str, advice: str = "Restore a copy.") -> dict[str, Any]:
@@ -28,7 +47,7 @@ def read_json(path: AnyPath, *names: str, advice: str = "Restore a copy.") -> di
     """
     if not path.exists():
         return {}
-    value = parse(path.read_bytes())
+    value = parse(content_of(path))
     if value is None or not value.keys() >= {*names}:
         having = f" with {', '.join(names)}" if names else ""
         raise InputError(f"{path} is damaged: it is not a JSON object{having}. {advice}")
@@ -50,7 +69,7 @@ def recover_json(path: AnyPath, say: Callable[[str], None] | None) -> dict[str, 
 
 def _keep_damaged(path: AnyPath) -> AnyPath:
     copy = path.with_name(path.name + ".damaged")
-    files.write_whole(copy, path.read_bytes())
+    files.write_whole(copy, content_of(path, _MOST_LINES))
     return copy
 
 
@@ -73,7 +92,7 @@ class Lines:
         self._lines = []
         self._clock, self._written = clock, clock.now()
         if path.exists():
-            rows, damaged = _rows(path.read_bytes())
+            rows, damaged = _rows(content_of(path, _MOST_LINES))
             kept = [row for row in rows if resume_step is None or row["step"] <= resume_step]
             self._lines = [json.dumps(row) + "\n" for row in kept]
             if damaged:
@@ -102,7 +121,7 @@ class Lines:
 
 def read_rows(path: AnyPath) -> list[dict[str, Any]]:
     """Read the complete rows of a JSONL file; none if there is no file."""
-    return _rows(path.read_bytes())[0] if path.exists() else []
+    return _rows(content_of(path, _MOST_LINES))[0] if path.exists() else []
 
 
 def _rows(content: bytes) -> tuple[list[dict[str, Any]], int]:

@@ -14,6 +14,7 @@ from clip_jax.data.sources.shards import Places
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
+from clip_jax.storage.json_files import content_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,10 @@ class SavedDatasetSource(StoredSource):
 def _data_files(folder: AnyPath) -> list[str]:
     """List the Arrow files. Raises InputError for a folder that save_to_disk did not write."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads(content_of(folder / "state.json"))
         names = [str(file["filename"]) for file in state["_data_files"]]
         is_reordered = bool(state.get("_indices_data_files"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(_unusable(folder, error)) from error
     except (LookupError, TypeError, AttributeError) as error:
         raise InputError(

@@ -233,7 +233,7 @@ def read_shard(file: str) -> Shard | None:
         content = json.loads(metadata[b"shard"])
         if not (reader.schema in (_SCHEMA, _REINFORCED) and _ENDINGS.items() <= metadata.items()):
             return None
-    except (OSError, pa.ArrowInvalid, TypeError, KeyError):
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
     return Shard(**content | {"stat": tuple(content["stat"])})
 
