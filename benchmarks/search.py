@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clip_jax.inference.embed import Manifest, path_of
 from clip_jax.inference.search import Embeddings
 
 FILES, ROWS, WIDTH, QUERIES = 10, 100_000, 512, 5
@@ -36,15 +37,28 @@ def main() -> None:
                 "key": pa.array([f"{row:07d}.jpg" for row in index]),
                 "embedding": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), WIDTH),
             }
-            pq.write_table(pa.table(columns), folder / f"rows-{i:03d}.parquet", compression="none")
+            table = pa.table(columns).replace_schema_metadata({"skipped": "[]"})
+            path = path_of(folder, range(i * ROWS, (i + 1) * ROWS))
+            pq.write_table(table, path, compression="none")
+        manifest = Manifest(
+            model="",
+            source="",
+            rows=FILES * ROWS,
+            dtype="float32",
+            parts=1,
+            rows_per_file=ROWS,
+            batch_size=1,
+            image_column="",
+            weights=[],
+        )
         start = time.perf_counter()
-        Embeddings(folder)
+        Embeddings(folder, manifest, WIDTH)
         print(f"written, once     {time.perf_counter() - start:6.2f} s")
         for _ in range(QUERIES):
             query = rng.standard_normal(WIDTH, dtype=np.float32)
             query /= np.linalg.norm(query)
             start = time.perf_counter()
-            embeddings = Embeddings(folder)
+            embeddings = Embeddings(folder, manifest, WIDTH)
             rows, _ = embeddings.exact(query, 10)
             keys = [embeddings.row(int(row))[1] for row in rows]
             seconds = time.perf_counter() - start

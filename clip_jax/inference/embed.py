@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,11 +12,12 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Bool, Float
 
 from clip_jax.data.sources import StoredSource, digest
 from clip_jax.data.sources.any import absolute, open_images
 from clip_jax.engine import Counted, On, runner
-from clip_jax.errors import InputError, check_ranges, read_worker
+from clip_jax.errors import InputError, check_ranges, naming, read_worker
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.inference.predict import read_images
 from clip_jax.models.layers import DType
@@ -25,6 +27,7 @@ from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
 KEYS = 1_000_000  # up to so many images, all names are in the digest: one renamed file is noticed
+_LENGTH = 0.05  # largest difference of an embedding's length from 1; bfloat16 rounds to 1/256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,37 @@ class Manifest:
     digest: str = ""  # of the image names; empty in older folders
     tokens: int | None = None  # sequence length of a NaFlex model
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            rows="[1, inf)",
+            parts="[1, inf)",
+            rows_per_file="[1, inf)",
+            batch_size="[1, inf)",
+            tokens="[1, inf)",
+        )
+
+    @property
+    def files(self) -> int:
+        """Number of files of all workers."""
+        size, larger = divmod(self.rows, self.parts)
+        each = self.rows_per_file
+        return larger * -(-(size + 1) // each) + (self.parts - larger) * -(-size // each)
+
+    def file_of(self, row: int) -> range:
+        """Return the rows of the file that has this row, as in `rows_of_files`."""
+        number = ((row + 1) * self.parts - 1) // self.rows
+        first, end = ((i * self.rows) // self.parts for i in (number, number + 1))
+        start = row - (row - first) % self.rows_per_file
+        return range(start, min(start + self.rows_per_file, end))
+
+    def each_file(self) -> Iterator[range]:
+        """Yield the rows of each file in order."""
+        row = 0
+        while row < self.rows:
+            yield (rows := self.file_of(row))
+            row = rows.stop
+
 
 def embed(config: EmbedConfig) -> dict[str, Any]:
     """Embed the images of a source, normalised; return counts and the skipped images.
@@ -78,11 +112,13 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     source = open_images(config.source, config.image_column)
     number, parts = read_worker(config.worker)
     rows = rows_of_files(len(source), number, parts, config.rows_per_file)
-    missing = [some for some in rows if _is_missing(path_of(config.output, some))] or [range(0)]
+    missing = [some for some in rows if _is_missing(path_of(config.output, some), some)] or [
+        range(0)
+    ]
     work = functools.partial(_embed_rows, config)  # also with no rows: it checks the manifest
     with runner(config.on) as tasks:
         tasks.run("embed", work, [(some, len(some)) for some in missing], model=True)
-    skipped = [line for some in rows for line in _skipped_in(path_of(config.output, some)) or ()]
+    skipped = [line for some in rows for line in _skipped_in(path_of(config.output, some), some)]
     count = sum(map(len, rows)) - len(skipped)
     return {"output": str(config.output), "images": count, "skipped": skipped}
 
@@ -97,19 +133,37 @@ def path_of(folder: AnyPath, rows: range) -> AnyPath:
     return folder / f"rows-{rows.start:010d}-{rows.stop:010d}.parquet"
 
 
-def _skipped_in(path: AnyPath) -> list[dict[str, str]] | None:
-    """Return the images skipped in a file, with reasons; None if the file is damaged."""
+def read_skipped(
+    metadata: Mapping[bytes, bytes] | None, embedded: int, rows: range
+) -> list[dict[str, str]]:
+    """Return the images skipped in a file, with reasons. Raises ValueError unless these and the
+    embedded ones are as many as the rows."""
     try:
-        with files.open_file(path) as file:
-            return json.loads((pq.read_schema(file).metadata or {})[b"skipped"])
-    except (pa.ArrowException, OSError, KeyError, ValueError):
-        return None
+        skipped = json.loads((metadata or {})[b"skipped"])
+        count = len(skipped)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError("it does not list its skipped images") from error
+    if embedded + count != len(rows):
+        raise ValueError(f"{embedded} embedded and {count} skipped images of {len(rows)}")
+    return skipped
 
 
-def _is_missing(path: AnyPath) -> bool:
-    if is_damaged := path.exists() and _skipped_in(path) is None:
-        print(f"{path} is damaged; its rows are embedded again", file=sys.stderr)
-    return is_damaged or not path.exists()
+def _skipped_in(path: AnyPath, rows: range) -> list[dict[str, str]]:
+    with files.open_file(path) as file:
+        footer = pq.read_metadata(file)
+    return read_skipped(footer.metadata, footer.num_rows, rows)
+
+
+def _is_missing(path: AnyPath, rows: range) -> bool:
+    try:
+        _skipped_in(path, rows)
+    except FileNotFoundError:
+        return True
+    except (pa.ArrowException, OSError, ValueError) as error:
+        why, _, _ = str(error).partition("\n")
+        print(f"{path} is damaged ({why}); its rows are embedded again", file=sys.stderr)
+        return True
+    return False
 
 
 @functools.lru_cache(maxsize=1)
@@ -127,23 +181,39 @@ def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
     if not rows:
         return
     files.remove_partial(path)  # left by a killed run
-    indices, skipped, features = [], [], [np.empty((0, model.config.embed_dim), np.float32)]
+    indices, skipped, features = [], {}, [np.empty((0, model.config.embed_dim), np.float32)]
     for readable, images, failed in read_images(model, rows, source.image, size):
-        indices += readable
+        skipped |= dict(failed)
         if images is not None:
+            indices += readable
             features.append(unit(model.encode_image(images, batch_size=size)))
-        skipped += [{"key": source.key(index), "reason": reason} for index, reason in failed]
-    flat = pa.array(np.concatenate(features).ravel())
+    embeddings = np.concatenate(features)
+    usable = are_unit(embeddings)
+    unusable = [index for index, good in zip(indices, usable, strict=True) if not good]
+    if len(unusable) == len(indices) > 1:
+        raise InputError(
+            f"the embeddings of all {len(indices)} readable images of {path.name} are not finite, "
+            f"or zero. Check the weights of {config.model}, or use --dtype float32."
+        )
+    skipped |= dict.fromkeys(unusable, "its embedding is not finite, or zero")
+    indices = [index for index in indices if index not in skipped]
+    flat = pa.array(embeddings[usable].ravel())
+    lines = [{"key": source.key(i), "reason": reason} for i, reason in sorted(skipped.items())]
     table = pa.table(
         {
             "index": pa.array(indices, pa.int64()),
             "key": pa.array([source.key(index) for index in indices], pa.string()),
             "embedding": pa.FixedSizeListArray.from_arrays(flat, model.config.embed_dim),
         }
-    ).replace_schema_metadata({"skipped": json.dumps(skipped)})
+    ).replace_schema_metadata({"skipped": json.dumps(lines)})
     with files.written_whole(path) as partial:
         pq.write_table(table, partial, compression="none", write_page_checksum=True)
     deque(counted(rows), maxlen=0)
+
+
+def are_unit(embeddings: Float[np.ndarray, "B E"]) -> Bool[np.ndarray, " B"]:
+    """Return which rows have length 1, which NaN, infinity and zeros have not."""
+    return np.abs(np.linalg.norm(embeddings, axis=1) - 1) < _LENGTH
 
 
 def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> None:
@@ -181,7 +251,8 @@ def read_manifest(folder: AnyPath) -> Manifest | None:
     content = read_json(path, advice=advice)
     known = {x.name: content[x.name] for x in fields(Manifest) if x.name in content}
     try:
-        return from_dict(Manifest, known, str(path))
+        with naming(path):
+            return from_dict(Manifest, known, str(path))
     except InputError as error:
         raise InputError(f"{error} It is damaged. {advice}") from error
 

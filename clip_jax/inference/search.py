@@ -1,16 +1,19 @@
 """Search embedded images by text or image."""
 
+import contextlib
 import functools
+import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from PIL import Image
 
 from clip_jax.data.images import ImageError, center_crop, decode
@@ -19,13 +22,24 @@ from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
 from clip_jax.errors import InputError, check_picture, check_ranges, needing
 from clip_jax.evals.pictures import contact_sheet
-from clip_jax.inference.embed import KEYS, path_of, read_manifest, rows_of_files, sample
+from clip_jax.inference.embed import (
+    KEYS,
+    Manifest,
+    are_unit,
+    path_of,
+    read_manifest,
+    read_skipped,
+    sample,
+)
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.models.layers import DType
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 BLOCK = 65_536  # embeddings compared at once
+_CHECKS = 1  # version of the checks that the copy of the rows has passed
+_EXAMPLES = 5  # missing files that a message names
+_ROUNDING = 1e-5  # more than the rounding error of a cosine in float32
 TILE = 112  # side of an image on a contact sheet, in pixels
 SHEET = 240  # most images on a contact sheet
 
@@ -41,51 +55,89 @@ def nearest(
     for block in blocks:
         products = block @ query
         worst = np.partition(products, -count)[-count] if len(block) > count else -np.inf
-        good = np.flatnonzero(products >= worst)
+        good = np.flatnonzero(products >= worst - _ROUNDING)
         rows.append(start + good)
-        similarities.append(products[good])
+        similarities.append(_rounded(block[good], query))
         start += len(block)
-    row, similarity = np.concatenate(rows), np.concatenate(similarities)
-    order = np.lexsort((row, -similarity))[:count]
-    return row[order], similarity[order]
+    return _ranked(np.concatenate(rows), np.concatenate(similarities), count)
 
 
-def read_rows(path: AnyPath) -> pa.Table:
-    """Read `index`, `key`, `embedding` of a file. Raises InputError if it is damaged."""
+def _rounded(
+    embeddings: Float[np.ndarray, "B E"], query: Float[np.ndarray, " E"]
+) -> Float32[np.ndarray, " B"]:
+    """Return products that are equal for equal rows, unlike those of BLAS in float32."""
+    return np.einsum("be,e->b", embeddings, query, dtype=np.float64).astype(np.float32)
+
+
+def _ranked(
+    rows: Int[np.ndarray, " n"], similarities: Float32[np.ndarray, " n"], count: int
+) -> Nearest:
+    order = np.lexsort((rows, -similarities))[:count]
+    return rows[order], similarities[order]
+
+
+def read_rows(folder: AnyPath, rows: range, width: int) -> pa.Table:
+    """Read `index`, `key`, `embedding` of the file of these rows. Raises InputError if it is
+    damaged, or has other rows."""
+    path = path_of(folder, rows)
     try:
         with files.open_file(path) as file:
             table = pq.read_table(file, page_checksum_verification=True)
-        return table.select(["index", "key", "embedding"])
-    except (pa.ArrowException, OSError, KeyError) as error:
+        read_skipped(table.schema.metadata, len(table), rows)
+        _check_rows(table, rows, width)
+    except (pa.ArrowException, OSError, ValueError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"{path} is damaged ({why}); delete it and run the same clip-jax embed command again, "
             "which computes only missing files."
         ) from error
+    return table.replace_schema_metadata(None)
+
+
+def _check_rows(table: pa.Table, rows: range, width: int) -> None:
+    """Raise ValueError unless all rows are usable embeddings of the model, of the file's rows."""
+    kind = pa.list_(pa.float32(), width)
+    schema = pa.schema({"index": pa.int64(), "key": pa.string(), "embedding": kind})
+    if not table.schema.equals(schema):
+        columns = ", ".join(f"{x.name}: {x.type}" for x in table.schema)
+        raise ValueError(f"its columns are {columns}; the model's are embedding: {kind}")
+    vectors = table["embedding"].combine_chunks().flatten()
+    if any(column.null_count for column in (*table.columns, vectors)):
+        raise ValueError("it has empty cells")
+    index = table["index"].to_numpy()
+    if len(index) and not (rows.start <= index[0] and index[-1] < rows.stop):
+        raise ValueError(f"it has rows {index[0]} to {index[-1]}")
+    if (np.diff(index) <= 0).any():
+        raise ValueError("its rows are not in order")
+    unusable = np.count_nonzero(~are_unit(vectors.to_numpy().reshape(-1, width)))
+    if unusable:
+        raise ValueError(f"{unusable} of {len(table)} embeddings are not finite or not of length 1")
 
 
 class Embeddings:
-    """Embeddings of a folder of `rows-*.parquet`, copied to one Arrow file on first use.
+    """Embeddings of a folder, checked and copied to one Arrow file on first use.
 
-    The copy is memory-mapped, and renewed when the folder has changed.
+    The copy is memory-mapped, and renewed when a file has changed.
     """
 
-    def __init__(self, folder: AnyPath) -> None:
-        paths = sorted(folder.glob("rows-*.parquet"))
-        if not paths:
-            raise InputError(f"no embeddings in {folder}; write them by clip-jax embed.")
+    def __init__(self, folder: AnyPath, manifest: Manifest, width: int) -> None:
+        rows = list(manifest.each_file())
+        paths = [path_of(folder, some) for some in rows]
         stats = files.stats([str(path) for path in paths])
-        stamp = json.dumps([(x.name, *(stat or ())) for x, stat in zip(paths, stats, strict=True)])
+        names = [(x.name, *(stat or ())) for x, stat in zip(paths, stats, strict=True)]
+        stamp = hashlib.sha256(json.dumps([_CHECKS, width, names]).encode()).hexdigest()
         self._cache = files.beside(folder, "search")
+        self._index = self._cache / f"{stamp[:24]}.usearch"
         try:
             self._rows = self._open(stamp)
         except (OSError, ValueError, pa.ArrowException):  # missing, outdated or damaged
-            self._copy(paths, stamp)
+            self._copy(folder, rows, width, stamp)
             self._rows = self._open(stamp)
-        chunks, width = self._rows["embedding"].chunks, self._rows["embedding"].type.list_size
         self.blocks: list[Float[np.ndarray, "B E"]] = [
-            chunk.flatten().to_numpy().reshape(-1, width) for chunk in chunks
+            chunk.flatten().to_numpy().reshape(-1, width)
+            for chunk in self._rows["embedding"].chunks
         ]
+        self._starts = np.cumsum([0, *map(len, self.blocks)])
 
     def _open(self, stamp: str) -> pa.Table:
         with pa.memory_map(str(self._cache / "rows.arrow")) as file:
@@ -94,17 +146,18 @@ class Embeddings:
             raise ValueError("the folder has changed")
         return table
 
-    def _copy(self, paths: list[AnyPath], stamp: str) -> None:
-        files.remove(self._cache / "index.usearch")  # it is outdated, too
-        schema = read_rows(paths[0]).schema.with_metadata({"files": stamp})
+    def _copy(self, folder: AnyPath, rows: Sequence[range], width: int, stamp: str) -> None:
+        for path in self._cache.glob("*.usearch"):  # they are outdated, too
+            files.remove(path)
+        schema = read_rows(folder, rows[0], width).schema.with_metadata({"files": stamp})
         with (
             files.written_whole(self._cache / "rows.arrow") as partial,
             pa.ipc.new_file(str(partial), schema) as writer,
         ):
             tables = []
-            for path in paths:
-                tables.append(read_rows(path))
-                if sum(map(len, tables)) >= BLOCK or path is paths[-1]:
+            for some in rows:
+                tables.append(read_rows(folder, some, width))
+                if sum(map(len, tables)) >= BLOCK or some is rows[-1]:
                     writer.write_table(pa.concat_tables(tables).combine_chunks(), BLOCK)
                     tables = []
 
@@ -125,16 +178,27 @@ class Embeddings:
             "--index usearch needs the package usearch: pip install 'clip-jax-pods[search]'"
         ):
             from usearch.index import Index
-        path = self._cache / "index.usearch"
-        if not path.exists():
-            index = Index(ndim=len(query), metric="ip", dtype="f32")
+        graph = None
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # missing or damaged
+            graph = Index.restore(str(self._index), view=True)
+        if graph is None or len(graph) != len(self):
+            built = Index(ndim=len(query), metric="ip", dtype="f32")
             for block in self.blocks:
-                index.add(len(index) + np.arange(len(block)), block)
-            with files.written_whole(path) as partial:
-                index.save(str(partial))
-        index = Index.restore(str(path), view=True)
-        matches = index.search(query, min(count, len(self)))
-        return matches.keys.astype(np.int64), (1 - matches.distances).astype(np.float32)
+                built.add(len(built) + np.arange(len(block)), block)
+            with files.written_whole(self._index) as partial:
+                built.save(str(partial))
+            graph = Index.restore(str(self._index), view=True)
+        rows = graph.search(query, min(count, len(self))).keys.astype(np.int64)
+        return _ranked(rows, _rounded(self._vectors(rows), query), count)
+
+    def _vectors(self, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n E"]:
+        blocks = np.searchsorted(self._starts, rows, side="right") - 1
+        return np.stack(
+            [
+                self.blocks[block][row - self._starts[block]]
+                for row, block in zip(rows, blocks, strict=True)
+            ]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,23 +271,34 @@ class Searcher:
                 f"{model.tokens} (None: fixed resolution). Leave out --tokens or set it to the "
                 "embeddings', or embed the images again."
             )
-        self._embeddings = Embeddings(folder)
+        self._embeddings = Embeddings(folder, manifest, model.config.embed_dim)
 
     def _check_files(self) -> None:
-        """Raise InputError unless the files hold all rows."""
-        manifest = self._manifest
-        written = {path.name for path in self._folder.iterdir()}
-        rows = (
-            rows_of_files(manifest.rows, number, manifest.parts, manifest.rows_per_file)
-            for number in range(manifest.parts)
-        )
-        names = [path_of(self._folder, some).name for some in itertools.chain(*rows)]
-        if missing := [name for name in names if name not in written]:
+        """Raise InputError unless the folder has the files of all rows, and no others."""
+        manifest, folder = self._manifest, self._folder
+        names = sorted(path.name for path in folder.glob("rows-*.parquet"))
+        if extra := [name for name in names if not self._is_expected(name)]:
             raise InputError(
-                f"{self._folder} lacks {len(missing)} of {len(names)} files of embeddings: "
-                f"{listed(missing)}. Run the same clip-jax embed command again (every worker) to "
-                "compute them."
+                f"{folder} has files that its embed.json does not describe: {listed(extra)}. Move "
+                "them to another folder."
             )
+        if missing := manifest.files - len(names):
+            written = {*names}
+            each = (path_of(folder, some).name for some in manifest.each_file())
+            examples = list(itertools.islice((x for x in each if x not in written), _EXAMPLES))
+            more = f" and {missing - len(examples)} more" if missing > len(examples) else ""
+            raise InputError(
+                f"{folder} lacks {missing} of {manifest.files} files of embeddings: "
+                f"{', '.join(examples)}{more}. Run the same clip-jax embed command again (every "
+                "worker) to compute them."
+            )
+
+    def _is_expected(self, name: str) -> bool:
+        start = re.match(r"rows-(\d{1,18})-", name)
+        row = int(start[1]) if start else self._manifest.rows
+        if row >= self._manifest.rows:
+            return False
+        return path_of(self._folder, self._manifest.file_of(row)).name == name
 
     def search(
         self, query: str | AnyPath, top: int, index: Method = "exact"
@@ -239,6 +314,10 @@ class Searcher:
         self, features: Float[np.ndarray, " E"], top: int, index: Method = "exact"
     ) -> list[dict[str, Any]]:
         """Return the results for a normalised embedding; see `search`."""
+        if not are_unit(features[None])[0]:
+            raise InputError(
+                "the query's embedding is not finite, or zero; search by another text or image."
+            )
         find = self._embeddings.exact if index == "exact" else self._embeddings.approximate
         results: list[dict[str, Any]] = []
         for row, similarity in zip(*find(features, top), strict=True):

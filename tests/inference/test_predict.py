@@ -257,6 +257,50 @@ def test_images_that_were_renamed_are_not_embedded_twice(pattern, folder, tmp_pa
     assert "of other images than" in refused(*command)
 
 
+def test_images_without_a_finite_embedding_are_skipped_unless_none_has_one(
+    folder, tmp_path, run, refused
+):
+    """A search would compare with NaN, or find a vector of zeros."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for i in range(3):
+        shutil.copy(folder / f"photos/{2 * i:03d}.png", photos / f"{i}.png")
+    (photos / "3.png").write_bytes(b"not an image")
+    command = ["embed", folder / "model", photos, out]
+    values = np.array([[1.0], [np.nan], [0.0]], np.float32) * np.ones(16, np.float32)
+
+    def encoding(values):
+        def encode(_, images, batch_size):
+            return values[: len(images)]
+
+        return mock.patch.object(Model, "encode_image", autospec=True, side_effect=encode)
+
+    with encoding(values * np.nan):
+        error = refused(*command)
+    assert "the embeddings of all 3 readable images of rows-0000000000-0000000004.parq" in error
+    assert not list(out.glob("rows-*"))
+    with encoding(values):
+        result, lines = run(*command)
+    assert rows(out)["key"].to_pylist() == ["0.png"]
+    assert result["images"] == 1
+    reasons = [line["reason"] for line in result["skipped"]]
+    assert reasons[:2] == ["its embedding is not finite, or zero"] * 2
+    assert [line["key"] for line in result["skipped"]] == ["1.png", "2.png", "3.png"]
+    assert "skipped 1.png: its embedding is not finite" in lines
+
+
+def test_a_file_with_fewer_rows_than_its_name_says_is_embedded_again(
+    folder, embedded, tmp_path, run
+):
+    output = shutil.copytree(embedded, tmp_path / "out")
+    expected = rows(output)
+    (file,) = output.glob("rows-*")
+    pq.write_table(pq.read_table(file).slice(1), file)
+    _, error = run("embed", folder / "model", folder / "photos", output)
+    assert f"{file} is damaged (199 embedded and 2 skipped images of 202); its rows are" in error
+    assert rows(output).equals(expected)
+
+
 # ------------------------------------------------------------------ search
 
 

@@ -1,35 +1,70 @@
-"""Embeddings in Parquet: laid out in one file, and the nearest of them."""
+"""Embeddings in Parquet: checked, laid out in one file, and the nearest of them."""
+
+import json
+import os
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from clip_jax.inference.search import Embeddings, nearest
+from clip_jax.errors import InputError
+from clip_jax.inference.embed import EmbedConfig, Manifest, embed, path_of, rows_of_files
+from clip_jax.inference.loading import load
+from clip_jax.inference.search import Embeddings, Searcher, nearest
+from tests.conftest import write_tiny_model
+
+WIDTH = 4
+PER_FILE = 3
+IMAGES = 9
 
 
-def write(path, count):
-    vectors = np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32)
+def manifest(rows, rows_per_file, parts=1):
+    return Manifest(
+        model="", source="", rows=rows, dtype="float32", parts=parts, batch_size=1,
+        rows_per_file=rows_per_file, image_column="", weights=[],
+    )  # fmt: skip
+
+
+def write(folder, rows, vectors):
     columns = {
-        "index": range(count),
-        "key": [f"{i}.png" for i in range(count)],
-        "embedding": pa.array([*vectors], pa.list_(pa.float32(), 4)),
+        "index": rows,
+        "key": [f"{i}.png" for i in rows],
+        "embedding": pa.array([*vectors], pa.list_(pa.float32(), vectors.shape[1])),
     }
-    pq.write_table(pa.table(columns), path, write_page_checksum=True)
+    table = pa.table(columns).replace_schema_metadata({"skipped": "[]"})
+    pq.write_table(table, path_of(folder, rows), write_page_checksum=True)
 
 
-def test_what_searching_keeps_is_made_anew_when_damaged_or_when_the_folder_has_changed(tmp_path):
-    write(tmp_path / "rows-0.parquet", 200)
-    expected = np.concatenate(Embeddings(tmp_path).blocks)
+def unit_vectors(count, width=WIDTH):
+    vectors = np.random.default_rng(0).standard_normal((count, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_the_copy_is_made_again_when_it_is_damaged_or_when_the_folder_has_changed(tmp_path):
+    """Also the graph of usearch, which would name rows of another folder."""
+    write(tmp_path, range(200), unit_vectors(200))
+    first = manifest(200, 200)
+    expected = np.concatenate(Embeddings(tmp_path, first, WIDTH).blocks)
     assert len(expected) == 200
-    path = tmp_path / "search/rows.arrow"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    np.testing.assert_array_equal(np.concatenate(Embeddings(tmp_path).blocks), expected)
-    (tmp_path / "search/index.usearch").write_bytes(b"of 200")
-    write(tmp_path / "rows-1.parquet", 30)
-    assert len(Embeddings(tmp_path)) == 230
-    assert Embeddings(tmp_path).row(203) == (3, "3.png")
-    assert not (tmp_path / "search/index.usearch").exists()
+    copy = tmp_path / "search/rows.arrow"
+    for damaged in (copy.read_bytes()[:3_000], b""):
+        copy.write_bytes(damaged)
+        blocks = Embeddings(tmp_path, first, WIDTH).blocks
+        np.testing.assert_array_equal(np.concatenate(blocks), expected)
+    Embeddings(tmp_path, first, WIDTH).approximate(expected[0], 1)
+    (graph,) = tmp_path.glob("search/*.usearch")
+    for damaged in (graph.read_bytes()[:5_000], b"not a graph", b""):
+        graph.write_bytes(damaged)
+        rows, similarities = Embeddings(tmp_path, first, WIDTH).approximate(expected[7], 1)
+        assert (rows[0], similarities[0]) == (7, pytest.approx(1, abs=1e-6))
+    write(tmp_path, range(200, 230), unit_vectors(30))
+    longer = Embeddings(tmp_path, manifest(230, 200), WIDTH)
+    assert len(longer) == 230
+    assert longer.row(203) == (203, "203.png")
+    assert not graph.exists()
 
 
 @pytest.mark.parametrize("count", [1, 10, 500])
@@ -41,3 +76,149 @@ def test_blocks_find_what_one_product_finds(count):
     expected = np.argsort(-(vectors @ query), kind="stable")[:count]
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_array_equal(similarities, (vectors @ query)[expected])
+
+
+@pytest.mark.parametrize("width", [30, 768])
+@pytest.mark.parametrize("method", ["exact", "approximate"])
+def test_equal_embeddings_are_listed_in_their_order(method, width, tmp_path):
+    """Products in float32 differ in the last bit between rows of a block, and a graph's order is
+    that of its search."""
+    query, *others = unit_vectors(12, width)
+    vectors = np.repeat(np.stack(others), 7, axis=0)  # images that occur seven times
+    write(tmp_path, range(len(vectors)), vectors)
+    embeddings = Embeddings(tmp_path, manifest(len(vectors), 100), width)
+    rows, similarities = getattr(embeddings, method)(query, len(vectors))
+    exact = np.repeat(np.stack(others).astype(np.float64) @ query, 7)
+    np.testing.assert_array_equal(rows, np.argsort(-exact, kind="stable"))
+    np.testing.assert_allclose(similarities, exact[rows], atol=1e-7)
+
+
+@pytest.mark.parametrize(("rows", "per_file", "parts"), [(8, 3, 1), (11, 2, 3), (2, 1, 5)])
+def test_a_manifest_knows_the_files_of_all_workers(rows, per_file, parts):
+    one = manifest(rows, per_file, parts)
+    expected = [x for i in range(parts) for x in rows_of_files(rows, i, parts, per_file)]
+    assert list(one.each_file()) == expected
+    assert one.files == len(expected)
+
+
+# ------------------------------------------------------------------------- damaged folders
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and embeddings of nine images in three files."""
+    path = tmp_path_factory.mktemp("search")
+    write_tiny_model(path / "model")
+    (path / "photos").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (IMAGES, 8, 8, 3))):
+        Image.fromarray(pixels.astype(np.uint8)).save(path / f"photos/{i}.png")
+    config = EmbedConfig(
+        model=path / "model",
+        source=str(path / "photos"),
+        output=path / "embeddings",
+        rows_per_file=PER_FILE,
+    )
+    embed(config)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder / "model")
+
+
+def with_vectors(change):
+    """Return a change of a table's embeddings."""
+
+    def changed(table):
+        vectors = np.stack(table["embedding"].to_numpy())
+        vectors = change(vectors)
+        column = pa.array([*vectors], pa.list_(pa.from_numpy_dtype(vectors.dtype), len(vectors[0])))
+        return table.set_column(2, "embedding", column)
+
+    return changed
+
+
+def with_nan(vectors):
+    vectors[1, 2] = np.nan
+    return vectors
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (with_vectors(with_nan), "1 of 3 embeddings are not finite or not of length 1"),
+        (with_vectors(lambda x: x * np.inf), "3 of 3 embeddings are not finite"),
+        (with_vectors(lambda x: x * 0), "3 of 3 embeddings are not finite or not of length 1"),
+        (with_vectors(lambda x: x * 10), "3 of 3 embeddings are not finite or not of length 1"),
+        (with_vectors(lambda x: x[:, 1:]), r"embedding: .*\[15\]; the model's .*\[16\]"),
+        (with_vectors(lambda x: x.astype(np.float64)), r"double.*\[16\]; the model's .*float"),
+        (lambda x: x.slice(1), "2 embedded and 0 skipped images of 3"),
+        (lambda x: pa.concat_tables([x, x]), "6 embedded and 0 skipped images of 3"),
+        (lambda x: x.take([1, 0, 2]), "its rows are not in order"),
+        (lambda x: x.set_column(0, "index", pa.array([0, 1, 2])), "it has rows 0 to 2"),
+        (lambda x: x.set_column(1, "key", pa.array(["a", None, "b"])), "it has empty cells"),
+        (lambda x: x.set_column(1, "key", pa.array([1, 2, 3])), "key: int64"),
+        (lambda x: x.drop_columns(["key"]), "its columns are index: int64, embedding"),
+        (lambda x: x.replace_schema_metadata(None), "does not list its skipped images"),
+    ],
+)
+def test_rows_that_are_not_the_models_embeddings_are_refused(change, says, folder, model, tmp_path):
+    """Else NaN would hide the other results of its block, and rows be absent or double."""
+    damaged = shutil.copytree(folder / "embeddings", tmp_path / "damaged")
+    path = path_of(damaged, range(3, 6))
+    pq.write_table(change(pq.read_table(path)), path, write_page_checksum=True)
+    with pytest.raises(InputError, match=rf"{path} is damaged \(.*{says}.*\); delete it and run"):
+        Searcher(model, damaged)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"parts": 0}, "parts=0 must be at least 1"),
+        ({"parts": -2}, "parts=-2 must be at least 1"),
+        ({"rows": -5}, "rows=-5 must be at least 1"),
+        ({"rows_per_file": 0}, "rows_per_file=0 must be at least 1"),
+        ({"parts": 10**9}, "does not describe: rows-0000000000-0000000003.parquet, "),
+        ({"parts": 10**30}, "must be within 64 bits"),
+        ({"rows": 10**12}, "lacks 333333333331 of 333333333334 files .* and 333333333326 more"),
+        ({"rows": 10**12, "rows_per_file": 1}, "files that its embed.json does not describe"),
+    ],
+)
+def test_files_are_compared_with_the_manifest_in_bounded_time(
+    fields, says, folder, model, tmp_path
+):
+    damaged = shutil.copytree(folder / "embeddings", tmp_path / "damaged")
+    content = json.loads((damaged / "embed.json").read_text()) | fields
+    (damaged / "embed.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=says):
+        Searcher(model, damaged)
+
+
+def test_a_file_that_the_manifest_does_not_describe_is_refused(folder, model, tmp_path):
+    """Else its rows would be found twice."""
+    damaged = shutil.copytree(folder / "embeddings", tmp_path / "damaged")
+    for name in ("rows-9.parquet", "rows-0000000000-0000000002.parquet"):
+        shutil.copy(path_of(damaged, range(3)), damaged / name)
+        with pytest.raises(InputError, match=f"does not describe: {name}. Move them"):
+            Searcher(model, damaged)
+        (damaged / name).unlink()
+    Searcher(model, damaged)
+
+
+def test_a_pipe_is_refused_without_opening_it(folder, model, tmp_path):
+    """To open one would wait for a writer."""
+    damaged = shutil.copytree(folder / "embeddings", tmp_path / "damaged")
+    for path in (path_of(damaged, range(3, 6)), damaged / "embed.json"):
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(InputError, match=rf"{path} .*a pipe or a device, not a file"):
+            Searcher(model, damaged)
+
+
+@pytest.mark.parametrize("value", [np.nan, 0])
+def test_a_query_that_is_not_finite_or_zero_is_refused(value, folder, model):
+    """Its similarities would all be NaN or equal."""
+    searcher = Searcher(model, folder / "embeddings")
+    with pytest.raises(InputError, match="the query's embedding is not finite, or zero"):
+        searcher.closest(np.full(model.config.embed_dim, value, np.float32), 1)

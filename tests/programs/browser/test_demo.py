@@ -17,6 +17,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from clip_jax.cli.commands import main
+from clip_jax.inference.embed import read_manifest
 from clip_jax.inference.loading import load
 from clip_jax.inference.predict import PredictConfig, predict
 from clip_jax.inference.search import Embeddings
@@ -116,7 +117,8 @@ def test_a_text_becomes_the_closest_images(folder, page):
     expect(captions).to_have_count(len(COLORS))
     model = load(folder / "model")
     text = np.asarray(model.encode_text(model.tokenize(["a red bicycle"])))[0]
-    embeddings = Embeddings(folder / "embeddings")
+    manifest = read_manifest(folder / "embeddings")
+    embeddings = Embeddings(folder / "embeddings", manifest, model.config.embed_dim)
     ranked = zip(*embeddings.exact(text / np.linalg.norm(text), 12), strict=True)
     expected = [f"{similarity:.3f} {embeddings.row(int(row))[1]}" for row, similarity in ranked]
     assert [" ".join(text.split()) for text in captions.all_inner_texts()] == expected
