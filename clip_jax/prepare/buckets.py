@@ -1,7 +1,8 @@
 """Files of buckets: one task sorts records by a key, and others read a range of each file.
 
-It is the shuffle's only format: the offset of each bucket (64 bits, little-endian), then the
-buckets. Reading a range of buckets takes two requests, whatever the file's size.
+It is the only format between stages: the offset of each bucket and the file's size (64 bits,
+little-endian), then the buckets. Reading a range of buckets takes two requests, whatever the file's
+size. A file that was cut is an error, since its records would be missing from the result.
 """
 
 import struct
@@ -11,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from jaxtyping import UInt64
 
+from clip_jax.errors import InputError
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 _OFFSET = struct.Struct("<Q")
 _FRAME = struct.Struct("<QQI")  # order, index and length of the record that follows
+ADVICE = "Delete it and run the same command again, which computes only missing files."
 _THREADS = 16  # for reading, which is mostly waiting if files are in a bucket
 
 Framed = tuple[int, int, memoryview]  # order, index, record
@@ -27,15 +30,38 @@ def write(path: AnyPath, buckets: Sequence[bytes]) -> None:
     files.write_whole(path, b"".join([ends.tobytes(), *buckets]))
 
 
+def write_one(path: AnyPath, content: bytes) -> None:
+    """Write a file of one bucket atomically."""
+    write(path, [content])
+
+
 def read(path: AnyPath, first: int, last: int) -> bytes:
-    """Read the buckets from `first` to before `last`."""
+    """Read the buckets from `first` to before `last`. Raises InputError if the file was cut."""
     name = str(path)
     ends = [(_OFFSET.size * number, _OFFSET.size) for number in (first, last)]
-    begin, end = (_OFFSET.unpack(data)[0] for data in files.read_ranges(name, ends))
+    offsets = b"".join(files.read_ranges(name, ends))
+    if len(offsets) != 2 * _OFFSET.size:
+        raise _damaged(path)
+    (begin,), (end,) = _OFFSET.iter_unpack(offsets)
     if begin == end:
         return b""
-    (data,) = files.read_ranges(name, [(begin, end - begin)])
+    (data,) = files.read_ranges(name, [(begin, max(0, end - begin))])
+    if len(data) != end - begin:
+        raise _damaged(path)
     return data
+
+
+def read_one(path: AnyPath) -> bytes:
+    """Read the content of a file of one bucket. Raises InputError if the file was cut."""
+    data = files.read(path)
+    begin = 2 * _OFFSET.size
+    if len(data) < begin or _OFFSET.unpack_from(data, _OFFSET.size) != (len(data),):
+        raise _damaged(path)
+    return data[begin:]
+
+
+def _damaged(path: AnyPath) -> InputError:
+    return InputError(f"{path} is damaged: it has not the size that it states. {ADVICE}")
 
 
 def read_all(paths: Sequence[AnyPath], first: int, last: int) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from clip_jax.data.sources import SampleError
 
+COUNTED = ("counts", "examples")  # keys of all statistics
 _KEPT = "kept"
 _EDGES = {  # of histogram bins; values outside count in the first or the last bin
     "shorter side, pixels": np.geomspace(8, 8192, 61),

@@ -130,4 +130,4 @@ def _ahead(paths: list[AnyPath]) -> Iterator[bytes]:
     """Read files in their order, some of them ahead."""
     with ThreadPoolExecutor(_THREADS) as threads:
         for start in range(0, len(paths), _THREADS):
-            yield from threads.map(files.read, paths[start : start + _THREADS])
+            yield from threads.map(buckets.read_one, paths[start : start + _THREADS])

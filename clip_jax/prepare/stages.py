@@ -27,11 +27,12 @@ from clip_jax.inference.loading import Model, unit
 from clip_jax.models.images import Images, concatenate
 from clip_jax.prepare import buckets, contamination, near, reinforce
 from clip_jax.prepare.contamination import EvaluationImages
-from clip_jax.prepare.counts import Statistics
+from clip_jax.prepare.counts import COUNTED, Statistics
 from clip_jax.prepare.filters import Contaminated, Filter, Pair
 from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
+from clip_jax.storage.json_files import content_of, parse
 
 # Pairs that pass the filters.
 ROWS: np.dtype = np.dtype([("index", "<u8"), ("order", "<u8"), ("score", "<f8")])
@@ -75,7 +76,7 @@ def hash_evaluation_set(source: str, target: tuple[range, AnyPath], counted: Cou
     rows = np.array(
         [(index, image_hash) for index, image_hash in seen if image_hash is not None], near.ROW
     )
-    files.write_whole(path, rows.tobytes())
+    buckets.write_one(path, rows.tobytes())
 
 
 def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> None:
@@ -96,7 +97,7 @@ def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -
         if pair.image_hash is not None:
             alike.append((index, pair.image_hash))
     buckets.write(layout.file(number, "pairs"), [b"".join(bucket) for bucket in pairs])
-    files.write_whole(layout.file(number, "rows"), np.array(rows, ROWS).tobytes())
+    buckets.write_one(layout.file(number, "rows"), np.array(rows, ROWS).tobytes())
     count = layout.join_buckets
     if config.drop_duplicates:
         table = np.array(same, SAME)
@@ -239,7 +240,7 @@ def _gathered(layout: Layout, kind: str, bucket: int, dtype: np.dtype) -> np.nda
 
 
 def _write_repeated(path: AnyPath, pairs: list[Any]) -> None:
-    files.write_whole(path, np.sort(np.array(pairs, REPEATED), order="index").tobytes())
+    buckets.write_one(path, np.sort(np.array(pairs, REPEATED), order="index").tobytes())
 
 
 # --------------------------------------------------------------------------------------- scores
@@ -249,7 +250,7 @@ def score(config: PrepareConfig, layout: Layout, number: int, counted: Counted) 
     """Compute the cosine of image and caption (or the mean over captions) of candidates."""
     assert config.score_with is not None
     model = reinforce.model(config.score_with)
-    rows = np.frombuffer(files.read(layout.file(number, "rows")), ROWS)
+    rows = np.frombuffer(buckets.read_one(layout.file(number, "rows")), ROWS)
     indices = layout.indices(number)
     (data,) = files.read_ranges(str(layout.candidates), [(indices.start, len(indices))])
     candidates = np.frombuffer(data, np.uint8)
@@ -262,7 +263,7 @@ def score(config: PrepareConfig, layout: Layout, number: int, counted: Counted) 
     places = np.searchsorted(rows["index"], [index for index, _ in wanted])
     cosines = _cosines(model, [bytes(record) for _, record in wanted], config.batch_size, counted)
     scores[places] = list(cosines)
-    files.write_whole(layout.file(number, "scores"), scores.astype("<f8").tobytes())
+    buckets.write_one(layout.file(number, "scores"), scores.astype("<f8").tobytes())
 
 
 def _cosines(
@@ -312,7 +313,7 @@ def write(config: PrepareConfig, layout: Layout, group: Group, counted: Counted)
     lines, size = [], config.samples_per_shard
     for number in range(group.first, group.last):
         shard, statistics = layout.shard(number, group.count), Statistics()
-        if files.exists(shard) and files.exists(statistics_of(shard)):
+        if read_statistics(shard):
             continue
         files.remove_partial(shard)
         start = (number - group.first) * size
@@ -357,5 +358,19 @@ def _write_shard(
             with contextlib.closing(writer):
                 for record in records:
                     writer.write(record)
-    files.write_whole(statistics_of(shard), json.dumps(statistics.to_dict()))
+        size = partial.stat().st_size
+    content = statistics.to_dict() | {"bytes": size}
+    files.write_whole(statistics_of(shard), json.dumps(content))
     return f"{shard}: {statistics.kept:,} of {samples:,} pairs"
+
+
+def read_statistics(shard: AnyPath) -> dict[str, Any]:
+    """Return the statistics of a shard; {} unless it is complete: of the size that they state."""
+    try:
+        size, _ = files.stat(str(shard))
+        statistics = parse(content_of(statistics_of(shard))) or {}
+    except FileNotFoundError:
+        return {}
+    is_complete = statistics.keys() >= {*COUNTED}
+    # Older files lack the size.
+    return statistics if is_complete and statistics.get("bytes", size) == size else {}

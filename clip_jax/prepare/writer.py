@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,9 @@ from clip_jax.data.sources.tar_index import open_index
 from clip_jax.display import warn
 from clip_jax.engine import Runner, runner
 from clip_jax.errors import InputError, read_worker
-from clip_jax.prepare import contamination, counts, near, reinforce, settle, stages
+from clip_jax.prepare import buckets, contamination, counts, near, reinforce, settle, stages
 from clip_jax.prepare.filters import Filter
-from clip_jax.prepare.layout import Group, Layout, PrepareConfig, statistics_of
+from clip_jax.prepare.layout import Layout, PrepareConfig
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
@@ -36,8 +37,8 @@ from clip_jax.storage.json_files import read_json
 _INSPECTED = 1_000  # samples
 _SHOWN = 5
 _TEST_IMAGES = 2_000  # images of an evaluation set that one task hashes
-_COUNTED = ("counts", "examples")  # keys of every report
-_REPORT = ("samples", "found", "shards", *_COUNTED)  # keys of the report over all shards
+_REPORT = ("samples", "found", "shards", *counts.COUNTED)  # keys of the report over all shards
+_THREADS = 16  # for reading statistics, which is mostly waiting if files are in a bucket
 _WHOLE = "_SUCCESS"  # file that marks a complete result, as in Hadoop and Spark
 
 
@@ -64,7 +65,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         if not (missing := _missing(layout)):
             epath.Path(layout.work).rmtree(missing_ok=True)
             return read_json(folder / "report.json", *_REPORT)
-        print(f"{folder} lacks {listed(missing)}; writing them again", file=sys.stderr)
+        message = f"{listed(missing)} of {folder} are missing or damaged; writing them again"
+        print(message, file=sys.stderr)
         files.remove(folder / _WHOLE)
     if config.reinforce:
         warn(reinforce.sizes(config, source))
@@ -92,7 +94,8 @@ class _Work:
         layout, count = self._layout, self._layout.reads
         work = functools.partial(stages.copy, self._config, layout)
         shards = [layout.shard(number, count) for number in range(count)]
-        tasks = [x for x in range(count) if not self._is_whole(shards[x])]
+        complete = _complete(shards)
+        tasks = [x for x in range(count) if shards[x] not in complete]
         own = [(x, len(layout.indices(x))) for x in tasks if x % self._workers == self._worker]
         self._does.run("prepare", work, own, model=self._config.has_models)
         return shards
@@ -102,25 +105,29 @@ class _Work:
         config, layout = self._config, self._layout
         reads, count = range(layout.reads), layout.join_buckets
         read = functools.partial(stages.read, config, layout)
-        self._all("read", read, reads, lambda x: layout.file(x, "read"))
+        kinds = ["pairs", "rows", "read"]
+        kinds += ["same"] if config.drop_duplicates else []
+        kinds += ["alike"] if config.drop_near_duplicates else []
+        self._all("read", read, reads, lambda x: [layout.file(x, kind) for kind in kinds])
         if config.drop_duplicates:
             find = functools.partial(stages.find_same, layout)
-            self._all("compare", find, range(count), lambda x: layout.joined("same", x), size=1)
+            self._all("compare", find, range(count), lambda x: [layout.joined("same", x)], size=1)
         if config.drop_near_duplicates:
             find = functools.partial(stages.find_alike, layout, config.near_distance)
             bands = range(near.BANDS * count)
-            self._all("hash", find, bands, lambda x: layout.joined("alike", x), size=1)
+            self._all("hash", find, bands, lambda x: [layout.joined("alike", x)], size=1)
         verdicts, dropped = settle.candidates(layout, config)
         if config.score_with:
             score = functools.partial(stages.score, config, layout)
-            self._all("score", score, reads, lambda x: layout.file(x, "scores"), model=True)
+            self._all("score", score, reads, lambda x: [layout.file(x, "scores")], model=True)
         verdicts = settle.settle(layout, config, verdicts)
         groups = settle.groups(layout, config, verdicts)
+        shards = [layout.shard(x, one.count) for one in groups for x in range(one.first, one.last)]
+        complete = _complete(shards)
         own = groups[self._worker :: self._workers]
         write = functools.partial(stages.write, config, layout)
-        tasks = [(x, x.pairs) for x in own if not self._is_written(x)]
+        tasks = [(x, x.pairs) for x in own if not complete.keys() >= {*shards[x.first : x.last]}]
         self._does.run("write", write, tasks, model=config.has_models)
-        shards = [layout.shard(x, one.count) for one in groups for x in range(one.first, one.last)]
         return settle.describe(dropped, verdicts, stages.opened(config, layout)[0]), shards
 
     def hash_evaluation_sets(self) -> None:
@@ -136,7 +143,7 @@ class _Work:
             missing = [(x, len(x[0])) for x in targets if x[1].name not in existing]
             self._does.run("evaluation sets", image_hash, missing)
             parts += [(number, path) for _, path in targets]
-        rows = [(number, np.frombuffer(files.read(path), near.ROW)) for number, path in parts]
+        rows = [(number, np.frombuffer(buckets.read_one(path), near.ROW)) for number, path in parts]
         kept = io.BytesIO()
         np.savez(
             kept,
@@ -149,12 +156,17 @@ class _Work:
         files.write_whole(layout.evaluation, kept.getvalue())
 
     def _all(
-        self, name: str, work: Callable[..., None], numbers: range, path: Callable[[int], AnyPath],
-        size: int = 0, model: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        work: Callable[..., None],
+        numbers: range,
+        paths: Callable[[int], list[AnyPath]],
+        size: int = 0,
+        model: bool = False,
+    ) -> None:
         """Run all missing tasks of a stage, this worker's first: the next stage needs them all."""
         existing = self._existing()
-        missing = [number for number in numbers if path(number).name not in existing]
+        missing = [x for x in numbers if not existing >= {path.name for path in paths(x)}]
         turn = sorted(missing, key=lambda x: (x - self._worker) % self._workers)
         tasks = [(x, size or len(self._layout.indices(x))) for x in turn]
         self._does.run(name, work, tasks, model=model)
@@ -162,17 +174,14 @@ class _Work:
     def _existing(self) -> set[str]:
         return {os.path.basename(path) for path in files.walk(self._layout.work)}
 
-    def _is_written(self, group: Group) -> bool:
-        shards = (self._layout.shard(x, group.count) for x in range(group.first, group.last))
-        return all(map(self._is_whole, shards))
 
-    @functools.cached_property
-    def _written(self) -> set[str]:
-        return {path.name for path in self._layout.folder.iterdir()}
-
-    def _is_whole(self, shard: AnyPath) -> bool:
-        """Return whether a shard was complete when the folder was listed."""
-        return {shard.name, statistics_of(shard).name} <= self._written
+def _complete(shards: Sequence[AnyPath]) -> dict[AnyPath, dict[str, Any]]:
+    """Return the statistics of the shards that are complete; see `stages.read_statistics`."""
+    existing = {path.name for path in shards[0].parent.iterdir()} if shards else ()
+    present = [shard for shard in shards if shard.name in existing]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        statistics = list(threads.map(stages.read_statistics, present))
+    return {shard: one for shard, one in zip(present, statistics, strict=True) if one}
 
 
 def inspect(config: PrepareConfig) -> dict[str, Any]:
@@ -233,15 +242,18 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _missing(layout: Layout) -> list[str]:
-    """List the files that are missing from a result that was complete."""
-    written = {path.name for path in layout.folder.iterdir()}
-    if "report.json" not in written:
-        return ["report.json"]
+    """List the files that are missing or damaged in a result that was complete."""
+    path = layout.folder / "report.json"
+    if not path.exists():
+        return [path.name]
     advice = "Restore a copy, or delete it: the same command creates it again."
-    count = read_json(layout.folder / "report.json", *_REPORT, advice=advice)["shards"]["of"]
-    shards = [layout.shard(number, count) for number in range(count)]
-    names = [path.name for shard in shards for path in (shard, statistics_of(shard))]
-    return [name for name in names if name not in written]
+    shards = read_json(path, *_REPORT, advice=advice)["shards"]
+    count = shards.get("of") if isinstance(shards, dict) else None
+    if type(count) is not int or not 0 <= count <= layout.samples:
+        raise InputError(f"{path} is damaged: it has {count!r:.99} shards. {advice}")
+    paths = [layout.shard(number, count) for number in range(count)]
+    complete = _complete(paths)
+    return [shard.name for shard in paths if shard not in complete]
 
 
 def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource) -> None:
@@ -272,13 +284,13 @@ def _report(
 ) -> dict[str, Any]:
     """Write the report over all processes; if no shard is missing, mark it as complete."""
     folder = layout.folder
-    existing = {path.name for path in folder.iterdir()}
-    done = [x for x in shards if {x.name, statistics_of(x).name} <= existing]
-    paths = [statistics_of(shard) for shard in done]
-    if config.joins:
-        paths += [layout.file(number, "read") for number in range(layout.reads)]
-    compared = {"counts": dropped.counts, "examples": dropped.examples}
-    total = counts.merged([*(read_json(path, *_COUNTED) for path in paths), compared])
+    done = _complete(shards)
+    statistics = list(done.values())
+    for number in range(layout.reads if config.joins else 0):
+        path = layout.file(number, "read")
+        statistics.append(read_json(path, *counts.COUNTED, advice=buckets.ADVICE))
+    statistics.append({"counts": dropped.counts, "examples": dropped.examples})
+    total = counts.merged(statistics)
     for name, source in contamination.named(config.decontaminate).items():
         one = total["found"].setdefault(name, {"pairs": 0, "images": 0})
         one["of"] = len(open_images(source, option="--decontaminate"))

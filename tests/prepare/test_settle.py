@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clip_jax.prepare import settle
+from clip_jax.prepare import buckets, settle
 from clip_jax.prepare.layout import Layout, PrepareConfig
 from clip_jax.prepare.stages import CANDIDATE, ROWS
 
@@ -12,7 +12,7 @@ def write_rows(layout, orders):
     layout.work.mkdir(exist_ok=True)
     for number in range(layout.reads):
         rows = [(i, orders[i], i % 7) for i in layout.indices(number)]
-        layout.file(number, "rows").write_bytes(np.array(rows, ROWS).tobytes())
+        buckets.write_one(layout.file(number, "rows"), np.array(rows, ROWS).tobytes())
 
 
 @pytest.mark.parametrize(("samples", "per_task", "size"), [(100, 7, 5), (100, 30, 8), (3, 1, 9)])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clip_jax.cli.commands import main
+from clip_jax.errors import InputError
 from clip_jax.inference.loading import load
 from clip_jax.prepare import stages
 from clip_jax.prepare.layout import PrepareConfig
@@ -128,6 +129,24 @@ def test_a_stop_in_any_stage_loses_nothing_and_does_nothing_twice(
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     prepare(joined(source, out, **how))  # which finds the marker
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["000001.pairs", "000001.rows", "alike-00003", "000001.scores"])
+def test_a_stage_s_file_that_was_cut_is_named_and_made_again(name, source, model, tmp_path):
+    """Else the pairs after the cut would be missing from the result."""
+    how = {"score_with": model, "top_share": 0.9, "samples_per_task": 7}
+    prepare(joined(source, tmp_path / "whole", **how))
+    stop = mock.patch.object(stages, "write", autospec=True, side_effect=KeyboardInterrupt)
+    with stop, pytest.raises(KeyboardInterrupt):
+        prepare(joined(source, tmp_path / "out", **how))
+    path = tmp_path / "out/work" / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 8])
+    with pytest.raises(InputError, match=f"{path} is damaged: .* Delete it and run the same"):
+        prepare(joined(source, tmp_path / "out", **how))
+    path.unlink()  # as the message says
+    prepare(joined(source, tmp_path / "out", **how))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole") != {}
 
 
 def test_scores_are_the_cosines_of_the_model(model, tmp_path):

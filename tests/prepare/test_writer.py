@@ -81,15 +81,42 @@ def test_a_deleted_shard_is_written_again_unless_the_source_has_other_names(
     how: dict[str, Any] = {"source": str(images), "samples_per_shard": 6, "shuffle": shuffle}
     config = PrepareConfig(**how, destination=out)
     report, before = prepare(config), digests(out)
-    lost = ["pairs-00002-of-00004.array_record", "pairs-00003-of-00004.json"]
-    for name in lost:
-        (out / name).unlink()
+    lost = [f"pairs-0000{number}-of-00004.array_record" for number in (2, 3)]
+    (out / lost[0]).unlink()
+    (out / lost[1]).with_suffix(".json").unlink()
     assert prepare(config) == report
     assert digests(out) == before
-    assert f"lacks {', '.join(lost)}; writing them again" in capsys.readouterr().err
+    message = f"{', '.join(lost)} of {out} are missing or damaged; writing them again"
+    assert message in capsys.readouterr().err
     (images / "00.png").rename(images / "z.png")
     with pytest.raises(ValueError, match="other settings: digest "):
         prepare(config)
+
+
+@pytest.mark.parametrize("kind", ["array_record", "tar"])
+def test_a_damaged_shard_is_written_again(kind, source, tmp_path, capsys):
+    """Else a copy that was cut would lack pairs, and its report count them."""
+    config = PrepareConfig(
+        source=source, destination=tmp_path / "out", samples_per_shard=6, shards=kind
+    )
+    report = prepare(config)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("pairs-*")}
+    shard = tmp_path / f"out/pairs-00001-of-00004.{kind}"
+    content = before[shard]
+    for path, damaged in (
+        (shard, content[: len(content) // 2]),
+        (shard, content + bytes(1 << 16)),
+        (shard.with_suffix(".json"), b'{"counts": '),
+    ):
+        path.write_bytes(damaged)
+        assert prepare(config) == report
+        assert {path: path.read_bytes() for path in before} == before
+        assert f"{shard.name} of {tmp_path}/out are missing or damaged" in capsys.readouterr().err
+    older = json.loads(shard.with_suffix(".json").read_text())
+    del older["bytes"]  # of an older version, which did not store it
+    shard.with_suffix(".json").write_text(json.dumps(older))
+    assert prepare(config) == report
+    assert not capsys.readouterr().err
 
 
 def test_large_images_are_made_smaller_and_others_encoded_anew(source, tmp_path):
