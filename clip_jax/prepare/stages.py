@@ -1,6 +1,7 @@
 """The stages of `clip-jax prepare`: functions of options and one task, with and without Ray."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -181,16 +182,46 @@ def _record(pair: Pair, config: PrepareConfig) -> bytes:
     if config.shards == "tar":
         texts = texts[:1]
     features = {"image": [image], "caption": texts, "key": [pair.key.encode(errors="replace")]}
-    if more and config.has_models:  # which replace everything but the captions
-        more = Reinforcement(synthetic=more.synthetic)
-    if more and (image is not pair.image or len(more.text) not in (0, len(texts))):
-        raise InputError(
-            f"{pair.key} has embeddings of its image and of all its captions as they are stored; "
-            "leave out resize, encode and filters of captions, or reinforce again"
-        )
     if more:
+        more = _stored(pair, more, config, is_encoded=image is not pair.image)
         features |= to_features(more, config.embedding_type, more.widths)
     return encode_example(features)
+
+
+def _stored(
+    pair: Pair, more: Reinforcement, config: PrepareConfig, is_encoded: bool
+) -> Reinforcement:
+    """Return what is written of what a reinforced source stores with a pair.
+
+    Raises InputError if embeddings are not those of the image and of the captions to be written.
+    """
+    if config.reinforce:  # which replaces everything but the captions
+        return Reinforcement(synthetic=more.synthetic)
+    again = "or add reinforce with the teachers, which computes all embeddings again."
+    of_image = more.augmentations or more.image.size
+    if config.captions and (of_image or more.text.size or more.synthetic_text.size):
+        raise InputError(
+            f"{pair.key} has augmentations or embeddings, but new captions would have no "
+            f"embeddings; leave out captions, {again}"
+        )
+    if is_encoded and of_image:
+        option = "shards=tar, which takes JPEG, PNG and WebP only,"
+        if config.encode != "keep":
+            option = f"encode={config.encode}"
+        elif 0 < config.resize < min(pair.picture.size):
+            option = f"resize={config.resize}"
+        raise InputError(
+            f"{pair.key} has augmentations or embeddings of its image as it is stored, but "
+            f"{option} changes the image; leave that out, {again}"
+        )
+    if len(more.text) not in (0, len(pair.captions)):
+        raise InputError(
+            f"{pair.key} has embeddings of {len(more.text)} captions, of which the filters keep "
+            f"{len(pair.captions)}; leave out min_caption, max_caption, min_words, languages and "
+            f"filter, {again}"
+        )
+    written = 1 if config.shards == "tar" else len(pair.captions)
+    return dataclasses.replace(more, text=more.text[:written])
 
 
 def _encoded(image: bytes, picture: Image.Image, config: PrepareConfig) -> bytes:

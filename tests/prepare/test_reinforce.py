@@ -5,12 +5,14 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import tarfile
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_jax.cli.commands import main
 from clip_jax.data.augment import AugmentationsConfig, replay
@@ -204,8 +206,60 @@ def test_captions_first_and_teachers_later(how, tmp_path):
     for x, y in zip(second, records(tmp_path / "c"), strict=True):
         same(from_features(x, 1), from_features(y, 1))
         assert from_features(y, 1).widths == (16, 24)
-    with pytest.raises(InputError, match="leave out resize"):
-        prepare(PrepareConfig(source=source, resize=8, destination=tmp_path / "d"))
+    for fields, message in (
+        ({"resize": 8}, "but resize=8 changes the image; leave that out, or add reinforce"),
+        ({"encode": "webp", "resize": 8}, "but encode=webp changes the image; leave that out"),
+        (
+            {"captions": base["captions"], "generation": SAMPLE},
+            "new captions would have no embeddings; leave out captions, or add reinforce",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare(PrepareConfig(source=source, **fields, destination=tmp_path / "d"))
+        shutil.rmtree(tmp_path / "d")
+    again = {"captions": base["captions"], "generation": SAMPLE, **later}
+    prepare(PrepareConfig(source=source, **again, destination=tmp_path / "e"))
+    assert all(x.keys() >= {"paug", "syn_text_emb"} for x in records(tmp_path / "e"))
+
+
+def test_embeddings_of_several_captions_follow_their_captions(how, tmp_path):
+    """A tar has the first caption and its embedding; a filter of captions is an error."""
+    lines = []
+    for name, image, text in tiny_pairs(3):
+        (tmp_path / name).write_bytes(image)
+        lines.append(json.dumps({"image": name, "caption": [text, f"the second {text}"]}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    options = {name: how[name] for name in ("augmentations", "batch_size")}
+    source = str(tmp_path / "pairs.jsonl")
+    teachers = {"reinforce": how["reinforce"][:1], **options}
+    prepare(PrepareConfig(source=source, **teachers, destination=tmp_path / "a"))
+    source = str(tmp_path / "a/*.array_record")
+    prepare(PrepareConfig(source=source, shards="tar", destination=tmp_path / "b"))
+    tars = TarSource(TarConfig(path=str(tmp_path / "b/*.tar")))
+    for i, x in enumerate(records(tmp_path / "a")):
+        stored = from_features(x, 2)
+        without_widths = dataclasses.replace(stored, text=stored.text[:1], widths=())
+        same(without_widths, tars.record(i).more())
+    for fields, message in (
+        ({"max_caption": 9}, "embeddings of 2 captions, of which the filters keep 1; leave out"),
+        ({"max_caption": 9, "shards": "tar"}, "embeddings of 2 captions, of which"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare(PrepareConfig(source=source, **fields, destination=tmp_path / "c"))
+        shutil.rmtree(tmp_path / "c")
+
+
+def test_an_image_that_a_tar_does_not_take_loses_no_embeddings(how, tmp_path):
+    """The message names the tar, where neither resize nor encode is set."""
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.bmp")
+    (tmp_path / "pairs.csv").write_text("image,caption\na.bmp,red\n")
+    options = {name: how[name] for name in ("augmentations", "batch_size")}
+    teachers = {"reinforce": how["reinforce"][:1], **options}
+    source = str(tmp_path / "pairs.csv")
+    prepare(PrepareConfig(source=source, **teachers, destination=tmp_path / "a"))
+    source = str(tmp_path / "a/*.array_record")
+    with pytest.raises(InputError, match="but shards=tar, which takes JPEG, PNG and WebP only, "):
+        prepare(PrepareConfig(source=source, shards="tar", destination=tmp_path / "b"))
 
 
 def test_int8_rows_are_near_the_float16_rows(how, tmp_path):
