@@ -28,11 +28,13 @@ _CLASSES = {
         _SIGLIP, interpolation="bilinear", resize_mode="naflex", max_patches=256, patch_size=16,
         rules="torchvision",
     ),
-    "ChineseCLIP": Preprocess(rules="transformers"),
+    **dict.fromkeys(("Bit", "ChineseCLIP"), Preprocess(rules="transformers")),
     "Tipsv2": replace(
-        _SIGLIP, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", rules="torchvision"
+        _SIGLIP, image_size=448, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear",
+        rules="torchvision",
     ),
 }  # fmt: skip
+_SQUARES = ("Tipsv2", "ViT")  # classes in which a size that is one number means a square
 
 
 def read(folder: Path, size: int, own: str = "CLIP", patch_size: int | None = None) -> Preprocess:
@@ -47,32 +49,37 @@ def read(folder: Path, size: int, own: str = "CLIP", patch_size: int | None = No
     kind = content.get("image_processor_type", content.get("feature_extractor_type"))
     name = str(kind or own).removesuffix("Fast").removesuffix("Pil")
     name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
+    if name not in _CLASSES:
+        known = ", ".join(f"{name}ImageProcessor" for name in _CLASSES)
+        raise InputError(
+            f"{where}: image_processor_type={kind!r:.99} is not supported; it must be one of "
+            f"{known}. Set it to the one with the same steps, and write all of its settings."
+        )
     if (name == "Siglip2") != (own == "Siglip2"):
         raise InputError(
             f"{where}: image_processor_type={kind!r:.99} does not fit the model in config.json; "
             "Siglip2ImageProcessor and model_type='siglip2' (NaFlex) need each other."
         )
-    if name not in _CLASSES and "resample" not in content:
-        raise InputError(
-            f"{where}: image_processor_type={kind!r:.99} without resample is not supported; add "
-            "that class's resample to it: 2 for bilinear or 3 for bicubic."
-        )
-    default = replace(_CLASSES.get(name, _CLASSES[own]), image_size=size)
+    its_class = _CLASSES[name]
+    default = replace(its_class, image_size=size)
     kinds = {number: name for name, number in _RESAMPLE.items()}
     resample = content.get("resample", _RESAMPLE[default.interpolation])
     scale = number_of(content.get("rescale_factor", 1 / 255), f"{where}: rescale_factor")
-    if content.get("do_normalize") is False:
+    if not content.get("do_normalize", name != "Tipsv2"):
         content = {**content, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    elif name == "Tipsv2" and not {"image_mean", "image_std"} <= set(content):
+        raise InputError(f"{where}: do_normalize=True needs image_mean and image_std; add them.")
     steps = ("do_resize", "do_rescale")
     if (
         type(resample) is not int
         or resample not in kinds
         or abs(scale * 255 - 1) > 1e-6
         or not all(content.get(step, True) for step in steps)
+        or content.get("do_pad")
     ):
         raise InputError(
-            f"{where}: resample={resample!r:.99}, rescale_factor={scale} or a step that is off "
-            f"({', '.join(steps)}) is not supported."
+            f"{where}: resample={resample!r:.99}, rescale_factor={scale}, do_pad or a step that is "
+            f"off ({', '.join(steps)}) is not supported."
         )
     values = {
         "mean": content.get("image_mean", default.mean),
@@ -83,7 +90,9 @@ def read(folder: Path, size: int, own: str = "CLIP", patch_size: int | None = No
         values |= _patches(content, default, patch_size, where)
         values["rules"] = "transformers" if str(kind).endswith("Pil") else default.rules
     else:
-        values["resize_mode"] = _resize_mode(content, default, where)
+        # Without any file the size is the model's, and not that of the class.
+        missing = its_class.image_size if where else size
+        values["resize_mode"] = _resize_mode(content, default, missing, name in _SQUARES, where)
     with naming(where):
         return from_dict(Preprocess, to_dict(default) | values, where)
 
@@ -100,14 +109,17 @@ def _patches(
     return {"max_patches": count_of(most, f"{where}: max_num_patches"), "patch_size": patch_size}
 
 
-def _resize_mode(content: dict[str, Any], default: Preprocess, where: str) -> str:
-    size = default.image_size
-    square = {"height": size, "width": size}
-    resize = content.get("size", square if default.resize_mode == "squash" else size)
-    crop = content.get("crop_size", size)
-    resize = {"shortest_edge": resize} if isinstance(resize, int) else resize
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    cropped = content.get("do_center_crop", default.resize_mode == "shortest")
+def _resize_mode(
+    content: dict[str, Any], default: Preprocess, missing: int, squares: bool, where: str
+) -> str:
+    size, squashes = default.image_size, default.resize_mode == "squash"
+    square = _square(size)
+    resize = content.get("size", _square(missing) if squashes else {"shortest_edge": missing})
+    crop = content.get("crop_size", None if squashes else missing)
+    if isinstance(resize, int):
+        resize = _square(resize) if squares else {"shortest_edge": resize}
+    crop = _square(crop) if isinstance(crop, int) else crop
+    cropped = content.get("do_center_crop", not squashes)
     if resize == square and (not cropped or crop == square):
         return "squash"
     if resize == {"shortest_edge": size} and cropped and crop == square:
@@ -116,6 +128,10 @@ def _resize_mode(content: dict[str, Any], default: Preprocess, where: str) -> st
         f"{where}: size={resize!r:.99}, crop_size={crop!r:.99}, do_center_crop={cropped!r:.99} "
         f"is not supported for a model with image size {size}."
     )
+
+
+def _square(size: int) -> dict[str, int]:
+    return {"height": size, "width": size}
 
 
 def _find(folder: Path) -> tuple[dict[str, Any], str]:
@@ -137,7 +153,7 @@ def write(folder: Path, preprocess: Preprocess, own: str = "CLIP") -> None:
     """Write the settings of an equivalent image processor, and remove any other's; `own` begins the
     name of the model's class, which is written if it resizes in this way."""
     size = preprocess.image_size
-    square = {"height": size, "width": size}
+    square = _square(size)
     shortest = preprocess.resize_mode == "shortest"
     if preprocess.resize_mode == "naflex":
         name = f"Siglip2ImageProcessor{'Pil' if preprocess.rules == 'transformers' else ''}"

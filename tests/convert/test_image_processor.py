@@ -38,7 +38,10 @@ def test_of_two_files_the_processors_own_counts(tmp_path):
         ({"image_processor": SETTINGS | {"resample": 0}}, "resample=0"),
         ({"image_processor": SETTINGS | {"image_mean": [0.5, 0.5]}}, "mean has 2 values"),
         ({"image_processor": SETTINGS | {"image_std": [0.5, 0, 0.5]}}, "must be more than 0"),
-        ({"image_processor": {"image_processor_type": "Bit"}}, "'Bit' without resample"),
+        ({"image_processor": {"image_processor_type": "Blip", "resample": 3}}, "type='Blip' is"),
+        ({"image_processor": SETTINGS | {"size": None}}, "size={'shortest_edge': 224}"),
+        ({"image_processor": SETTINGS | {"crop_size": None}}, "crop_size={'height': 224"),
+        ({"image_processor": SETTINGS | {"do_pad": True}}, "do_pad"),
     ],
 )
 def test_what_we_do_not_have_is_named(tmp_path, content, says):
@@ -114,5 +117,31 @@ def test_a_naflex_processor_fits_its_model(tmp_path, content, patch_size, says):
 def test_what_a_file_leaves_out_its_class_decides(tmp_path, kind, own, expected):
     content = {"image_processor_type": kind, "size": None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-    pixels = image_processor.read(tmp_path, 32, own)
+    pixels = image_processor.read(tmp_path, 448 if own == "Tipsv2" else 224, own)
     assert (pixels.resize_mode, pixels.interpolation, pixels.mean) == expected
+
+
+@pytest.mark.parametrize(("normalizes", "mean"), [(None, 0.0), (False, 0.0), (True, 0.5)])
+def test_tipsv2_normalises_only_where_its_file_says_so(tmp_path, normalizes, mean):
+    """The default of its class, unlike that of all others."""
+    content = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": normalizes}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    assert image_processor.read(tmp_path, 448, "Tipsv2").mean == (mean,) * 3
+
+
+def test_tipsv2_has_no_mean_of_its_own(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
+    with pytest.raises(InputError, match="do_normalize=True needs image_mean"):
+        image_processor.read(tmp_path, 448, "Tipsv2")
+
+
+def test_without_a_file_the_size_is_the_models(tmp_path):
+    assert image_processor.read(tmp_path, 32) == CLIPS
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("CLIP", "shortest"), ("ViT", "squash")])
+def test_a_size_that_is_one_number(tmp_path, kind, mode):
+    """It is the shorter side, or that of a square."""
+    content = {"image_processor_type": f"{kind}ImageProcessor", "size": 32, "crop_size": 32}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    assert image_processor.read(tmp_path, 32).resize_mode == mode

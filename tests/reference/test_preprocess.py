@@ -10,6 +10,7 @@ from PIL import Image
 
 from clip_jax.convert import image_processor
 from clip_jax.data.images import Preprocess
+from clip_jax.errors import InputError
 from tests.reference.pictures import FOLDER, ODD, PHOTO
 
 # Gray, palette and alpha are among them.
@@ -74,6 +75,40 @@ def test_transformers_image_processors(kind, tmp_path):
             (x,) = theirs(image, do_rescale=False, do_normalize=False)["pixel_values"]
             difference = ours.pixels(image).astype(int) - np.transpose(np.array(x), (1, 2, 0))
             assert np.abs(difference).max() <= bound
+
+
+CHANGES = [
+    {}, {"do_normalize": False}, {"do_normalize": True}, {"resample": 2}, {"resample": 3},
+    {"resample": 0}, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+    {"do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+    {"do_center_crop": False}, {"do_center_crop": True}, {"do_resize": False},
+    {"do_rescale": False}, {"rescale_factor": 1}, {"do_convert_rgb": False}, {"do_pad": True},
+    {"size": 224}, {"size": 448}, {"size": {"shortest_edge": 224}}, {"crop_size": 224},
+    {"size": {"height": 224, "width": 224}}, {"size": {"height": 448, "width": 448}},
+    {"crop_size": {"height": 112, "width": 112}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "ChineseCLIP", "Bit", "Siglip", "ViT", "Tipsv2"])
+def test_each_setting_of_transformers_image_processors(kind, tmp_path):
+    """Those that a file leaves out, too: equal pixels, or an InputError."""
+    size = 448 if kind == "Tipsv2" else 224
+    backend = "" if kind == "Tipsv2" else "Pil"
+    equal = 0
+    for change in CHANGES:
+        settings = {"image_processor_type": f"{kind}ImageProcessor", **change}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        try:
+            ours = image_processor.read(tmp_path, size, kind)
+        except InputError:
+            continue
+        theirs = getattr(transformers, f"{kind}ImageProcessor{backend}").from_pretrained(tmp_path)
+        image = PHOTO.resize((640, 427))
+        (x,) = theirs(image)["pixel_values"]
+        bound = 1e-5 if backend else 2.01 / 255 / min(ours.std)  # torchvision's own rounding
+        np.testing.assert_allclose(ours(image), np.transpose(x, (1, 2, 0)), rtol=0, atol=bound)
+        equal += 1
+    assert equal > 9
 
 
 @pytest.mark.parametrize(
