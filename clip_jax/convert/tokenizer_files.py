@@ -11,16 +11,21 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers.models import BPE, Unigram
 
+from clip_jax.convert import tokenizer_settings
 from clip_jax.convert.settings import MAX_JSON, read_json, write_json
+from clip_jax.convert.tokenizer_settings import CLIP_PIECES, CONFIG_NAME, TokenizerSettings
 from clip_jax.data.tokenizers import json_file, sentence_piece
 from clip_jax.data.tokenizers.clip_bpe import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME, is_json, read_vocabulary
+from clip_jax.display import warn
 from clip_jax.errors import InputError, needing
 from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
 from clip_jax.storage.files import write_whole
 
-CONFIG_NAME = "tokenizer_config.json"
 SIGLIP_NAME = "spiece.model"
+# Vocabularies in other files than those that are read.
+_UNREAD = ("vocab.json", "merges.txt", "vocab.txt", SIGLIP_NAME, "sentencepiece.bpe.model",
+           "tokenizer.model")  # fmt: skip
 _UNIGRAM = 1  # in sentencepiece's TrainerSpec.ModelType
 _UNKNOWN, _CONTROL = 2, 3  # in its SentencePiece.Type
 # Special ids of released vocabularies, by number of ids: (begin, end, padding).
@@ -38,91 +43,70 @@ def missing(text: TextConfig, clean: Cleaning) -> TokenizerConfig:
 
 def read(folder: Path, text: TextConfig, default: TokenizerConfig) -> TokenizerConfig:
     """Read the vocabulary and rules of a folder; return `default` if it has no such files."""
-    if is_clip_tokenizer(folder, text.clip_vocab_size):
+    settings = tokenizer_settings.read_settings(folder)
+    ends = default.file == "clip" or not text.sees_padding  # so that padding has no effect
+    if ends and is_clip_tokenizer(folder, text.clip_vocab_size):
+        tokenizer_settings.check_clip(settings, folder / JSON_NAME)
         return TokenizerConfig()
-    path = folder / CONFIG_NAME
-    settings = read_json(path) if path.exists() else {}
-    if settings.get("truncation_side", "right") != "right":
-        raise InputError(f"{path}: truncation_side='left' is not supported; set it to right.")
-    side = settings.get("padding_side", "right")
-    if side not in ("right", "left"):
-        raise InputError(f"{path}: padding_side is {side!r:.99}; it must be right or left.")
-    kind = settings.get("tokenizer_class")
-    if (folder / SIGLIP_NAME).exists() and kind in (None, "SiglipTokenizer"):
-        return _read_siglip(folder, settings, side)
-    if not (folder / JSON_NAME).exists():
-        return default
-    if kind == "Siglip2Tokenizer":
-        side = settings.get("padding_side", "left")  # the class's default
-    # Released SigLIP 2 folders name Gemma's class, which ignores this setting; training did not.
-    lowers = kind == "GemmaTokenizer" and settings.get("do_lower_case") is True
-    clean = "lower" if lowers or kind == "Siglip2Tokenizer" else "none"
-    return _read_json(folder, settings, clean, side, default.pad_id)
-
-
-def _read_siglip(folder: Path, settings: dict[str, Any], side: Any) -> TokenizerConfig:
-    file = str(folder / SIGLIP_NAME)
-    model = sentence_piece.load(file)
-    if not settings.get("do_lower_case", True):
-        raise InputError(f"{folder / CONFIG_NAME}: do_lower_case=False is not supported.")
-    ids = []
-    for name in ("eos_token", "pad_token"):
-        token = _token(settings, name, folder) or "</s>"
-        ids.append(model.piece_to_id(token))
-        if model.id_to_piece(ids[-1]) != token:
-            raise InputError(f"{folder / CONFIG_NAME}: {name}={token!r:.99} is not in {file}.")
-    return TokenizerConfig(
-        file=file, clean="punctuation", end_id=ids[0], pad_id=ids[1], pad_side=side
-    )
-
-
-def _read_json(
-    folder: Path, settings: dict[str, Any], clean: Cleaning, side: Any, default_pad: int
-) -> TokenizerConfig:
+    if settings.kind == "SiglipTokenizer" and (folder / SIGLIP_NAME).exists():
+        return _read_siglip(settings)
     file = str(folder / JSON_NAME)
-    tokenizer = json_file.load(file)
-
-    def id_of(name: str) -> int | None:
-        token = _token(settings, name, folder)
-        number = None if token is None else tokenizer.token_to_id(token)
-        if token is not None and number is None:
-            raise InputError(f"{folder / CONFIG_NAME}: {name}={token!r:.99} is not in {file}.")
-        return number
-
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        begin = id_of("bos_token") if settings.get("add_bos_token") else None
-        end = id_of("eos_token") if settings.get("add_eos_token") else None
-    else:
-        begin, end = _template(tokenizer, file)
-    pad = default_pad if (named := id_of("pad_token")) is None else named
+    if not (folder / JSON_NAME).exists():
+        _check_absent(settings, default)
+        return default
+    if settings.kind == "SiglipTokenizer":
+        raise InputError(
+            f"{folder}: {settings.kind} needs {SIGLIP_NAME}; add it, or set tokenizer_class in "
+            f"{CONFIG_NAME} to PreTrainedTokenizerFast if {JSON_NAME} is right as it is."
+        )
+    rules = tokenizer_settings.read_rules(settings, file)
+    # Released SigLIP 2 folders name Gemma's class, which ignores this setting; training did not.
+    lowers = settings.kind == "GemmaTokenizer" and settings.values.get("do_lower_case") is True
     return TokenizerConfig(
-        file=file, clean=clean, begin_id=begin, end_id=end, pad_id=pad, pad_side=side
+        file=file,
+        clean="lower" if lowers or settings.kind == "Siglip2Tokenizer" else "none",
+        begin_id=rules.begin_id,
+        end_id=rules.end_id,
+        pad_id=default.pad_id if rules.pad_id is None else rules.pad_id,
+        pad_side=rules.pad_side,
     )
 
 
-def _template(tokenizer: Any, file: str) -> tuple[int | None, int | None]:
-    """Return the ids that a tokenizer.json puts before and after a text."""
-    if (count := tokenizer.num_special_tokens_to_add(False)) > 2:
-        raise InputError(f"{file} adds {count} special tokens to a text; 2 at most are supported.")
-    with json_file.damage_refused(file):  # its post-processor may name missing tokens
-        bare = tokenizer.encode("a", add_special_tokens=False).ids
-        ids = tokenizer.encode("a", add_special_tokens=True).ids
-    extra = len(ids) - len(bare)
-    for before in range(min(extra, 1) + 1):
-        after = ids[before + len(bare) :]
-        if ids[before : before + len(bare)] == bare and len(after) <= 1:
-            return (ids[0] if before else None), (after[0] if after else None)
-    raise InputError(
-        f"{file} turns {bare} into {ids}; at most one id before and one after are supported."
+def _check_absent(settings: TokenizerSettings, default: TokenizerConfig) -> None:
+    """Raise InputError if a folder has files of another vocabulary than CLIP's, its default."""
+    names = [name for name in _UNREAD if (settings.folder / name).exists()]
+    kind = settings.kind if "tokenizer_class" in settings.values else "CLIPTokenizer"
+    if default.file == "clip" and (names or kind != "CLIPTokenizer"):
+        raise InputError(
+            f"{settings.folder} has a vocabulary of its own ({', '.join(names) or kind}) "
+            f"and no {JSON_NAME}, the only such file that is read. Let transformers write it: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+
+
+def _read_siglip(settings: TokenizerSettings) -> TokenizerConfig:
+    file = str(settings.folder / SIGLIP_NAME)
+    model = sentence_piece.load(file)
+    ids: dict[str, int] = {}
+    for name, token in (*settings.named().items(), *settings.extra()):
+        if token is None and name not in settings.its_class.tokens:
+            continue
+        ids[name] = number = model.piece_to_id(token or "")
+        # transformers looks for these in texts, where a control token is not expected.
+        is_control = model.is_control(number) or model.is_unknown(number)
+        if not is_control or model.id_to_piece(number) != token:
+            raise InputError(
+                f"{settings.path}: {name}={token!r:.99} is not a control token of {file}; it must "
+                "be one, as those of google/siglip-base-patch16-224."
+            )
+    settings.side("truncation_side", "right")
+    return TokenizerConfig(
+        file=file,
+        clean="punctuation",
+        end_id=ids["eos_token"],
+        pad_id=ids["pad_token"],
+        pad_side=settings.side("padding_side", "right"),
     )
-
-
-def _token(settings: dict[str, Any], name: str, folder: Path) -> str | None:
-    value = settings.get(name)
-    value = value.get("content") if isinstance(value, dict) else value
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"{folder / CONFIG_NAME}: {name} is {value!r:.99}; it must be a string.")
-    return value
 
 
 def write(
@@ -150,6 +134,11 @@ def write(
         return
     if not config.file:
         return
+    if config.zeroed_id is not None and (as_json or not cleaned):
+        warn(
+            f"{folder}: its tokenizer keeps token id {config.zeroed_id} of texts that name it, "
+            f"which is 0 here (text.tokenizer.zeroed_id)."
+        )
     data = read_vocabulary(config.file)
     settings: dict[str, Any] = {
         "model_max_length": text.context_length,
@@ -196,6 +185,7 @@ def _write_json(
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
     ids = {"bos_token": config.begin_id, "eos_token": config.end_id, "pad_token": config.pad_id}
+    ids["sep_token"] = config.zeroed_id  # of open_clip's strip_sep_token
     names = {name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None}
     around = {names[x]: ids[x] for x in ("bos_token", "eos_token") if x in names}
     template = [names.get("bos_token"), "$A", names.get("eos_token")]
@@ -281,25 +271,26 @@ def with_cleaning(config: TokenizerConfig, clean: Cleaning, where: str) -> Token
 
 
 def without_separator(config: TokenizerConfig, folder: Path) -> TokenizerConfig:
-    """Return the rules with id 0 instead of the separator, as by open_clip's `strip_sep_token`.
-
-    Raises InputError unless texts end with the separator.
-    """
-    path = folder / CONFIG_NAME
-    token = _token(read_json(path) if path.exists() else {}, "sep_token", folder) or "[SEP]"
-    if config.end_id is None or json_file.load(config.file).token_to_id(token) != config.end_id:
+    """Return the rules with id 0 instead of each separator, as by open_clip's `strip_sep_token`."""
+    settings = tokenizer_settings.read_settings(folder)
+    token = settings.named().get("sep_token")
+    number = None if token is None else json_file.load(config.file).token_to_id(token)
+    if number is None:
         raise InputError(
-            f"{folder}: strip_sep_token with sep_token={token!r:.99}, which does not end each text "
-            "of the tokenizer, is not supported."
+            f"{settings.path}: strip_sep_token needs a sep_token of the vocabulary, and it is "
+            f"{token!r:.99}; set it."
         )
-    return replace(config, end_id=0)
+    return zeroed(config, number)
+
+
+def zeroed(config: TokenizerConfig, number: int) -> TokenizerConfig:
+    """Return the rules with id 0 instead of `number`."""
+    names = ("begin_id", "end_id", "pad_id")
+    changes = {name: 0 for name in names if getattr(config, name) == number}
+    return replace(config, zeroed_id=number, **changes)
 
 
 # ------------------------------------------------------------------ CLIP's vocabulary
-
-_PIECES = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
 
 
 def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = False) -> None:
@@ -323,7 +314,7 @@ def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = Fal
     content.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    split = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
+    split = pre_tokenizers.Split(Regex(CLIP_PIECES), behavior="removed", invert=True)
     content.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -349,19 +340,24 @@ def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = Fal
 
 
 def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
-    """Return whether a folder's tokenizer files have CLIP's vocabulary of that size.
-
-    The merges are not compared: each creates the token of the next id, so the vocabulary implies
-    them.
-    """
+    """Return whether a folder's tokenizer files have CLIP's vocabulary of that size."""
     path = next((x for n in (JSON_NAME, "vocab.json") if (x := folder / n).exists()), None)
     if path is None or path.stat().st_size > MAX_JSON:  # CLIP's has three million bytes
         return False
-    vocab = read_json(path)
+    vocab: Any = read_json(path)
+    merges: Any = []
     if path.name == JSON_NAME:
         model = vocab.get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
+        model = model if isinstance(model, dict) else {}
+        vocab, merges = model.get("vocab"), model.get("merges")
+    elif (lines := folder / "merges.txt").exists():
+        merges = lines.read_text(errors="replace").splitlines()
+        merges = merges[1:] if merges[:1] and merges[0].startswith("#version") else merges
     try:
-        return vocab == ClipTokenizer(vocab_size).vocab
+        clip = ClipTokenizer(vocab_size)
     except InputError:
         return False
+    if vocab != clip.vocab or not isinstance(merges, list):
+        return False
+    pairs = (x.split(" ") if isinstance(x, str) else x for x in merges[: len(clip.merges)])
+    return list(pairs) == [[*pair] for pair in clip.merges]

@@ -30,14 +30,17 @@ class TokenizerConfig:
     begin_id: int | None = None  # Token id before each text. None: none.
     end_id: int | None = None  # Token id after each text. None: none.
     pad_id: int = 0  # Token id that pads texts to the context length.
+    # Token id that becomes 0 wherever it is (open_clip's strip_sep_token, as in CLIPA). None: none.
+    zeroed_id: int | None = None
     pad_side: Literal["right", "left"] = "right"  # Side of the padding.
     # How texts that are too long are cut: before end_id (keep_end) or with it (drop_end).
     cut: Literal["keep_end", "drop_end"] = "keep_end"
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "text.tokenizer.", begin_id="[0, inf)", end_id="[0, inf)", pad_id="[0, inf)"
-        )
+            self, "text.tokenizer.", begin_id="[0, inf)", end_id="[0, inf)", pad_id="[0, inf)",
+            zeroed_id="[0, inf)",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ class FileTokenizer(abc.ABC):
     config: TokenizerConfig
 
     def __post_init__(self) -> None:
-        for name in ("begin_id", "end_id", "pad_id"):
+        for name in ("begin_id", "end_id", "pad_id", "zeroed_id"):
             value = getattr(self.config, name)
             if value is not None and not 0 <= value < self.vocab_size:
                 raise InputError(
@@ -70,6 +70,8 @@ class FileTokenizer(abc.ABC):
                 row[: len(complete)] = complete
             else:
                 row[context_length - len(complete) :] = complete
+        if config.zeroed_id is not None:
+            ids[ids == config.zeroed_id] = 0
         return ids
 
     def decode(self, ids: Integer[np.ndarray, " L"] | Sequence[int]) -> str:

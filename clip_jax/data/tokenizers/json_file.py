@@ -26,10 +26,23 @@ _GROWTH = {  # largest growth of one letter, in letters or bytes
 
 
 def load(file: str) -> Tokenizer:
+    """Read a `tokenizer.json` without its padding and truncation. Raises InputError as `read`."""
+    tokenizer = read(file)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read(file: str) -> Tokenizer:
     """Read a `tokenizer.json`. Raises InputError if it is damaged or would exhaust the memory."""
     data = read_vocabulary(file)
     with damage_refused(file):
-        tokenizer = Tokenizer.from_str(data.decode())
+        text = data.decode()
+        model = json.loads(text)["model"]
+        if model.get("continuing_subword_prefix") and model.get("merges"):
+            # The library cuts this many bytes from a token, also within a letter, and then aborts.
+            raise ValueError("a BPE with model.continuing_subword_prefix is not supported")
+        tokenizer = Tokenizer.from_str(text)
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         part = getattr(tokenizer, name)
         if part is not None and _growth(json.loads(part.__getstate__())) > _MOST_GROWTH:
@@ -37,8 +50,6 @@ def load(file: str) -> Tokenizer:
                 f"{file}: its {name} may make a text more than {_MOST_GROWTH} times as long, which "
                 "would exhaust the memory and no vocabulary needs. Use another file."
             )
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     return tokenizer
 
 

@@ -146,6 +146,16 @@ def test_a_sentencepiece_model_with_damage(tmp_path, files):
     assert refused > 5
 
 
+def test_a_prefix_that_would_end_the_process(tmp_path, files):
+    """The library panics at a BPE whose prefix is cut from within a letter, and aborts."""
+    content = json.loads(Path(files["byte_fallback"]).read_text())
+    content["model"]["continuing_subword_prefix"] = "#"
+    path = tmp_path / "words"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"model\.continuing_subword_prefix is not supported"):
+        make_tokenizer(replace(TEXT, tokenizer=TokenizerConfig(file=str(path))))
+
+
 def test_size_is_bounded_before_it_is_read(tmp_path):
     path = tmp_path / "huge.json"
     with path.open("wb") as file:
