@@ -191,26 +191,38 @@ _CLEANING: dict[str, Cleaning] = {
 def _tokenizer(section: Settings, text: Text, folder: Path) -> TokenizerConfig:
     options = section.get("tokenizer_kwargs", {}, dict)
     name = section.get("hf_tokenizer_name", "", str)
-    where = f"{section.where}.tokenizer_kwargs.clean"
+    where = f"{section.where}.tokenizer_kwargs"
     cleaning = options.get("clean", "whitespace" if name else "lower")
     if not isinstance(cleaning, str) or cleaning not in _CLEANING:
-        raise InputError(f"{where} is {cleaning!r:.99}; it must be one of {', '.join(_CLEANING)}.")
+        raise InputError(
+            f"{where}.clean is {cleaning!r:.99}; it must be one of {', '.join(_CLEANING)}."
+        )
     clean = _CLEANING[cleaning]
-    section.used |= {"tokenizer_mode"}
-    strip = options.get("strip_sep_token", False)
-    if others := sorted(set(options) - {"clean", "strip_sep_token"}):
-        raise InputError(f"{section.where}.tokenizer_kwargs: {others} are not supported.")
+    known = {"clean", "strip_sep_token" if name else "reduction_mask"}
+    for option, value in options.items():
+        if option not in known or (option == "reduction_mask" and value):
+            raise InputError(
+                f"{where}.{option}={value!r:.99} is not supported; remove it. Supported are clean, "
+                "and with hf_tokenizer_name strip_sep_token."
+            )
+    mode = section.get("tokenizer_mode", None, object)
+    if name and mode:
+        raise InputError(
+            f"{section.where}.tokenizer_mode={mode!r:.99} is not supported: clip_jax has no "
+            "tokenizer that ends the padding with a class token. Use weights without it."
+        )
     if not name:
         return TokenizerConfig(clean=clean)
+    strip = options.get("strip_sep_token")
     absent = tokenizer_files.missing(text, clean)
     if strip:  # CLIPA, with BERT's vocabulary
-        absent = replace(absent, begin_id=101, end_id=0, pad_id=0)
+        absent = tokenizer_files.zeroed(replace(absent, begin_id=101, end_id=102, pad_id=0), 102)
     tokenizer = tokenizer_files.read(folder, text, absent)
     if tokenizer is absent:
         return absent
     if strip:
         tokenizer = tokenizer_files.without_separator(tokenizer, folder)
-    return tokenizer_files.with_cleaning(tokenizer, clean, where)
+    return tokenizer_files.with_cleaning(tokenizer, clean, f"{where}.clean")
 
 
 def read_config(path: Path) -> tuple[CLIPConfig, Preprocess]:
@@ -393,7 +405,8 @@ def text_cfg(text: Text) -> dict[str, Any]:
     if not is_open_clips_own(text):
         clean = {ours: theirs for theirs, ours in _CLEANING.items()}.get(text.tokenizer.clean)
         content["hf_tokenizer_name"] = _LOCAL
-        content["tokenizer_kwargs"] = {"clean": clean or "whitespace"}
+        strips = {} if text.tokenizer.zeroed_id is None else {"strip_sep_token": True}
+        content["tokenizer_kwargs"] = {"clean": clean or "whitespace", **strips}
     return content
 
 
