@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, cast
 
 from clip_jax.convert.settings import Settings, Table, by_table, read_json
 from clip_jax.convert.state_dict import Rules
-from clip_jax.convert.tokenizer_files import CONFIG_NAME
+from clip_jax.convert.tokenizer_files import missing
+from clip_jax.convert.tokenizer_settings import CONFIG_NAME
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.bert import BertConfig
+from clip_jax.models.text import TokenizerConfig
 
 # ------------------------------------------------------------------ names of tensors
 
@@ -150,6 +152,27 @@ def settings(text: Any, embed_dim: int) -> dict[str, Any]:
     special = {"bos": ids.begin_id, "eos": ids.end_id, "pad": ids.pad_id}
     projected = {"project_dim": embed_dim} if text.head == "norm" else {}
     return own | projected | {f"{name}_token_id": number for name, number in special.items()}
+
+
+def ids(section: Settings, text: BertConfig) -> TokenizerConfig:
+    """Return the rules of a vocabulary without files, by the special ids in `text_config`.
+
+    Raises InputError for an id that is not in the vocabulary.
+    """
+    rules = missing(text, "none")
+    numbers = {"pad_token_id": section.values.get("pad_token_id", max(text.first_position - 1, 0))}
+    names = {"pad_token_id": "pad_id"}
+    if text.head == "norm" or section.values.get("eos_token_id") is not None:
+        numbers["bos_token_id"] = section.values.get("bos_token_id", 0)
+        numbers["eos_token_id"] = section.values.get("eos_token_id", 2)
+        names |= {"bos_token_id": "begin_id", "eos_token_id": "end_id"}
+    for name, number in numbers.items():
+        if type(number) is not int or not 0 <= number < text.vocab_size:
+            raise InputError(
+                f"{section.where}.{name} is {number!r:.99}; it must be a token id below vocab_size="
+                f"{text.vocab_size}."
+            )
+    return replace(rules, **{names[name]: number for name, number in numbers.items()})
 
 
 def context_length(folder: Path, text: BertConfig) -> int:

@@ -219,6 +219,7 @@ def _read_clip(content: dict[str, Any], source: str) -> CLIPConfig:
                 )
         length = min(kind.text.context_length, text["num_positions"] - kind.text.first_position)
         tower = replace(kind.text, **text, context_length=length)
+        tower = replace(tower, tokenizer=bert.ids(sections[1], tower))
         return CLIPConfig(embed_dim=embed_dim, vision=ViTConfig(**vision), text=tower)
     text = _tower(sections[1], _TEXT, "quick_gelu")
     eos = sections[1].count("eos_token_id", 49_407)
@@ -360,7 +361,9 @@ def read(folder: Path) -> Weights:
     default = (
         TokenizerConfig(file="", clean="none") if kind == tips.MODEL_TYPE else TokenizerConfig()
     )
-    if kind not in ("clip", tips.MODEL_TYPE):
+    if isinstance(config.text, BertConfig):
+        default = config.text.tokenizer
+    elif kind not in ("clip", tips.MODEL_TYPE):
         cleaning: Cleaning = _CLEANING.get(kind, "none")
         default = tokenizer_files.missing(config.text, cleaning)
     config = replace(
