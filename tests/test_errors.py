@@ -68,7 +68,8 @@ NEGATIVE = names(
 )  # fmt: skip
 INFINITE = {"PrepareConfig.min_score": -math.inf, "PrepareConfig.max_score": math.inf}
 ZERO = names(
-    TokenizerConfig="begin_id end_id pad_id zeroed_id", SuiteEvalConfig="seed memory_mib", Config="seed",
+    TokenizerConfig="begin_id end_id pad_id zeroed_id", SuiteEvalConfig="seed memory_mib",
+    Config="seed",
     DataConfig="seed workers threads max_bad_share synthetic_ratio", DigitsConfig="split_seed",
     MemberConfig="weight", PhaseConfig="from_sample weights", EvaluateConfig="seed",
     AverageConfig="seed curve", ClassifierConfig="weight label_smoothing",

@@ -45,7 +45,8 @@ CLIP_PIECES = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 _CLIP_PADDING = "!"  # of stabilityai's text towers; its id is 0
-_METASPACE = "(WhitespaceSplit )?Metaspace:always"
+# Released files split at spaces or not, which is the same once these are ▁.
+_METASPACE = "WhitespaceSplit Metaspace:always|Metaspace:(always|first)"
 _CHARACTERS = r"(Precompiled ?)?(Strip ?)?(Replace: \{2,\}:[ ▁])?"  # of sentencepiece's models
 _BYTES = {"byte_fallback": True, "fuse_unk": True}
 _GEMMA = TokenizerClass(

@@ -163,13 +163,13 @@ def _folders(root: Path) -> dict[str, Path]:
         if kind is not None:
             (path / "config.json").write_text(json.dumps({"model_type": kind}))
             continue
-        content: dict[str, Any] = {
+        built_in = family == "open_clip, built in"
+        own = {} if built_in else {"hf_tokenizer_name": "local", "pool_type": "last"}
+        content = {
             "embed_dim": 8,
             "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-            "text_cfg": {"context_length": LENGTH, "layers": 1},
+            "text_cfg": {"context_length": LENGTH, "layers": 1} | own,
         }  # fmt: skip
-        if family != "open_clip, built in":
-            content["text_cfg"] |= {"hf_tokenizer_name": "local", "pool_type": "last"}
         (path / OPEN_CLIP).write_text(json.dumps({"model_cfg": content}))
     return folders
 
