@@ -20,6 +20,7 @@ from clip_jax.data.tokenizers.clip_bpe import END_OF_TEXT, START_OF_TEXT, WORD_E
 from clip_jax.errors import InputError
 
 CONFIG_NAME = "tokenizer_config.json"
+_ADDED_NAME = "added_tokens.json"  # of older folders: ids by tokens
 Side = Literal["right", "left"]
 AGAIN = (
     "Let transformers write the folder's tokenizer again "
@@ -114,7 +115,8 @@ _BERT = {
 }  # fmt: skip
 # Settings that change no ids, or that are read elsewhere.
 _INERT = {
-    "add_bos_token", "add_eos_token", "added_tokens_decoder", "additional_special_tokens",
+    _ADDED_NAME, "add_bos_token", "add_eos_token", "added_tokens_decoder",
+    "additional_special_tokens",
     "auto_map", "backend", "chat_template", "clean_up_tokenization_spaces", "device_map",
     "do_basic_tokenize", "errors", "extra_special_tokens", "from_slow", "is_local", "legacy",
     "local_files_only", "max_len", "max_length", "model_input_names", "model_max_length",
@@ -157,8 +159,12 @@ class TokenizerSettings:
         """Return other tokens that are looked for in texts, with the names of their settings."""
         for name in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
             tokens = self.values.get(name) or []
+            if not isinstance(tokens, list | dict):
+                raise InputError(f"{self.path}: {name} is {tokens!r:.99}; it must hold tokens.")
             for token in tokens.values() if isinstance(tokens, dict) else tokens:
                 yield name, self._text(name, token)
+        for token in self.values.get(_ADDED_NAME, {}):
+            yield _ADDED_NAME, token
 
     def _text(self, name: str, value: Any) -> str:
         text = value.get("content") if isinstance(value, dict) else value
@@ -188,10 +194,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
     values, model = content(CONFIG_NAME), content("config.json")
     if "added_tokens_decoder" not in values:  # as until transformers 4.33
         values |= content("special_tokens_map.json")
-        if old := content("added_tokens.json"):
-            values["additional_special_tokens"] = [
-                *(values.get("additional_special_tokens") or []), *old
-            ]  # fmt: skip
+        values[_ADDED_NAME] = content(_ADDED_NAME)
     default = _OF_MODELS.get(str(model.get("model_type")), _AS_IT_IS)
     kind = values.get("tokenizer_class") or model.get("tokenizer_class") or default
     if model.get("model_type") == "siglip2":  # whatever the files say
@@ -293,7 +296,7 @@ def check_clip(settings: TokenizerSettings, file: Path) -> None:
         if token not in allowed.get(name, {START_OF_TEXT, END_OF_TEXT, _CLIP_PADDING, None}):
             raise InputError(
                 f"{settings.path}: {name}={token!r:.99} is not supported with CLIP's vocabulary; "
-                f"remove it, or set it as in openai/clip-vit-base-patch32."
+                "remove it, or set it as in openai/clip-vit-base-patch32."
             )
     if settings.values.get("split_special_tokens"):
         raise InputError(
@@ -375,6 +378,11 @@ def _check_tokens(
     decoder = settings.values.get("added_tokens_decoder")
     if not decoder or settings.its_class.model is None:
         return
+    if not isinstance(decoder, dict) or not all(isinstance(x, dict) for x in decoder.values()):
+        raise InputError(
+            f"{settings.path}: added_tokens_decoder is {decoder!r:.99}; it must be an object of "
+            "tokens by their ids."
+        )
     names = ("lstrip", "rstrip", "normalized", "single_word")
     listed = {x["content"]: tuple(bool(x.get(name)) for name in names) for x in decoder.values()}
     for content, token in added.items():
