@@ -42,9 +42,9 @@ class TokenizerClass(NamedTuple):
     options: Mapping[str, Any] = {}  # of that model
 
 
-CLIP_PIECES = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
+_CLIP_MARKERS = r"<\|startoftext\|>|<\|endoftext\|>|"  # which older files leave out
+_CLIP_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CLIP_PIECES = _CLIP_MARKERS + _CLIP_PIECES
 _CLIP_PADDING = "!"  # of stabilityai's text towers; its id is 0
 # Released files split at spaces or not, which is the same once these are ▁.
 _METASPACE = "WhitespaceSplit Metaspace:always|Metaspace:(always|first)"
@@ -78,8 +78,11 @@ CLASSES = {
             **dict.fromkeys(("eos_token", "unk_token", "pad_token"), END_OF_TEXT),
         },
         around=("bos_token", "eos_token"), normalizer=r"NFC Replace:\\s\+:  Lowercase",
-        pre_tokenizer=f"Split:{re.escape(CLIP_PIECES)}:Removed:True ByteLevel:False", model="BPE",
-        options={"end_of_word_suffix": WORD_END},
+        pre_tokenizer=(
+            f"Split:({re.escape(_CLIP_MARKERS)})?{re.escape(_CLIP_PIECES)}:Removed:True "
+            "ByteLevel:False"
+        ),
+        model="BPE", options={"end_of_word_suffix": WORD_END},
     ),
     "GemmaTokenizer": _GEMMA,
     "RobertaTokenizer": _XLM_R._replace(
