@@ -433,12 +433,18 @@ def _reinforcement(source: sources.StoredSource, index: int) -> Reinforcement:
 
 
 def classes_of(source: Any, expected: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return a source's classes. Raises InputError if it has none, or others than expected."""
+    """Return a source's classes. Raises InputError if it has none, only one, for which losses are
+    constant, or others than expected."""
     classes = getattr(source, "classes", ())
     if not classes or expected not in ((), classes):
         raise InputError(
             f"the objective needs labels of {listed(expected) or 'classes'}, but data.source has "
             f"{listed(classes) or 'none'}: set it to class folders, with --data.source.templates"
+        )
+    if len(classes) < 2:
+        raise InputError(
+            f"data.source has one class, {listed(classes)}, so that a loss of classes is constant: "
+            "set it to at least two class folders, or remove the classifier or mask_same_class"
         )
     return classes
 

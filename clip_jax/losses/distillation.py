@@ -45,6 +45,11 @@ class LiveTeacher:
         return replace(self.model, dtype=self.dtype)
 
     @property
+    def has_logit_bias(self) -> bool:
+        """Whether the bias of its logits is known. Raises InputError as `architecture` does."""
+        return self.logit_bias is not None or self.architecture.has_logit_bias
+
+    @property
     def embed_dim(self) -> int:
         """Return the width of the teacher's embeddings."""
         return self.architecture.embed_dim
@@ -56,10 +61,15 @@ class StoredTeacher:
 
     embed_dim: int  # Width of the teacher's embeddings; those of all teachers are side by side.
     logit_scale: float = 100.0  # Factor on the teacher's cosines.
-    logit_bias: float = 0.0  # Bias of the teacher's logits in a sigmoid.
+    logit_bias: float = 0.0  # Bias of the teacher's logits, which sigmoid losses need. 0: unknown.
 
     def __post_init__(self) -> None:
         check_ranges(self, "StoredTeacher.", embed_dim="[1, inf)", **_RANGES)
+
+    @property
+    def has_logit_bias(self) -> bool:
+        """Whether the bias of its logits is known."""
+        return self.logit_bias != 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +107,18 @@ class DistillationConfig(Contrastive):
         """Raise InputError unless there are teachers of known architecture, with needed biases."""
         if not self.teachers:
             raise InputError("DistillationConfig.teachers is empty; set at least one teacher.")
+        if not self.similarity_weight and not self.features_weight:
+            raise InputError(
+                "DistillationConfig.similarity_weight and features_weight are both 0, so that its "
+                "loss is always 0; set one of them above 0, or remove the term."
+            )
         super().check(model)
-        for x in self.teachers:
-            unbiased = isinstance(x, LiveTeacher) and not x.architecture.has_logit_bias
-            if self.needs_bias and unbiased and x.logit_bias is None:
+        for number, x in enumerate(self.teachers):
+            unbiased = not x.has_logit_bias  # raises InputError for an unknown architecture
+            if unbiased and self.needs_bias and self.similarity_weight:
                 raise InputError(
-                    f"similarity={self.similarity} needs a logit bias, but the teacher "
-                    f"{x.weights!r} has none: set LiveTeacher.logit_bias, or choose softmax."
+                    f"similarity={self.similarity} needs a logit bias, but teachers.{number} has "
+                    f"none: set {type(x).__name__}.logit_bias, or choose softmax."
                 )
 
     def reads(self, model: CLIPConfig) -> dict[str, Input]:

@@ -443,18 +443,20 @@ def test_labels_are_those_of_the_folders_after_a_resumption_and_in_workers(tmp_p
 
 
 def test_labels_need_the_classes_of_the_objective(tmp_path):
-    for name in ("ant", "bee"):
-        (tmp_path / name).mkdir()
+    for name in ("two/ant", "two/bee", "one/ant"):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "0.png").write_bytes(made.make_pairs(2)[1][1])
         (tmp_path / name / "0.txt").write_text("a caption")
-    source = FolderConfig(path=str(tmp_path), templates=("a {}",))
+    source = FolderConfig(path=str(tmp_path / "two"), templates=("a {}",))
     plain = dataclasses.replace(source, templates=())
     mixed = MixtureConfig(members=(MemberConfig(source=source),))
+    single = dataclasses.replace(source, path=str(tmp_path / "one"))
     for data, classes, message in (
         (source, ("ant", "bee", "cow"), "labels of ant, bee, cow, but data.source has ant, bee"),
         (source, ("bee", "ant"), "labels of bee, ant, but"),
         (plain, (), "labels of classes, but data.source has none"),
         (mixed, (), "has none: set it to class folders"),
+        (single, (), "one class, ant, so that a loss of classes is constant"),
     ):
         with pytest.raises(InputError, match=message):
             take(DataConfig(source=data), 1, batch_size=2, inputs={"label": LabelInput(classes)})

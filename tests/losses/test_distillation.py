@@ -1,5 +1,6 @@
 """Distillation: every form against the definition in float64, and as a term of a training step."""
 
+import contextlib
 import functools
 from dataclasses import replace
 from typing import Any
@@ -417,15 +418,27 @@ def test_terms_that_cannot_work_are_refused() -> None:
         ({"teachers": (unknown,)}, "'runs/l14' is unknown: set LiveTeacher.model"),
         ({"teachers": (StoredTeacher(embed_dim=8),), "similarity": "sigmoid"}, "init_logit_bias"),
         ({"similarity_weight": -1.0}, "similarity_weight=-1.0"),
+        (
+            {"teachers": (StoredTeacher(embed_dim=8),), "similarity_weight": 0.0},
+            "similarity_weight and features_weight are both 0",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             check(**options)
     with pytest.raises(InputError, match="embed_dim=0"):
         StoredTeacher(embed_dim=0)
-    for teacher, works in ((LIVE, False), (replace(LIVE, logit_bias=-5.0), True)):
-        term = DistillationConfig(teachers=(teacher,), similarity="soft_label_sigmoid")
-        if works:
-            term.check(biased)
-        else:
-            with pytest.raises(InputError, match=r"set LiveTeacher\.logit_bias"):
+    stored = StoredTeacher(embed_dim=8)
+    features = {"similarity_weight": 0.0, "features_weight": 1.0}
+    for teacher, more, works in (
+        (LIVE, {}, False),
+        (replace(LIVE, logit_bias=-5.0), {}, True),
+        (stored, {}, False),  # its bias was taken as 0
+        (replace(stored, logit_bias=-5.0), {}, True),
+        (stored, features, True),
+    ):
+        for similarity in ("sigmoid", "soft_label_sigmoid"):
+            term = DistillationConfig(teachers=(teacher,), similarity=similarity, **more)
+            kind = type(teacher).__name__
+            refused = pytest.raises(InputError, match=rf"set {kind}\.logit_bias")
+            with contextlib.nullcontext() if works else refused:
                 term.check(biased)
