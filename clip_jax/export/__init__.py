@@ -96,7 +96,7 @@ def export(config: ExportConfig) -> Verification | None:
             raise InputError(
                 f"{config.output} is a file; export writes a folder, so choose another output."
             )
-        files.check_destination(config.output, "the output", folder=True)
+        files.check_destination(config.output, "OUTPUT", folder=True)
     weights = read_weights(config.model)
     if not config.existing:
         with files.written_whole(config.output) as partial:

@@ -4,7 +4,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,15 @@ class AverageConfig(SuiteConfig):
             raise InputError(
                 "curve and greedy need --dataset, such as folder:PATH, and no --weights or --base."
             )
+        if not self.curve and not self.greedy:
+            names = ["metric", *(field.name for field in fields(SuiteConfig))]
+            defaults = {field.name: field.default for field in fields(self)}
+            ignored = [name for name in names if getattr(self, name) != defaults[name]]
+            if ignored:
+                raise InputError(
+                    f"{', '.join(ignored)} would be ignored, since nothing is evaluated: add "
+                    "--greedy or --curve, or leave them out."
+                )
 
 
 def average(config: AverageConfig) -> dict[str, Any]:
@@ -77,7 +86,7 @@ def average(config: AverageConfig) -> dict[str, Any]:
     paths = (*config.models, *([config.base] if config.base else []))
     for path in paths:
         check_free(path, config.output, config.overwrite)
-    files.check_destination(config.output, "average")
+    files.check_destination(config.output, "OUTPUT")
     opened = data_sets(config.dataset, config.data_dir, config.languages) if config.dataset else {}
     evaluator = SuiteEvaluator(config, opened, memory=SuiteEvalConfig.memory_mib << 20)
     measure = functools.partial(_measure, config.metric, evaluator)
@@ -135,18 +144,15 @@ def combine(
 
 def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights]:
     """Return models that can be averaged: if one has a classifier, those without get the zero-shot
-    one of its classes; a logit bias that not all have is left out. Raises InputError that names
-    what differs, or for BatchNorm."""
+    one of its classes. Raises InputError that names what differs, or for BatchNorm."""
     head = next((x.head for x in models if x.head), None)
-    if len({"logit_bias" in x.params for x in models}) == 2:
-        warn("a model has no logit bias, so it is left out of all; no similarity depends on it.")
-        models = [
-            replace(
-                x, config=replace(x.config, init_logit_bias=None),
-                params={name: each for name, each in x.params.items() if name != "logit_bias"},
-            )
-            for x in models
-        ]  # fmt: skip
+    biased = ["logit_bias" in x.params for x in models]
+    if len(set(biased)) == 2:
+        raise InputError(
+            f"{paths[biased.index(True)]} has a logit bias, for probabilities by a sigmoid, and "
+            f"{paths[biased.index(False)]} has none, for those by a softmax; choose models that "
+            "were trained with one loss, both with SigmoidConfig or both without."
+        )
 
     def facts(x: Weights) -> dict[str, Any]:
         shapes = {name: array.shape for name, array in flatten(x.params).items()}

@@ -51,7 +51,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         raise InputError("prepare needs a destination: clip-jax prepare SRC DST")
     config = config.with_filter()
     folder = config.destination
-    files.check_destination(folder, "the destination")
+    files.check_destination(folder, "DESTINATION")
     if config.drop_near_duplicates or config.decontaminate:
         near.check()
     stages.forget()

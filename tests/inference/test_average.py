@@ -213,18 +213,17 @@ def test_a_run_gives_its_moving_average_or_its_last_weights(tmp_path: Path):
         assert_same_bits(flatten(result.params), expected)
 
 
-def test_a_logit_bias_that_one_lacks_is_left_out_of_all(
+def test_models_of_a_sigmoid_and_of_a_softmax_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """As where a SigLIP was fine-tuned with a softmax loss."""
-    write_weights(drawn(5, SMALL), tmp_path / "tuned", "clip-jax")
-    command = ["average", str(folder / "a"), str(tmp_path / "tuned"), str(tmp_path / "out")]
-    assert main([*command, "--weights", "1", "0"]) == 0
-    assert "a model has no logit bias" in capsys.readouterr().err
-    result, expected = read_weights(tmp_path / "out"), flatten(drawn(0).params)
-    del expected["logit_bias"]
-    assert_same_bits(flatten(result.params), expected)
-    assert result.config.init_logit_bias is None
+    """The average had no bias, and its probabilities were those of a softmax."""
+    write_weights(drawn(5, SMALL), tmp_path / "clip", "clip-jax")
+    for pair in (folder / "a", tmp_path / "clip"), (tmp_path / "clip", folder / "a"):
+        assert main(["average", *map(str, pair), str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert f"{folder / 'a'} has a logit bias" in error
+        assert f"{tmp_path / 'clip'} has none" in error
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------ wrong use
@@ -243,6 +242,12 @@ def test_a_logit_bias_that_one_lacks_is_left_out_of_all(
         (["A", "B", "OUT", "--curve", "1.5", "DATA"], "curve=(1.5,) must be at least 0"),
         (["A", "B", "OUT", "--curve", "0.5"], "need --dataset"),
         (["A", "B", "OUT", "--greedy"], "need --dataset"),
+        (["A", "B", "OUT", "DATA"], "dataset would be ignored, since nothing is evaluated"),
+        (
+            ["A", "B", "OUT", "--metric", "x", "--data-dir", "y", "--images", "3"],
+            "metric, data_dir, images would be ignored",
+        ),
+        (["A", "B", "OUT", "--tasks", "probe"], "tasks would be ignored"),
         (["A", "B", "OUT", "--greedy", "DATA", "--weights", "1", "2"], "no --weights or --base"),
         (["A", "B", "OUT", "--greedy", "--dataset", "folder:nowhere"], "no folder nowhere"),
         (["A", "B", "OUT", "--greedy", "DATA", "--metric", "set/x"], "set/classifier/acc1"),
@@ -252,6 +257,7 @@ def test_a_logit_bias_that_one_lacks_is_left_out_of_all(
         ),
         (["A", "B", "B", "--overwrite"], "is both source and destination"),
         (["A", "nowhere", "OUT"], "there is no nowhere"),
+        (["A", "B", "/proc/new"], "choose another OUTPUT."),
     ],
 )
 def test_wrong_use_is_one_message(
