@@ -128,7 +128,7 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[float], float]:
             return peak * (step + 1) / warmup
         match kind:
             case Cosine():
-                progress = (step - warmup) / (steps - warmup)
+                progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
                 left = 0.5 * (1 + math.cos(math.pi * progress))
             case Constant():
                 return peak

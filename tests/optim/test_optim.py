@@ -37,7 +37,7 @@ PLAIN = {"learning_rate": 0.1, "warmup_steps": 0, "weight_decay": 0.0}
         (CoolDown(steps=40, shape="sqrt"), 100, {59: 1, 60: 1, 70: 0.55, 100: 0.1}),
         (CoolDown(steps=40), 100, {60: 1, 80: 0.55, 100: 0.1}),
         (InverseSqrt(timescale=30), 10**6, {9: 1, 10: 1, 100: 0.5}),
-        (Cosine(), 10, {0: 0.1, 9: 1}),
+        (Cosine(), 10, {0: 0.1, 9: 1, 10: 1}),
         (Cosine(), 5, {0: 0.1, 4: 0.5}),  # shorter than its warm-up
     ],
 )
