@@ -140,6 +140,7 @@ class Embeddings:
         self._starts = np.cumsum([0, *map(len, self.blocks)])
 
     def _open(self, stamp: str) -> pa.Table:
+        files.check_kind(self._cache / "rows.arrow")
         with pa.memory_map(str(self._cache / "rows.arrow")) as file:
             table = pa.ipc.open_file(file).read_all()
         if table.schema.metadata != {b"files": stamp.encode()}:

@@ -170,17 +170,20 @@ def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
-def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a file for reading; from a bucket, 8 MiB are fetched at a time.
+def check_kind(path: str | os.PathLike[str]) -> None:
+    """Raise OSError for a pipe on a disk, which might block, and for a device, which might have no
+    end."""
+    kind = os.stat(path).st_mode
+    if not (S_ISREG(kind) or S_ISDIR(kind)):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", os.fspath(path))
 
-    Raises OSError for a pipe, which might block, and for a device, which might have no end.
-    """
+
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading; from a bucket, 8 MiB are fetched at a time. See `check_kind`."""
     path = os.fspath(path)
     if is_remote(path):
         return bucket.open_object(path)
-    kind = os.stat(path).st_mode
-    if not (S_ISREG(kind) or S_ISDIR(kind)):
-        raise OSError(errno.EINVAL, "a pipe or a device, not a file", path)
+    check_kind(path)
     return open(path, "rb")  # the caller closes it
 
 

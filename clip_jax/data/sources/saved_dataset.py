@@ -43,6 +43,8 @@ class SavedDatasetSource(StoredSource):
         self._names = _data_files(folder)
         try:
             with files.local(folder) as copy:
+                for name in self._names:
+                    files.check_kind(copy / name)
                 self._tables = [
                     pa.ipc.open_stream(pa.memory_map(str(copy / name))).read_all()
                     for name in self._names

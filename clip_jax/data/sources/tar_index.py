@@ -242,6 +242,7 @@ def _reader(file: str) -> Any:
     """Open a file with Arrow, memory-mapped if it is on a disk."""
     if files.is_remote(file):
         return pa.ipc.open_file(pa.py_buffer(files.read(file)))
+    files.check_kind(file)
     return pa.ipc.open_file(pa.memory_map(file))
 
 

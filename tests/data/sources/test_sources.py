@@ -256,3 +256,16 @@ def test_mutated_files(case, tmp_path):
         path.write_bytes(files[path])
     assert len(messages) + skips > 6
     assert all(str(tmp_path) in one or "samples in a row" in one for one in messages)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_without_opening_it(tmp_path):
+    """To open one would wait for a writer."""
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
+    for name in ("a.arrow", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+    for open_source in (
+        lambda: SavedDatasetSource(SavedDatasetConfig(path=str(tmp_path))),
+        lambda: ParquetSource(ParquetConfig(path=str(tmp_path / "a.parquet"))),
+    ):
+        with pytest.raises(InputError, match=r"a pipe or a device, not a file: .*a\."):
+            open_source()
