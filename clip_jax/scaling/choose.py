@@ -57,6 +57,8 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
     files.check_destination(config.output, "--output", folder=False)
     table = run_table.read(config.table, config.columns).select(config.choose_by, config.where)
     table.check(*SWEPT, "width", "seed", config.report)
+    for name in ("width", "samples_seen", *SWEPT):
+        table.bounded(name, 0.0 if name in ("warmup", "weight_decay") else run_table.LEAST)
     points = table.groups(lambda row: (row["arch"], short(number(row, "samples_seen"))))
     choices = [_best(point, config) for point in points.values()]
     if config.output:

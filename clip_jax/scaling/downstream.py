@@ -36,6 +36,8 @@ class RelateConfig(Selection):
     def __post_init__(self) -> None:
         if self.baseline is not None and self.compare is None:
             raise InputError("baseline names a family; set --compare to the column of families.")
+        if self.metric == self.against:
+            raise InputError(f"metric and against are both {self.metric!r}; set two metrics.")
 
 
 class Linear(NamedTuple):
@@ -93,14 +95,16 @@ def relate(config: RelateConfig) -> dict[str, Any]:
     table.check(*([config.compare] if config.compare else []))
     u, v = (straight(name, table.numbers(name)) for name in (config.against, config.metric))
     names = np.array([text(row, config.compare or "") for row in table.rows])
+    if config.baseline is not None and config.baseline not in names:
+        raise InputError(
+            f"baseline={config.baseline!r} is no family of {config.compare}, which are "
+            f"{', '.join(sorted({*names.tolist()}))}; choose one of them."
+        )
     base = np.ones(len(u), bool) if config.baseline is None else names == config.baseline
     line, predictions, families, outside = fit_line(u[base], v[base]), {}, {}, []
     (slope, reach), (intercept, _) = map(line.coefficient, (0, 1))
     for value in config.at:
-        try:
-            at = straight(config.against, np.array([numeric(x) for x in value.split(":")]))
-        except ValueError as error:
-            raise InputError(f"at={value!r}: write VALUE or VALUE:LOW:HIGH. {error}") from error
+        at = _at(config.against, value)
         middle, half = line.predict(np.array([at[0], 1.0]))
         half = float(np.hypot(half, slope * np.ptp(at) / 2))  # with the interval of the value
         predicted, *interval = _back(config.metric, middle, half)
@@ -135,6 +139,19 @@ def straight(metric: str, values: Float[np.ndarray, " n"]) -> Float[np.ndarray, 
             f"below {most:g}. Exclude runs with --where, or convert a percentage with --columns."
         )
     return special.logit(values) if is_score(metric) else np.log(values)
+
+
+def _at(metric: str, text: str) -> Float[np.ndarray, " n"]:
+    """Read VALUE or VALUE:LOW:HIGH as logits or logarithms."""
+    form = f"at={text!r}: write VALUE or VALUE:LOW:HIGH."
+    try:
+        numbers = [numeric(x) for x in text.split(":")]
+        at = straight(metric, np.array(numbers))
+    except ValueError as error:
+        raise InputError(f"{form} {error}") from error
+    if len(numbers) not in (1, 3) or not min(numbers[1:], default=0) <= numbers[0] <= numbers[-1]:
+        raise InputError(f"{form} The value must be between LOW and HIGH.")
+    return at
 
 
 def _is_outside(u: Float[np.ndarray, " n"], runs: Float[np.ndarray, " m"]) -> bool:

@@ -117,11 +117,11 @@ class FitConfig(Selection):
         runs = table.runs(self.metric, self.is_score, third)
         if column := AXES[self.against][0]:
             table.check(column)
-            axis = table.positive(column, MOST_FLOPS) / (3600 if self.against == "hours" else 1)
+            axis = table.bounded(column, most=MOST_FLOPS) / (3600 if self.against == "hours" else 1)
             runs = runs._replace(size=np.ones_like(axis), samples=axis)
         setting = [" ".join(text(row, name) for name in SETTINGS) for row in table.rows]
         known = (x for x in OTHERS if x != third and all(text(row, x) for row in table.rows))
-        others = [table.positive(x) for x in known if table.numbers(x).min() != 0]
+        others = [table.bounded(x) for x in known if table.numbers(x).min() != 0]
         for names in (np.array([text(row, kind) for row in table.rows]) for kind in KINDS):
             others += [np.where(names == name, math.e, 1.0) for name in np.unique(names)[1:]]
         if self.run:
@@ -163,6 +163,9 @@ class FitCommand(FitConfig):
 
 def fit_file(command: FitCommand) -> dict[str, Any]:
     """Run `fit` on the table in a file, and write what the command asks for."""
+    for flag, stem in (("plot", command.plot), ("output", command.output)):
+        if stem is not None and not stem.name:
+            raise InputError(f"{flag}={str(stem)!r} has no name; set a path such as paper.")
     for path in plots.both(command.plot) if command.plot else ():
         check_destination(path, "--plot", folder=False)
     for path in papers.paths(command.output) if command.output else ():

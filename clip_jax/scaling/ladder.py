@@ -412,7 +412,7 @@ def _afford(ladder: LadderConfig, points: Sequence[Point], limit: str | None) ->
     if limit is None:
         return lambda _: True
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)(|chip-hours)", limit)
-    if not match:
+    if not match or float(match[1]) == float("inf"):
         raise InputError(f"limit={limit!r} must be training FLOPs such as 1e21, or 500chip-hours.")
     if match[2] and not ladder.hardware:
         raise InputError(f"limit={limit!r} needs hardware=(HardwareConfig(...),) in the spec.")

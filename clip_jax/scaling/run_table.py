@@ -12,6 +12,7 @@ import io
 import operator
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -107,14 +108,15 @@ class RunTable:
         """Return a column as numbers. Raises InputError for a cell that is not a number."""
         return np.array([number(row, column) for row in self.rows])
 
-    def positive(self, column: str, most: float = MOST) -> np.ndarray:
+    def bounded(self, column: str, least: float = LEAST, most: float = MOST) -> np.ndarray:
         """Return a column as numbers. Raises InputError for one that no run can have."""
         values = self.numbers(column)
         for row, value in zip(self.rows, values, strict=True):
-            if not LEAST <= value <= most:
-                excluded = f"{column}<={most:g}" if value > most else f"{column}>0"
+            if not least <= value <= most:
+                above = f"{column}>0" if least else f"{column}>=0"
+                excluded = f"{column}<={most:g}" if value > most else above
                 raise InputError(
-                    f"{column} of {row['arch']} is {value:g}, but must be from {LEAST:g} to "
+                    f"{column} of {row['arch']} is {value:g}, but must be from {least:g} to "
                     f"{most:g}; correct the table, map its unit with --columns, or exclude the row "
                     f"with --where '{excluded}'."
                 )
@@ -139,13 +141,15 @@ class RunTable:
     def runs(self, metric: str, is_score: bool, third: str = "") -> Runs:
         """Convert rows to runs: the error from the metric, the third quantity from a column."""
         self.check("gmacs_per_sample", "samples_seen", metric, *([third] if third else []))
-        sizes, samples = self.positive("gmacs_per_sample"), self.positive("samples_seen")
+        sizes, samples = self.bounded("gmacs_per_sample"), self.bounded("samples_seen")
         values = self.numbers(metric)
         if not np.isfinite(values).all():
             raise InputError(
                 f"{metric} must be finite in every row; correct the table, or exclude the rows of "
                 f"diverged runs with --where, such as --where '{metric}<1e9'."
             )
+        if not is_score:
+            self.bounded(metric)
         if is_score and not ((values >= 0) & (values <= 1)).all():
             raise InputError(
                 f"{metric} reaches from {values.min():g} to {values.max():g}; a score must be "
@@ -155,7 +159,7 @@ class RunTable:
         lengths = [text(row, "samples_seen_scale") or short(count) for row, count in counts]
         return Runs(
             sizes, samples, error=1 - values if is_score else values,
-            third=self.positive(third) if third else None, length=np.array(lengths),
+            third=self.bounded(third) if third else None, length=np.array(lengths),
             model=np.array([row["arch"] for row in self.rows]),
         )  # fmt: skip
 
@@ -204,9 +208,14 @@ def read(path: AnyPath, columns: Sequence[str] = ()) -> RunTable:
     try:
         content = read_file(path)
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-        lines = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), restkey=""))
+        file = io.StringIO(content.decode("utf-8-sig"), newline="")
+        reader = csv.DictReader(file, restkey="")
+        lines = list(reader)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}.") from error
+    names = Counter(filter(None, reader.fieldnames or ()))
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(f"{path} has two columns {twice[0]!r}; rename or delete one of them.")
     # Drop cells beyond the header.
     rows = mapped([{name: x or "" for name, x in line.items() if name} for line in lines], columns)
     for row in rows:

@@ -140,3 +140,16 @@ def test_the_rule_and_its_intervals_are_those_of_linear_regression():
     new = np.array([1, np.log(128), np.log(128)])
     wanted = np.exp(new @ solution + reach * np.sqrt(1 + new @ inverse @ new))
     np.testing.assert_allclose(learning_rate(rule, 128, 128), wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("global_batch", 0), ("width", math.nan), ("lr", -1e-3), ("lr", math.inf), ("warmup", -1)],
+)
+def test_no_trial_has_such_settings(column: str, value: float, tmp_path):
+    """A batch of 0 ends in a traceback of NumPy; NaN makes a trial of each seed."""
+    path = write(tmp_path / "trials.csv")
+    first, *others = run_table.read(path).rows
+    run_table.write(run_table.RunTable([first | {column: value}, *others]), path)
+    with pytest.raises(InputError, match=f"{column} of w16 is {value:g}, but must be from"):
+        choose(ChooseConfig(table=path, choose_by="loss", report="accuracy"))

@@ -111,9 +111,12 @@ def test_published_robustness_is_above_the_line_for_openai_s_models():
         ({"compare": "family"}, "no column 'family'"),
         ({"where": ("info_nce<0.6",)}, "2 runs do not determine a line"),
         ({"compare": "arch"}, "0 runs do not determine a line"),
-        ({"compare": "arch", "baseline": "b"}, "0 runs do not determine a line"),
+        ({"compare": "arch", "baseline": "b"}, "baseline='b' is no family of arch, which are "),
+        ({"against": "top1"}, "metric and against are both 'top1'; set two metrics"),
         ({"baseline": "a"}, "set --compare to the column of families"),
         ({"at": ("lots",)}, "at='lots': write VALUE or VALUE:LOW:HIGH"),
+        ({"at": ("1:2",)}, "at='1:2': write VALUE or VALUE:LOW:HIGH"),
+        ({"at": ("1:2:3",)}, "at='1:2:3': .* must be between LOW and HIGH"),
         ({"at": ("0",)}, "info_nce reaches from 0 to 0; it must be above 0"),
     ],
 )

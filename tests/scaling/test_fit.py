@@ -334,3 +334,11 @@ def test_losses_are_errors_by_their_names():
     assert fit(table, FitConfig(metric="info_nce"))["alpha"] == pytest.approx(-0.11, abs=0.01)
     values = np.array([row["error"] for row in rows])
     assert values.min() < 1  # such that it could be taken for an accuracy
+
+
+def test_files_of_a_fit_have_a_name(tmp_path: Path):
+    """A folder alone, such as `--output .`, ends in a traceback."""
+    for flag in ("plot", "output"):
+        command = FitCommand(table=tmp_path / "t.csv", **{flag: Path()})
+        with pytest.raises(InputError, match=f"{flag}='.' has no name; set a path such as paper"):
+            fit_file(command)

@@ -283,6 +283,7 @@ def test_configs_alone_are_written_and_are_ordinary_runs(tmp_path):
         ({"host": "1/2"}, "host='1/2' needs the name of its group"),
         ({"host": "1/2", "group": "a", "jobs": 2}, "jobs=2 must be 1 where 2 hosts train a point"),
         ({"limit": "12 euros"}, "limit='12 euros' must be training FLOPs such as 1e21, or 500chip"),
+        ({"limit": "1e400"}, "limit='1e400' must be training FLOPs such as 1e21, or 500chip"),
         ({"limit": "5chip-hours"}, r"limit='5chip-hours' needs hardware="),
         ({"jobs": -1}, "jobs=-1 must be at least 0"),
         ({"only": "x*"}, r"only='x\*' matches no point"),

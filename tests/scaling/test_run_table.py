@@ -36,6 +36,7 @@ HEADER = b"arch,samples_seen,gmacs_per_sample,imagenet1k_acc1\n"
         (HEADER + b"a,1,-1,0.5\n", "gmacs_per_sample of a is -1, but must be from 1e-12 to 1e.18"),
         (HEADER + b"a,1,1e-200,0.5\n", "gmacs_per_sample of a is 1e-200, but must be from 1e-12"),
         (HEADER + b"a,1,nan,0.5\n", "gmacs_per_sample of a is nan, but must be from 1e-12"),
+        (HEADER[:-1] + b",arch\n", "t.csv has two columns 'arch'; rename or delete one"),
         (HEADER + b"a,1,1,nan\n", "imagenet1k_acc1 must be finite in every row; .*_acc1<1e9'"),
         (HEADER + b"a,1,,0.5\n", "gmacs_per_sample of a is '', not a number"),
     ],
@@ -44,6 +45,12 @@ def test_a_file_that_is_no_table_is_refused(content, says, tmp_path):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(InputError, match=says):
         fit(run_table.read(tmp_path / "t.csv"), FitConfig())
+
+
+def test_a_table_that_excel_saved_is_read(tmp_path: Path):
+    """It begins with a byte order mark, which would be part of the first column's name."""
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + HEADER + b"a,1,1,0.5\n")
+    assert run_table.read(tmp_path / "t.csv").columns[0] == "arch"
 
 
 def rows_of(column: str, *values: str) -> run_table.RunTable:
@@ -59,6 +66,8 @@ def rows_of(column: str, *values: str) -> run_table.RunTable:
         ("global_batch", "0", {"form": "batched"}),
         ("unique_samples", "1e200", {"form": "repeated"}),
         ("seconds/total", "0", {"against": "hours"}),
+        ("loss", "1e200", {}),
+        ("loss", "0", {}),
         ("training_flops", "1e300", {"against": "training_flops"}),
     ],
 )
