@@ -17,7 +17,14 @@ import numpy as np
 from clip_jax.convert import open_clip, tokenizer_files, verify
 from clip_jax.convert.hugging_face import SIGLIP_ASSUMPTIONS, check_siglip
 from clip_jax.convert.open_clip_config import model_cfg
-from clip_jax.convert.state_dict import Row, Rules, from_params, table, to_params
+from clip_jax.convert.state_dict import (
+    Row,
+    Rules,
+    check_floating,
+    from_params,
+    table,
+    to_params,
+)
 from clip_jax.convert.target import Target, fixed
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
@@ -92,9 +99,9 @@ def rows(config: CLIPConfig) -> list[Row]:
 def read(tensors: Tensors, source: str) -> Weights:
     """Read SigLIP's parameters; other arrays, such as optimizer state, are ignored."""
     prefix = _ROOT if any(name.startswith(_ROOT) for name in tensors) else ""
-    arrays = _stacked(
-        {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}, source
-    )
+    arrays = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+    check_floating(arrays, source)
+    arrays = _stacked(arrays, source)
     config = infer(arrays, source)
     siglip2 = config.text.vocab_size == _SIGLIP2_WORDS
     tokenizer = tokenizer_files.missing(config.text, "lower" if siglip2 else "canonicalize")

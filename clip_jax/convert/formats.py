@@ -28,7 +28,7 @@ from clip_jax.convert import (
     tokenizer_files,
 )
 from clip_jax.convert.settings import read_json
-from clip_jax.convert.state_dict import flatten, param_shapes
+from clip_jax.convert.state_dict import check_floating, flatten, param_shapes
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
@@ -99,7 +99,7 @@ def read_weights(
         with files.local(path) as here:
             weights = _relocated(path, here, _read(here, activation))
             weights = replace(weights, head=_read_head(here, weights.config.embed_dim))
-    _check_numbers(weights, path)
+    _check_finite(weights, path)
     if (only := weights.only_tower) and not one_tower:
         raise InputError(
             f"{path} holds the {only} tower of a model alone. Give a whole model, start one by "
@@ -143,13 +143,9 @@ def _relocated(path: AnyPath, copy: Path, weights: Weights) -> Weights:
     return replace(weights, config=with_vocabulary(weights.config, file))
 
 
-def _check_numbers(weights: Weights, path: AnyPath) -> None:
-    """Raise InputError unless all weights are finite floating-point numbers."""
+def _check_finite(weights: Weights, path: AnyPath) -> None:
+    """Raise InputError unless all weights are finite."""
     for name, array in flatten(weights.params).items():
-        if array.dtype.kind in "biuc":
-            raise InputError(
-                f"{path}: {name} has the type {array.dtype}; weights must be floating-point."
-            )
         if not np.isfinite(array).all():
             bad = int((~np.isfinite(array)).sum())
             raise InputError(
@@ -191,6 +187,7 @@ def _read_head(folder: Path, width: int) -> Head | None:
         with safetensors.safe_open(path, "numpy") as file:
             kernel, texts = file.get_tensor("kernel"), file.metadata() or {}
         classes, templates = (tuple(json.loads(texts[name])) for name in Head._fields[:2])
+        check_floating({"kernel": kernel}, str(path))
         if kernel.shape != (len(classes), width) or not np.isfinite(kernel).all():
             raise ValueError(f"kernel {kernel.shape}")
         return Head(classes, templates, kernel)

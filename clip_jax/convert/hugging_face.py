@@ -21,6 +21,7 @@ from clip_jax.convert.state_dict import (
     TORCH_NAMES,
     Row,
     Rules,
+    check_floating,
     from_params,
     table,
     to_params,
@@ -346,6 +347,7 @@ def read(folder: Path) -> Weights:
         tower = replace(getattr(config, field), projection=False)
         config = replace(config, embed_dim=tower.width, **{field: tower})
     if kind == tips.MODEL_TYPE:
+        check_floating(tensors, str(file))
         initial = Settings(content, str(path)).number("temperature_init_value", tips.INITIAL)
         tensors = tips.from_file(tensors, initial)
     if kind == "altclip":  # transformers 5 writes another name than it did before

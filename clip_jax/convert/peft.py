@@ -18,7 +18,7 @@ import numpy as np
 
 from clip_jax.convert import hugging_face, verify
 from clip_jax.convert.settings import Settings, number_of, read_json, write_json
-from clip_jax.convert.state_dict import flatten, from_params, to_params
+from clip_jax.convert.state_dict import check_floating, flatten, from_params, to_params
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import Adapters, DType, Weights, cast
@@ -79,6 +79,7 @@ def read(folder: Path, read_base: Callable[[str], Weights]) -> Weights:
     InputError for what is not supported, by name."""
     path, file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     adapters, settings = read_tensors(file), Settings(read_json(path), str(path))
+    check_floating(adapters, str(file))
     advice = "merge the adapters in PEFT (merge_and_unload), and convert the result."
     for name, value in settings.values.items():
         if value and name not in _KNOWN and value not in ("gaussian", _VALUES.get(name)):

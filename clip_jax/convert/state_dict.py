@@ -150,16 +150,17 @@ def to_params(rows: Sequence[Row], tensors: Tensors, config: CLIPConfig, source:
             f"but it has {len(tensors)} tensors; correct one of them."
         )
     expected = _their_shapes(rows, shapes)
-    tensors = _with_queries(tensors, expected)
-    _check_tensors(expected, tensors, source)
+    separate = _with_queries(tensors, expected)
+    _check_tensors(expected, separate, source)
+    check_floating(tensors, source)
     flat = {}
     for row in rows:
         shape = shapes[row.ours]
         if row.is_stack:
-            blocks = [[tensors[n] for n in row.names_of(i)] for i in range(shape[0])]
+            blocks = [[separate[n] for n in row.names_of(i)] for i in range(shape[0])]
             flat[row.ours] = np.stack([row.to_ours(arrays, shape[1:]) for arrays in blocks])
         else:
-            flat[row.ours] = row.to_ours([tensors[n] for n in row.names], shape)
+            flat[row.ours] = row.to_ours([separate[n] for n in row.names], shape)
     return unflatten(flat)
 
 
@@ -197,6 +198,16 @@ def _their_shapes(rows: Sequence[Row], shapes: dict[str, Shape]) -> dict[str, Sh
         for i in range(shape[0] if row.is_stack else 1):
             expected |= dict.fromkeys(row.names_of(i), theirs)
     return expected
+
+
+def check_floating(tensors: Tensors, source: str) -> None:
+    """Raise InputError unless all tensors are floating-point, before arithmetic converts them."""
+    for name, x in tensors.items():
+        if x.dtype.kind in "biuc":
+            raise InputError(
+                f"{source}: {name} has the type {x.dtype}; weights must be floating-point. Save "
+                "them as float32, float16 or bfloat16, unquantized."
+            )
 
 
 def _check_tensors(expected: dict[str, Shape], tensors: Tensors, source: str) -> None:

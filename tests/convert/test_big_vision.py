@@ -47,6 +47,11 @@ def test_blocks_one_by_one(tmp_path, siglip):
     np.savez(tmp_path / "x.npz", **arrays, **{"opt/0/count": np.int32(3)})
     again = read_weights(tmp_path).params
     jax.tree.map(np.testing.assert_array_equal, again, siglip.params)
+    name = next(name for name in arrays if "_0/MlpBlock_0/Dense_0/kernel" in name)
+    arrays[name] = arrays[name].astype(np.int8)  # the other block's float32 would hide it
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(InputError, match=r"encoderblock_0.* has the type int8"):
+        read_weights(tmp_path)
 
 
 # Names and shapes in google-research/big_vision: models/proj/image_text/naflex_vit.py with `scan`,

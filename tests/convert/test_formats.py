@@ -14,6 +14,7 @@ from clip_jax.cli.commands import main
 from clip_jax.convert import hugging_face, open_clip, openai
 from clip_jax.convert import verify as convert_verify
 from clip_jax.convert.formats import (
+    HEAD_NAME,
     TARGETS,
     Format,
     read_weights,
@@ -21,13 +22,15 @@ from clip_jax.convert.formats import (
     write_weights,
 )
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
+from clip_jax.convert.weights import Head, Weights, default_preprocess
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.text import TokenizerConfig
 from tests import vocabularies
-from tests.convert.conftest import assert_same, cast, make_weights, write_lora_run
+from tests.conftest import FAMILIES, parameters
+from tests.convert.conftest import CONFIGS, assert_same, cast, make_weights, write_lora_run
 
 
 def test_each_format_has_its_target():
@@ -323,6 +326,33 @@ def test_weights_are_finite_floating_point_numbers(tmp_path):
         with pytest.raises(ValueError, match=match) as error:
             read_weights(tmp_path)
         assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "dtype"),
+    [
+        (CONFIGS["vit"], "text_model.encoder.layers.0.mlp.fc1.weight", "int8"),
+        (FAMILIES["tips"], "temperature", "complex64"),
+    ],
+)
+def test_arithmetic_of_reading_hides_no_type(tmp_path, config, tensor, dtype):
+    """A stack of int8 and float32 is float32, and the logarithm of a temperature is, too."""
+    weights = Weights(
+        config=config, params=parameters(config), preprocess=default_preprocess(config)
+    )
+    write_weights(weights, tmp_path, "hugging-face")
+    path = tmp_path / "model.safetensors"
+    tensors = read_tensors(path)
+    write_safetensors(path, tensors | {tensor: tensors[tensor].astype(dtype)}, {})
+    assert_refused(tmp_path, f"{tensor} has the type {dtype}; weights must be floating-point")
+
+
+def test_a_classifier_of_integers_is_refused(tmp_path):
+    head = Head(("ant", "bee"), ("a {}",), np.ones((2, 48), np.float32))
+    write_weights(replace(make_weights("vit"), head=head), tmp_path, "clip-jax")
+    texts = {"classes": '["ant", "bee"]', "templates": '["a {}"]'}
+    write_safetensors(tmp_path / HEAD_NAME, {"kernel": np.ones((2, 48), np.int8)}, texts)
+    assert_refused(tmp_path, "kernel has the type int8")
 
 
 def test_a_foreign_tokenizer_is_not_taken_for_clips(tmp_path):

@@ -1,6 +1,7 @@
 """PEFT's adapters: written from a run and read back, and what is refused. Without PyTorch."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +121,16 @@ def test_tensors_that_do_not_fit_are_named(adapters, tmp_path, name, shape, matc
     config = (adapters / "peft/adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(config)
     refuse(tmp_path, match, read_weights)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int8"])
+def test_adapters_are_floating_point_numbers(adapters, tmp_path, dtype):
+    """A complex one would lose its imaginary part, and an int8 one needs a scale."""
+    shutil.copytree(adapters / "peft", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {name: x.astype(dtype) for name, x in read_tensors(path).items()}
+    write_safetensors(path, tensors, {})
+    refuse(tmp_path, rf"adapter_model.safetensors: .* has the type {dtype}", read_weights)
 
 
 def test_adapters_of_the_pooling_attention(adapters, tmp_path):
