@@ -30,6 +30,9 @@ class ConvertConfig:
     activation: Activation | None = None  # Activation, for a file of tensors without a config.
     # Vocabulary, for weights without one: a tokenizer.json or a sentencepiece model. None: none.
     tokenizer: str | None = None
+    # Weights that PEFT's adapters change: a path or hf:OWNER/NAME. None: the folder that the
+    # adapters' file names, if it is on this machine.
+    base: str | None = None
     # With --to open-clip: write even if open_clip computes the image tower with another GELU, and
     # report how much that changes the features.
     accept_activation: bool = False
@@ -69,7 +72,11 @@ def convert(config: ConvertConfig) -> Conversion:
         )
     is_hugging_face = config.to == "hugging-face"
     weights = read_weights(
-        source, activation=config.activation, tokenizer=config.tokenizer, one_tower=is_hugging_face
+        source,
+        activation=config.activation,
+        tokenizer=config.tokenizer,
+        base=config.base,
+        one_tower=is_hugging_face,
     )
     if config.tower is not None:
         if not is_hugging_face or weights.only_tower not in (None, config.tower):

@@ -1,8 +1,11 @@
 """Read and write weights in every format."""
 
+import contextlib
+import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -53,6 +56,7 @@ TARGETS: dict[Format, Target] = {
     "clip-jax": model_folder.TARGET,
     "peft": peft.TARGET,
 }
+_OPEN: ContextVar[tuple[str, ...]] = ContextVar("weights that are being read", default=())
 HEAD_NAME = "classifier.safetensors"  # beside the model, in a folder of any format
 # Files by which a format and its inputs are recognised; those of another format would mislead.
 _KNOWN = {
@@ -69,6 +73,7 @@ def read_weights(
     image_size: int | None = None,
     tokens: int | None = None,
     tokenizer: str | None = None,
+    base: str | None = None,
     ema: bool = True,
     one_tower: bool = False,
 ) -> Weights:
@@ -80,25 +85,31 @@ def read_weights(
     `activation` is needed for plain tensor files, which do not record it; InputError if the format
     records another. Another `image_size` than the model's resizes its position embeddings;
     `tokens` is the number of patches of an image of a NaFlex model (see `with_input`).
-    `tokenizer` is the vocabulary for weights that have none. `ema` takes the average that a run
-    with optim.ema_decay keeps, instead of its last weights. With `one_tower` the folder may hold a
-    single tower.
+    `tokenizer` is the vocabulary for weights that have none. `base` is the weights that PEFT's
+    adapters change, by default the local folder that their file names. `ema` takes the average that
+    a run with optim.ema_decay keeps, instead of its last weights. With `one_tower` the folder may
+    hold a single tower.
     """
     path, which = split_name(path)
     if not path.exists():
         path = hub.fetch(os.fspath(path))
-    if run.is_run(path):
-        weights = run.read(path, which, ema)
-        if weights.adapters is not None:
-            weights = merged(weights, weights.adapters, path)
-    elif which:
+    if base is not None and not _is_adapters(path):
+        raise InputError(
+            f"{path} has no adapters of PEFT's, so it has no base {base}; omit --base."
+        )
+    if not run.is_run(path) and which:
         raise InputError(
             f"{path} is not a run directory, so it has no checkpoint @{which}; leave that out."
         )
-    else:
-        with files.local(path) as here:
-            weights = _relocated(path, here, _read(here, activation))
-            weights = replace(weights, head=_read_head(here, weights.config.embed_dim))
+    with _opened(path):
+        if run.is_run(path):
+            weights = run.read(path, which, ema)
+            if weights.adapters is not None:
+                weights = merged(weights, weights.adapters, path)
+        else:
+            with files.local(path) as here:
+                weights = _relocated(path, here, _read(here, activation, base))
+                weights = replace(weights, head=_read_head(here, weights.config.embed_dim))
     _check_finite(weights, path)
     if (only := weights.only_tower) and not one_tower:
         raise InputError(
@@ -154,13 +165,33 @@ def _check_finite(weights: Weights, path: AnyPath) -> None:
             )
 
 
-def _read(path: Path, activation: Activation | None) -> Weights:
+@contextlib.contextmanager
+def _opened(path: AnyPath) -> Generator[None]:
+    """Raise InputError if adapters are read as their own base, directly or through others."""
+    name = os.fspath(path.resolve())
+    if name in _OPEN.get():
+        raise InputError(
+            f"{path} has low-rank adapters that are their own base; correct "
+            f"base_model_name_or_path in {peft.CONFIG_NAME}, or a run's init_from."
+        )
+    token = _OPEN.set((*_OPEN.get(), name))
+    try:
+        yield
+    finally:
+        _OPEN.reset(token)
+
+
+def _is_adapters(path: AnyPath) -> bool:
+    return (path / peft.CONFIG_NAME).is_file() and not (path / "config.json").exists()
+
+
+def _read(path: Path, activation: Activation | None, base: str | None) -> Weights:
     config_path = (path if path.is_dir() else path.parent) / open_clip_config.CONFIG_NAME
     if path.is_dir():
         if (path / model_folder.MANIFEST_NAME).is_file():
             return model_folder.read(path)
-        if (path / peft.CONFIG_NAME).is_file() and not (path / "config.json").exists():
-            return peft.read(path, _read_base)
+        if _is_adapters(path):
+            return peft.read(path, functools.partial(_read_base, base))
         if _is_hugging_face(path):
             return hugging_face.read(path)
         path = open_clip.find_weights(path)
@@ -175,8 +206,16 @@ def _read(path: Path, activation: Activation | None) -> Weights:
     return open_clip.read(tensors, str(path), config, activation=activation)
 
 
-def _read_base(path: str) -> Weights:
-    return read_weights(x if (x := files.as_path(path)).exists() else files.as_path(f"hf:{path}"))
+def _read_base(base: str | None, named: str) -> Weights:
+    """Read `base`, or else what a file names, which only a person may let contact a server."""
+    is_local = os.path.exists(os.path.expanduser(named))
+    if base is None and (files.is_remote(named) or not is_local):
+        raise InputError(
+            f"the base of the adapters, {named!r:.200}, is nothing on this machine. Set --base to "
+            "its path, or to hf:OWNER/NAME to download it: "
+            "clip-jax convert ADAPTERS NEW --to clip-jax --base hf:OWNER/NAME."
+        )
+    return read_weights(files.as_path(named if base is None else base))
 
 
 def _read_head(folder: Path, width: int) -> Head | None:

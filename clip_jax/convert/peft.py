@@ -4,6 +4,7 @@ Facts are from huggingface/peft: `tuners/lora`, `utils/save_and_load.py`. Of `ou
 pooling head, PEFT ignores an adapter until it is merged: adapters of that attention are refused.
 """
 
+import fnmatch
 import functools
 import itertools
 import math
@@ -36,6 +37,11 @@ _KNOWN = (
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules",
     "task_type", "use_rslora",
 )  # fmt: skip
+# PEFT's patterns of modules are regular expressions, some of which never end. Names with `.` and
+# `.*` are also patterns of fnmatch, which takes linear time.
+_PATTERN = re.compile(r"\^?(?:[\w-]|\\\.|\.\*|\.){1,200}\$?")
+_MOST_PATTERNS = 10_000
+_ADVICE = "merge the adapters in PEFT (merge_and_unload), and convert the result."
 _VALUES = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 
 
@@ -74,19 +80,38 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     })  # fmt: skip
 
 
+def _pattern(text: str, where: str) -> re.Pattern[str]:
+    """Compile a key of `alpha_pattern`, which matches a module's name, or its end after a dot."""
+    if not _PATTERN.fullmatch(text):
+        raise InputError(
+            f"{where}: the pattern {text!r:.99} is not supported: it must be a module's name, in "
+            f"which .* is any text; {_ADVICE}"
+        )
+    glob = re.sub(
+        r"\\\.|\.\*|\.", lambda x: {"\\.": ".", ".*": "*", ".": "?"}[x[0]], text.strip("^$")
+    )
+    starts = ("",) if text.startswith("^") else ("", "*.")
+    return re.compile("|".join(fnmatch.translate(start + glob) for start in starts))
+
+
 def read(folder: Path, read_base: Callable[[str], Weights]) -> Weights:
     """Read adapters and merge them into their base, which `read_base` reads by its path. Raises
     InputError for what is not supported, by name."""
     path, file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     adapters, settings = read_tensors(file), Settings(read_json(path), str(path))
     check_floating(adapters, str(file))
-    advice = "merge the adapters in PEFT (merge_and_unload), and convert the result."
     for name, value in settings.values.items():
         if value and name not in _KNOWN and value not in ("gaussian", _VALUES.get(name)):
-            raise InputError(f"{path}: {name}={value!r:.99} is not supported; {advice}")
+            raise InputError(f"{path}: {name}={value!r:.99} is not supported; {_ADVICE}")
     if not (base := settings.get("base_model_name_or_path", "", str)):
         raise InputError(f"{path}: set base_model_name_or_path to the path of the weights.")
     alphas = settings.get("alpha_pattern", {}, dict)
+    if len(alphas) > _MOST_PATTERNS:
+        raise InputError(
+            f"{path}: alpha_pattern has {len(alphas)} entries, and at most {_MOST_PATTERNS} are "
+            f"supported; {_ADVICE}"
+        )
+    patterns = [(_pattern(text, f"{path}: alpha_pattern"), text) for text in alphas]
     with naming(path):
         weights = read_base(base)
     rows = hugging_face.rows(weights.config)
@@ -99,16 +124,16 @@ def read(folder: Path, read_base: Callable[[str], Weights]) -> Weights:
         if not fits or not a.size:
             raise InputError(
                 f"{file}: {pair[0]} {a.shape} and lora_B {b.shape} fit no linear map of {base}, "
-                f"whose {key} is {kernel.shape}; {advice}"
+                f"whose {key} is {kernel.shape}; {_ADVICE}"
             )
         if module.startswith(_POOLING) and b.any():
-            raise InputError(f"{file}: PEFT ignores {pair[0]} until it is merged; {advice}")
-        own = next((x for x in alphas if re.match(rf"(.*\.)?({x})$", module)), None)
+            raise InputError(f"{file}: PEFT ignores {pair[0]} until it is merged; {_ADVICE}")
+        own = next((text for pattern, text in patterns if pattern.match(module)), None)
         alpha = number_of(alphas.get(own, settings.number("lora_alpha", 8)), f"{path}: {own}")
         scale = alpha / (len(a) ** 0.5 if settings.values.get("use_rslora") else len(a))
         tensors[key] = kernel + np.float32(scale) * (b @ a)
     if adapters:
-        raise InputError(f"{file}: {min(adapters)} is not supported; {advice}")
+        raise InputError(f"{file}: {min(adapters)} is not supported; {_ADVICE}")
     return replace(weights, params=to_params(rows, tensors, weights.config, str(folder)))
 
 

@@ -161,6 +161,7 @@ def unit(features: Any) -> Float[np.ndarray, "B E"]:
 def load(
     path: str | AnyPath, *, dtype: DType = "float32", image_size: int | None = None,
     tokens: int | None = None, activation: Activation | None = None, tokenizer: str | None = None,
+    base: str | None = None,
 ) -> Model:  # fmt: skip
     """Load a model from a run directory, a model folder or weights in another format.
 
@@ -169,11 +170,13 @@ def load(
     computation. Another `image_size` than the model's resizes its position embeddings. `tokens` is
     the maximum number of patches per image of a NaFlex model. `activation` is needed for plain
     tensor files, which do not record it. `tokenizer` is the vocabulary for weights that have none:
-    a tokenizer.json or a sentencepiece model. Files are read as data: nothing in them is executed.
+    a tokenizer.json or a sentencepiece model. `base` is the weights that PEFT's adapters change, by
+    default the local folder that their file names. Files are read as data: nothing in them is
+    executed.
     """
     weights = read_weights(
         files.as_path(path), activation=activation, image_size=image_size, tokens=tokens,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer, base=base,
     )  # fmt: skip
     return model_of(weights, dtype)
 

@@ -432,6 +432,9 @@ def test_the_base_of_adapters_is_the_one_that_they_began_with(tmp_path):
     content = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(content | {"init_from": str(tmp_path / "moved")}))
     assert read_weights(run).adapters is not None
+    (run / "config.json").write_text(json.dumps(content | {"init_from": str(run)}))
+    with pytest.raises(InputError, match=r"run has low-rank adapters that are their own base"):
+        read_weights(run)
 
 
 def test_a_tower_that_pools_the_last_position_keeps_its_length(tmp_path, siglip, capsys):

@@ -1,19 +1,23 @@
 """PEFT's adapters: written from a run and read back, and what is refused. Without PyTorch."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from clip_jax.convert import hub
+from clip_jax.convert import hub, peft
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.errors import InputError
 from clip_jax.models.lora import LoRAConfig
+from clip_jax.storage import bucket
 from tests.convert.conftest import make_weights, refuse, write_lora_run
 
 # Query and value alone: the key has no adapter, although it shares their kernel.
@@ -62,23 +66,86 @@ def test_rounded_adapters(adapters, tmp_path):
     assert "--to hugging-face" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_base_on_the_hub(adapters, tmp_path, monkeypatch):
+def change(adapters: Path, folder: Path, **settings: object) -> Path:
+    """Write a copy of the adapters with other settings."""
+    shutil.copytree(adapters / "peft", folder, dirs_exist_ok=True)
+    content = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(content | settings))
+    return folder
+
+
+def test_a_base_on_the_hub_is_downloaded_for_a_person_alone(adapters, tmp_path):
     """PEFT names OWNER/NAME; without the hub the message names the adapters' file."""
-    content = json.loads((adapters / "peft/adapter_config.json").read_text())
-    content |= {"base_model_name_or_path": "owner/name", "init_lora_weights": "gaussian"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
-    tensors = (adapters / "peft/adapter_model.safetensors").read_bytes()
-    (tmp_path / "adapter_model.safetensors").write_bytes(tensors)
-    monkeypatch.setattr(hub, "fetch", {"hf:owner/name": adapters / "base"}.__getitem__)
-    again, ours = (flatten(read_weights(x).params) for x in (tmp_path, adapters / "peft"))
-    for path, x in ours.items():
-        np.testing.assert_array_equal(again[path], x, err_msg=path)
+    name = {"base_model_name_or_path": "owner/name", "init_lora_weights": "gaussian"}
+    folder = change(adapters, tmp_path / "peft", **name)
+    with mock.patch.object(hub, "fetch", autospec=True, return_value=adapters / "base") as fetch:
+        refuse(
+            folder,
+            r"adapter_config.json: the base .*'owner/name', is nothing .*--base",
+            read_weights,
+        )
+        fetch.assert_not_called()
+        settings = ConvertConfig(
+            source=folder, destination=tmp_path / "out", to="clip-jax", base="hf:owner/name"
+        )
+        convert(settings)
+        fetch.assert_called_once_with("hf:owner/name")
+        again, ours = (
+            flatten(read_weights(x).params) for x in (tmp_path / "out", adapters / "peft")
+        )
+        for path, x in ours.items():
+            np.testing.assert_array_equal(again[path], x, err_msg=path)
+        fetch.side_effect = InputError("hf:owner/name could not be downloaded.")
+        with pytest.raises(InputError, match=r"adapter_config.json: hf:owner/name could not"):
+            read_weights(folder, base="hf:owner/name")
 
-    def missing(name):
-        raise InputError(f"{name} could not be downloaded.")
 
-    monkeypatch.setattr(hub, "fetch", missing)
-    refuse(tmp_path, r"adapter_config.json: hf:owner/name could not be downloaded", read_weights)
+@pytest.mark.parametrize("base", ["gs://bucket/base", "hf:owner/name", "~nobody/x", "x" * 5000])
+def test_a_file_contacts_nobody(adapters, tmp_path, base):
+    """Neither a bucket nor the hub, whatever it names as its base."""
+    folder = change(adapters, tmp_path, base_model_name_or_path=base)
+    with mock.patch.object(bucket, "check", autospec=True) as contacted:
+        refuse(folder, "is nothing on this machine", read_weights)
+    contacted.assert_not_called()
+
+
+def test_adapters_that_are_their_own_base(adapters, tmp_path):
+    """Directly, or through other adapters, they would be read without end."""
+    first, second = (tmp_path / name for name in ("first", "second"))
+    change(adapters, first, base_model_name_or_path=str(first))
+    refuse(first, "first has low-rank adapters that are their own base", read_weights)
+    change(adapters, first, base_model_name_or_path=str(second))
+    change(adapters, second, base_model_name_or_path=str(first))
+    refuse(first, "first has low-rank adapters that are their own base", read_weights)
+    assert read_weights(first, base=str(adapters / "base")).params
+    with pytest.raises(InputError, match=r"base has no adapters .* omit --base"):
+        read_weights(adapters / "base", base=str(first))
+
+
+MODULES = (
+    "text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.10.mlp.fc1",
+    "vision_model.encoder.layers.0.self_attn.q_proj", "vision_model.encoder.layers.0.mlp.fc1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fc1", "mlp.fc1$", "c1", r"layers\.0\.mlp\.fc1", "^text_model.*", ".*", "^layers.0.mlp.fc1",
+        "vision_model.encoder.layers.0.*_proj", "layers.1..mlp.fc1", "layers.0",
+    ],
+)  # fmt: skip
+def test_patterns_match_as_in_peft(text):
+    """PEFT's own rule is a regular expression (`get_pattern_key` in peft/utils/other.py)."""
+    for module in MODULES:
+        theirs = re.match(rf"(.*\.)?({text})$", module)
+        assert bool(peft._pattern(text, "x").match(module)) == bool(theirs), module
+
+
+@pytest.mark.parametrize("text", ["([a-z_.0-9]+)+!", "(", "*", ".?" * 40, "a{4000000000}", r"\.*"])
+def test_patterns_that_could_hang_are_refused(adapters, tmp_path, text):
+    content = change(adapters, tmp_path, alpha_pattern={text: 4})
+    refuse(content, r"alpha_pattern: the pattern .* is not supported.* merge the", read_weights)
 
 
 REFUSED = {
