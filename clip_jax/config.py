@@ -69,6 +69,9 @@ class Config:
     init_from: str | None = None  # Initial weights: run, model folder or weight file; None: random.
     init_towers: tuple[Tower, ...] = ("image", "text")  # Towers to load from init_from.
     init_architecture: bool = False  # Take the architecture and preprocessing of init_from.
+    # Settings in which the model may differ from init_from, as names or patterns such as
+    # vision.activation, text.* or image_mean. Others are an error.
+    init_differences: tuple[str, ...] = ()
     # Resizing of images for evaluation, in the model's size. None: OpenAI's.
     preprocess: Preprocess | None = None
     lora: LoRAConfig | None = None  # Low-rank adapters of init_from to train. None: all weights.
@@ -128,8 +131,11 @@ class Config:
                 )
             if self.init_from:
                 raise InputError("branch_from and init_from both set the weights; set only one.")
-        if (self.init_architecture or self.lora) and not self.init_from:
-            raise InputError("init_architecture and lora need trained weights: set --init-from.")
+        if (self.init_architecture or self.init_differences or self.lora) and not self.init_from:
+            raise InputError(
+                "init_architecture, init_differences and lora need trained weights: set "
+                "--init-from."
+            )
         if self.lora is not None and len(self.init_towers) < 2:
             raise InputError("lora needs the weights of both towers: omit --init-towers.")
         check_distinct(self.evals)

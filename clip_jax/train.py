@@ -21,8 +21,8 @@ from clip_jax.checkpoints.resume import branch_point, check_branch, check_resuma
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config, complete, with_order, with_weights
-from clip_jax.convert.formats import check_shapes, read_weights, starting_params
-from clip_jax.convert.weights import Head, default_preprocess
+from clip_jax.convert.formats import check_settings, check_shapes, read_weights, starting_params
+from clip_jax.convert.weights import Head, Weights, default_preprocess
 from clip_jax.data.batch_plan import BatchKind
 from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
@@ -152,7 +152,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     frozen = frozen_params(config.objective, mesh)
     hashes = {"teachers": digest_of(frozen)}
     if config.lora is not None and config.init_from:
-        base = starting_params(config.init_from, config.model)
+        base = starting_params(config.init_from, config.model, allowed=("*",))  # see `begin`
         frozen, hashes = frozen | {BASE[0]: {BASE[1]: base}}, hashes | {"base": digest_of(base)}
     if start:
         with timers.measure("restore"), watchdog:
@@ -285,7 +285,13 @@ def begin(config: Config, program: Program) -> State:
     classifier begins."""
     if not config.init_from:
         return program.init()
-    params = starting_params(config.init_from, config.model, config.init_towers)
+    params = starting_params(
+        config.init_from,
+        config.model,
+        config.init_towers,
+        preprocess=default_preprocess(config.model, config.preprocess),
+        allowed=config.init_differences,
+    )
     own = {} if config.lora is not None else params
     for term in config.objective:
         if isinstance(term, ClassifierConfig) and "text" in params:
@@ -304,10 +310,13 @@ def frozen_params(objective: Objective, mesh: Mesh) -> FrozenParams:
     """
 
     def load_one(frozen: Frozen) -> Params:
-        params = load_on_mesh(frozen.weights, mesh).params
+        own, where = load_on_mesh(frozen.weights, mesh), f"teachers.weights={frozen.weights!r}"
         advice = "correct the teacher's model, or set it to None to read it from the weights"
-        check_shapes(params, frozen.config, f"teachers.weights={frozen.weights!r}", advice)
-        return params
+        check_shapes(own.params, frozen.config, where, advice)
+        weights = Weights(config=own.config, params={}, preprocess=own.image_preprocess)
+        check_settings(weights, frozen.config, where, advice)
+        vocabulary.check_same(frozen.config.text.tokenizer, own.config.text.tokenizer, where)
+        return own.params
 
     return {
         term.name: {name: load_one(model) for name, model in term.frozen().items()}

@@ -45,6 +45,7 @@ from clip_jax.train import (
     check_data,
     check_patches,
     check_processes_agree,
+    frozen_params,
     open_data,
     train,
 )
@@ -428,3 +429,32 @@ def test_a_live_teacher_is_read_from_its_weights_and_never_saved(finished, tmp_p
     wrong = LiveTeacher(weights=str(finished), model=smaller)
     with pytest.raises(InputError, match="correct the teacher's model, or set it to None"):
         train(tiny(objective=(DistillationConfig(teachers=(wrong,)),)), tmp_path / "other")
+
+
+def test_a_live_teacher_computes_what_its_weights_were_trained_for(tmp_path):
+    """Its activation and its token ids are those of the weights, which no shape shows."""
+    config = tiny(steps=1)
+    write_states(config, tmp_path)
+    text, mesh = config.model.text, make_mesh(config.mesh)
+    rules = dataclasses.replace(text.tokenizer, clean="lower")
+    for field, value, message in (
+        ("activation", "relu", "text.activation is 'quick_gelu' in the weights and 'relu'"),
+        ("tokenizer", rules, "text.tokenizer.clean is 'clip', this model's 'lower'"),
+    ):
+        other = dataclasses.replace(text, **{field: value})
+        model = dataclasses.replace(config.model, text=other)
+        wrong = LiveTeacher(weights=str(tmp_path), model=model)
+        with pytest.raises(InputError, match=rf"teachers.weights=.*{message}"):
+            frozen_params((DistillationConfig(teachers=(wrong,)),), mesh)
+
+
+def test_a_run_begins_with_other_settings_if_they_are_named(tmp_path):
+    write_states(tiny(steps=1), tmp_path)
+    text = dataclasses.replace(tiny().model.text, activation="relu")
+    model = dataclasses.replace(tiny().model, text=text, image_mean=(0.5, 0.5, 0.5))
+    config = tiny(init_from=str(tmp_path), model=model)
+    program = Program(config.recipe, make_mesh(config.mesh))
+    with pytest.raises(InputError, match=r"image_mean is .*text.activation is .*--init-differen"):
+        begin(config, program)
+    named = dataclasses.replace(config, init_differences=("image_mean", "text.*"))
+    assert_identical(begin(named, program).params, starting_params(tmp_path, tiny().model))

@@ -7,8 +7,9 @@ import os
 from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -36,6 +37,7 @@ from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import Adapters, DType, Head, Weights, with_input, with_vocabulary
+from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.data.tokenizers.vocabulary import check_same
 from clip_jax.display import warn
@@ -44,6 +46,7 @@ from clip_jax.models import lora
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.layers import Activation
 from clip_jax.optim import Tower
+from clip_jax.serialize import to_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
@@ -284,14 +287,28 @@ def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = No
     return Verification(reference=target.reference, rounding_loss=loss, **differences)
 
 
+# Settings of towers that no weights fix: sizes to which positions are adapted, those of training,
+# a ratio that shapes show, and the tokenizer, which `check_same` compares.
+_ADAPTED = (
+    *("image_size", "max_patches", "context_length", "patch_dropout", "batch_norm_group"),
+    *("layer_scale", "mlp_ratio", "tokenizer"),
+)
+
+
 def starting_params(
-    path: str | AnyPath, config: CLIPConfig, towers: Sequence[Tower] = ("image", "text")
+    path: str | AnyPath,
+    config: CLIPConfig,
+    towers: Sequence[Tower] = ("image", "text"),
+    *,
+    preprocess: Preprocess | None = None,
+    allowed: Sequence[str] = (),
 ) -> Params:
     """Return float32 weights from which a model of architecture `config` can start training.
 
     Position embeddings are adapted: the image tower's resized to its image size, the text tower's
     cut to its context length. With one tower, neither the other nor the logit scale is returned.
-    Raises InputError, which names the first parameter of another shape.
+    Raises InputError, which names the first parameter of another shape, or the settings, except
+    those `allowed`, with which the model and its `preprocess` compute something else.
     """
     size = config.vision.image_size
     weights = read_weights(files.as_path(path), image_size=size, one_tower=len(set(towers)) < 2)
@@ -324,6 +341,11 @@ def starting_params(
         )
     advice = "set --model to the same architecture, or initialise one tower by --init-towers"
     check_shapes(params, config, where, advice)
+    advice = (
+        "set --init-architecture to take them from the weights, set the fields of --model to the "
+        "same values, or allow the differences by --init-differences with these names"
+    )
+    check_settings(weights, config, where, advice, towers, preprocess, allowed)
     return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 
@@ -332,7 +354,7 @@ def merged(weights: Weights, own: Adapters, workdir: AnyPath) -> Weights:
     base is not the one that the run began with."""
     problem = "have changed"
     try:
-        base = starting_params(own.base, weights.config)
+        base = starting_params(own.base, weights.config, allowed=("*",))  # the digest is checked
         if digest_of(base) == own.digest:
             params = lora.merge(base, own.params, weights.config, own.lora)
             return replace(weights, params=params, adapters=own._replace(weights=base))
@@ -352,3 +374,49 @@ def check_shapes(params: Params, config: CLIPConfig, where: str, advice: str) ->
     for name, got, needed in differences(has, needs)[:1]:
         got, needed = ("none" if x is None else x for x in (got, needed))
         raise InputError(f"{where} has {name} {got}, and the model needs {needed}; {advice}.")
+
+
+def check_settings(
+    weights: Weights,
+    config: CLIPConfig,
+    where: str,
+    advice: str,
+    towers: Sequence[Tower] = ("image", "text"),
+    preprocess: Preprocess | None = None,
+    allowed: Sequence[str] = (),
+) -> None:
+    """Raise InputError if a model of architecture `config` computes something else than these
+    weights were trained for, though all shapes are the same; `allowed` are patterns of settings."""
+    pixels = weights.preprocess
+    own = replace(weights.config, image_mean=pixels.mean, image_std=pixels.std)
+    is_square = preprocess is not None and preprocess.max_patches is None  # else NaFlex's own
+    has = _settings(own, towers, pixels if is_square else None)
+    needs = _settings(config, towers, preprocess if is_square else None)
+    problems = [
+        f"{name} is {before!r} in the weights and {now!r} in the model"
+        for name, before, now in differences(has, needs)
+        if not any(fnmatchcase(name, pattern) for pattern in allowed)
+    ]
+    if problems:
+        raise InputError(f"{where}: {', '.join(problems)}; {advice}.")
+
+
+def _settings(
+    config: CLIPConfig, towers: Sequence[Tower], preprocess: Preprocess | None
+) -> dict[str, Any]:
+    """Return the settings that change what weights compute, and no shape, as a nested dict; those
+    of a decoder all change shapes."""
+
+    def of_tower(tower: Any) -> dict[str, Any]:
+        return {name: x for name, x in to_dict(tower).items() if name not in _ADAPTED}
+
+    settings: dict[str, Any] = {}
+    if "image" in towers:
+        settings["vision"] = of_tower(config.vision)
+        settings |= {"image_mean": config.image_mean, "image_std": config.image_std}
+        if preprocess is not None:
+            names = ("resize_mode", "interpolation")
+            settings["preprocess"] = {name: getattr(preprocess, name) for name in names}
+    if "text" in towers:
+        settings["text"] = of_tower(config.text)
+    return settings

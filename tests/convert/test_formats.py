@@ -26,8 +26,10 @@ from clip_jax.convert.weights import Head, Weights, default_preprocess
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.text import TokenizerConfig
+from clip_jax.optim import Tower
 from tests import vocabularies
 from tests.conftest import FAMILIES, parameters
 from tests.convert.conftest import CONFIGS, assert_same, cast, make_weights, write_lora_run
@@ -435,6 +437,66 @@ def test_the_base_of_adapters_is_the_one_that_they_began_with(tmp_path):
     (run / "config.json").write_text(json.dumps(content | {"init_from": str(run)}))
     with pytest.raises(InputError, match=r"run has low-rank adapters that are their own base"):
         read_weights(run)
+
+
+def changed(config: CLIPConfig, field: str, value: object) -> CLIPConfig:
+    """The configuration with another value of a field such as vision.activation."""
+    part, _, name = field.rpartition(".")
+    if not part:
+        return replace(config, **{name: value})
+    return replace(config, **{part: replace(getattr(config, part), **{name: value})})
+
+
+# Settings that change no shape of `make_weights("options")`, and whether its function.
+@pytest.mark.parametrize(
+    ("field", "value", "is_other"),
+    [
+        ("vision.activation", "gelu", True),
+        ("vision.norm_epsilon", 1e-5, True),
+        ("vision.pool", "class_token", True),
+        ("image_mean", (0.5, 0.5, 0.5), True),
+        ("image_std", (0.5, 0.5, 0.5), True),
+        ("text.activation", "quick_gelu", True),
+        ("text.causal", True, True),
+        ("text.pool", "argmax", True),
+        ("vision.image_size", 48, False),
+        ("vision.max_patches", 20, False),
+        ("vision.patch_dropout", 0.5, False),
+        ("vision.layer_scale", 0.2, False),  # the initial one
+        ("vision.mlp_ratio", 4.364, False),  # the same width
+        ("dtype", "float32", False),
+        ("remat", "full", False),
+        ("init_logit_scale", 5.0, False),
+    ],
+)
+def test_a_model_that_computes_something_else_does_not_begin(tmp_path, field, value, is_other):
+    """Shapes are the same, so nothing else would show the difference."""
+    weights = make_weights("options")
+    write_weights(weights, tmp_path, "clip-jax")
+    config = changed(weights.config, field, value)
+    other: Tower = "image" if field.startswith("text") else "text"
+    assert starting_params(tmp_path, config, [other])
+    assert starting_params(tmp_path, config, allowed=[field])
+    if not is_other:
+        assert starting_params(tmp_path, config)
+        return
+    owner, _, name = field.rpartition(".")
+    own = getattr(weights.config, owner) if owner else weights.config
+    message = f"{field} is {getattr(own, name)!r} in the weights and {value!r} in the model; set"
+    with pytest.raises(InputError, match=re.escape(message)):
+        starting_params(tmp_path, config)
+
+
+def test_a_model_whose_images_are_prepared_in_another_way_does_not_begin(tmp_path, siglip):
+    """SigLIP's are squashed, and its evaluation would be that of centre crops."""
+    write_weights(siglip, tmp_path, "clip-jax")
+    assert starting_params(tmp_path, siglip.config, preprocess=siglip.preprocess)
+    crops = default_preprocess(siglip.config)
+    with pytest.raises(InputError, match=r"resize_mode is 'squash' in the weights and"):
+        starting_params(tmp_path, siglip.config, preprocess=crops)
+    assert starting_params(tmp_path, siglip.config, preprocess=crops, allowed=["preprocess.*"])
+    flexible = make_weights("naflex")  # whose images are resized by the model's own rule
+    assert starting_params(tmp_path, flexible.config, preprocess=flexible.preprocess)
 
 
 def test_a_tower_that_pools_the_last_position_keeps_its_length(tmp_path, siglip, capsys):

@@ -77,5 +77,6 @@ def check_same(ours: TokenizerConfig, theirs: TokenizerConfig, source: str) -> N
             raise InputError(
                 f"{source} was trained with other token ids: its text.tokenizer.{field.name} is "
                 f"{getattr(theirs, field.name)!r}, this model's {getattr(ours, field.name)!r}. "
-                "Use the same tokenizer, or only its image tower with --init-towers image."
+                "Use the same tokenizer; a run may also begin with the image tower alone "
+                "(--init-towers image)."
             )
