@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.models.images import (
     OPENAI_MEAN,
     OPENAI_STD,
@@ -34,6 +34,7 @@ from clip_jax.models.images import (
     normalize,
     pixels_of,
 )
+from clip_jax.models.layers import check_sizes
 from clip_jax.storage import files
 
 Channels = tuple[float, float, float]
@@ -102,10 +103,7 @@ class Preprocess:
     rules: Rules = "openai"
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, image_size="[1, inf)", mean="(-inf, inf)", std="(0, inf)", fill="[0, 255]",
-            max_patches="[1, inf)", patch_size="[1, inf)",
-        )  # fmt: skip
+        check_sizes(self, "", mean="(-inf, inf)", std="(0, inf)", fill="[0, 255]")
         choices = {"interpolation": Interpolation, "resize_mode": ResizeMode, "rules": Rules}
         for name, known in choices.items():
             if (value := getattr(self, name)) not in get_args(known):

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.models import layers
 from clip_jax.models.layers import Activation, BlockConfig, Einsum, LayerNorm, Layout, Operations
 from clip_jax.models.text import Pool, TextConfig, TextTransformer
@@ -37,13 +37,6 @@ class BertConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(
-            self,
-            "text.",
-            num_positions="[1, inf)",
-            first_position="[0, inf)",
-            token_types="[1, inf)",
-        )
         longest = self.num_positions - self.first_position
         is_bert = self.pool in ("mean", "first") and not self.causal and self.projection
         if not is_bert or self.context_length > longest:

@@ -13,7 +13,8 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
+from clip_jax.models import layers
 from clip_jax.models.attention import Backend
 from clip_jax.models.bert import BertConfig
 from clip_jax.models.conv_stem import ConvStemConfig
@@ -28,7 +29,6 @@ from clip_jax.models.images import (
     is_normalized,
     normalize,
     split_tokens,
-    zeros,
 )
 from clip_jax.models.layers import DType, Layout, Remat, named
 from clip_jax.models.resnet import ResNetConfig
@@ -67,9 +67,8 @@ class CLIPConfig:
     attention: Backend = "auto"
 
     def __post_init__(self) -> None:
-        check_ranges(
+        layers.check_sizes(
             self, "model.",
-            embed_dim="[1, inf)", unroll="[1, inf)",
             init_logit_scale="(0, inf)", init_logit_bias="(-inf, inf)",
             image_mean="(-inf, inf)", image_std="(0, inf)",
         )  # fmt: skip
@@ -145,7 +144,8 @@ class CLIP:
     def draw(self, key: Array) -> Params:
         """Initialise parameters in boxes with the names of their dimensions (`layers.named`)."""
         c = self.config
-        images = {"image": zeros(c.vision.image_spec, 1)}
+        shapes = c.vision.image_spec.shapes(1)
+        images = {"image": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}
         texts = {"text": jnp.zeros((1, c.text.context_length), jnp.int32)}
         needs = () if c.decoder is None else ("caption_states",)
         compute = functools.partial(_outputs, images, texts, needs, None, False)

@@ -7,7 +7,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.models.layers import Activation, Einsum, Layout, gelu, uniform
 from clip_jax.models.resnet import BatchNorm
 from clip_jax.models.vit import ViTConfig
@@ -34,7 +34,6 @@ class ConvStemConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, "vision.", batch_norm_group="[1, inf)")
         if self.patch_size != 16 or self.max_patches is not None or self.width % 4:
             raise InputError(
                 f"vision.patch_size={self.patch_size}, vision.max_patches={self.max_patches}, "

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.models import layers
 from clip_jax.models.images import Square
 from clip_jax.models.layers import Activation, LayerNorm, Layout, Operations, Remat, named, uniform
@@ -36,9 +36,8 @@ class ConvNeXtConfig:
     positions_path = None  # it has no position embeddings
 
     def __post_init__(self) -> None:
-        check_ranges(
+        layers.check_sizes(
             self, "vision.",
-            image_size="[1, inf)", layers="[1, inf)", width="[1, inf)",
             norm_epsilon="(0, inf)", layer_scale="(-inf, inf)",
         )  # fmt: skip
         if self.image_size % 32:

@@ -176,7 +176,7 @@ class CoCaConfig:
     mlp_ratio: float = 4.0  # Width of the MLP divided by that of the text tower.
 
     def __post_init__(self) -> None:
-        check_ranges(self, "decoder.", depth="[1, inf)", num_heads="[1, inf)", mlp_ratio="(0, inf)")
+        layers.check_sizes(self, "decoder.")
 
     def check(self, text: TextConfig, image_width: int) -> None:
         """Raise InputError unless the decoder fits the text tower and the image tokens."""

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from clip_jax.errors import check_ranges
 from clip_jax.models import attention
 
 # swiglu: SiLU of a further linear map, times the first one (arXiv:2002.05202).
@@ -40,8 +41,29 @@ KEPT = {
 }
 KEPT["dots"] = KEPT["hidden"]  # its name in the configs of older runs
 STACKS = ("resblocks", "layers")  # parameters of a `Transformer` of `Block` or of `decoder.Layer`
+# Ranges of the settings of models that memory and compilation depend on. Real models stay far
+# inside; a file with another size is refused before anything of that size is made.
+SIZES = {
+    "image_size": "[1, 16384]", "patch_size": "[1, 16384]", "max_patches": "[1, 65536]",
+    "num_patches": "[0, 65536]", "reference_grid": "[1, 16384]", "registers": "[0, 65536]",
+    "pool_queries": "[2, 65536]", "pool_heads": "[1, 32768]", "embed_dim": "[1, 65536]",
+    "width": "[1, 32768]", "depth": "[1, 1024]", "layers": "[1, 100]", "num_heads": "[1, 32768]",
+    "mlp_ratio": "(0, 1000]", "mlp_width": "[1, 4194304]", "batch_norm_group": "[1, 2147483647]",
+    "context_length": "[2, 65536]", "num_positions": "[1, 131072]", "token_types": "[1, 65536]",
+    "first_position": "[0, 65536]", "vocab_size": "[1, 4194304]", "eos_token_id": "[0, 4194303]",
+    "begin_id": "[0, 4194303]", "end_id": "[0, 4194303]", "pad_id": "[0, 4194303]",
+    "zeroed_id": "[0, 4194303]",
+    "unroll": "[1, 1024]", "rank": "[1, 32768]",
+}  # fmt: skip
 Init = Callable[..., Array]
 _ONES = 8  # rows of ones whose product is a sum; of one row the compiler would make a sum again
+
+
+def check_sizes(config: Any, where: str, **ranges: str) -> None:
+    """Raise InputError for settings outside `SIZES`, or outside other `ranges`, as `check_ranges`
+    does."""
+    own = {name: text for name, text in SIZES.items() if hasattr(type(config), name)}
+    check_ranges(config, where, **own | ranges)
 
 
 class Layout(NamedTuple):

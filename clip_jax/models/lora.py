@@ -17,7 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
+from clip_jax.models import layers
 from clip_jax.models.clip import CLIPConfig, Params, parameters
 from clip_jax.models.vit import ViTConfig
 
@@ -37,7 +38,7 @@ class LoRAConfig:
     rank_stabilized: bool = False  # Divide alpha by √rank (rsLoRA, arXiv:2312.03732).
 
     def __post_init__(self) -> None:
-        check_ranges(self, "lora.", rank="[1, inf)", alpha="(0, inf)")
+        layers.check_sizes(self, "lora.", alpha="(0, inf)")
 
     @property
     def scale(self) -> float:

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.models import layers
 from clip_jax.models.images import Square
 from clip_jax.models.layers import Einsum, Init, Layout, Operations, Remat, named, uniform
@@ -39,11 +39,7 @@ class ResNetConfig:
     positions_path = "visual/attnpool/positional_embedding"  # in the model's parameters
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, "vision.",
-            image_size="[1, inf)", layers="[1, inf)", width="[2, inf)", num_heads="[1, inf)",
-            batch_norm_group="[1, inf)",
-        )  # fmt: skip
+        layers.check_sizes(self, "vision.", width="[2, 4096]")
         if self.image_size % 32:
             raise InputError(
                 f"vision.image_size={self.image_size} is not a multiple of 32, "

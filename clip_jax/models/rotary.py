@@ -36,12 +36,17 @@ class RotaryConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, "vision.", reference_grid="[1, inf)")
-        if self.max_patches is not None or self.head_width % 4 or self.width % self.pool_heads:
+        check_ranges(self, "vision.", head_width="[1, 512]")  # tables of angles are computed
+        if self.max_patches is not None or self.head_width % 4:
             raise InputError(
                 f"vision.max_patches={self.max_patches}, vision.width={self.width} in "
-                f"{self.num_heads} heads, vision.pool_heads={self.pool_heads}: a RotaryConfig "
-                "needs None, heads of a multiple of 4 channels, and a divisor of the width."
+                f"{self.num_heads} heads: a RotaryConfig needs None, and heads of a multiple of 4 "
+                "channels."
+            )
+        if self.pool == "map" and self.width % self.pool_heads:
+            raise InputError(
+                f"vision.width={self.width} must be a multiple of vision.pool_heads="
+                f"{self.pool_heads}, the heads of vision.pool='map'."
             )
 
     @property

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.models import layers
 from clip_jax.models.layers import Activation, BlockConfig, LayerNorm, Layout, Operations, named
 
@@ -37,10 +37,7 @@ class TokenizerConfig:
     cut: Literal["keep_end", "drop_end"] = "keep_end"
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, "text.tokenizer.", begin_id="[0, inf)", end_id="[0, inf)", pad_id="[0, inf)",
-            zeroed_id="[0, inf)",
-        )  # fmt: skip
+        layers.check_sizes(self, "text.tokenizer.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +71,7 @@ class TextConfig:
     learned_positions, token_scale = True, 1.0
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, "text.",
-            context_length="[2, inf)", vocab_size="[1, inf)", width="[1, inf)", depth="[1, inf)",
-            num_heads="[1, inf)", mlp_ratio="(0, inf)", mlp_width="[1, inf)",
-            eos_token_id="[0, inf)", norm_epsilon="(0, inf)",
-        )  # fmt: skip
+        layers.check_sizes(self, "text.", norm_epsilon="(0, inf)")
         if self.width % self.num_heads:
             raise InputError(
                 f"text.width={self.width} must be a multiple of text.num_heads={self.num_heads}."

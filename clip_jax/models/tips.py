@@ -28,10 +28,6 @@ class TipsConfig(ViTConfig):
     norm_epsilon: float = 1e-6  # Epsilon of LayerNorm.
     layer_scale: float | None = 1.0  # Initial gain of residual branches. None: no gains.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(self, "vision.", registers="[0, inf)")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TipsTextConfig(TextConfig):
@@ -54,6 +50,7 @@ class TipsTextConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ranges(self, "text.", context_length="[2, 1024]")  # positions are computed
         if self.pool not in ("mean", "first") or self.causal or self.width % 2 or self.width < 4:
             raise InputError(
                 f"text.pool={self.pool!r}, text.causal={self.causal}, text.width={self.width}: "

@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError
 from clip_jax.models import attention, layers
 from clip_jax.models.decoder import CrossAttention
 from clip_jax.models.images import (
@@ -64,11 +64,8 @@ class ViTConfig:
     batch_norm_group = 1
 
     def __post_init__(self) -> None:
-        check_ranges(
+        layers.check_sizes(
             self, "vision.",
-            image_size="[1, inf)", patch_size="[1, inf)", max_patches="[1, inf)", width="[1, inf)",
-            depth="[1, inf)", num_heads="[1, inf)", mlp_ratio="(0, inf)", mlp_width="[1, inf)",
-            pool_queries="[2, inf)", pool_heads="[1, inf)",
             norm_epsilon="(0, inf)", layer_scale="(-inf, inf)", patch_dropout="[0, 1)",
         )  # fmt: skip
         if self.image_size < self.patch_size:

@@ -6,7 +6,7 @@ import pytest
 
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.errors import InputError
-from tests.convert.conftest import assert_same, make_weights
+from tests.convert.conftest import assert_same, make_weights, refuse
 
 
 def test_the_manifest_is_checked(tmp_path):
@@ -34,6 +34,20 @@ def test_a_value_out_of_range_names_its_file(tmp_path):
     path.write_text(json.dumps({**content, "vision": content["vision"] | {"max_patches": 0}}))
     with pytest.raises(InputError, match=r"config.json: vision.max_patches=0 must be at least 1"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("value", [10**9, 2**62])
+@pytest.mark.parametrize(
+    ("tower", "name"),
+    [("vision", "image_size"), ("vision", "max_patches"), ("text", "context_length")],
+)
+def test_a_size_of_no_real_model_takes_no_memory(tmp_path, tower, name, value):
+    """An image or a text of that size would be made for the shapes of the parameters."""
+    write_weights(make_weights("naflex"), tmp_path, "clip-jax")
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, tower: content[tower] | {name: value}}))
+    refuse(tmp_path, rf"config.json: {tower}.{name}={value} must be at least", read_weights)
 
 
 def test_the_manifest_of_naflex(tmp_path):
