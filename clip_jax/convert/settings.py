@@ -10,6 +10,7 @@ from clip_jax.storage.archives import map_file
 
 MAX_JSON = 16 << 20  # bytes
 _LARGEST = 1 << 22  # largest size
+_OPTIONAL = ("num_register_tokens",)  # sizes that may be 0
 _FINITE = 1e6  # largest other number
 
 
@@ -32,10 +33,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def count_of(value: Any, where: str) -> int:
+def count_of(value: Any, where: str, least: int = 1) -> int:
     """Return a size of another library's configuration. Raises InputError for an unlikely one."""
-    if type(value) is not int or not 1 <= value <= _LARGEST:
-        raise InputError(f"{where} is {value!r:.99}; it must be an integer from 1 to {_LARGEST}.")
+    if type(value) is not int or not least <= value <= _LARGEST:
+        raise InputError(
+            f"{where} is {value!r:.99}; it must be an integer from {least} to {_LARGEST}."
+        )
     return value
 
 
@@ -74,7 +77,8 @@ class Settings:
         return value
 
     def count(self, name: str, default: int) -> int:
-        return count_of(self.get(name, default, object), f"{self.where}.{name}")
+        least = 0 if name in _OPTIONAL else 1
+        return count_of(self.get(name, default, object), f"{self.where}.{name}", least)
 
     def number(self, name: str, default: float) -> float:
         return number_of(self.get(name, default, object), f"{self.where}.{name}", positive=True)

@@ -13,6 +13,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.tips import TipsConfig, TipsTextConfig
 
 MODEL_TYPE, _MASK = "tipsv2", "vision_encoder.mask_token"  # of pre-training
+_REGISTERS = "vision_encoder.register_tokens"  # empty without registers, and then not ours
 TEMPERATURE, INITIAL = "temperature", 0.005065968260169029  # published files lack it
 NAMES: Rules = (
     (r"^visual/registers", "visual/trunk/register_tokens"),
@@ -71,11 +72,18 @@ def read(vision: Settings, text: Settings) -> CLIPConfig:
 def from_file(tensors: Tensors, initial: float) -> Tensors:
     """Return a file's tensors with the logarithm of the logit scale, in float32."""
     scale = -np.log(np.asarray(tensors.get(TEMPERATURE, initial), np.float32)).reshape(())
-    return {name: x for name, x in tensors.items() if name != _MASK} | {TEMPERATURE: scale}
+    ours = {
+        name: x
+        for name, x in tensors.items()
+        if name != _MASK and not (name == _REGISTERS and not x.size)
+    }
+    return ours | {TEMPERATURE: scale}
 
 
 def to_file(tensors: Tensors) -> Tensors:
     """Undo `from_file`, with zeros for pre-training's mask token."""
+    none = tensors["vision_encoder.cls_token"][:, :0]
+    tensors = {_REGISTERS: none} | tensors
     temperature = np.exp(-np.asarray(tensors[TEMPERATURE], np.float32))
     token = tensors["vision_encoder.cls_token"]
     return tensors | {TEMPERATURE: temperature, _MASK: np.zeros_like(token[0])}

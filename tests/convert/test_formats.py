@@ -316,6 +316,20 @@ def test_settings_of_old_hugging_face_files(tmp_path):
     assert_same(read_weights(tmp_path), replace(weights, config=config, preprocess=pixels))
 
 
+def test_tipsv2_without_registers(tmp_path):
+    """transformers' file has an empty tensor then, and its configuration a 0."""
+    config = changed(FAMILIES["tips"], "vision.registers", 0)
+    weights = Weights(
+        config=config, params=parameters(config), preprocess=default_preprocess(config)
+    )
+    write_weights(weights, tmp_path, "hugging-face")
+    tensors = read_tensors(tmp_path / "model.safetensors")
+    assert tensors["vision_encoder.register_tokens"].shape == (1, 0, 32)
+    again = read_weights(tmp_path)
+    assert again.config.vision == config.vision
+    assert again.params["visual"].keys() == weights.params["visual"].keys()
+
+
 def test_weights_are_finite_floating_point_numbers(tmp_path):
     weights = make_weights("vit")
     visual = weights.params["visual"]

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, l2_normalize
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.generation import GenerationConfig, generate
 from clip_jax.models.images import NaFlex, Patches, concatenate, zeros
 from clip_jax.models.layers import apart
+from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig, drop_patches, resize_positions
 from tests.conftest import batch, decode_text, parameters
@@ -229,3 +231,11 @@ def test_patch_dropout_keeps_each_images_own_share():
         assert (np.diff(valid, axis=1) > 0).all()
         often = np.bincount(valid.ravel(), minlength=length) / draws
         np.testing.assert_allclose(often, count / length, atol=0.1)
+
+
+def test_heads_of_a_pooling_that_a_tower_lacks_are_any_number():
+    """EVA pools its class token; PE core's pooling divides the width by its heads."""
+    sizes = {"width": 48, "num_heads": 4, "pool_heads": 5}
+    assert RotaryConfig(pool="class_token", **sizes).width == 48
+    with pytest.raises(InputError, match=r"width=48 must be a multiple of vision.pool_heads=5"):
+        RotaryConfig(pool="map", **sizes)
