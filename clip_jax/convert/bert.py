@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 from clip_jax.convert.settings import Settings, Table, by_table, read_json
 from clip_jax.convert.state_dict import Rules
+from clip_jax.convert.target import Inexpressible
 from clip_jax.convert.tokenizer_files import missing
 from clip_jax.convert.tokenizer_settings import CONFIG_NAME
 from clip_jax.errors import InputError
@@ -140,9 +141,9 @@ def class_of(text: BertConfig) -> str:
     for kind, each in CLASSES.items():
         if all(getattr(each.text, name) == getattr(text, name) for name in FIXED):
             return kind
-    raise InputError(
+    raise Inexpressible(
         f"transformers has no CLIP with text.head={text.head!r}, text.pool={text.pool!r}, "
-        f"text.first_position={text.first_position}; use --to open-clip or clip-jax."
+        f"text.first_position={text.first_position}"
     )
 
 

@@ -223,4 +223,4 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
         return verify.torch_outputs(model.encode_image, model.encode_text, model, inputs)
 
 
-TARGET = Target(write=write, reference="open_clip", outputs=_outputs)
+TARGET = Target(write=write, reference="open_clip", outputs=_outputs, check=to_tensors)

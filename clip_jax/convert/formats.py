@@ -33,7 +33,7 @@ from clip_jax.convert import (
 )
 from clip_jax.convert.settings import read_json
 from clip_jax.convert.state_dict import check_floating, flatten, param_shapes
-from clip_jax.convert.target import Target
+from clip_jax.convert.target import Inexpressible, Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import Adapters, DType, Head, Weights, with_input, with_vocabulary
@@ -256,7 +256,10 @@ def write_weights(
     """
     target = TARGETS[to]
     with files.written_whole(path) as partial:
-        target.write(weights, partial, dtype=dtype)
+        try:
+            target.write(weights, partial, dtype=dtype)
+        except Inexpressible as error:
+            raise InputError(f"{error}; choose --to {_others(weights)}.") from error
         if target.names and weights.head is not None:
             texts = {name: json.dumps(getattr(weights.head, name)) for name in Head._fields[:2]}
             write_safetensors(partial / HEAD_NAME, {"kernel": weights.head.kernel}, texts)
@@ -265,6 +268,16 @@ def write_weights(
         warn(f"{path} is a single file without the classifier; formats of folders keep it.")
     for name in _KNOWN - written:
         files.remove(path / name)
+
+
+def _others(weights: Weights) -> str:
+    """Return the formats of folders that can express a model, for advice."""
+    able = []
+    for name in ("open-clip", "hugging-face", "clip-jax"):
+        with contextlib.suppress(InputError):
+            TARGETS[name].check(weights)
+            able.append(name)
+    return " or ".join(able)
 
 
 def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = None) -> Verification:

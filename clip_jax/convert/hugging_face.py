@@ -180,7 +180,7 @@ def check_siglip(weights: Weights, name: str, more: Assumptions) -> None:
     }  # fmt: skip
     if _is_naflex(weights.config):
         assumptions["preprocess.resize_mode"] = "naflex"
-    check_assumptions(weights, name, assumptions, "choose --to open-clip or clip-jax.")
+    check_assumptions(weights, name, assumptions)
 
 
 def _sections(content: dict[str, Any], source: str) -> tuple[Settings, Settings]:
@@ -400,7 +400,7 @@ _MODEL_TYPES = {
 
 def check(weights: Weights) -> None:
     """Raise InputError if transformers' model and processor cannot express the model."""
-    advice = "choose --to open-clip or clip-jax."
+    advice = ""
     if isinstance(weights.config.vision, TipsConfig):
         check_assumptions(weights, "Hugging Face's Tipsv2Model", tips.ASSUMPTIONS, advice)
     elif isinstance(weights.config.text, BertConfig):
@@ -493,7 +493,7 @@ def outputs(
 
 
 TARGET = Target(
-    write=write, reference="transformers", outputs=outputs, rounded=_rounded,
+    write=write, reference="transformers", outputs=outputs, rounded=_rounded, check=check,
     names=("config.json", WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
     use="`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`. Of a NaFlex model, "
     "`AutoImageProcessor` and `AutoTokenizer`: `AutoProcessor` always makes 256 patches of 16 "

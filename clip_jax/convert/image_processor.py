@@ -103,7 +103,8 @@ def _patches(
     own = content.get("patch_size", default.patch_size)
     if own != patch_size:
         raise InputError(
-            f"{where}: patch_size={own!r:.99} differs from the model's, {patch_size}; correct it."
+            f"{where}: patch_size={own!r:.99} differs from the model's, {patch_size}; correct it, "
+            "or add this file if it is missing."
         )
     most = content.get("max_num_patches", default.max_patches)
     return {"max_patches": count_of(most, f"{where}: max_num_patches"), "patch_size": patch_size}
@@ -146,7 +147,7 @@ def _find(folder: Path) -> tuple[dict[str, Any], str]:
                 )
             return content, f"{path}: image_processor"
     path = folder / CONFIG_NAME
-    return (read_json(path), str(path)) if path.exists() else ({}, "")
+    return read_json(path) if path.exists() else {}, str(path)
 
 
 def write(folder: Path, preprocess: Preprocess, own: str = "CLIP") -> None:

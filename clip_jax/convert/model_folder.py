@@ -126,7 +126,7 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 
 
 TARGET = Target(
-    write=write, reference="clip_jax", outputs=_outputs,
+    write=write, reference="clip_jax", outputs=_outputs, check=manifest,
     names=(MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME),
     use="`clip_jax.load(FOLDER)`; `manifest.json` describes preprocessing and tokenization.",
     use_naflex=" Images keep their aspect ratio (NaFlex); `tokens=N` sets the patches per image.",

@@ -215,9 +215,7 @@ def as_computed(weights: Weights) -> Weights:
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under open_clip's names. Raises InputError if it has no such model."""
     assumptions = _assumptions(weights.config)
-    check_assumptions(
-        weights, "open_clip's own towers", assumptions, "choose --to clip-jax.", _REASONS
-    )
+    check_assumptions(weights, "open_clip's own towers", assumptions, reasons=_REASONS)
     ours, theirs = (w.config.vision.activation for w in (weights, as_computed(weights)))
     if ours != theirs:
         raise InputError(
@@ -231,6 +229,12 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
         towers = {n for n in tensors if not n.startswith(("visual.", "logit_"))}
         tensors = {f"text.{n}" if n in towers else n: x for n, x in tensors.items()}
     return {n: cast(x, dtype) for n, x in tensors.items()} | openai.counters(tensors)
+
+
+def check(weights: Weights) -> None:
+    """Raise InputError if open_clip has no such model."""
+    to_tensors(weights)
+    model_cfg(weights)
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
@@ -272,7 +276,7 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 
 
 TARGET = Target(
-    write=write, reference="open_clip", outputs=_outputs, as_computed=as_computed,
+    write=write, reference="open_clip", outputs=_outputs, as_computed=as_computed, check=check,
     names=(CONFIG_NAME, WEIGHTS_NAME),
     use="`open_clip.create_model_and_transforms('local-dir:FOLDER')`.",
     use_naflex="""

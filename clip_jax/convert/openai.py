@@ -196,8 +196,7 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     InputError if the format cannot express the model.
     """
     config = weights.config
-    advice = "choose --to open-clip or clip-jax."
-    check_assumptions(weights, "OpenAI's format", _assumptions(config), advice)
+    check_assumptions(weights, "OpenAI's format", _assumptions(config))
     tensors = from_params(rows(config), weights.params)
     for name, array in tensors.items():
         kept = dtype == "float16" and _KEPT_FLOAT32.fullmatch(name)
@@ -271,4 +270,6 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
         return verify.torch_outputs(model.encode_image, model.encode_text, model, inputs)
 
 
-TARGET = Target(write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded)
+TARGET = Target(
+    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded, check=to_tensors
+)

@@ -153,7 +153,7 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 
 
 TARGET = Target(
-    write=write, reference="peft", outputs=_outputs, rounded=_rounded,
+    write=write, reference="peft", outputs=_outputs, rounded=_rounded, check=_adapters,
     names=(CONFIG_NAME, WEIGHTS_NAME),
     use="`peft.PeftModel.from_pretrained(BASE, FOLDER)`, where BASE is transformers' model of the "
     "weights at `base_model_name_or_path`. If these are no Hugging Face folder, write one by "

@@ -21,14 +21,20 @@ from clip_jax.models.clip import Params
 Assumptions = dict[str, Any]
 
 
+class Inexpressible(InputError):
+    """A model that a format cannot express; `formats.write_weights` adds which formats can."""
+
+
 def check_assumptions(
     weights: Weights,
     name: str,
     assumptions: Assumptions,
-    advice: str,
+    advice: str = "",
     reasons: Mapping[str, str] | None = None,
 ) -> None:
     """Raise InputError, which lists what a format called `name` cannot express, if anything.
+
+    Without `advice` it is Inexpressible.
 
     Fields are those of `CLIPConfig`, or below `preprocess.`; `reasons` are added to the message.
     """
@@ -49,7 +55,8 @@ def check_assumptions(
         problems[field] = f"{field}={_shown(value)} (needs {needed}{reason})"
     if problems:
         listed = ", ".join(problems.values())
-        raise InputError(f"{name} cannot express this model's {listed}; {advice}")
+        message = f"{name} cannot express this model's {listed}"
+        raise InputError(f"{message}; {advice}") if advice else Inexpressible(message)
 
 
 def _shown(value: Any) -> str:
@@ -89,6 +96,7 @@ class Target:
 
     write: Callable[..., None]  # of weights and a path; `dtype=None` keeps each array's
     reference: str  # reference implementation for --verify
+    check: Callable[[Weights], Any]  # raises InputError if the format cannot express a model
     outputs: Callable[[Weights, Path, Inputs], Outputs]  # its outputs for the model at a path
     rounded: Callable[[Weights, DType | None], Params] = rounded  # the weights it uses
     # Returns the model as the library will compute it, if the format cannot express its activation.

@@ -16,6 +16,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.tips import TipsConfig
@@ -181,7 +182,7 @@ def with_input(
         vision = replace(vision, max_patches=None)
         preprocess = replace(preprocess, resize_mode="squash", max_patches=None, patch_size=None)
     config = replace(weights.config, vision=vision)
-    if vision.positions_path is None:
+    if isinstance(vision, ConvNeXtConfig) or vision.positions_path is None:
         return replace(weights, config=config, preprocess=preprocess)
     flat = flatten(weights.params)
     before = np.asarray(flat[vision.positions_path])

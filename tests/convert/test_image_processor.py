@@ -145,3 +145,9 @@ def test_a_size_that_is_one_number(tmp_path, kind, mode):
     content = {"image_processor_type": f"{kind}ImageProcessor", "size": 32, "crop_size": 32}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
     assert image_processor.read(tmp_path, 32).resize_mode == mode
+
+
+def test_a_missing_file_is_named(tmp_path):
+    """Without it the class's patch size counts, and a message would begin with a colon."""
+    with pytest.raises(InputError, match=r"preprocessor_config.json: patch_size=16 differs .*14"):
+        image_processor.read(tmp_path, 64, "Siglip2", 14)

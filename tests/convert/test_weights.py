@@ -1,6 +1,7 @@
 """Models for images of another size, or of any aspect ratio."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from clip_jax.convert.weights import Weights, with_input
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, l2_normalize
 from clip_jax.models.images import Images, NaFlex, Square
-from tests.conftest import FAMILIES, TINY, parameters, write_run
+from clip_jax.models.vit import ViTConfig
+from tests.conftest import TINY, write_run
 from tests.convert.conftest import assert_same, make_weights
 
 
@@ -80,19 +82,19 @@ def test_impossible_inputs_are_errors(name, sizes, message):
         with_input(make_weights(name), **sizes)
 
 
+class Positionless(ViTConfig):
+    """Somebody's own tower, which has no position embeddings."""
+
+    positions_path: Any = None
+
+
 def test_a_tower_without_positions_takes_another_size():
     """Whatever its class: it has nothing to resize."""
-    config = FAMILIES["convnext"]
-
-    class Plain(type(config.vision)):
-        """A tower of somebody's own."""
-
-    tower = Plain(**vars(config.vision))
-    params = parameters(config)
-    weights = Weights(config=replace(config, vision=tower), params=params)
-    larger = with_input(weights, image_size=128)
-    assert larger.config.vision.image_size == larger.preprocess.image_size == 128
-    assert larger.params is params
+    config = replace(TINY, vision=Positionless(**vars(TINY.vision)))
+    weights = Weights(config=config, params={"visual": {}})
+    larger = with_input(weights, image_size=32)
+    assert larger.config.vision.image_size == larger.preprocess.image_size == 32
+    assert larger.params is weights.params
 
 
 def test_tokens_are_read_for_naflex_models_alone(tmp_path):
