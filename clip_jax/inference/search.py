@@ -273,6 +273,11 @@ class Searcher:
                 "embeddings', or embed the images again."
             )
         self._embeddings = Embeddings(folder, manifest, model.config.embed_dim)
+        if not len(self._embeddings):
+            raise InputError(
+                f"{folder} has no embeddings: all {manifest.rows} images were skipped. Embed "
+                "images that can be read."
+            )
 
     def _check_files(self) -> None:
         """Raise InputError unless the folder has the files of all rows, and no others."""

@@ -206,6 +206,18 @@ def test_a_file_that_the_manifest_does_not_describe_is_refused(folder, model, tm
     Searcher(model, damaged)
 
 
+def test_a_folder_whose_images_were_all_skipped_is_refused(folder, model, tmp_path):
+    """The graph of usearch takes no search for zero results."""
+    empty = shutil.copytree(folder / "embeddings", tmp_path / "empty")
+    for first in range(0, IMAGES, PER_FILE):
+        path = path_of(empty, range(first, first + PER_FILE))
+        table = pq.read_table(path).slice(0, 0)
+        skipped = json.dumps([{"key": "a", "reason": "b"}] * PER_FILE)
+        pq.write_table(table.replace_schema_metadata({"skipped": skipped}), path)
+    with pytest.raises(InputError, match="has no embeddings: all 9 images were skipped"):
+        Searcher(model, empty)
+
+
 def test_a_pipe_is_refused_without_opening_it(folder, model, tmp_path):
     """To open one would wait for a writer."""
     damaged = shutil.copytree(folder / "embeddings", tmp_path / "damaged")
