@@ -199,7 +199,9 @@ def read(path: str | os.PathLike[str]) -> bytes:
 def read_text(path: AnyPath) -> str:
     """Read a text file in UTF-8. Raises InputError if it is missing or in another encoding."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read(path).decode("utf-8-sig")
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} cannot be read as text: byte {error.start} is not UTF-8; save the file in "

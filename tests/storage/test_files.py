@@ -118,3 +118,18 @@ def test_subfolders_are_those_of_a_disk_in_a_bucket_too(tmp_path):
     with mock.patch.object(bucket, "_bucket", autospec=True, return_value=store):
         names = files.subfolders(files.as_path(f"gs://b/{tmp_path.name}/"))
     assert sorted(names) == sorted(files.subfolders(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes("café".encode("latin-1")), "byte 3 is not UTF-8; save the"),
+        (os.mkfifo, "a pipe or a device, not a file"),
+        (Path.mkdir, "cannot be read as text: .* correct the path"),
+    ],
+)
+def test_what_is_no_text_file_is_one_message(tmp_path, make, message):
+    """A pipe would be waited for without end."""
+    make(tmp_path / "classnames.txt")
+    with pytest.raises(InputError, match=message):
+        files.read_text(tmp_path / "classnames.txt")
