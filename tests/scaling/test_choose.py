@@ -153,3 +153,12 @@ def test_no_trial_has_such_settings(column: str, value: float, tmp_path):
     run_table.write(run_table.RunTable([first | {column: value}, *others]), path)
     with pytest.raises(InputError, match=f"{column} of w16 is {value:g}, but must be from"):
         choose(ChooseConfig(table=path, choose_by="loss", report="accuracy"))
+
+
+def test_the_deviation_of_a_metric_is_that_of_a_sample(tmp_path):
+    path = write(tmp_path / "trials.csv", widths=(16, 32))
+    point = choose(ChooseConfig(table=path, choose_by="loss", report="accuracy"))["points"][0]
+    chosen = [f"arch={point['arch']}", f"lr={point['lr']}"]
+    values = run_table.read(path).select("loss", chosen).numbers("loss")
+    assert len(values) == 3
+    assert point["metrics"]["loss"]["sd"] == pytest.approx(np.std(values, ddof=1))

@@ -226,6 +226,7 @@ def test_a_bound_is_of_the_same_chip(tmp_path):
     path = tmp_path / "bound.json"
     path.write_text(json.dumps({"name": "v5e:4x4", "mfu_bound": 0.3}))
     assert planned(tmp_path, bound=path)["mfu"] == 0.3
+    assert planned(tmp_path, bound=path, mfu=0.2)["mfu"] == 0.2  # a bound raises no MFU
     v5p = Topology.parse("v5p:4x4x4")
     with pytest.raises(InputError, match=r"v5e:4x4, with the chip TPU v5e, but .* chip TPU v5p"):
         planned(tmp_path, bound=path, topology=v5p)

@@ -79,6 +79,13 @@ def test_no_run_has_such_a_quantity(column: str, value: str, options: dict[str, 
         config.runs(rows_of(column, "100", value))
 
 
+def test_the_known_noise_of_a_score_is_binomial():
+    """The variance of log E is that of the error, E (1 − E) / n, divided by E²."""
+    config = FitConfig(metric="top1", evaluated=50)
+    known = config.runs(rows_of("top1", "0.9", "0.5")).known
+    assert known == pytest.approx([0.1 * 0.9 / 50 / 0.1**2, 0.5 * 0.5 / 50 / 0.5**2])
+
+
 def test_a_model_of_several_sizes_has_no_size():
     """Else the last row's size is planned and predicted with."""
     near = rows_of("gmacs_per_sample", "3", "3.01")
