@@ -44,8 +44,8 @@ def read(folder: Path, size: int, own: str = "CLIP", patch_size: int | None = No
     the file's class, or if it has none, of `own`, the model's (CLIP, Siglip, …). Raises InputError,
     which names an unsupported setting.
     """
-    content, where = _find(folder)
-    content = {name: value for name, value in content.items() if value is not None}
+    stored, where = _find(folder)
+    content = {name: value for name, value in (stored or {}).items() if value is not None}
     kind = content.get("image_processor_type", content.get("feature_extractor_type"))
     name = str(kind or own).removesuffix("Fast").removesuffix("Pil")
     name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
@@ -91,7 +91,7 @@ def read(folder: Path, size: int, own: str = "CLIP", patch_size: int | None = No
         values["rules"] = "transformers" if str(kind).endswith("Pil") else default.rules
     else:
         # Without any file the size is the model's, and not that of the class.
-        missing = its_class.image_size if where else size
+        missing = size if stored is None else its_class.image_size
         values["resize_mode"] = _resize_mode(content, default, missing, name in _SQUARES, where)
     with naming(where):
         return from_dict(Preprocess, to_dict(default) | values, where)
@@ -135,8 +135,8 @@ def _square(size: int) -> dict[str, int]:
     return {"height": size, "width": size}
 
 
-def _find(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the settings that transformers would use, if any, and their file."""
+def _find(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return the settings that transformers would use and their file; None if it is missing."""
     path = folder / PROCESSOR_NAME
     if path.exists():
         content = read_json(path).get("image_processor")
@@ -147,7 +147,7 @@ def _find(folder: Path) -> tuple[dict[str, Any], str]:
                 )
             return content, f"{path}: image_processor"
     path = folder / CONFIG_NAME
-    return read_json(path) if path.exists() else {}, str(path)
+    return read_json(path) if path.exists() else None, str(path)
 
 
 def write(folder: Path, preprocess: Preprocess, own: str = "CLIP") -> None:
