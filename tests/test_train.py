@@ -301,8 +301,11 @@ def test_an_evaluation_of_embeddings_that_are_not_finite_fails_and_the_run_goes_
     config = tiny(steps=8, evals=evals, checkpoint=checkpoint)
     with mock.patch.object(DigitsEvaluator, "run", autospec=True, side_effect=outcomes):
         result = train(config, tmp_path)
-    evaluated = {row["step"]: row.get(metric, row.get("failed")) for row in rows(tmp_path)
-                 if {metric, "failed"} & row.keys()}  # fmt: skip
+    evaluated = {
+        row["step"]: row.get(metric, row.get("failed"))
+        for row in rows(tmp_path)
+        if {metric, "failed"} & row.keys()
+    }
     assert evaluated == {2: 0.5, 4: "3 of 4 rows", 6: 0.25, 8: "4 of 4"}
     assert (result["step"], result["failed"]) == (8, "4 of 4")
     assert steps_in(tmp_path / "checkpoints") == [2, 8]

@@ -24,8 +24,14 @@ from clip_jax.storage.files import write_whole
 
 SIGLIP_NAME = "spiece.model"
 # Vocabularies in other files than those that are read.
-_UNREAD = ("vocab.json", "merges.txt", "vocab.txt", SIGLIP_NAME, "sentencepiece.bpe.model",
-           "tokenizer.model")  # fmt: skip
+_UNREAD = (
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    SIGLIP_NAME,
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 _UNIGRAM = 1  # in sentencepiece's TrainerSpec.ModelType
 _UNKNOWN, _CONTROL = 2, 3  # in its SentencePiece.Type
 # Special ids of released vocabularies, by number of ids: (begin, end, padding).

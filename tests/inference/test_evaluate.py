@@ -173,9 +173,14 @@ def test_features_that_overflow_are_counted_and_measure_nothing(
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("args", [["--dataset", "flickr30k", "--data-dir", "DATA"],
-                                  ["--suite", "digits", "--digits.per-number", "1"],
-                                  ["--suite", "clip", "--data-dir", "DATA"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--dataset", "flickr30k", "--data-dir", "DATA"],
+        ["--suite", "digits", "--digits.per-number", "1"],
+        ["--suite", "clip", "--data-dir", "DATA"],
+    ],
+)
 def test_no_evaluator_measures_what_is_not_finite(args, overflowing, data, capsys):
     args = [str(data) if x == "DATA" else x for x in args]
     assert main(["evaluate", str(overflowing), *args]) == 2

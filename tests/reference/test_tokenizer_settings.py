@@ -193,8 +193,14 @@ PADDING = {
     "strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": 8, "pad_id": 0,
     "pad_type_id": 0, "pad_token": "cat",
 }  # fmt: skip
-CAT = {"content": "cat", "lstrip": True, "rstrip": False, "normalized": False, "special": True,
-       "single_word": False}  # fmt: skip
+CAT = {
+    "content": "cat",
+    "lstrip": True,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+    "single_word": False,
+}
 Change = tuple[str, str, Any]
 # Every change: a file, the path of a setting in it, and its value.
 CHANGES: list[Change] = [
