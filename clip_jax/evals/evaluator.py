@@ -172,6 +172,17 @@ def check_distinct(configs: Sequence[Any]) -> None:
                 )
 
 
+def folders_of(evaluators: Sequence[Evaluator], output: AnyPath | None) -> list[AnyPath | None]:
+    """Return where each evaluator writes its files: to `output`, but the second one with data sets
+    to `output/suite_2` and so on, since their tables have the same names."""
+    folders, suites = [], 0
+    for evaluator in evaluators:
+        suites += hasattr(evaluator, "names")
+        is_later = hasattr(evaluator, "names") and suites > 1
+        folders.append(output / f"suite_{suites}" if output and is_later else output)
+    return folders
+
+
 class Evaluations:
     """A run's evaluators: each runs every `every_steps` steps, and all run at the last step."""
 
@@ -197,11 +208,12 @@ class Evaluations:
         goes on.
         """
         last = step == self._steps
+        folders = folders_of(self._evaluators, output if last else None)
         for index, evaluator in enumerate(self._evaluators):
             if not last and step % evaluator.every_steps:
                 continue
             try:
-                values: dict[str, Any] = dict(evaluator.run(encoder, output if last else None))
+                values: dict[str, Any] = dict(evaluator.run(encoder, folders[index]))
             except NotFinite as error:
                 yield {"failed": str(error)}
                 continue

@@ -13,7 +13,14 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.datasets import open_digits
 from clip_jax.evals.digits import DigitsEvalConfig
-from clip_jax.evals.evaluator import Encoder, Evaluator, check_distinct, length_of, say
+from clip_jax.evals.evaluator import (
+    Encoder,
+    Evaluator,
+    check_distinct,
+    folders_of,
+    length_of,
+    say,
+)
 from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
 from clip_jax.inference.loading import load_on_mesh
 from clip_jax.models.layers import DType
@@ -109,8 +116,9 @@ class Evaluators:
             )  # fmt: skip
             as_suite = replace(config, tasks=self._tasks_on_digits)
             evaluators = [*evaluators, SuiteEvaluator(as_suite, {"digits": open_split})]
-        for evaluator in evaluators:
-            rows = evaluator.run(encoder, output)
+        folders = folders_of(evaluators, output)
+        for evaluator, folder in zip(evaluators, folders, strict=True):
+            rows = evaluator.run(encoder, folder)
             for _, of_data_set in itertools.groupby(rows, lambda row: row[0].partition("/")[0]):
                 values |= length_of(encoder.preprocess) | dict(of_data_set)
                 if output and processes.is_lead():

@@ -93,6 +93,20 @@ def test_each_has_its_turn_and_all_at_the_last_step():
     assert Evaluations([Named(2, {}, ("x", "y")), Fixed(1, {})], 1).measured() == ["x", "y"]
 
 
+def test_the_tables_of_a_second_suite_have_a_folder_of_their_own():
+    """Both write results.csv; the first suite's would be lost."""
+    suites = [Named(1, {}, (name,)) for name in ("a", "b", "c")]
+    others = [Fixed(1, {}), Fixed(1, {})]
+    each = [others[0], suites[0], suites[1], others[1], suites[2]]
+    list(Evaluations(each, 1).run(1, encoder_on(mesh_of(1)), Path("evals")))
+    assert [x.outputs for x in others] == [[Path("evals")]] * 2
+    assert [x.outputs for x in suites] == [
+        [Path("evals")],
+        [Path("evals/suite_2")],
+        [Path("evals/suite_3")],
+    ]
+
+
 @dataclasses.dataclass
 class Broken(Fixed):
     """An evaluator that raises this error."""
