@@ -75,6 +75,8 @@ def _best(point: RunTable, config: ChooseConfig) -> tuple[dict[str, Any], Sequen
     best.
     """
     groups = point.groups(lambda row: tuple(number(row, name) for name in SWEPT))
+    for group in groups.values():
+        _check_seeds(group)
     trials = {trial: group.rows for trial, group in groups.items()}
     seeds = max(map(len, trials.values()))
     losses = {
@@ -121,6 +123,24 @@ def _best(point: RunTable, config: ChooseConfig) -> tuple[dict[str, Any], Sequen
         "metrics": metrics, "grid_factor": factor,  # ratio of neighbouring learning rates
     }  # fmt: skip
     return described, trials[best]
+
+
+def _check_seeds(trial: RunTable) -> None:
+    """Raise InputError if a trial has two runs with one seed: they differ in what is not swept."""
+    first, *_ = trial.rows
+    for seed, group in trial.groups(lambda row: row["seed"]).items():
+        if len(group.rows) > 1:
+            names = [
+                name
+                for name in sorted(trial.columns)
+                if len({run_table.text(row, name) for row in group.rows}) > 1
+            ]
+            settings = ", ".join(f"{name} {run_table.text(first, name)}" for name in SWEPT)
+            raise InputError(
+                f"{len(group.rows)} runs of {first['arch']} with {settings} have the seed {seed}, "
+                f"and one is expected; they differ in {', '.join(names) or 'nothing'}. Select "
+                "runs with equal settings by --where."
+            )
 
 
 def vertex(learning_rates: Sequence[float], values: Sequence[float]) -> float:

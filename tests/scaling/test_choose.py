@@ -1,6 +1,7 @@
 """The best of a sweep's trials, and the rule for learning rates: on tables of a known law."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -153,6 +154,18 @@ def test_no_trial_has_such_settings(column: str, value: float, tmp_path):
     run_table.write(run_table.RunTable([first | {column: value}, *others]), path)
     with pytest.raises(InputError, match=f"{column} of w16 is {value:g}, but must be from"):
         choose(ChooseConfig(table=path, choose_by="loss", report="accuracy"))
+
+
+def test_runs_that_differ_in_what_is_not_swept_are_no_seeds_of_one_trial(tmp_path):
+    """Trials of two teachers in one table were averaged as if they were seeds."""
+    path = write(tmp_path / "trials.csv", widths=(16, 32))
+    rows = run_table.read(path).rows
+    both = [row | {"teacher": teacher} for row in rows for teacher in ("none", "large")]
+    run_table.write(run_table.RunTable(both), path)
+    config = ChooseConfig(table=path, choose_by="loss", report="accuracy")
+    with pytest.raises(InputError, match=r"2 runs of w16 .* have the seed 0, .* differ in teacher"):
+        choose(config)
+    assert choose(dataclasses.replace(config, where=("teacher=large",)))["points"]
 
 
 def test_the_deviation_of_a_metric_is_that_of_a_sample(tmp_path):
