@@ -76,11 +76,12 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float | int
     last = finished.get(end, {})
     last = {name: x for name, x in last.items() if name not in ("skipped", "failed")}
     if processes.is_lead():  # the run has written its own metrics
-        result = read_json(workdir / "result.json")
-        if result.get("step") == end:
+        result = {"step": end, "samples_seen": run.samples_after(end)}
+        result |= read_json(workdir / "result.json")
+        if result["step"] == end:
             files.write_whole(workdir / "result.json", json.dumps(result | last, indent=1))
         else:
-            say(f"result.json is of step {result.get('step')}, so only {WATCHED} has step {end}.")
+            say(f"result.json is of step {result['step']}, so only {WATCHED} has step {end}.")
     return last
 
 

@@ -189,7 +189,8 @@ def test_a_run_keeps_what_its_watcher_has_yet_to_read(workdir):
     rows = [{"step": step, "acc": value} for step, value in accuracy.items()]
     assert read_rows(workdir / WATCHED) == rows
     assert named_step(workdir, "best") == 3
-    assert json.loads((workdir / "result.json").read_text()) == {"acc": 0.1}
+    result = {"step": 6, "samples_seen": config.samples_after(6), "acc": 0.1}
+    assert json.loads((workdir / "result.json").read_text()) == result
     assert list(files.walk(workdir / "tensorboard/watch"))
 
 
