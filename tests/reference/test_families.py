@@ -559,7 +559,7 @@ def test_transformers_other_settings(tmp_path, name, section, change, message):
     [
         ("PE-Core-B-16", {
             "openai": r"vision=RotaryConfig \(needs ViTConfig or ResNetConfig\)",
-            "hugging-face": r"CLIPModel.*vision=RotaryConfig \(needs ViTConfig\).*--to open-clip",
+            "hugging-face": r"CLIPModel.*vision=RotaryConfig \(needs ViTConfig\).*--to clip-jax",
             "big-vision": r"vision=RotaryConfig \(needs ViTConfig\)",
             "open-clip": r"only by timm's names.*patches of 16 pixels.*; use --to clip-jax",
         }),
