@@ -58,7 +58,7 @@ def test_a_resnets_kernels_are_gathered_over_fsdp_and_their_gradients_stay_split
 
 
 def test_a_step_that_does_not_fit_says_what_it_needs():
-    text = dataclasses.replace(MODEL.text, vocab_size=2**27)
+    text = dataclasses.replace(MODEL.text, vocab_size=2**22, width=1_024)
     model = dataclasses.replace(MODEL, text=text)
     facts = compile_step(request("v5e:2x4", model, fsdp=2))
     assert not facts.fits
