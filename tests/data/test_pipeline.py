@@ -245,7 +245,7 @@ def reinforced(folder, count=24):
     n-th pair are its number, and the number of the caption or augmentation, both from 1."""
     records = []
     for n, (_, image, text) in enumerate(made.make_pairs(count)):
-        rows = [np.stack([np.full(k, n), np.arange(k)], 1) + np.float32(1) for k in (4, 2, 3)]
+        rows = [np.float32(np.stack([np.full(k, n), np.arange(k)], 1) + 1) for k in (4, 2, 3)]
         boxes = [(4 * i, i, 40 - 4 * i, 30) for i in range(4)]
         more = Reinforcement(
             augmentations=tuple(Augmentation(box, i % 2 == 1, ()) for i, box in enumerate(boxes)),
