@@ -392,8 +392,8 @@ def _check_tokens(
         flags = tuple(getattr(token, name) for name in names)
         if listed.get(content, flags) != flags or content not in {*listed, *named.values()}:
             raise InputError(
-                f"{settings.path}: added_tokens_decoder has {content!r:.99} otherwise than the "
-                f"added_tokens of {file}, or lacks it. {AGAIN}"
+                f"{settings.path}: added_tokens_decoder lacks {content!r:.99}, or describes it "
+                f"in another way than the added_tokens of {file}. {AGAIN}"
             )
 
 

@@ -54,8 +54,8 @@ class Reinforcement:
         return self.widths == widths if self.widths else self.total == sum(widths)
 
     def check(self, row: Float32[np.ndarray, "_ _D"], x: StoredInput) -> None:
-        """Raise SampleError unless a row of these embeddings is there, is of the teachers' widths
-        and is zero for none of them."""
+        """Raise SampleError if a row of these embeddings is missing, has other widths than the
+        teachers, or is zero for one of them."""
         if not row.size:
             raise SampleError(f"the stored embedding of {x.of} is missing")
         if not self.fits(x.widths):

@@ -46,7 +46,7 @@ class Encoder:
         return self.compute(embed_images, images)
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
-        """Embed texts as unit vectors; equal texts get equal vectors, wherever they stand."""
+        """Embed texts as unit vectors; equal texts get equal vectors at any position."""
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         features = self.compute(embed_texts, self.tokenize(list(rows)))
         return features[[rows[text] for text in texts]]

@@ -61,7 +61,7 @@ def read_one(path: AnyPath) -> bytes:
 
 
 def _damaged(path: AnyPath) -> InputError:
-    return InputError(f"{path} is damaged: it has not the size that it states. {ADVICE}")
+    return InputError(f"{path} is damaged: its size differs from the recorded one. {ADVICE}")
 
 
 def read_all(paths: Sequence[AnyPath], first: int, last: int) -> Iterator[bytes]:
