@@ -177,8 +177,9 @@ def main() -> None:
     print(f"| {arguments.latency * 1000:.0f} ms | {' | '.join(names)} |")
     print("|---|" + "---|" * len(names))
     for name, runs in results.items():
-        values = [statistics.median(run[key] for run in runs) if key in runs[0] else None
-                  for key in names]  # fmt: skip
+        values = [
+            statistics.median(run[key] for run in runs) if key in runs[0] else None for key in names
+        ]
         print(f"| {name} | {' | '.join('' if v is None else f'{v:,.2f}' for v in values)} |")
 
 

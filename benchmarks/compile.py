@@ -42,9 +42,11 @@ def small(
     """Return the step of a small model whose parameters are split over `fsdp` devices."""
     sizes: Any = {"width": 64, "depth": 1, "num_heads": 1}
     model = CLIPConfig(
-        embed_dim=16, vision=ViTConfig(image_size=image_size, patch_size=patch, **sizes),
-        text=TextConfig(vocab_size=520, context_length=length, **sizes), **more,
-    )  # fmt: skip
+        embed_dim=16,
+        vision=ViTConfig(image_size=image_size, patch_size=patch, **sizes),
+        text=TextConfig(vocab_size=520, context_length=length, **sizes),
+        **more,
+    )
     recipe = Recipe(
         model=model, objective=(SoftmaxConfig(),), optim=OptimConfig(), steps=10_000, batch_size=64
     )

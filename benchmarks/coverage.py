@@ -170,9 +170,11 @@ def measure(task: tuple[Cell, int, int, str]) -> dict[str, Any]:
     cell, first, tables, checkout = task
     np.seterr(all="ignore")
     scaling = load(checkout)
-    law = scaling["LAWS"][cell.law](*map(np.array, LAWS[cell.law])) if not (
-        cell.law == "batched" and "critical" in scaling["LAWS"]["batched"].names()
-    ) else None  # fmt: skip
+    law = (
+        scaling["LAWS"][cell.law](*map(np.array, LAWS[cell.law]))
+        if not (cell.law == "batched" and "critical" in scaling["LAWS"]["batched"].names())
+        else None
+    )
     held: dict[str, list[bool]] = {}
     kinds = ("misfit", "undetermined", "false_misfit", "false_undetermined")
     warned: dict[str, list[bool]] = {kind: [] for kind in kinds}
@@ -272,16 +274,18 @@ def crossings(task: tuple[tuple[str, int, int], int, str]) -> dict[str, float]:
             (better[(x.low < compute) & (compute < x.high)] != x.better).mean() > 0.02
             for x in stated
         )
-        rows.append({
-            "intervals of crossings hold the truth": np.mean(right) if right else 1.0,
-            "intervals hold their estimate": all(
-                x.low <= x.compute <= x.high for x in compared.crossings
-            ),
-            "no crossing is stated that is none": len(compared.crossings) <= len(true),
-            "no part of the range has the wrong verdict": not wrong,
-            "share of the range with a verdict": sum(np.log(x.high / x.low) for x in stated)
-            / np.log(1e6),
-        })  # fmt: skip
+        rows.append(
+            {
+                "intervals of crossings hold the truth": np.mean(right) if right else 1.0,
+                "intervals hold their estimate": all(
+                    x.low <= x.compute <= x.high for x in compared.crossings
+                ),
+                "no crossing is stated that is none": len(compared.crossings) <= len(true),
+                "no part of the range has the wrong verdict": not wrong,
+                "share of the range with a verdict": sum(np.log(x.high / x.low) for x in stated)
+                / np.log(1e6),
+            }
+        )
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 

@@ -67,11 +67,14 @@ def base(workdir: Path, steps: int, seed: int) -> Config:
     [evaluator] = config.evals
     source = PathConfig(path=str(workdir / "pairs.array_record"))
     return dataclasses.replace(
-        config, steps=steps, seed=seed, report_every=steps,
+        config,
+        steps=steps,
+        seed=seed,
+        report_every=steps,
         data=dataclasses.replace(config.data, seed=seed, source=source),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps),
         evals=(dataclasses.replace(evaluator, every_steps=steps),),
-    )  # fmt: skip
+    )
 
 
 def student(workdir: Path, steps: int, seed: int) -> Config:
@@ -80,9 +83,10 @@ def student(workdir: Path, steps: int, seed: int) -> Config:
     vision = dataclasses.replace(model.vision, width=model.vision.width // 2)
     text = dataclasses.replace(model.text, width=model.text.width // 2)
     return dataclasses.replace(
-        config, model=dataclasses.replace(model, vision=vision, text=text),
+        config,
+        model=dataclasses.replace(model, vision=vision, text=text),
         optim=dataclasses.replace(config.optim, warmup_steps=100),
-    )  # fmt: skip
+    )
 
 
 def with_teacher(config: Config, workdir: Path, weight: float) -> Config:

@@ -55,9 +55,11 @@ def main() -> None:
             + (" (too much)" * (not x.fits)),
             f"{x.frozen_bytes / 1e6:.0f}",
             f"{x.model_flops_per_step:.3g} ({100 * share:.0f})",
-            bound(x, "bound"), bound(x, "sequential_bound"),
-            f"{each['hours']:.2f}", f"{each['price']:,.0f}",
-        )  # fmt: skip
+            bound(x, "bound"),
+            bound(x, "sequential_bound"),
+            f"{each['hours']:.2f}",
+            f"{each['price']:,.0f}",
+        )
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -110,9 +110,12 @@ def main() -> None:
         seconds = {"clip_jax": [], "open_clip": []}
         for i in range(chunks):
             config = EmbedConfig(
-                model=folder / "model", source=str(folder / "images"), output=folder / "ours",
-                worker=f"{i + 1}/{chunks}", batch_size=BATCH,
-            )  # fmt: skip
+                model=folder / "model",
+                source=str(folder / "images"),
+                output=folder / "ours",
+                worker=f"{i + 1}/{chunks}",
+                batch_size=BATCH,
+            )
             some = paths[i * images // chunks : (i + 1) * images // chunks]
             theirs = folder / f"theirs-{i:03d}.parquet"
             runs = {

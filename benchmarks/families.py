@@ -73,8 +73,12 @@ def main() -> None:
             read, written = compare(name, Path(folder))
         passed = max(read, written) <= BOUND and theirs == ours + more
         failed += [] if passed else [name]
-        print(f"{name:28} {ours:>13,} parameters ({theirs - ours:+d}), read {read:.1e}, "
-              f"written {written:.1e}", "" if passed else "FAILED", flush=True)  # fmt: skip
+        print(
+            f"{name:28} {ours:>13,} parameters ({theirs - ours:+d}), read {read:.1e}, "
+            f"written {written:.1e}",
+            "" if passed else "FAILED",
+            flush=True,
+        )
     print(f"{len(names) - len(failed)} of {len(names)} within {BOUND:.0e}")
     sys.exit(bool(failed))
 

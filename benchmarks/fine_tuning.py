@@ -145,9 +145,14 @@ def plot(results: list[dict[str, list[float]]], path: Path) -> None:
         for i, column in enumerate(COLUMNS):
             values = np.array([[row[f"{name}@{a}"][i] for a in ALPHAS] for row in results])
             axes.errorbar(
-                ALPHAS, values.mean(0), values.std(0), marker="o", markersize=3, capsize=2,
+                ALPHAS,
+                values.mean(0),
+                values.std(0),
+                marker="o",
+                markersize=3,
+                capsize=2,
                 label=column.removesuffix(", %"),
-            )  # fmt: skip
+            )
         axes.set(title=name, xlabel="α (0: pre-trained, 1: fine-tuned)")
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="top-1, %")

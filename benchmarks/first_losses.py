@@ -18,9 +18,21 @@ STEPS = 100
 
 def first_losses(workdir: Path, processes: int, devices: int) -> dict[int, float]:
     command = [
-        sys.executable, ROOT / "launch/local.py", "--processes", processes, "--devices", devices,
-        "train", DIGITS, "--workdir", workdir, "--stop-after", STEPS, "--report-every", 1,
-    ]  # fmt: skip
+        sys.executable,
+        ROOT / "launch/local.py",
+        "--processes",
+        processes,
+        "--devices",
+        devices,
+        "train",
+        DIGITS,
+        "--workdir",
+        workdir,
+        "--stop-after",
+        STEPS,
+        "--report-every",
+        1,
+    ]
     subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return losses(workdir)
 

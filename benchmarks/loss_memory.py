@@ -41,9 +41,15 @@ def peak_mib(loss: str, form: str, batch: int, topology: str) -> float:
 
     def value(image: Any, text: Any, scale: Any, bias: Any, teachers: Any) -> Any:
         return contrastive_loss(
-            LOSSES[loss](form=form), image, text, scale, bias, teachers=teachers,
-            mesh=mesh, axes=("data",),
-        )  # fmt: skip
+            LOSSES[loss](form=form),
+            image,
+            text,
+            scale,
+            bias,
+            teachers=teachers,
+            mesh=mesh,
+            axes=("data",),
+        )
 
     step = jax.jit(
         jax.value_and_grad(value, argnums=(0, 1, 2, 3), has_aux=True),

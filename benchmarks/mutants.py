@@ -148,9 +148,13 @@ def run_pytest(
     with (scratch / "output").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-p", "mutants_plugin", *args],
-            cwd=folder, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
-            stdout=output if seconds else None, stderr=output if seconds else None,
-        )  # fmt: skip
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            stdout=output if seconds else None,
+            stderr=output if seconds else None,
+        )
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -191,9 +195,7 @@ def record(args: argparse.Namespace) -> None:
     print(f"{len(seconds)} tests passed; there are some for {covered} of {len(faults)} faults")
 
 
-def tests_of(
-    fault: Fault, contexts: dict[int, list[str]], seconds: dict[str, float]
-) -> list[str]:  # fmt: skip
+def tests_of(fault: Fault, contexts: dict[int, list[str]], seconds: dict[str, float]) -> list[str]:
     """List the tests that may notice a fault: those that run its lines, and behind them the others
     of the module's own file, since what is compiled or cached is run by the first test alone."""
     called, set_up = covering(contexts, fault.lines)
@@ -207,9 +209,7 @@ def tests_of(
     return [test for part in parts for test in sorted(part, key=lambda x: (seconds[x], x))]
 
 
-def covering(
-    contexts: dict[int, list[str]], lines: Collection[int]
-) -> tuple[set[str], set[str]]:  # fmt: skip
+def covering(contexts: dict[int, list[str]], lines: Collection[int]) -> tuple[set[str], set[str]]:
     """Return the tests that run some of the lines, and those that do so in their set-up alone."""
     hits = {context.rpartition("|") for line in lines for context in contexts.get(line, ())}
     called = {test for test, _, phase in hits if test and phase != "setup"}

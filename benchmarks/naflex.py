@@ -35,9 +35,15 @@ HEADER = (
 
 def draw(folder: Path, train_images: int, test_images: int) -> None:
     """Write the canvases to folder/naflex, and the same ones squashed to folder/squash."""
-    write(SampleDataConfig(
-        output=str(folder / "naflex"), train=train_images, test=test_images, size=SIDE, aspect=3.0
-    ))  # fmt: skip
+    write(
+        SampleDataConfig(
+            output=str(folder / "naflex"),
+            train=train_images,
+            test=test_images,
+            size=SIDE,
+            aspect=3.0,
+        )
+    )
     for path in (folder / "naflex").glob("folders/*/*/*.png"):
         into = folder / "squash" / path.relative_to(folder / "naflex")
         into.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +58,17 @@ def config_of(folder: Path, steps: int, seed: int) -> Config:
         model = dataclasses.replace(model, vision=vision)
     source = dataclasses.replace(data.source, path=str(folder / "folders/train"))
     return dataclasses.replace(
-        config, steps=steps, seed=seed, lengths=None, model=model, evals=(), report_every=steps,
+        config,
+        steps=steps,
+        seed=seed,
+        lengths=None,
+        model=model,
+        evals=(),
+        report_every=steps,
         data=dataclasses.replace(data, source=source, seed=seed),
         optim=dataclasses.replace(config.optim, warmup_steps=min(100, steps // 6)),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=steps),
-    )  # fmt: skip
+    )
 
 
 def measure(folder: Path, workdir: Path) -> tuple[float, float, float]:
@@ -64,9 +76,11 @@ def measure(folder: Path, workdir: Path) -> tuple[float, float, float]:
     model = clip_jax.load(workdir)
     names = sorted(path.name for path in (folder / "folders/test").iterdir())
     seen = {path.name for path in (folder / "folders/train").iterdir()}
-    texts = np.asarray(model.encode_text(
-        model.tokenize([f"a drawing of a {name.replace('_', ' ')}" for name in names])
-    ))  # fmt: skip
+    texts = np.asarray(
+        model.encode_text(
+            model.tokenize([f"a drawing of a {name.replace('_', ' ')}" for name in names])
+        )
+    )
     texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
     right: dict[bool, list[float]] = {True: [], False: []}
     patches = valid = 0

@@ -70,12 +70,16 @@ def main() -> None:
         x, (name, patches) = make(row, args.attention), row.split(":")[:2]
         mfu = x.mfus["bound"]
         cells = (
-            f"{name}, {patches}", f"{x.batch_size:,}",
+            f"{name}, {patches}",
+            f"{x.batch_size:,}",
             f"{x.bytes_per_device['total'] / 1e9:.1f} of {x.hbm_bytes / 1e9:.0f}"
             + (" (too much)" * (not x.fits)),
-            x.attention.get("image", ""), bound(x, "bound"), bound(x, "sequential_bound"),
-            f"{100 * mfu * x.valid_share:.1f}" if mfu else "", f"{x.compile_seconds:.0f}",
-        )  # fmt: skip
+            x.attention.get("image", ""),
+            bound(x, "bound"),
+            bound(x, "sequential_bound"),
+            f"{100 * mfu * x.valid_share:.1f}" if mfu else "",
+            f"{x.compile_seconds:.0f}",
+        )
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -102,20 +102,32 @@ def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
     shares = [f"{100 * (y or 0) / (x.seconds.get('schedule') or math.inf):.1f}" for y in parts]
     return (
         (
-            label, x.name, f"{x.batch_size:,}", memory, times["sequential_bound"],
-            times["schedule_estimate"], times["cost_model"],
-            f"{x.hours:,.{0 if x.hours >= 5 else 2}f}", f"{x.price or 0:,.0f}",
+            label,
+            x.name,
+            f"{x.batch_size:,}",
+            memory,
+            times["sequential_bound"],
+            times["schedule_estimate"],
+            times["cost_model"],
+            f"{x.hours:,.{0 if x.hours >= 5 else 2}f}",
+            f"{x.price or 0:,.0f}",
         ),
         (label, f"{x.gigabytes:,.0f}", *limits, f"{100 * (x.mfus['bound'] or 0):.0f}"),
         (
-            label, *shares, f"{x.model_flops_per_step / x.devices / 1e12:.1f}",
+            label,
+            *shares,
+            f"{x.model_flops_per_step / x.devices / 1e12:.1f}",
             f"{x.compile_seconds:.0f}",
         ),
         (
-            label, "×".join(map(str, x.mesh.values())), x.remat, memory, f"{parameters:.2f}",
+            label,
+            "×".join(map(str, x.mesh.values())),
+            x.remat,
+            memory,
+            f"{parameters:.2f}",
             f"{optimizer:.2f}",
         ),
-    )  # fmt: skip
+    )
 
 
 def main() -> None:

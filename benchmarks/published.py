@@ -96,9 +96,17 @@ def model_of(to, name, config):
 
         depth, patch = (vision.layers, None) if resnet else (vision.depth, vision.patch_size)
         return OpenAI(
-            config.embed_dim, vision.image_size, depth, vision.width, patch,
-            text.context_length, text.vocab_size, text.width, text.num_heads, text.depth,
-        ), {}  # fmt: skip
+            config.embed_dim,
+            vision.image_size,
+            depth,
+            vision.width,
+            patch,
+            text.context_length,
+            text.vocab_size,
+            text.width,
+            text.num_heads,
+            text.depth,
+        ), {}
     if to == "open-clip":
         import open_clip
 

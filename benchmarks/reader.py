@@ -54,9 +54,12 @@ model, mesh = CLIP(config), sharding.make_mesh(sharding.MeshConfig())
 shapes = jax.eval_shape(model.init, jax.random.key(0))
 params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
 encoder = Encoder(
-    model, jax.device_put(params, sharding.replicated(mesh)), mesh, Preprocess(image_size=224),
+    model,
+    jax.device_put(params, sharding.replicated(mesh)),
+    mesh,
+    Preprocess(image_size=224),
     lambda texts: np.zeros((len(texts), 8), np.int32),
-)  # fmt: skip
+)
 
 
 def evaluated(images: int) -> None:

@@ -72,8 +72,9 @@ def timed(name: str, config: PrepareConfig) -> dict[str, str]:
     pairs = sum(counts.values())
     print(
         f"{name}: {seconds:.0f} s, {pairs / seconds:,.0f} pairs/s, {most[0]:.2f} GiB this process, "
-        f"{most[1]:.2f} GiB with its workers, {counts}", flush=True,
-    )  # fmt: skip
+        f"{most[1]:.2f} GiB with its workers, {counts}",
+        flush=True,
+    )
     assert config.destination is not None
     shards = sorted(Path(config.destination).glob("*.array_record"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}

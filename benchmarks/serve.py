@@ -43,9 +43,11 @@ class Process:
         command = [sys.executable, "-m", "clip_jax", "serve", str(folder / "model")]
         self.port = port
         self.process = subprocess.Popen(
-            [*command, "--port", str(port)], stderr=subprocess.PIPE, text=True,
+            [*command, "--port", str(port)],
+            stderr=subprocess.PIPE,
+            text=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )  # fmt: skip
+        )
         assert self.process.stderr
         line = self.process.stderr.readline()
         assert "at http://127.0.0.1" in line, line + self.process.stderr.read()

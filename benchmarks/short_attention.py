@@ -156,10 +156,12 @@ def step(*names: str) -> None:
     for name in names or IN_A_STEP:
         model = zoo.get(name)
         model = dataclasses.replace(
-            model, remat="attention", attention="short",
+            model,
+            remat="attention",
+            attention="short",
             vision=dataclasses.replace(model.vision, depth=1),
             text=dataclasses.replace(model.text, depth=1, vocab_size=1024),
-        )  # fmt: skip
+        )
         recipe = Recipe(
             model=model,
             objective=(SoftmaxConfig(),),
@@ -180,10 +182,11 @@ def layers(topology: str, *shapes: str) -> None:
         backend, *sizes = shape.split(",")
         length, heads, dim = map(int, sizes)
         attend = {"xla": attention.xla, "splash": attention.splash}.get(
-            backend, lambda qkv, heads, causal, lengths: short(
+            backend,
+            lambda qkv, heads, causal, lengths: short(
                 qkv, lengths, heads, causal, lambda kernel, _: kernel, False
             ),
-        )  # fmt: skip
+        )
 
         @jax.checkpoint
         def layer(x, kernels, lengths, attend=attend, heads=heads):

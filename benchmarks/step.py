@@ -56,9 +56,12 @@ def ours(model: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], float]:
     from clip_jax.step import Program, Recipe
 
     recipe = Recipe(
-        model=model, objective=(SoftmaxConfig(),), optim=OptimConfig(),
-        steps=10_000, batch_size=len(data["text"]),
-    )  # fmt: skip
+        model=model,
+        objective=(SoftmaxConfig(),),
+        optim=OptimConfig(),
+        steps=10_000,
+        batch_size=len(data["text"]),
+    )
     program = Program(recipe, sharding.make_mesh(sharding.MeshConfig()))
     state, batch = program.init(), program.put(data)
 
@@ -97,21 +100,29 @@ def open_clip(config: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], f
     model = open_clip.CLIP(
         config.embed_dim,
         open_clip.CLIPVisionCfg(
-            layers=vision.depth, width=vision.width, head_width=vision.width // vision.num_heads,
-            patch_size=vision.patch_size, image_size=vision.image_size,
+            layers=vision.depth,
+            width=vision.width,
+            head_width=vision.width // vision.num_heads,
+            patch_size=vision.patch_size,
+            image_size=vision.image_size,
         ),
         open_clip.CLIPTextCfg(
-            context_length=text.context_length, vocab_size=text.vocab_size, width=text.width,
-            heads=text.num_heads, layers=text.depth,
+            context_length=text.context_length,
+            vocab_size=text.vocab_size,
+            width=text.width,
+            heads=text.num_heads,
+            layers=text.depth,
         ),
-    ).train()  # fmt: skip
+    ).train()
     named = list(model.named_parameters())
     plain = [p for n, p in named if p.ndim < 2 or "ln" in n or "bias" in n or "logit_scale" in n]
     decayed = [p for _, p in named if not any(p is q for q in plain)]
     optimizer = torch.optim.AdamW(
         [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}],
-        lr=5e-4, betas=(0.9, 0.98), eps=1e-6,
-    )  # fmt: skip
+        lr=5e-4,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+    )
     loss_fn = open_clip.ClipLoss()
     mean, std = (
         torch.tensor(x) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)

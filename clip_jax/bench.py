@@ -65,18 +65,25 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     data = config.data
     tokenizer = make_tokenizer(config.model.text)
     pipeline = build(
-        data, tokenizer=tokenizer, image_spec=config.model.vision.image_spec,
-        context_length=config.model.text.context_length, batch_size=config.batch_size,
+        data,
+        tokenizer=tokenizer,
+        image_spec=config.model.vision.image_spec,
+        context_length=config.model.text.context_length,
+        batch_size=config.batch_size,
         inputs=reads(config.objective, config.model),
-    )  # fmt: skip
+    )
     warn(f"stages, one thread, {config.seconds:g} s ...")
     stages = _stages(config, pipeline.order, tokenizer)
     warn(f"pipeline, {data.workers} workers of {data.threads} threads, {config.seconds:g} s ...")
     return {
-        **_pipeline(config, pipeline), "batch_size": config.batch_size, "workers": data.workers,
-        "threads": data.threads, "cores": len(os.sched_getaffinity(0)), "stages": stages,
+        **_pipeline(config, pipeline),
+        "batch_size": config.batch_size,
+        "workers": data.workers,
+        "threads": data.threads,
+        "cores": len(os.sched_getaffinity(0)),
+        "stages": stages,
         "limit": min(stages, key=lambda name: stages[name]["samples_per_second"]),
-    }  # fmt: skip
+    }
 
 
 def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, dict[str, float]]:
@@ -173,10 +180,11 @@ def _pipeline(config: InputBench, pipeline: Pipeline) -> dict[str, Any]:
             end = CLOCK.now()
     return {
         "samples_per_second": done * config.batch_size / (end - start),
-        "seconds_to_first_batch": first, "order": pipeline.order,
+        "seconds_to_first_batch": first,
+        "order": pipeline.order,
         **({"padding": 1 - read["valid_patches"] / n} if (n := read["patches"]) else {}),
         **bucket_rates(read, end - start),
-    }  # fmt: skip
+    }
 
 
 def describe_input(result: dict[str, Any]) -> str:
@@ -245,10 +253,13 @@ def measure_step(config: StepBench) -> dict[str, Any]:
     mesh, config = sharding.make_mesh(config.mesh), with_weights(config)
     device, work = jax.devices()[0].device_kind, flops.of_step(config).total
     step = {
-        "batch_size": config.batch_size, "devices": mesh.size, "mesh": dict(mesh.shape),
-        "remat": config.model.remat, "model_flops_per_step": work,
+        "batch_size": config.batch_size,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "remat": config.model.remat,
+        "model_flops_per_step": work,
         **({"chip": chip.name} if (chip := find(device)) else {}),
-    }  # fmt: skip
+    }
     plan = _read_plan(config.against_plan, step) if config.against_plan else {}
     program = Program(config.recipe, mesh)
     rest = {name: x for name, x in program.batch.items() if name not in ("row", "learning_rate")}
@@ -274,13 +285,18 @@ def measure_step(config: StepBench) -> dict[str, Any]:
     result = {
         "samples_per_second": config.batch_size / seconds,
         "samples_per_second_per_device": config.batch_size / seconds / mesh.size,
-        "seconds": seconds, "seconds_fastest": min(times),
+        "seconds": seconds,
+        "seconds_fastest": min(times),
         "mfu": peak and work / (seconds * mesh.size * peak),
-        "peak_bytes": peak_memory() or pod.peak(compiled), "model_flops": work,
+        "peak_bytes": peak_memory() or pod.peak(compiled),
+        "model_flops": work,
         "batch_size": config.batch_size,
-        **({"tokens": spec.max_patches} if isinstance(spec, NaFlex) else {}), "devices": mesh.size,
-        "device_kind": device, "mesh": dict(mesh.shape), "compile_seconds": compiling,
-    }  # fmt: skip
+        **({"tokens": spec.max_patches} if isinstance(spec, NaFlex) else {}),
+        "devices": mesh.size,
+        "device_kind": device,
+        "mesh": dict(mesh.shape),
+        "compile_seconds": compiling,
+    }
     return result | ({"plan": plan["name"], "against_plan": _beside(plan, result)} if plan else {})
 
 

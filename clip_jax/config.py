@@ -92,10 +92,15 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, seed="[0, 4294967295]", steps="[1, 2147483647]", batch_size="[2, inf)",
-            accumulation="[1, inf)", report_every="[1, inf)", double_batch_at="[1, inf)",
+            self,
+            seed="[0, 4294967295]",
+            steps="[1, 2147483647]",
+            batch_size="[2, inf)",
+            accumulation="[1, inf)",
+            report_every="[1, inf)",
+            double_batch_at="[1, inf)",
             stop_after="[1, inf)",
-        )  # fmt: skip
+        )
         if any(a >= b for a, b in itertools.pairwise((*self.double_batch_at, self.steps))):
             raise InputError(
                 f"double_batch_at={self.double_batch_at} must increase and stay below steps="

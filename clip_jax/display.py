@@ -24,9 +24,11 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "clip_jax",  # the same picture is the same file
 }
 REPORTED = {  # metrics in a report's line
-    "loss": "loss {:.4g}", "image_to_text_accuracy": "in-batch accuracy {:.1%}",
-    "images_per_second": "{:,.0f} images/s", "mfu": "MFU {:.1%}",
-}  # fmt: skip
+    "loss": "loss {:.4g}",
+    "image_to_text_accuracy": "in-batch accuracy {:.1%}",
+    "images_per_second": "{:,.0f} images/s",
+    "mfu": "MFU {:.1%}",
+}
 
 
 def plain(text: str) -> str:

@@ -70,9 +70,12 @@ class ProcessesConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "processes.",
-            heartbeat_seconds="[5, 86400]", watchdog_minutes="(0, 525600]", max_starts="[1, inf)",
-        )  # fmt: skip
+            self,
+            "processes.",
+            heartbeat_seconds="[5, 86400]",
+            watchdog_minutes="(0, 525600]",
+            max_starts="[1, inf)",
+        )
 
 
 def start(config: ProcessesConfig) -> None:

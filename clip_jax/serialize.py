@@ -76,9 +76,10 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
         )
     values = {key: from_dict(hints[key], value, f"{where}.{key}") for key, value in data.items()}
     missing = [
-        name for name, field in fields.items()
+        name
+        for name, field in fields.items()
         if name not in values and field.default is field.default_factory is dataclasses.MISSING
-    ]  # fmt: skip
+    ]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}, which {kind.__name__} needs.")
     return kind(**values)

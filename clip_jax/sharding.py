@@ -80,9 +80,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     else:
         array = mesh_utils.create_hybrid_device_mesh(
-            (sizes[0] // len(slices), *sizes[1:]), (len(slices), 1, 1), devices,
+            (sizes[0] // len(slices), *sizes[1:]),
+            (len(slices), 1, 1),
+            devices,
             allow_split_physical_axes=True,
-        )  # fmt: skip
+        )
     return Mesh(array, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
@@ -144,9 +146,13 @@ def compute_batches(
 
 
 def in_batches(
-    function: Callable[..., Any], mesh: Mesh, params: Any, *rows: Any,
-    batch_size: int = ROWS, name: str = "",
-) -> Shaped[np.ndarray, "B ..."]:  # fmt: skip
+    function: Callable[..., Any],
+    mesh: Mesh,
+    params: Any,
+    *rows: Any,
+    batch_size: int = ROWS,
+    name: str = "",
+) -> Shaped[np.ndarray, "B ..."]:
     """Run a compiled function of parameters and rows over all rows, `batch_size` at a time.
 
     Rows are images or token ids, which every process has. The last batch is padded with zeros,

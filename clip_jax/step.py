@@ -127,7 +127,7 @@ class Program:
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
             compiler_options=processes.compiler_options(mesh.devices.flat[0].platform),
-        )  # fmt: skip
+        )
 
     def init(self, params: Params | None = None, frozen: FrozenParams | None = None) -> State:
         """Initialise the sharded state at random, except for `params`, which are used as they are.
@@ -167,14 +167,17 @@ class Program:
         values = {**batch, "row": rows, "learning_rate": rate}
         return jax.tree.map(
             lambda x, rows: jax.make_array_from_process_local_data(x.sharding, rows),
-            self.batch, {name: values[name] for name in self.batch},
-        )  # fmt: skip
+            self.batch,
+            {name: values[name] for name in self.batch},
+        )
 
 
 def init_state(
-    key: Array, recipe: Recipe, optimizer: optax.GradientTransformation,
+    key: Array,
+    recipe: Recipe,
+    optimizer: optax.GradientTransformation,
     params: Params | None = None,
-) -> State:  # fmt: skip
+) -> State:
     """Initialise the state of step 0 at random, except for `params`, which are used as they are."""
     model, lora = CLIP(recipe.model), recipe.lora
     own = model.init(key) if lora is None else adapters.draw(recipe.model, lora, key)
@@ -261,9 +264,12 @@ def context(
 
 
 def encode(
-    x: Context, objective: Objective, locked: tuple[Tower, ...] = (), key: Array | None = None,
+    x: Context,
+    objective: Objective,
+    locked: tuple[Tower, ...] = (),
+    key: Array | None = None,
     train: bool = True,
-) -> tuple[Outputs, Params]:  # fmt: skip
+) -> tuple[Outputs, Params]:
     """Encode a chunk; return the outputs that the objective keeps, with L2-normalised embeddings,
     and the new BatchNorm statistics.
 
@@ -340,8 +346,9 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
             lambda a, b: jnp.where(done, a, b), (batch_stats, carried), (before, state.carried)
         )
         metrics |= {
-            "skipped_updates": opt_state.skipped, "skipped_in_a_row": opt_state.skipped_in_a_row
-        }  # fmt: skip
+            "skipped_updates": opt_state.skipped,
+            "skipped_in_a_row": opt_state.skipped_in_a_row,
+        }
     metrics |= {
         "loss": result.loss,
         "grad_norm": optax.tree.norm(grads),

@@ -43,8 +43,9 @@ from clip_jax.storage.json_files import read_json
 
 _DATA = "data.json"  # in the run directory: fingerprints of the training data
 _FROZEN = {  # where frozen weights are
-    "teachers": "teachers.weights", "base": "init_from (RUN@STEP, if that run has trained on)"
-}  # fmt: skip
+    "teachers": "teachers.weights",
+    "base": "init_from (RUN@STEP, if that run has trained on)",
+}
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run is stopped
 
 
@@ -185,9 +186,21 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         )
     profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
     return Run(
-        config, workdir, program, programs, pipeline, evaluations, checkpoints, reports, profiler,
-        watchdog, timers, start, state, hashes,
-    )  # fmt: skip
+        config,
+        workdir,
+        program,
+        programs,
+        pipeline,
+        evaluations,
+        checkpoints,
+        reports,
+        profiler,
+        watchdog,
+        timers,
+        start,
+        state,
+        hashes,
+    )
 
 
 def check_patches(config: Config, workdir: epath.Path) -> None:
@@ -205,11 +218,16 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
     """Open this process's shard of the training data, `part` of `parts`."""
     models = [config.recipe_of(kind).model for kind in config.batches.kinds]
     return build(
-        config.data, tokenizer=make_tokenizer(config.model.text),
-        image_spec=config.model.vision.image_spec, context_length=config.model.text.context_length,
-        batch_size=config.batch_size, process_index=part, process_count=parts, plan=config.batches,
+        config.data,
+        tokenizer=make_tokenizer(config.model.text),
+        image_spec=config.model.vision.image_spec,
+        context_length=config.model.text.context_length,
+        batch_size=config.batch_size,
+        process_index=part,
+        process_count=parts,
+        plan=config.batches,
         inputs={k: x for model in models for k, x in reads(config.objective, model).items()},
-    )  # fmt: skip
+    )
 
 
 def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
@@ -242,10 +260,13 @@ def agree(
     or after too many starts from this step."""
     data = pipeline.fingerprints()
     facts = {
-        "config": to_dict(config), "code": f"{processes.code_version()}, jax {jax.__version__}",
-        "data": data, "vocabulary": vocabulary.digest(config.model.text.tokenizer),
-        "data sets of evaluators": evaluations.measured(), "resume step": start,
-    }  # fmt: skip
+        "config": to_dict(config),
+        "code": f"{processes.code_version()}, jax {jax.__version__}",
+        "data": data,
+        "vocabulary": vocabulary.digest(config.model.text.tokenizer),
+        "data sets of evaluators": evaluations.measured(),
+        "resume step": start,
+    }
     check_processes_agree(processes.gather(facts))
     begun = 0
     if processes.is_lead():

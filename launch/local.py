@@ -65,11 +65,15 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
         }
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", options.module, *options.command], env=environment,
+                [sys.executable, "-m", options.module, *options.command],
+                env=environment,
                 start_new_session=True,  # Ctrl-C reaches only this process, which forwards it
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
             )
-        )  # fmt: skip
+        )
         print(f"launch: process {index} is pid {processes[-1].pid}", flush=True)
 
     def copy(index: int) -> None:

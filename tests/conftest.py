@@ -159,14 +159,20 @@ NAFLEX_SIGLIP = dataclasses.replace(
     TINY,
     embed_dim=32,
     vision=dataclasses.replace(
-        TINY.vision, image_size=32, max_patches=24, pool="map", class_token=False, pre_norm=False,
-        patch_bias=True, projection=False,
+        TINY.vision,
+        image_size=32,
+        max_patches=24,
+        pool="map",
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        projection=False,
     ),
     text=dataclasses.replace(
         TINY.text, causal=False, pool="last", projection_bias=True, activation="gelu_tanh"
     ),
     init_logit_bias=-10.0,
-)  # fmt: skip
+)
 NAFLEX_COCA = dataclasses.replace(
     COCA, vision=dataclasses.replace(COCA.vision, image_size=32, max_patches=24)
 )

@@ -156,13 +156,20 @@ def run(page: Path, folder: Path, *, quick: bool, **environment: str) -> list[st
     `tests.forks.Forks` and CACHE, a folder for runs that several pages begin with.
     """
     values = os.environ | {
-        "PYTHON": sys.executable, "FORKS": str(ROOT / "tests/forks.py"),
+        "PYTHON": sys.executable,
+        "FORKS": str(ROOT / "tests/forks.py"),
         "TABLE": str(ROOT / "notebooks/ladder_digits.csv"),
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "QUICK": "1" if quick else "",
-        "SHORT": _SHORT, "TINY_DIGITS": _TINY["digits"], "TINY_PAIRS": _TINY["pairs"],
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "QUICK": "1" if quick else "",
+        "SHORT": _SHORT,
+        "TINY_DIGITS": _TINY["digits"],
+        "TINY_PAIRS": _TINY["pairs"],
         "TINY_FOLDERS": _TINY["folders"],
-        "PYTHONUNBUFFERED": "1", "COLUMNS": "100", **environment,
-    }  # fmt: skip
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "100",
+        **environment,
+    }
     if page.name == "README.md":  # whose reader is in a checkout
         (folder / "configs").symlink_to(ROOT / "configs")
     differs = []
@@ -188,9 +195,14 @@ def _shell(folder: Path, values: dict[str, str]) -> Generator[Any]:
     def run(text: str) -> tuple[bool, str]:
         with (folder.parent / f"{folder.name}.out").open("w+") as file:
             process = subprocess.Popen(
-                ["bash", "-c", _SHIMS + text], cwd=folder, env=values, stdin=subprocess.DEVNULL,
-                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                ["bash", "-c", _SHIMS + text],
+                cwd=folder,
+                env=values,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             groups.append(process.pid)
             code = process.wait()
             file.seek(0)
@@ -211,10 +223,17 @@ def _interpreter(folder: Path, values: dict[str, str]) -> Generator[Any]:
 
     def run(text: str) -> tuple[bool, str]:
         if not process:
-            process.append(subprocess.Popen(
-                [sys.executable, "-c", _INTERPRETER], cwd=folder, env=values, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            ))  # fmt: skip
+            process.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", _INTERPRETER],
+                    cwd=folder,
+                    env=values,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
         stdin, stdout = process[0].stdin, process[0].stdout
         assert stdin
         assert stdout

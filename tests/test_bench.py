@@ -96,13 +96,28 @@ def written(tmp_path, monkeypatch, capsys):
     """Write what `plan --json` prints of the digits' step on eight chips, with other values."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     work = Work(
-        name="x", opcode="fusion", part="MLP", times=2, flops=1e9, bytes=4_000_000,
-        cycles=3_000_000, schedule=1_000_000,
-    )  # fmt: skip
+        name="x",
+        opcode="fusion",
+        part="MLP",
+        times=2,
+        flops=1e9,
+        bytes=4_000_000,
+        cycles=3_000_000,
+        schedule=1_000_000,
+    )
     facts = Facts(
-        mesh=(8, 1, 1), form="dense", versions="none", compile_seconds=1.0, parameters=10,
-        optimizer=20, batch=10, loss=20, fits=True, peak_bytes=2_000_000, works=(work,),
-    )  # fmt: skip
+        mesh=(8, 1, 1),
+        form="dense",
+        versions="none",
+        compile_seconds=1.0,
+        parameters=10,
+        optimizer=20,
+        batch=10,
+        loss=20,
+        fits=True,
+        peak_bytes=2_000_000,
+        works=(work,),
+    )
     with mock.patch.object(pod, "compile_step", autospec=True, return_value=facts):
         assert main(["plan", str(DIGITS), *FLAGS, "--topology", "v5e:2x4", "--json"]) == 0
     values, path = json.loads(capsys.readouterr().out), tmp_path / "plan.json"
@@ -130,8 +145,9 @@ def test_a_step_is_measured_beside_its_plan(written, capsys):
     for name, (label, _) in BOUNDS.items():
         seconds, mfu = beside["step, s", label], beside["MFU", label]
         assert (seconds["planned"], seconds["measured"]) == (
-            planned[f"step_seconds_{name}"], result["seconds"]
-        )  # fmt: skip
+            planned[f"step_seconds_{name}"],
+            result["seconds"],
+        )
         assert (mfu["planned"], mfu["measured"]) == (planned[f"mfu_{name}"], result["mfu"])
     assert len(beside) == 1 + 2 * (len(BOUNDS) + 1)
     for x in beside.values():

@@ -92,9 +92,11 @@ def test_the_architecture_of_the_initial_weights_keeps_how_to_compute(tmp_path):
         model = with_weights(Config(model=OWN, init_from=path, init_architecture=True)).model
         how = ("dtype", "remat", "unroll", "attention")
         expected = dataclasses.replace(
-            TINY, image_mean=mean, **{name: getattr(OWN, name) for name in how},
+            TINY,
+            image_mean=mean,
+            **{name: getattr(OWN, name) for name in how},
             vision=dataclasses.replace(TINY.vision, patch_dropout=0.5),
-        )  # fmt: skip
+        )
         assert dataclasses.replace(model, text=TINY.text) == expected
         assert dataclasses.replace(model.text, tokenizer=TINY.text.tokenizer) == TINY.text
     assert with_weights(Config(model=OWN, init_from=run)).model == OWN

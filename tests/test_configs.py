@@ -26,7 +26,7 @@ def read(path: Path) -> Config:
         objective = (
             dataclasses.replace(x, classes=("a", "b")) if isinstance(x, ClassifierConfig) else x
             for x in config.objective
-        )  # fmt: skip
+        )
         return dataclasses.replace(config, objective=tuple(objective))  # else the data's classes
     return min(grid(load_ladder(path), Path("runs")), key=lambda p: p.training_flops).config
 

@@ -59,39 +59,62 @@ def names(**fields: str) -> set[str]:
 
 # What zero, a negative number or infinity stands for is said beside the field.
 NEGATIVE = names(
-    MeshConfig="data fsdp tensor", CLIPConfig="init_logit_bias image_mean", Preprocess="mean",
-    ViTConfig="layer_scale", RotaryConfig="layer_scale", TipsConfig="layer_scale",
-    ConvStemConfig="layer_scale", ConvNeXtConfig="layer_scale",
+    MeshConfig="data fsdp tensor",
+    CLIPConfig="init_logit_bias image_mean",
+    Preprocess="mean",
+    ViTConfig="layer_scale",
+    RotaryConfig="layer_scale",
+    TipsConfig="layer_scale",
+    ConvStemConfig="layer_scale",
+    ConvNeXtConfig="layer_scale",
     PrepareConfig="min_score max_score",
-    RulesConfig="batch_exponent width_exponent", LiveTeacher="logit_bias",
+    RulesConfig="batch_exponent width_exponent",
+    LiveTeacher="logit_bias",
     StoredTeacher="logit_bias",
-)  # fmt: skip
+)
 INFINITE = {"PrepareConfig.min_score": -math.inf, "PrepareConfig.max_score": math.inf}
 ZERO = names(
-    TokenizerConfig="begin_id end_id pad_id zeroed_id", SuiteEvalConfig="seed memory_mib",
+    TokenizerConfig="begin_id end_id pad_id zeroed_id",
+    SuiteEvalConfig="seed memory_mib",
     Config="seed",
-    DataConfig="seed workers threads max_bad_share synthetic_ratio", DigitsConfig="split_seed",
-    MemberConfig="weight", PhaseConfig="from_sample weights", EvaluateConfig="seed",
-    AverageConfig="seed curve", ClassifierConfig="weight label_smoothing",
-    LadderConfig="seeds", LadderCommand="jobs", PlanConfig="chip_hour_price",
+    DataConfig="seed workers threads max_bad_share synthetic_ratio",
+    DigitsConfig="split_seed",
+    MemberConfig="weight",
+    PhaseConfig="from_sample weights",
+    EvaluateConfig="seed",
+    AverageConfig="seed curve",
+    ClassifierConfig="weight label_smoothing",
+    LadderConfig="seeds",
+    LadderCommand="jobs",
+    PlanConfig="chip_hour_price",
     PrepareConfig="threads resize min_side min_caption min_words near_distance samples_per_task "
-    "seed", HardwareConfig="start_seconds", RulesConfig="max_warmup_share",
-    InputBench="warmup", StepBench="warmup", ViTConfig="patch_dropout",
-    RotaryConfig="patch_dropout", TipsConfig="patch_dropout registers",
-    ConvStemConfig="patch_dropout", BertConfig="eos_token_id first_position",
+    "seed",
+    HardwareConfig="start_seconds",
+    RulesConfig="max_warmup_share",
+    InputBench="warmup",
+    StepBench="warmup",
+    ViTConfig="patch_dropout",
+    RotaryConfig="patch_dropout",
+    TipsConfig="patch_dropout registers",
+    ConvStemConfig="patch_dropout",
+    BertConfig="eos_token_id first_position",
     TipsTextConfig="eos_token_id",
     SigLIP2Lengths="fixed_share",
-    GenerationConfig="seed length_penalty", Preprocess="fill", CaptionConfig="weight",
-    TextConfig="eos_token_id", SoftmaxConfig="weight budget_mib label_smoothing",
-    SigmoidConfig="weight budget_mib label_smoothing", Muon="momentum adam_learning_rate_scale",
+    GenerationConfig="seed length_penalty",
+    Preprocess="fill",
+    CaptionConfig="weight",
+    TextConfig="eos_token_id",
+    SoftmaxConfig="weight budget_mib label_smoothing",
+    SigmoidConfig="weight budget_mib label_smoothing",
+    Muon="momentum adam_learning_rate_scale",
     OptimConfig="learning_rate final_learning_rate warmup_steps weight_decay b1 b2 "
     "image_learning_rate_scale text_learning_rate_scale ema_decay",
     SweepConfig="warmups weight_decays",
-    AugmentConfig="flip color_jitter brightness contrast saturation hue grayscale "
-    "operations", AugmentationsConfig="flip operations",
+    AugmentConfig="flip color_jitter brightness contrast saturation hue grayscale operations",
+    AugmentationsConfig="flip operations",
     DistillationConfig="weight budget_mib similarity_weight features_weight",
     Jitter="rotation scale stretch shear shift elastic thickness fade drift shade tint noise",
-)  # fmt: skip
+)
 
 
 def parts(kind: typing.Any) -> list[typing.Any]:

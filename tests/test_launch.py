@@ -31,10 +31,15 @@ class Fake:
     """A process that ends at a time of the clock, or at a signal with the code `at_signal`."""
 
     def __init__(
-        self, clock: HandClock, end: float, code: int, words: str = "no such file", *,
+        self,
+        clock: HandClock,
+        end: float,
+        code: int,
+        words: str = "no such file",
+        *,
         at_signal: int = 0,
         during: Callable[[], object] = lambda: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._clock, self._end, self._code = clock, clock.now() + end, code
         self._at_signal, self._during, self._begun = at_signal, during, clock.now()
         self.pid, self.stdout, self.returncode = 7, ["reading\n", "\n", words], None

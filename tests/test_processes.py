@@ -104,9 +104,11 @@ def test_rows_that_lie_crosswise_are_refused():
 def test_slices_lie_along_data_alone():
     chips = [Chip(i, i // 4, slice_index=i // 8) for i in range(16)]
     with mock.patch.object(
-        sharding.mesh_utils, "create_hybrid_device_mesh", autospec=True,
+        sharding.mesh_utils,
+        "create_hybrid_device_mesh",
+        autospec=True,
         return_value=np.array(chips, object).reshape(4, 4, 1),
-    ) as hybrid:  # fmt: skip
+    ) as hybrid:
         mesh = inspect.unwrap(make_mesh)(MeshConfig(fsdp=4), chips)
     assert mesh.shape == {"data": 4, "fsdp": 4, "tensor": 1}
     for row in mesh.devices[:, :, 0]:  # what fsdp gathers stays in a slice

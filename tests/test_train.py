@@ -111,10 +111,19 @@ def test_a_run_leaves_its_numbers_pictures_and_checkpoints(finished):
     reports = [row for row in rows(finished) if "loss" in row]
     assert [row["step"] for row in reports] == list(range(1, STEPS + 1))
     assert reports[-1].keys() >= {
-        "samples_seen", "loss", "image_to_text_accuracy", "text_to_image_accuracy", "grad_norm",
-        "param_norm", "logit_scale", "learning_rate", "images_per_second",
-        "images_per_second_per_device", "model_flops_per_step", "input_wait",
-    }  # fmt: skip
+        "samples_seen",
+        "loss",
+        "image_to_text_accuracy",
+        "text_to_image_accuracy",
+        "grad_norm",
+        "param_norm",
+        "logit_scale",
+        "learning_rate",
+        "images_per_second",
+        "images_per_second_per_device",
+        "model_flops_per_step",
+        "input_wait",
+    }
     assert "mfu" not in reports[-1]  # no published peak for a CPU
     assert [row["step"] for row in rows(finished) if "zero_shot/seen/top1" in row] == [3, STEPS]
     result = json.loads((finished / "result.json").read_text())

@@ -34,9 +34,17 @@ def sentencepiece_model(path: Path, kind: str = "unigram", size: int = 160) -> P
     """Train a sentencepiece model as T5's: <pad> 0, </s> 1, <unk> 2, no begin of text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions()), model_writer=model, model_type=kind, vocab_size=size,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(captions()),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=size,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     path.write_bytes(model.getvalue())
     return path
 
@@ -89,9 +97,11 @@ def unigram(path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], unk_token="<unk>",
+        vocab_size=200,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(captions(), trainer)
     tokenizer.add_special_tokens([AddedToken("<mask>", special=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -116,8 +126,10 @@ def odd_strings(count: int) -> list[str]:
         first, last = rng.choice(blocks)
         return "".join(chr(rng.randrange(first, last)) for _ in range(rng.randint(1, 6)))
 
-    return [rng.choice(["", " ", "  "]).join(piece() for _ in range(rng.randint(0, 9)))
-            for _ in range(count)]  # fmt: skip
+    return [
+        rng.choice(["", " ", "  "]).join(piece() for _ in range(rng.randint(0, 9)))
+        for _ in range(count)
+    ]
 
 
 def large_bpe(path: Path, size: int = 256_000) -> Path:
@@ -162,5 +174,6 @@ def _drawn_words(rng: random.Random, count: int) -> list[str]:
         "אבגדהוזחטיכלמנסעפצקרשת",
         "的一是不了人我在有他这中大来上国",
     ]
-    return ["▁" + "".join(rng.choices(rng.choice(scripts), k=rng.randint(3, 12)))
-            for _ in range(count)]  # fmt: skip
+    return [
+        "▁" + "".join(rng.choices(rng.choice(scripts), k=rng.randint(3, 12))) for _ in range(count)
+    ]

@@ -33,8 +33,14 @@ from clip_jax.storage.json_files import read_json
 Position = dict[str, Any]  # samples seen and the like, by name
 
 # Errors of a store that is out of reach for a while; they say nothing about the checkpoint.
-_OUT_OF_REACH = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
-                 "RESOURCE_EXHAUSTED", "ABORTED")  # fmt: skip
+_OUT_OF_REACH = (
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "RESOURCE_EXHAUSTED",
+    "ABORTED",
+)
 
 
 class Damaged(Exception):

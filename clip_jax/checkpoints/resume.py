@@ -94,9 +94,12 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
 
 
 def _differing(
-    workdir: AnyPath, before: dict[str, Any], now: dict[str, Any], allowed: Sequence[str],
+    workdir: AnyPath,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    allowed: Sequence[str],
     samples: int | None = None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """List the settings that differ, except for those allowed and for members of a mixture that
     are read after the first `samples`."""
     data = dict(before.get("data", {}))

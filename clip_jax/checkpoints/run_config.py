@@ -48,9 +48,7 @@ RENAMED: dict[str, str | None] = {
 }
 
 # Structural changes, applied after the table: each edits the dict, unless it is current already.
-UPGRADES: list[Callable[[dict[str, Any]], None]] = [
-    _rename_order, _drop_tasks, _loss_to_objective,
-]  # fmt: skip
+UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_order, _drop_tasks, _loss_to_objective]
 
 # Current paths of options in groups that an upgrade has split.
 SPLIT = {

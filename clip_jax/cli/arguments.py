@@ -32,9 +32,17 @@ _ELSEWHERE = (
 
 # Options that `--help` shows; `--help-all` shows all. Commands that are not listed have few.
 _RUN = (
-    "workdir", "data.source.path", "steps", "batch-size", "optim.learning-rate",
-    "optim.warmup-steps", "init-from", "accumulation", "mesh.fsdp", "seed",
-)  # fmt: skip
+    "workdir",
+    "data.source.path",
+    "steps",
+    "batch-size",
+    "optim.learning-rate",
+    "optim.warmup-steps",
+    "init-from",
+    "accumulation",
+    "mesh.fsdp",
+    "seed",
+)
 _PLAN = ("topology", "chip-hour-price", "fit", "compare", "mfu", "schedules", "model.remat")
 _MOST_USED: dict[str, tuple[str, ...]] = {
     "train": _RUN,
@@ -114,9 +122,13 @@ def _choices(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def parse(
-    kind: Any, args: Sequence[str], verb: str, command: Callable, default: Any = None,
+    kind: Any,
+    args: Sequence[str],
+    verb: str,
+    command: Callable,
+    default: Any = None,
     about: str = "",
-) -> Any:  # fmt: skip
+) -> Any:
     """Parse flags into a dataclass with tyro, which prints its own errors and exits with 2.
 
     The complete help begins with `about`.

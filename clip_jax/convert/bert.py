@@ -98,9 +98,12 @@ def write_open_clip(text: BertConfig) -> dict[str, Any]:
         )
     poolers = {ours: theirs for theirs, ours in _POOLERS.items()}
     return {
-        "hf_model_name": name, "hf_proj_type": text.head, "hf_pooler_type": poolers[text.pool],
-        "hf_model_pretrained": False, "context_length": text.context_length,
-    }  # fmt: skip
+        "hf_model_name": name,
+        "hf_proj_type": text.head,
+        "hf_pooler_type": poolers[text.pool],
+        "hf_model_pretrained": False,
+        "context_length": text.context_length,
+    }
 
 
 # ------------------------------------------------------------------ transformers' own classes
@@ -124,11 +127,15 @@ class ModelClass(NamedTuple):
 
 FIXED = ("head", "pool", "first_position")
 _SETTINGS = {
-    "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "mlp_width",
-    "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
-    "max_position_embeddings": "num_positions", "type_vocab_size": "token_types",
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "intermediate_size": "mlp_width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "max_position_embeddings": "num_positions",
+    "type_vocab_size": "token_types",
     "layer_norm_eps": "norm_epsilon",
-}  # fmt: skip
+}
 _CHINESE = _text("ChineseCLIP-ViT-B-16", vocab_size=30_522)
 CLASSES = {
     "altclip": ModelClass("AltCLIPModel", "text_model/roberta", _text("AltCLIP")),

@@ -169,9 +169,14 @@ def infer(arrays: Tensors, source: str) -> CLIPConfig:
         projection_bias=projection,
     )
     return CLIPConfig(
-        embed_dim=width, vision=vision, text=text, init_logit_scale=10.0, init_logit_bias=-10.0,
-        image_mean=INCEPTION_MEAN, image_std=INCEPTION_STD,
-    )  # fmt: skip
+        embed_dim=width,
+        vision=vision,
+        text=text,
+        init_logit_scale=10.0,
+        init_logit_bias=-10.0,
+        image_mean=INCEPTION_MEAN,
+        image_std=INCEPTION_STD,
+    )
 
 
 def _tower(arrays: Tensors, blocks: str, width: int, source: str) -> dict[str, Any]:

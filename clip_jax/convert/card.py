@@ -19,9 +19,17 @@ NAME = "README.md"
 FACTS_NAME = "training.json"
 # Settings of a run that the card shows.
 _TRAINING = (
-    "data/source", "data/augment", "data/crop", "steps", "batch_size", "objective", "optim",
-    "init_from", "branch_from", "seed",
-)  # fmt: skip
+    "data/source",
+    "data/augment",
+    "data/crop",
+    "steps",
+    "batch_size",
+    "objective",
+    "optim",
+    "init_from",
+    "branch_from",
+    "seed",
+)
 # Metrics of speed in result.json, which the card does not show.
 _TIMES = ("seconds/", "goodput", "memory", "input/")
 

@@ -41,8 +41,11 @@ from clip_jax.optim.wrappers import TOWERS, Tower
 
 WEIGHTS_NAME = "model.safetensors"
 _WEIGHTS_NAMES = (
-    WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
+    WEIGHTS_NAME,
+    f"{WEIGHTS_NAME}.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _POSITION_IDS = ("embeddings.position_ids", "embeddings.token_type_ids")  # buffers of old files
 _ACTIVATIONS: dict[str, Activation] = {  # of several names for ours, the last is written
     "quick_gelu": "quick_gelu",
@@ -176,8 +179,10 @@ SIGLIP_ASSUMPTIONS: Assumptions = {  # also big_vision's
 def check_siglip(weights: Weights, name: str, more: Assumptions) -> None:
     """Raise InputError if a SigLIP implementation called `name` cannot express the model."""
     assumptions = {
-        **SIGLIP_ASSUMPTIONS, "text.projection_bias": weights.config.text.projection, **more,
-    }  # fmt: skip
+        **SIGLIP_ASSUMPTIONS,
+        "text.projection_bias": weights.config.text.projection,
+        **more,
+    }
     if _is_naflex(weights.config):
         assumptions["preprocess.resize_mode"] = "naflex"
     check_assumptions(weights, name, assumptions)
@@ -268,10 +273,12 @@ def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
     config, text = weights.config, weights.config.text
     if isinstance(config.vision, TipsConfig):
         return {
-            "architectures": ["Tipsv2Model"], "model_type": tips.MODEL_TYPE, "dtype": dtype,
+            "architectures": ["Tipsv2Model"],
+            "model_type": tips.MODEL_TYPE,
+            "dtype": dtype,
             "vision_config": by_table(tips.IMAGE, config.vision),
             "text_config": by_table(tips.TEXT, text),
-        }  # fmt: skip
+        }
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     vision_config = by_table(_IMAGE, config.vision)
     vision_config["hidden_act"] = names[typing.cast(Activation, config.vision.activation)]
@@ -302,9 +309,11 @@ def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
     if only := weights.only_tower:
         name, content = {"image": ("Vision", vision_config), "text": ("Text", text_config)}[only]
         return {
-            "architectures": [f"CLIP{name}ModelWithProjection"], "dtype": dtype,
-            "model_type": f"clip_{name.lower()}_model", **content,
-        }  # fmt: skip
+            "architectures": [f"CLIP{name}ModelWithProjection"],
+            "dtype": dtype,
+            "model_type": f"clip_{name.lower()}_model",
+            **content,
+        }
     return {
         "architectures": [f"{kind}Model"],
         "model_type": model_type,
@@ -392,10 +401,13 @@ def _rows_of(config: CLIPConfig, tower: Tower | None) -> list[Row]:
 
 
 _MODEL_TYPES = {
-    "clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel",
-    "siglip2": "Siglip2Model", tips.MODEL_TYPE: "Tipsv2Model",
+    "clip": "CLIPModel",
+    "metaclip_2": "MetaClip2Model",
+    "siglip": "SiglipModel",
+    "siglip2": "Siglip2Model",
+    tips.MODEL_TYPE: "Tipsv2Model",
     **{kind: each.name for kind, each in bert.CLASSES.items()},
-}  # fmt: skip
+}
 
 
 def check(weights: Weights) -> None:
@@ -478,9 +490,10 @@ def outputs(
                 return model.get_image_features(pixel_values=images).pooler_output
             valid = torch.arange(images.pixels.shape[1]) < images.length[:, None]
             return model.get_image_features(
-                pixel_values=images.pixels, pixel_attention_mask=valid.int(),
+                pixel_values=images.pixels,
+                pixel_attention_mask=valid.int(),
                 spatial_shapes=images.grid.long(),
-            ).pooler_output  # fmt: skip
+            ).pooler_output
 
         def encode_text(ids: Any) -> Any:
             text = weights.config.text
@@ -493,9 +506,13 @@ def outputs(
 
 
 TARGET = Target(
-    write=write, reference="transformers", outputs=outputs, rounded=_rounded, check=check,
+    write=write,
+    reference="transformers",
+    outputs=outputs,
+    rounded=_rounded,
+    check=check,
     names=("config.json", WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
     use="`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`. Of a NaFlex model, "
     "`AutoImageProcessor` and `AutoTokenizer`: `AutoProcessor` always makes 256 patches of 16 "
     "pixels (transformers 5.24).",
-)  # fmt: skip
+)

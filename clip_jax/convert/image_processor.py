@@ -164,8 +164,9 @@ def write(folder: Path, preprocess: Preprocess, own: str = "CLIP") -> None:
         name = f"{'CLIP' if differs else own}ImageProcessor"
         sizes = {
             "size": {"shortest_edge": size} if shortest else square,
-            "do_center_crop": shortest, "crop_size": square,
-        }  # fmt: skip
+            "do_center_crop": shortest,
+            "crop_size": square,
+        }
     settings = {
         "image_processor_type": name,
         "do_convert_rgb": True,

@@ -27,10 +27,16 @@ FORMAT = "clip-jax"
 VERSION = 2
 # Fields of `Preprocess` → keys of the manifest.
 _PREPROCESS = {
-    "image_size": "image_size", "mean": "image_mean", "std": "image_std",
-    "interpolation": "interpolation", "resize_mode": "resize_mode", "fill": "fill",
-    "rules": "pixel_rules", "max_patches": "max_patches", "patch_size": "patch_size",
-}  # fmt: skip
+    "image_size": "image_size",
+    "mean": "image_mean",
+    "std": "image_std",
+    "interpolation": "interpolation",
+    "resize_mode": "resize_mode",
+    "fill": "fill",
+    "rules": "pixel_rules",
+    "max_patches": "max_patches",
+    "patch_size": "patch_size",
+}
 
 
 def manifest(weights: Weights) -> dict[str, Any]:
@@ -126,8 +132,11 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 
 
 TARGET = Target(
-    write=write, reference="clip_jax", outputs=_outputs, check=manifest,
+    write=write,
+    reference="clip_jax",
+    outputs=_outputs,
+    check=manifest,
     names=(MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME),
     use="`clip_jax.load(FOLDER)`; `manifest.json` describes preprocessing and tokenization.",
     use_naflex=" Images keep their aspect ratio (NaFlex); `tokens=N` sets the patches per image.",
-)  # fmt: skip
+)

@@ -34,9 +34,13 @@ from clip_jax.models.vit import ViTConfig
 WEIGHTS_NAME = "open_clip_model.safetensors"
 # Files that open_clip's own loader looks for, in its order.
 WEIGHTS_NAMES = (
-    WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin",
-)  # fmt: skip
+    WEIGHTS_NAME,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".npz")
 _PROJECTION: Rules = (
     (r"text_projection$", "text_projection/weight"),
@@ -158,9 +162,12 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
         assumptions |= {
             "vision.activation": ("relu",) if isinstance(config.vision, ResNetConfig) else own,
             "vision.pool": ("class_token", "mean", "attention"),
-            "vision.class_token": True, "vision.patch_bias": False, "vision.projection": True,
-            "vision.projection_bias": False, "vision.max_patches": None,
-        }  # fmt: skip
+            "vision.class_token": True,
+            "vision.patch_bias": False,
+            "vision.projection": True,
+            "vision.projection_bias": False,
+            "vision.max_patches": None,
+        }
     if config.decoder is not None:
         assumptions |= _decoder_assumptions(config.decoder)
     if text.tokenizer.file == "clip" and (not text.causal or text.pool == "last"):
@@ -169,8 +176,10 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
 
 
 _DECODERS_TEXT: Assumptions = {
-    "text.norm_epsilon": 1e-5, "text.mlp_ratio": 4.0, "text.activation": ("quick_gelu", "gelu"),
-}  # fmt: skip
+    "text.norm_epsilon": 1e-5,
+    "text.mlp_ratio": 4.0,
+    "text.activation": ("quick_gelu", "gelu"),
+}
 
 
 def _decoder_assumptions(decoder: DecoderConfig) -> Assumptions:
@@ -243,8 +252,9 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     content = {
-        "model_cfg": model_cfg(weights), "preprocess_cfg": preprocess_cfg(weights.preprocess),
-    }  # fmt: skip
+        "model_cfg": model_cfg(weights),
+        "preprocess_cfg": preprocess_cfg(weights.preprocess),
+    }
     write_json(folder / CONFIG_NAME, content)
     write_tokenizer(folder, weights.config.text)
 
@@ -276,7 +286,11 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 
 
 TARGET = Target(
-    write=write, reference="open_clip", outputs=_outputs, as_computed=as_computed, check=check,
+    write=write,
+    reference="open_clip",
+    outputs=_outputs,
+    as_computed=as_computed,
+    check=check,
     names=(CONFIG_NAME, WEIGHTS_NAME),
     use="`open_clip.create_model_and_transforms('local-dir:FOLDER')`.",
     use_naflex="""
@@ -286,4 +300,4 @@ own transform squashes images to squares, whose embeddings are right for square 
 others pass `encode_image` a dictionary of `patches` [batch, length, values], `patch_coord` [batch,
 length, 2] (row, column) and `patch_valid` [batch, length], as timm's `ResizeToSequence`, `Patchify`
 and `NaFlexCollator` make them. `clip_jax.load(FOLDER)` does all of this.""",
-)  # fmt: skip
+)

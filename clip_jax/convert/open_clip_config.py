@@ -43,15 +43,29 @@ _PIXELS = {  # of preprocess_cfg → fields of Preprocess
 _POOLS: dict[str, Any] = {"tok": "class_token", "avg": "mean", "avg_all": "mean_all"}
 # Settings of multimodal_cfg that open_clip ignores.
 _UNREAD = {
-    "context_length", "vocab_size", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads",
+    "context_length",
+    "vocab_size",
+    "mlp_ratio",
+    "dim_head",
+    "n_queries",
+    "attn_pooler_heads",
     "output_tokens",
-}  # fmt: skip
+}
 # Settings without effect on a trained model.
 _INERT = {
-    "patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_drop",
-    "timm_drop_path", "timm_model_pretrained", "timm_proj_bias",
-    "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "pos_embed_type",
-}  # fmt: skip
+    "patch_dropout",
+    "output_tokens",
+    "attn_pooler_queries",
+    "attn_pooler_heads",
+    "timm_drop",
+    "timm_drop_path",
+    "timm_model_pretrained",
+    "timm_proj_bias",
+    "hf_model_pretrained",
+    "hf_proj_type",
+    "hf_pooler_type",
+    "pos_embed_type",
+}
 
 
 def _activation(section: Settings, quick_gelu: bool) -> Activation:
@@ -184,8 +198,10 @@ def _mammut(section: Settings, text: TextConfig) -> tuple[TextConfig, MaMMUTConf
 
 # open_clip's names of its cleaning, which precedes any tokenizer of transformers.
 _CLEANING: dict[str, Cleaning] = {
-    "lower": "clip", "whitespace": "whitespace", "canonicalize": "canonicalize",
-}  # fmt: skip
+    "lower": "clip",
+    "whitespace": "whitespace",
+    "canonicalize": "canonicalize",
+}
 
 
 def _tokenizer(section: Settings, text: Text, folder: Path) -> TokenizerConfig:
@@ -363,9 +379,11 @@ def _vision_cfg(vision: Vision) -> dict[str, Any]:
     content: dict[str, Any] = {"image_size": vision.image_spec.side}
     if family := timm.family_of(vision):
         return content | {
-            "timm_model_name": timm.name_of(vision), "timm_model_pretrained": False,
-            "timm_pool": family.head[0], "timm_proj": family.head[1],
-        }  # fmt: skip
+            "timm_model_name": timm.name_of(vision),
+            "timm_model_pretrained": False,
+            "timm_pool": family.head[0],
+            "timm_proj": family.head[1],
+        }
     if isinstance(vision, ResNetConfig):
         content |= {"layers": list(vision.layers), "patch_size": None}
         return content | by_table(_RESNET, vision)

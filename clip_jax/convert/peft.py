@@ -32,11 +32,25 @@ _PREFIX = "base_model.model."
 _POOLING = "vision_model.head.attention"
 # Settings that do not change what adapters compute, or that `read` follows; values of others.
 _KNOWN = (
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules",
-    "task_type", "use_rslora",
-)  # fmt: skip
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+)
 # PEFT's patterns of modules are regular expressions, some of which never end. Names with `.` and
 # `.*` are also patterns of fnmatch, which takes linear time.
 _PATTERN = re.compile(r"\^?(?:[\w-]|\\\.|\.\*|\.){1,200}\$?")
@@ -74,10 +88,18 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     modules = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors})
-    write_json(folder / CONFIG_NAME, {
-        **_VALUES, "base_model_name_or_path": own.base, "r": rank, "lora_alpha": own.lora.alpha,
-        "use_rslora": own.lora.rank_stabilized, "target_modules": modules, "inference_mode": True,
-    })  # fmt: skip
+    write_json(
+        folder / CONFIG_NAME,
+        {
+            **_VALUES,
+            "base_model_name_or_path": own.base,
+            "r": rank,
+            "lora_alpha": own.lora.alpha,
+            "use_rslora": own.lora.rank_stabilized,
+            "target_modules": modules,
+            "inference_mode": True,
+        },
+    )
 
 
 def _pattern(text: str, where: str) -> re.Pattern[str]:
@@ -153,9 +175,13 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 
 
 TARGET = Target(
-    write=write, reference="peft", outputs=_outputs, rounded=_rounded, check=_adapters,
+    write=write,
+    reference="peft",
+    outputs=_outputs,
+    rounded=_rounded,
+    check=_adapters,
     names=(CONFIG_NAME, WEIGHTS_NAME),
     use="`peft.PeftModel.from_pretrained(BASE, FOLDER)`, where BASE is transformers' model of the "
     "weights at `base_model_name_or_path`. If these are no Hugging Face folder, write one by "
     "`clip-jax convert` with `--to hugging-face`. `clip_jax.load(FOLDER)` merges the adapters.",
-)  # fmt: skip
+)

@@ -98,8 +98,10 @@ AXES: Rules = (
     (r"^visual/(proj|fc/kernel)$", "E D -> D E"),
 )
 _NAFLEX_NAMES: Rules = (
-    *NAMES, (r"trunk/patch_embed/", "trunk/embeds/"), (r"trunk/pos_", "trunk/embeds/pos_"),
-)  # fmt: skip
+    *NAMES,
+    (r"trunk/patch_embed/", "trunk/embeds/"),
+    (r"trunk/pos_", "trunk/embeds/pos_"),
+)
 _NAFLEX_AXES: Rules = (
     (r"^visual/conv1/kernel", "D (P Q C) -> P Q C D"),
     (r"^visual/positional_embedding", "1 H W D -> (H W) D"),

@@ -56,9 +56,12 @@ ASSUMPTIONS: Assumptions = {
 def read(vision: Settings, text: Settings) -> CLIPConfig:
     """Read both towers. Raises InputError for an option that they do not have."""
     for section, name, value in (
-        (vision, "use_swiglu_ffn", False), (vision, "hidden_act", "gelu"),
-        (vision, "qkv_bias", True), (text, "hidden_act", "relu"), (text, "scale_sqrt_depth", True),
-    ):  # fmt: skip
+        (vision, "use_swiglu_ffn", False),
+        (vision, "hidden_act", "gelu"),
+        (vision, "qkv_bias", True),
+        (text, "hidden_act", "relu"),
+        (text, "scale_sqrt_depth", True),
+    ):
         if (other := section.get(name, value, object)) != value:
             raise InputError(
                 f"{section.where}.{name}={other!r:.99} is not supported; it must be {value!r}."

@@ -36,9 +36,13 @@ _UNIGRAM = 1  # in sentencepiece's TrainerSpec.ModelType
 _UNKNOWN, _CONTROL = 2, 3  # in its SentencePiece.Type
 # Special ids of released vocabularies, by number of ids: (begin, end, padding).
 _RELEASED = {
-    32_000: (None, 1, 1), 250_000: (None, 1, 1), 256_000: (None, 1, 0), 901_629: (0, 2, 1),
-    **dict.fromkeys((50_265, 250_002), (0, 2, 1)), **dict.fromkeys((21_128, 30_522), (101, 102, 0)),
-}  # fmt: skip
+    32_000: (None, 1, 1),
+    250_000: (None, 1, 1),
+    256_000: (None, 1, 0),
+    901_629: (0, 2, 1),
+    **dict.fromkeys((50_265, 250_002), (0, 2, 1)),
+    **dict.fromkeys((21_128, 30_522), (101, 102, 0)),
+}
 
 
 def missing(text: TextConfig, clean: Cleaning) -> TokenizerConfig:
@@ -265,9 +269,11 @@ _CLEANING: dict[Cleaning, list[normalizers.Normalizer]] = {
 def with_cleaning(config: TokenizerConfig, clean: Cleaning, where: str) -> TokenizerConfig:
     """Return the rules of transformers' tokenizer, with open_clip's cleaning before it."""
     covered = {
-        "none": ("whitespace", "canonicalize", "clip"), "lower": ("canonicalize", "clip"),
-        "punctuation": ("canonicalize",), "clip": ("clip",),
-    }  # fmt: skip
+        "none": ("whitespace", "canonicalize", "clip"),
+        "lower": ("canonicalize", "clip"),
+        "punctuation": ("canonicalize",),
+        "clip": ("clip",),
+    }
     if clean not in covered.get(config.clean, ()):
         raise InputError(
             f"{where}: cleaning {clean!r} before a tokenizer that cleans by {config.clean!r} is "

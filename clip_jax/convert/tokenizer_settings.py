@@ -52,17 +52,28 @@ _CHARACTERS = r"(Precompiled ?)?(Strip ?)?(Replace: \{2,\}:[ ▁])?"  # of sente
 _BYTES = {"byte_fallback": True, "fuse_unk": True}
 _GEMMA = TokenizerClass(
     tokens={f"{x}_token": f"<{x}>" for x in ("bos", "eos", "unk", "pad", "mask")},
-    pad_side="left", normalizer="Replace: :▁", model="BPE", options=_BYTES,
+    pad_side="left",
+    normalizer="Replace: :▁",
+    model="BPE",
+    options=_BYTES,
     pre_tokenizer="(Split: :MergedWithPrevious:False)?",
-)  # fmt: skip
+)
 _XLM_R = TokenizerClass(
     tokens={
-        "bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>",
-        "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "sep_token": "</s>",
+        "cls_token": "<s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
     },
-    around=("bos_token", "eos_token"), supported={"add_prefix_space": True},
-    normalizer=_CHARACTERS, pre_tokenizer=_METASPACE, model="Unigram",
-)  # fmt: skip
+    around=("bos_token", "eos_token"),
+    supported={"add_prefix_space": True},
+    normalizer=_CHARACTERS,
+    pre_tokenizer=_METASPACE,
+    model="Unigram",
+)
 _AS_IT_IS = "TokenizersBackend"
 CLASSES = {
     **dict.fromkeys((_AS_IT_IS, "PreTrainedTokenizer", "PythonBackend"), TokenizerClass()),
@@ -108,27 +119,64 @@ CLASSES = {
 }  # fmt: skip
 # The class of a folder that names none, by config.json's model_type.
 _OF_MODELS = {
-    "chinese_clip": "BertTokenizer", "clip": "CLIPTokenizer", "clip_text_model": "CLIPTokenizer",
-    "metaclip_2": "XLMRobertaTokenizer", "siglip": "SiglipTokenizer", "tipsv2": "Tipsv2Tokenizer",
-}  # fmt: skip
+    "chinese_clip": "BertTokenizer",
+    "clip": "CLIPTokenizer",
+    "clip_text_model": "CLIPTokenizer",
+    "metaclip_2": "XLMRobertaTokenizer",
+    "siglip": "SiglipTokenizer",
+    "tipsv2": "Tipsv2Tokenizer",
+}
 # Of BertTokenizer: the settings of its normaliser, and their defaults.
 _BERT = {
-    "lowercase": ("do_lower_case", True), "strip_accents": ("strip_accents", None),
+    "lowercase": ("do_lower_case", True),
+    "strip_accents": ("strip_accents", None),
     "handle_chinese_chars": ("tokenize_chinese_chars", True),
-}  # fmt: skip
+}
 # Settings that change no ids, or that are read elsewhere.
 _INERT = {
-    _ADDED_NAME, "add_bos_token", "add_eos_token", "added_tokens_decoder",
+    _ADDED_NAME,
+    "add_bos_token",
+    "add_eos_token",
+    "added_tokens_decoder",
     "additional_special_tokens",
-    "auto_map", "backend", "chat_template", "clean_up_tokenization_spaces", "device_map",
-    "do_basic_tokenize", "errors", "extra_special_tokens", "from_slow", "is_local", "legacy",
-    "local_files_only", "max_len", "max_length", "model_input_names", "model_max_length",
-    "name_or_path", "never_split", "pad_to_multiple_of", "pad_token_type_id", "padding",
-    "padding_side", "processor_class", "return_token_type_ids", "spaces_between_special_tokens",
-    "special_tokens_map_file", "stride", "token_type_ids_pattern", "tokenizer_class",
-    "tokenizer_file", "trim_offsets", "truncation", "truncation_side", "truncation_strategy",
-    "use_default_system_prompt", "use_fast", "verbose",
-}  # fmt: skip
+    "auto_map",
+    "backend",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "device_map",
+    "do_basic_tokenize",
+    "errors",
+    "extra_special_tokens",
+    "from_slow",
+    "is_local",
+    "legacy",
+    "local_files_only",
+    "max_len",
+    "max_length",
+    "model_input_names",
+    "model_max_length",
+    "name_or_path",
+    "never_split",
+    "pad_to_multiple_of",
+    "pad_token_type_id",
+    "padding",
+    "padding_side",
+    "processor_class",
+    "return_token_type_ids",
+    "spaces_between_special_tokens",
+    "special_tokens_map_file",
+    "stride",
+    "token_type_ids_pattern",
+    "tokenizer_class",
+    "tokenizer_file",
+    "trim_offsets",
+    "truncation",
+    "truncation_side",
+    "truncation_strategy",
+    "use_default_system_prompt",
+    "use_fast",
+    "verbose",
+}
 # Settings of some classes, without effect in the others.
 _OF_CLASSES = {name for each in CLASSES.values() for name in each.supported}
 _OF_CLASSES |= {name for name, _ in _BERT.values()}

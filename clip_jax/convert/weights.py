@@ -65,9 +65,11 @@ def default_preprocess(config: CLIPConfig, like: Preprocess | None = None) -> Pr
     if not isinstance(vision, ViTConfig) or vision.max_patches is None:
         return preprocess
     return replace(
-        preprocess, resize_mode="naflex", max_patches=vision.max_patches,
+        preprocess,
+        resize_mode="naflex",
+        max_patches=vision.max_patches,
         patch_size=vision.patch_size,
-    )  # fmt: skip
+    )
 
 
 def with_vocabulary(config: CLIPConfig, file: str) -> CLIPConfig:
@@ -214,7 +216,10 @@ def _with_tokens(weights: Weights, tokens: int) -> Weights:
     # Pixels beyond the last full patch, which a fixed resolution may have, are in no size.
     vision = replace(vision, image_size=vision.grid * vision.patch_size, max_patches=tokens)
     preprocess = replace(
-        weights.preprocess, image_size=vision.image_size, resize_mode="naflex",
-        max_patches=tokens, patch_size=vision.patch_size,
-    )  # fmt: skip
+        weights.preprocess,
+        image_size=vision.image_size,
+        resize_mode="naflex",
+        max_patches=tokens,
+        patch_size=vision.patch_size,
+    )
     return replace(weights, config=replace(weights.config, vision=vision), preprocess=preprocess)

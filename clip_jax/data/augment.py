@@ -63,9 +63,11 @@ class Augmentation:
 
 
 def augment(
-    pixels: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator, config: AugmentConfig,
+    pixels: UInt8[np.ndarray, "H W 3"],
+    rng: np.random.Generator,
+    config: AugmentConfig,
     size: int | None = None,
-) -> UInt8[np.ndarray, "H W 3"]:  # fmt: skip
+) -> UInt8[np.ndarray, "H W 3"]:
     """Apply the enabled augmentations; a disabled one draws nothing from `rng`.
 
     Magnitudes in pixels are drawn for images of `size` pixels, and scaled to this one.

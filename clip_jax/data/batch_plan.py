@@ -130,9 +130,13 @@ class SigLIP2Lengths:
         return step if step < first else first + (step - first) / self.stretch
 
     def plan(
-        self, batch_size: int, max_patches: int, spec_of: Callable[[int | None], ImageSpec],
-        steps: int, seed: int,
-    ) -> BatchPlan:  # fmt: skip
+        self,
+        batch_size: int,
+        max_patches: int,
+        spec_of: Callable[[int | None], ImageSpec],
+        steps: int,
+        seed: int,
+    ) -> BatchPlan:
         """Return the batches of a run; `spec_of` gives the image shape of a sequence length."""
         first, longest = self.first_step(steps), max(self.patches)
         kinds = [
@@ -188,9 +192,13 @@ class TokenBudget:
         return step
 
     def plan(
-        self, batch_size: int, max_patches: int, spec_of: Callable[[int | None], ImageSpec],
-        steps: int, seed: int,
-    ) -> BatchPlan:  # fmt: skip
+        self,
+        batch_size: int,
+        max_patches: int,
+        spec_of: Callable[[int | None], ImageSpec],
+        steps: int,
+        seed: int,
+    ) -> BatchPlan:
         """Return the batches of a run; `spec_of` gives the image shape of a sequence length."""
         kinds = [BatchKind(self.size(batch_size, max_patches, n), spec_of(n)) for n in self.patches]
         shares = self.shares or [1 / len(kinds)] * len(kinds)

@@ -85,9 +85,14 @@ class Jitter:
     def __post_init__(self) -> None:
         shares = ("scale", "stretch", "shift", "fade", "drift", "shade", "tint", "noise")
         check_ranges(
-            self, "jitter.", **dict.fromkeys(shares, "[0, 1)"),
-            rotation="[0, 360]", shear="[0, inf)", elastic="[0, inf)", thickness="[0, 1]",
-        )  # fmt: skip
+            self,
+            "jitter.",
+            **dict.fromkeys(shares, "[0, 1)"),
+            rotation="[0, 360]",
+            shear="[0, inf)",
+            elastic="[0, inf)",
+            thickness="[0, 1]",
+        )
 
 
 # Fixed, so that scores stay comparable whatever jitter a run trains with.

@@ -189,9 +189,13 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 def read_crops(
-    data: bytes, specs: Sequence[ImageSpec], rng: np.random.Generator | None = None,
-    scale: tuple[float, float] | None = None, *, scaled: bool = True,
-) -> list[UInt8[np.ndarray, "_H _W 3"]]:  # fmt: skip
+    data: bytes,
+    specs: Sequence[ImageSpec],
+    rng: np.random.Generator | None = None,
+    scale: tuple[float, float] | None = None,
+    *,
+    scaled: bool = True,
+) -> list[UInt8[np.ndarray, "_H _W 3"]]:
     """Decode an image and crop it, at random with `rng`, else in the middle. Raises ImageError.
 
     Square inputs as in the paper: the shorter side is resized, then a square is cropped at a random
@@ -268,9 +272,14 @@ def _resized_box(
 
 
 def _crop_of_resized(
-    image: Image.Image, size: int, resample: Image.Resampling, full: tuple[int, int] | None = None,
-    factor: int = 1, square: tuple[int, Box] | None = None, down: bool = False,
-) -> Image.Image:  # fmt: skip
+    image: Image.Image,
+    size: int,
+    resample: Image.Resampling,
+    full: tuple[int, int] | None = None,
+    factor: int = 1,
+    square: tuple[int, Box] | None = None,
+    down: bool = False,
+) -> Image.Image:
     """Resize the shorter side to `size`; crop a square, as `_square` chose it, else the middle.
 
     `full` is the size of the image before it was reduced by `factor`, if it was.
@@ -309,9 +318,12 @@ def _square(
 
 
 def random_box(
-    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float],
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
     aspect: float = 1.0,
-) -> tuple[int, int, int, int]:  # fmt: skip
+) -> tuple[int, int, int, int]:
     """Draw a box (left, top, right, bottom) as torchvision's RandomResizedCrop does: ten attempts
     to fit a rectangle into the image, else the largest one in the middle with an aspect ratio of
     at most 4:3, both relative to `aspect`."""

@@ -75,11 +75,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "data.",
-            seed="[0, 4294967295]", threads="[0, inf)", workers="[0, inf)", crop_scale="(0, 1]",
-            prefetch="[1, inf)", max_bad_share="[0, 1]", shuffle_blocks="[1, inf)",
-            read_ahead_mib="[1, inf)", synthetic_ratio="[0, 1]",
-        )  # fmt: skip
+            self,
+            "data.",
+            seed="[0, 4294967295]",
+            threads="[0, inf)",
+            workers="[0, inf)",
+            crop_scale="(0, 1]",
+            prefetch="[1, inf)",
+            max_bad_share="[0, 1]",
+            shuffle_blocks="[1, inf)",
+            read_ahead_mib="[1, inf)",
+            synthetic_ratio="[0, 1]",
+        )
         if self.crop_scale and not self.crop_scale[0] <= self.crop_scale[1]:
             raise InputError(
                 f"data.crop_scale={self.crop_scale} must be in ascending order; exchange the two"
@@ -87,10 +94,17 @@ class DataConfig:
 
 
 def build(
-    config: DataConfig, *, tokenizer: Tokenize, image_spec: ImageSpec, context_length: int,
-    batch_size: int, process_index: int = 0, process_count: int = 1, plan: BatchPlan | None = None,
+    config: DataConfig,
+    *,
+    tokenizer: Tokenize,
+    image_spec: ImageSpec,
+    context_length: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    plan: BatchPlan | None = None,
     inputs: Mapping[str, Input] | None = None,
-) -> "Pipeline":  # fmt: skip
+) -> "Pipeline":
     """Open the source and build its pipeline. `batch_size` is global.
 
     With a `plan`, batch sizes and image shapes are the plan's. `inputs` are made of each sample
@@ -144,9 +158,14 @@ class Pipeline:
     """Endless batches from one source, starting at any step."""
 
     def __init__(
-        self, config: DataConfig, loader: "_Loader", tokenizers: Tokenizers, *, plan: BatchPlan,
+        self,
+        config: DataConfig,
+        loader: "_Loader",
+        tokenizers: Tokenizers,
+        *,
+        plan: BatchPlan,
         process: tuple[int, int],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config, self._loader, self._tokenizers = config, loader, tokenizers
         self._plan, self._process = plan, process
         self.num_samples = len(loader.source)  # in one epoch
@@ -221,11 +240,15 @@ class Pipeline:
     def _in_streams(self, start: int) -> StreamPieces:
         config, streams = self._config, Streams(self._plan.unit, self._process)
         return StreamPieces(
-            self._loader, self._tokenizers,
-            functools.partial(_stream_order, config.seed, streams, config.shuffle_blocks), streams,
-            self._plan, workers=max(1, config.workers), start=start,
+            self._loader,
+            self._tokenizers,
+            functools.partial(_stream_order, config.seed, streams, config.shuffle_blocks),
+            streams,
+            self._plan,
+            workers=max(1, config.workers),
+            start=start,
             budget=config.read_ahead_mib << 20,
-        )  # fmt: skip
+        )
 
 
 def _stream_order(
@@ -274,9 +297,12 @@ class _Loader:
     """Loads the sample of a position: its record in the order, or the next good one."""
 
     def __init__(
-        self, config: DataConfig, side: int, process: tuple[int, int] = (0, 1),
+        self,
+        config: DataConfig,
+        side: int,
+        process: tuple[int, int] = (0, 1),
         inputs: Mapping[str, Input] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         source = self.source = open_source(config.source, side, process)
         self.members = source.members if isinstance(source, MixtureSource) else [source]
         self._config, self._side, self._inputs = config, side, inputs or {}
@@ -308,9 +334,12 @@ class _Loader:
         return _Loader, (self._config, self._side, (0, 1), self._inputs)
 
     def __call__(
-        self, position: int, record: int, spec: ImageSpec,
+        self,
+        position: int,
+        record: int,
+        spec: ImageSpec,
         fetched: sources.AnyRecord | sources.SampleError | None = None,
-    ) -> Sample:  # fmt: skip
+    ) -> Sample:
         """Load the record, unless it was `fetched` already; if it is bad, the next good one."""
         skipped = []
         count = len(self.source)
@@ -330,9 +359,12 @@ class _Loader:
         )
 
     def _load(
-        self, record: int, spec: ImageSpec, fetched: sources.AnyRecord | sources.SampleError | None,
+        self,
+        record: int,
+        spec: ImageSpec,
+        fetched: sources.AnyRecord | sources.SampleError | None,
         rng: np.random.Generator,
-    ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    ) -> tuple[dict[str, Any], dict[str, str]]:
         if isinstance(fetched, sources.SampleError):
             raise fetched
         more, arrays = None, {}
@@ -367,9 +399,13 @@ class _Loader:
         }
 
     def _views(
-        self, image: Any, specs: Sequence[ImageSpec], more: Reinforcement | None, number: int,
+        self,
+        image: Any,
+        specs: Sequence[ImageSpec],
+        more: Reinforcement | None,
+        number: int,
         rng: np.random.Generator,
-    ) -> list[np.ndarray]:  # fmt: skip
+    ) -> list[np.ndarray]:
         """Return the image at each resolution, cropped and augmented alike."""
         config = self._config
         if isinstance(image, np.ndarray):

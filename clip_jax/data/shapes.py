@@ -39,9 +39,13 @@ class SampleDataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, train="[1, inf)", test="[1, inf)", size="[8, inf)", aspect="[1, 16]",
+            self,
+            train="[1, inf)",
+            test="[1, inf)",
+            size="[8, inf)",
+            aspect="[1, 16]",
             seed="[0, inf)",
-        )  # fmt: skip
+        )
 
 
 def write(config: SampleDataConfig) -> dict[str, int | str]:

@@ -35,8 +35,14 @@ _WORD = re.compile(
     """,
     re.VERBOSE,
 )
-_TWO = {"cannot": ["can", "not"], "gonna": ["gon", "na"], "gotta": ["got", "ta"],
-        "wanna": ["wan", "na"], "gimme": ["gim", "me"], "lemme": ["lem", "me"]}  # fmt: skip
+_TWO = {
+    "cannot": ["can", "not"],
+    "gonna": ["gon", "na"],
+    "gotta": ["got", "ta"],
+    "wanna": ["wan", "na"],
+    "gimme": ["gim", "me"],
+    "lemme": ["lem", "me"],
+}
 
 
 def words_of(text: str) -> list[str]:

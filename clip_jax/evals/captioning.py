@@ -48,9 +48,10 @@ def classify_by_likelihood(splits: Splits) -> Outcome:
     images = splits.compute("test", log_likelihood, tokens, mesh=encoder.mesh)
     values = classification(images.features, images.labels)
     return Outcome(
-        "likelihood_classification", {f"likelihood/{name}": x for name, x in values.items()},
+        "likelihood_classification",
+        {f"likelihood/{name}": x for name, x in values.items()},
         images.skipped,
-    )  # fmt: skip
+    )
 
 
 def captions(encoder: Encoder, images: Images, generation: GenerationConfig) -> list[str]:
@@ -66,9 +67,13 @@ def loss_per_token(encoder: Encoder, images: Images, tokens: Int[np.ndarray, "B 
 
 
 def write(
-    model: CLIP, params: Params, images: Images, seed: UInt32[Array, "*B"] | None = None, *,
+    model: CLIP,
+    params: Params,
+    images: Images,
+    seed: UInt32[Array, "*B"] | None = None,
+    *,
     generation: GenerationConfig,
-) -> Int[Array, "B L"]:  # fmt: skip
+) -> Int[Array, "B L"]:
     """Generate a caption for each image, as token ids; a `seed` here, or one for each image,
     avoids recompilation."""
     _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
@@ -76,18 +81,16 @@ def write(
 
 
 def loss_of_text(
-    model: CLIP, params: Params, images: Images, tokens: Int[Array, "B L"], *,
-    mesh: Mesh,
-) -> Float[Array, " B"]:  # fmt: skip
+    model: CLIP, params: Params, images: Images, tokens: Int[Array, "B L"], *, mesh: Mesh
+) -> Float[Array, " B"]:
     """Return the caption loss of each image's text, summed over its tokens."""
     _, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
     return _loss(model, mesh, params, image_tokens, tokens)
 
 
 def log_likelihood(
-    model: CLIP, params: Params, images: Images, tokens: Int[Array, "T L"], *,
-    mesh: Mesh,
-) -> Float[Array, "B T"]:  # fmt: skip
+    model: CLIP, params: Params, images: Images, tokens: Int[Array, "T L"], *, mesh: Mesh
+) -> Float[Array, "B T"]:
     """Return log p(text | image) for every image and every text."""
     features, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
 
@@ -103,7 +106,11 @@ def _loss(
 ) -> Float[Array, " B"]:
     _, states = model.encode_text_and_write(params, tokens, image_tokens)
     return caption_loss(
-        model.layout.constrain(states), params["decoder"]["vocab_projection"], tokens[:, 1:],
-        pad_id=model.config.text.tokenizer.pad_id, chunk_size=CaptionConfig().chunk_size,
-        mesh=mesh, axes=_AXES,
-    )  # fmt: skip
+        model.layout.constrain(states),
+        params["decoder"]["vocab_projection"],
+        tokens[:, 1:],
+        pad_id=model.config.text.tokenizer.pad_id,
+        chunk_size=CaptionConfig().chunk_size,
+        mesh=mesh,
+        axes=_AXES,
+    )

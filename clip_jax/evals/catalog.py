@@ -32,7 +32,7 @@ from clip_jax.evals.datasets import (
     open_tfds,
     open_webdataset,
     split_folder,
-)  # fmt: skip
+)
 from clip_jax.evals.evaluator import say
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath, matching
@@ -181,8 +181,10 @@ def open_data_set(row: DataSet, root: AnyPath, split: Split = "test") -> Data:
     InputError if the number of classes on disk is wrong."""
     data = _open_row(row, root, split)
     if isinstance(data, Labelled | Tagged) and len(data.names) != row.classes:
-        raise InputError(f"{row.name} has {row.classes} classes, but the one in {root} has "
-                         f"{len(data.names)}; replace it.")  # fmt: skip
+        raise InputError(
+            f"{row.name} has {row.classes} classes, but the one in {root} has "
+            f"{len(data.names)}; replace it."
+        )
     return data
 
 

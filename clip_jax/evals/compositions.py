@@ -59,9 +59,13 @@ def open_aro(annotations: AnyPath, images: AnyPath) -> Contrasted:
             raise SampleError(f"box of {width} x {height} pixels at {x}, {y}: {error}") from error
 
     return Contrasted(
-        len(rows), load, [row[3] for row in rows], _SYMMETRIC, 1 if relations else _FEWEST,
+        len(rows),
+        load,
+        [row[3] for row in rows],
+        _SYMMETRIC,
+        1 if relations else _FEWEST,
         key=lambda i: str(rows[i][0]),
-    )  # fmt: skip
+    )
 
 
 def open_sugar_crepe(folder: AnyPath) -> Contrasted:
@@ -82,9 +86,12 @@ def open_sugar_crepe(folder: AnyPath) -> Contrasted:
             f"no .json of SugarCrepe's in {folder}; add its files, such as swap_obj.json."
         )
     return Contrasted(
-        len(rows), lambda i: rows[i][:2], [row[2] for row in rows], name_groups=True,
+        len(rows),
+        lambda i: rows[i][:2],
+        [row[2] for row in rows],
+        name_groups=True,
         key=lambda i: str(rows[i][0]),
-    )  # fmt: skip
+    )
 
 
 def composition(
@@ -97,9 +104,10 @@ def composition(
     values = {"acc": float(won.mean())}
     members = {group: np.array([g == group for g in groups]) for group in sorted(set(groups))}
     counted = [
-        won[of].mean() for group, of in members.items()
+        won[of].mean()
+        for group, of in members.items()
         if group not in data.left_out and of.sum() >= data.fewest
-    ]  # fmt: skip
+    ]
     if counted:
         values["acc_macro"] = float(np.mean(counted))
     if data.name_groups:

@@ -292,9 +292,12 @@ def checked(path: AnyPath, layout: str) -> Generator[None]:
 
 # Those of the digits' captions that write the number in words.
 _DIGITS_TEMPLATES = (
-    "{c}", "a photo of the number {c}", "the number {c} on paper", "a handwritten {c}",
+    "{c}",
+    "a photo of the number {c}",
+    "the number {c} on paper",
+    "a handwritten {c}",
     "somebody wrote {c}",
-)  # fmt: skip
+)
 
 
 def open_digits(
@@ -314,6 +317,9 @@ def open_digits(
         images, labels = images[mine], labels[mine]
     names = [digits.number_words(number, config.digits) for number in numbers]
     return Labelled(
-        len(labels), lambda i: (images[i], int(labels[i])), names, _DIGITS_TEMPLATES,
+        len(labels),
+        lambda i: (images[i], int(labels[i])),
+        names,
+        _DIGITS_TEMPLATES,
         labels.tolist(),
-    )  # fmt: skip
+    )

@@ -52,9 +52,12 @@ class Encoder:
         return features[[rows[text] for text in texts]]
 
     def compute(
-        self, function: Callable[..., Array], *rows: Any, batch_size: int = sharding.ROWS,
+        self,
+        function: Callable[..., Array],
+        *rows: Any,
+        batch_size: int = sharding.ROWS,
         **options: Any,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """Run a function that `compiled` takes over images or tokens, equal on every process.
 
         Raises NotFinite for results with NaN or infinity.

@@ -59,9 +59,14 @@ def open_babel(imagenet: Labelled, folder: AnyPath, languages: Sequence[str] = (
     chosen = _chosen(BABEL, [code for code in names if code in prompts], languages)
     of_class = {code: {c: i for i, c in enumerate(numbers[code])} for code in chosen}
     return Translated(
-        imagenet.count, imagenet.load, chosen,
-        lambda language, label: of_class[language].get(label), names, prompts, key=imagenet.key,
-    )  # fmt: skip
+        imagenet.count,
+        imagenet.load,
+        chosen,
+        lambda language, label: of_class[language].get(label),
+        names,
+        prompts,
+        key=imagenet.key,
+    )
 
 
 def open_translated(folder: AnyPath, languages: Sequence[str] = ()) -> Translated:
@@ -78,9 +83,12 @@ def open_translated(folder: AnyPath, languages: Sequence[str] = ()) -> Translate
         return images / names[index], captions[index]
 
     return Translated(
-        len(names), load, chosen, lambda language, texts: texts.get(language),
+        len(names),
+        load,
+        chosen,
+        lambda language, texts: texts.get(language),
         key=lambda i: str(images / names[i]),
-    )  # fmt: skip
+    )
 
 
 def _crossmodal(file: AnyPath) -> tuple[list[str], list[dict[str, list[str]]]]:

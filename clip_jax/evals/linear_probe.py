@@ -149,9 +149,13 @@ class Problem:
     """A training set on the mesh; `fit` solves it for any λ, starting from the last solution."""
 
     def __init__(
-        self, features: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"], mesh: Mesh,
-        *, classes: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        features: Float[np.ndarray, "B D"],
+        labels: Int[np.ndarray, " B"],
+        mesh: Mesh,
+        *,
+        classes: int | None = None,
+    ) -> None:
         self._classes = classes or int(labels.max()) + 1
         self._count = count = len(features)
         features = np.asarray(features, np.float32)
@@ -180,9 +184,13 @@ class Problem:
         scale = jax.device_put(scale[:, None].astype(np.float32), self._replicated)
         start = jax.device_put(self._start, self._replicated)
         weights, value, steps = _solve(
-            start / scale, scale, np.float32(strength / self._count), *self._data,
-            np.int32(max_steps), np.float32(tolerance),
-        )  # fmt: skip
+            start / scale,
+            scale,
+            np.float32(strength / self._count),
+            *self._data,
+            np.int32(max_steps),
+            np.float32(tolerance),
+        )
         solution = np.asarray(weights)
         if np.isfinite(solution).all():
             self._start = solution
@@ -235,9 +243,13 @@ def _solve(
 
 
 def search(
-    train: Part, validation: Part, mesh: Mesh, *, lambdas: Sequence[float] = LAMBDAS,
+    train: Part,
+    validation: Part,
+    mesh: Mesh,
+    *,
+    lambdas: Sequence[float] = LAMBDAS,
     classes: int | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """Return the λ with the best validation accuracy: search a coarse grid, then finer ones.
 
     Of equal accuracies the larger λ, the simpler model, wins. A λ whose logits are not finite is
@@ -278,9 +290,14 @@ def few_per_class(
 
 
 def neighbour_votes(
-    train: Part, test_features: Float[np.ndarray, "T D"], mesh: Mesh, *, classes: int, k: int = 20,
+    train: Part,
+    test_features: Float[np.ndarray, "T D"],
+    mesh: Mesh,
+    *,
+    classes: int,
+    k: int = 20,
     batch_size: int = 1_024,
-) -> Int[np.ndarray, "T classes"]:  # fmt: skip
+) -> Int[np.ndarray, "T classes"]:
     """Count the classes of each test row's k nearest training rows in cosine similarity."""
     features, labels = train
     rows, queries = (_unit(x) for x in (features, test_features))

@@ -43,9 +43,13 @@ def contact_sheet(
     figure = Figure((width, height), dpi=100)
     figure.suptitle(plain(title), fontsize=10)
     grid = {
-        "left": 0, "right": 1 - 0.08 / width, "wspace": 0.08 / TILE,
-        "bottom": space / height, "top": 1 - top / height, "hspace": space / TILE,
-    }  # fmt: skip
+        "left": 0,
+        "right": 1 - 0.08 / width,
+        "wspace": 0.08 / TILE,
+        "bottom": space / height,
+        "top": 1 - top / height,
+        "hspace": space / TILE,
+    }
     axes = np.ravel(figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid))
     for axis in axes:
         axis.axis("off")
@@ -58,9 +62,16 @@ def contact_sheet(
             if j == 0 and right is not None:
                 color = "#1a7f37" if right[i] else "tab:red"
             axis.text(
-                0.5, -0.04 - 0.14 * j, plain(line), transform=axis.transAxes, ha="center", va="top",
-                fontsize=8, color=color, fontweight="normal" if color == "black" else "bold",
-            )  # fmt: skip
+                0.5,
+                -0.04 - 0.14 * j,
+                plain(line),
+                transform=axis.transAxes,
+                ha="center",
+                va="top",
+                fontsize=8,
+                color=color,
+                fontweight="normal" if color == "black" else "bold",
+            )
     save(figure, path, bbox_inches="tight")  # texts are outside the axes
 
 

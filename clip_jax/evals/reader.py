@@ -127,9 +127,15 @@ class Splits:
     """A data set's splits, each opened and embedded at first use, once for all tasks."""
 
     def __init__(
-        self, name: str, open_split: OpenSplit, encoder: Encoder, *, most: int | None = None,
-        cache: ImageCache | None = None, templates: Sequence[str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        open_split: OpenSplit,
+        encoder: Encoder,
+        *,
+        most: int | None = None,
+        cache: ImageCache | None = None,
+        templates: Sequence[str] | None = None,
+    ) -> None:
         """`most` limits the images per split, spread over its classes; `cache` has images decoded
         before; `templates` replace the data set's own."""
 

@@ -17,10 +17,19 @@ from clip_jax.evals.reader import Outcome
 from clip_jax.storage.files import AnyPath, write_whole
 
 COLUMNS = (
-    "acc1", "acc5", "mean_per_class_recall", "dataset", "model", "pretrained", "task",
-    "mean_average_precision", "image_retrieval_recall@5", "text_retrieval_recall@5",
-    "model_fullname", "language",
-)  # fmt: skip
+    "acc1",
+    "acc5",
+    "mean_per_class_recall",
+    "dataset",
+    "model",
+    "pretrained",
+    "task",
+    "mean_average_precision",
+    "image_retrieval_recall@5",
+    "text_retrieval_recall@5",
+    "model_fullname",
+    "language",
+)
 _WORST = 12  # number of rows of the confusion matrix
 
 Outcomes = Sequence[tuple[str, Outcome]]  # (data set, outcome) in the order of the report
@@ -38,14 +47,18 @@ def to_csv(outcomes: Outcomes, model: str, tokens: int | None = None) -> str:
     """Write a row for each data set, task and language in CLIP_benchmark's columns, and more."""
     rows = [
         {
-            "dataset": name, "model": model, "pretrained": model, "task": outcome.task,
-            "language": language, "model_fullname": f"{model} {model}",
+            "dataset": name,
+            "model": model,
+            "pretrained": model,
+            "task": outcome.task,
+            "language": language,
+            "model_fullname": f"{model} {model}",
             **{key.replace("linear_probe/", "lp_"): x for key, x in values.items()},
             **({} if tokens is None else {"tokens": tokens}),
         }
         for name, outcome in outcomes
         for language, values in (outcome.by_language or {"en": outcome.values}).items()
-    ]  # fmt: skip
+    ]
     columns = [*COLUMNS, *sorted({key for row in rows for key in row} - set(COLUMNS))]
     return _csv(columns, ([row.get(key, "") for key in columns] for row in rows))
 
@@ -125,8 +138,15 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     for (row, column), value in np.ndenumerate(counts):
         if value:
             dark = value > counts.max() / 2
-            axis.text(column, row, value, ha="center", va="center", fontsize=7,
-                      color="white" if dark else "black")  # fmt: skip
+            axis.text(
+                column,
+                row,
+                value,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
     axis.set_xticks(range(len(columns)), [drawn[c] for c in columns], rotation=90, fontsize=7)
     axis.set_yticks(range(len(worst)), [drawn[c] for c in worst], fontsize=7)
     axis.set(xlabel="predicted", ylabel="true class", title="The worst classes")
@@ -136,7 +156,14 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     wrong = wrong[:: max(len(wrong) // 32, 1)][:32]  # evenly spaced: data sets are sorted by class
     if len(wrong):
         pictures = [center_crop(decode(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]
-        lines = [[*with_probabilities(outcome.logits[i], names), f"true: {names[labels[i]]}"]
-                 for i in wrong]  # fmt: skip
-        contact_sheet(directory / "errors.png", pictures, lines, right=[False] * len(wrong),
-                      title="Errors: three nearest classes (softmax), true class")  # fmt: skip
+        lines = [
+            [*with_probabilities(outcome.logits[i], names), f"true: {names[labels[i]]}"]
+            for i in wrong
+        ]
+        contact_sheet(
+            directory / "errors.png",
+            pictures,
+            lines,
+            right=[False] * len(wrong),
+            title="Errors: three nearest classes (softmax), true class",
+        )

@@ -92,9 +92,12 @@ class SuiteEvaluator:
     pictures of each data set."""
 
     def __init__(
-        self, config: SuiteConfig, opened: Mapping[str, OpenSplit], every_steps: int = 1,
+        self,
+        config: SuiteConfig,
+        opened: Mapping[str, OpenSplit],
+        every_steps: int = 1,
         memory: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`opened` opens each data set's splits, by name (see `data_sets`); `memory` limits the
         decoded images that each process keeps, in bytes."""
         self.every_steps, self._config, self._opened = every_steps, config, opened
@@ -111,9 +114,13 @@ class SuiteEvaluator:
         outcomes: list[tuple[str, Outcome]] = []
         for name, open_split in self._opened.items():
             splits = Splits(
-                name, open_split, encoder, most=self._config.images, cache=self._cache,
+                name,
+                open_split,
+                encoder,
+                most=self._config.images,
+                cache=self._cache,
                 templates=self._templates,
-            )  # fmt: skip
+            )
             try:
                 new = list(_outcomes(splits, self._config))
             except InputError as error:

@@ -57,9 +57,15 @@ def classify(data: Labelled, images: Embedded, encoder: Encoder) -> Outcome:
         values |= sensitivity
         of_template = dict(zip(data.templates, alone, strict=True))
     return Outcome(
-        "zeroshot_classification", values, images.skipped, data.names,
-        logits * encoder.logit_scale, labels, images.indices, of_template,
-    )  # fmt: skip
+        "zeroshot_classification",
+        values,
+        images.skipped,
+        data.names,
+        logits * encoder.logit_scale,
+        labels,
+        images.indices,
+        of_template,
+    )
 
 
 def rows_of_classes(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:

@@ -120,9 +120,16 @@ class Graph:
         return [self.op("Gather", x, np.int64(index), axis=0) for index in range(count)]
 
     def attention(
-        self, out: str, q: str, k: str, v: str, *, layer: int | None = None,
-        mask: str | None = None, norm: tuple[str, float] | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        out: str,
+        q: str,
+        k: str,
+        v: str,
+        *,
+        layer: int | None = None,
+        mask: str | None = None,
+        norm: tuple[str, float] | None = None,
+    ) -> str:
         """Add attention of [B, N, L, K], and the linear map at `out` after it.
 
         Scores and their softmax are float32. `norm` is the path and epsilon of a LayerNorm between.

@@ -187,7 +187,7 @@ def _write_beside(
             "max_position_embeddings": config.text.context_length,
             "vocab_size": config.text.vocab_size,
         },
-    }  # fmt: skip
+    }
     if external:
         content["transformers.js_config"] = {"use_external_data_format": external}
     write_json(folder / "config.json", content)

@@ -218,9 +218,14 @@ def _stack(
 
 
 def _block(
-    graph: Graph, c: BlockConfig, x: str, path: str, layer: int, mask: str | None,
+    graph: Graph,
+    c: BlockConfig,
+    x: str,
+    path: str,
+    layer: int,
+    mask: str | None,
     rotation: Tables | None,
-) -> str:  # fmt: skip
+) -> str:
     def add(number: int, x: str, branch: Callable[[str], str]) -> str:
         def norm(x: str) -> str:
             return graph.layer_norm(x, f"{path}/ln_{number}", c.epsilon, layer)

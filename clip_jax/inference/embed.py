@@ -219,11 +219,18 @@ def are_unit(embeddings: Float[np.ndarray, "B E"]) -> Bool[np.ndarray, " B"]:
 def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> None:
     """Write `embed.json`; raise InputError if the folder has other embeddings."""
     manifest = Manifest(
-        model=absolute(str(config.model)), source=absolute(config.source), rows=len(source),
-        dtype=config.dtype, parts=read_worker(config.worker)[1], rows_per_file=config.rows_per_file,
-        batch_size=config.batch_size, image_column=config.image_column, weights=sample(model),
-        digest=digest(source, keys=KEYS), tokens=model.tokens,
-    )  # fmt: skip
+        model=absolute(str(config.model)),
+        source=absolute(config.source),
+        rows=len(source),
+        dtype=config.dtype,
+        parts=read_worker(config.worker)[1],
+        rows_per_file=config.rows_per_file,
+        batch_size=config.batch_size,
+        image_column=config.image_column,
+        weights=sample(model),
+        digest=digest(source, keys=KEYS),
+        tokens=model.tokens,
+    )
     before = read_manifest(config.output)
     if before == manifest:
         return

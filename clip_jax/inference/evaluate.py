@@ -111,9 +111,11 @@ class Evaluators:
         config, evaluators, values = self._config, self._evaluators, {}
         if self._tasks_on_digits:
             open_split = functools.partial(
-                open_digits, self._digits.source, per_number=self._digits.per_number,
+                open_digits,
+                self._digits.source,
+                per_number=self._digits.per_number,
                 image_size=encoder.model.config.vision.image_spec.side,
-            )  # fmt: skip
+            )
             as_suite = replace(config, tasks=self._tasks_on_digits)
             evaluators = [*evaluators, SuiteEvaluator(as_suite, {"digits": open_split})]
         folders = folders_of(evaluators, output)

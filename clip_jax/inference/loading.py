@@ -108,9 +108,14 @@ class Model:
     def encoder(self, mesh: Mesh, name: str) -> Encoder:
         """Return what evaluators measure; the parameters must be on the mesh."""
         return Encoder(
-            self.clip, self.params, mesh, self.image_preprocess,
-            lambda texts: self.tokenize(texts, True), name, self.head,
-        )  # fmt: skip
+            self.clip,
+            self.params,
+            mesh,
+            self.image_preprocess,
+            lambda texts: self.tokenize(texts, True),
+            name,
+            self.head,
+        )
 
     def class_probabilities(self, images: Float[Any, "B E"]) -> Float[np.ndarray, "B classes"]:
         """Return the probability of each of `head.classes` for outputs of `encode_image`."""
@@ -120,9 +125,13 @@ class Model:
         return special.softmax(logits * float(np.exp(self.params["logit_scale"])), axis=1)
 
     def caption(
-        self, images: Images, generation: GenerationConfig = GenerationConfig(), *,
-        batch_size: int = 64, seeds: UInt32[np.ndarray, " B"] | None = None,
-    ) -> list[str]:  # fmt: skip
+        self,
+        images: Images,
+        generation: GenerationConfig = GenerationConfig(),
+        *,
+        batch_size: int = 64,
+        seeds: UInt32[np.ndarray, " B"] | None = None,
+    ) -> list[str]:
         """Return a caption for each image, given bytes or the output of `preprocess`, in batches.
 
         `seeds` replace `generation.seed`: an image's caption is the one of its own seed. Raises
@@ -159,10 +168,15 @@ def unit(features: Any) -> Float[np.ndarray, "B E"]:
 
 
 def load(
-    path: str | AnyPath, *, dtype: DType = "float32", image_size: int | None = None,
-    tokens: int | None = None, activation: Activation | None = None, tokenizer: str | None = None,
+    path: str | AnyPath,
+    *,
+    dtype: DType = "float32",
+    image_size: int | None = None,
+    tokens: int | None = None,
+    activation: Activation | None = None,
+    tokenizer: str | None = None,
     base: str | None = None,
-) -> Model:  # fmt: skip
+) -> Model:
     """Load a model from a run directory, a model folder or weights in another format.
 
     RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. OpenAI's names
@@ -175,9 +189,13 @@ def load(
     executed.
     """
     weights = read_weights(
-        files.as_path(path), activation=activation, image_size=image_size, tokens=tokens,
-        tokenizer=tokenizer, base=base,
-    )  # fmt: skip
+        files.as_path(path),
+        activation=activation,
+        image_size=image_size,
+        tokens=tokens,
+        tokenizer=tokenizer,
+        base=base,
+    )
     return model_of(weights, dtype)
 
 

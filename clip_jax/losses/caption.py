@@ -41,9 +41,14 @@ class CaptionConfig(Term):
         """Return the loss of each row, summed over its tokens."""
         kernel = x.params["decoder"]["vocab_projection"]
         rows = caption_loss(
-            x.outputs["caption_states"], kernel, x.inputs["text"][:, 1:], mesh=x.mesh, axes=x.axes,
-            pad_id=x.model.config.text.tokenizer.pad_id, chunk_size=self.chunk_size,
-        )  # fmt: skip
+            x.outputs["caption_states"],
+            kernel,
+            x.inputs["text"][:, 1:],
+            mesh=x.mesh,
+            axes=x.axes,
+            pad_id=x.model.config.text.tokenizer.pad_id,
+            chunk_size=self.chunk_size,
+        )
         return {"rows": rows}
 
     def loss(self, x: Context) -> Result:
@@ -53,9 +58,15 @@ class CaptionConfig(Term):
 
 
 def caption_loss(
-    states: Float[Array, "B L D"], kernel: Float[Array, "D V"], labels: Int[Array, "B L"], *,
-    pad_id: int, chunk_size: int, mesh: Mesh | None = None, axes: Axes | None = None,
-) -> Float[Array, " B"]:  # fmt: skip
+    states: Float[Array, "B L D"],
+    kernel: Float[Array, "D V"],
+    labels: Int[Array, "B L"],
+    *,
+    pad_id: int,
+    chunk_size: int,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
+) -> Float[Array, " B"]:
     """Return each row's Σ −log p(label) over the positions whose label is no padding.
 
     p is the softmax of `states · kernel`, in float32; matmuls are in the states' dtype. On a mesh
@@ -114,9 +125,14 @@ def count_labels(labels: Int[Array, "B L"], pad_id: int) -> Float[Array, ""]:
 
 
 def _forward(
-    states: Float[Array, "B L D"], kernel: Float[Array, "D V"], labels: Int[Array, "B L"], *,
-    vocabulary: str | None, pad_id: int, chunk: int,
-) -> tuple[Float[Array, " B"], Float[Array, "B L"]]:  # fmt: skip
+    states: Float[Array, "B L D"],
+    kernel: Float[Array, "D V"],
+    labels: Int[Array, "B L"],
+    *,
+    vocabulary: str | None,
+    pad_id: int,
+    chunk: int,
+) -> tuple[Float[Array, " B"], Float[Array, "B L"]]:
     """Return each row's loss and each position's log Σ exp.
 
     `vocabulary` is the mesh axis that shards the vocabulary, None if none does.
@@ -139,10 +155,16 @@ def _forward(
 
 
 def _backward(
-    states: Float[Array, "B L D"], kernel: Float[Array, "D V"], labels: Int[Array, "B L"],
-    normalizer: Float[Array, "B L"], d_rows: Float[Array, " B"], *,
-    vocabulary: str | None, pad_id: int, chunk: int,
-) -> tuple[Float[Array, "B L D"], Float[Array, "D V"]]:  # fmt: skip
+    states: Float[Array, "B L D"],
+    kernel: Float[Array, "D V"],
+    labels: Int[Array, "B L"],
+    normalizer: Float[Array, "B L"],
+    d_rows: Float[Array, " B"],
+    *,
+    vocabulary: str | None,
+    pad_id: int,
+    chunk: int,
+) -> tuple[Float[Array, "B L D"], Float[Array, "D V"]]:
     weights = jnp.where(labels != pad_id, d_rows[:, None], 0)
     d_kernel = jnp.zeros(kernel.shape, jnp.float32)
     kernel = kernel.astype(states.dtype)
@@ -178,9 +200,12 @@ def _is_label(labels: Int[Array, " N"], count: int, vocabulary: str | None) -> B
 
 
 def _by_chunks(
-    visit: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays: tuple[Array, ...], size: int,
+    visit: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    arrays: tuple[Array, ...],
+    size: int,
     pad_id: int,
-) -> tuple[Any, Any]:  # fmt: skip
+) -> tuple[Any, Any]:
     """Scan over arrays [B, L, ...], `size` positions at a time; the last chunk is padded."""
     batch, length = arrays[0].shape[:2]
     count = batch * length

@@ -44,9 +44,16 @@ class Contrastive(Pairwise):
             ids = number_captions(x.inputs[name]) if self.mask_same_caption else None
             ids = x.inputs["class"] if self.mask_same_class else ids
             own = contrastive_loss(
-                self, x.outputs["image"], x.outputs[output], scale, x.params.get("logit_bias"),
-                teachers=teachers, caption_ids=ids, mesh=x.mesh, axes=x.axes.rows,
-            )  # fmt: skip
+                self,
+                x.outputs["image"],
+                x.outputs[output],
+                scale,
+                x.params.get("logit_bias"),
+                teachers=teachers,
+                caption_ids=ids,
+                mesh=x.mesh,
+                axes=x.axes.rows,
+            )
             results.append(own)
         (loss, metrics), *others = results
         return sum((value for value, _ in others), start=loss), metrics
@@ -63,12 +70,17 @@ class Contrastive(Pairwise):
 
 
 def contrastive_loss(
-    config: Contrastive, image_features: Float[Array, "B E"], text_features: Float[Array, "B E"],
-    logit_scale: Float[Array, ""], logit_bias: Float[Array, ""] | None = None, *,
+    config: Contrastive,
+    image_features: Float[Array, "B E"],
+    text_features: Float[Array, "B E"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None = None,
+    *,
     teachers: Sequence[tuple[Float[Array, "B _"], Float[Array, "B _"]]] = (),
-    caption_ids: Int[Array, " B"] | None = None, mesh: Mesh | None = None,
+    caption_ids: Int[Array, " B"] | None = None,
+    mesh: Mesh | None = None,
     axes: tuple[str, ...] = (),
-) -> Result:  # fmt: skip
+) -> Result:
     """Compute loss and metrics of L2-normalised embeddings; pair i is row i of both.
 
     Embeddings are global arrays whose first dim is sharded over the mesh axes `axes` (none: one

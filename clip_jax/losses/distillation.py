@@ -94,9 +94,12 @@ class DistillationConfig(Contrastive):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(
-            self, "DistillationConfig.", similarity_weight="[0, inf)", features_weight="[0, inf)",
+            self,
+            "DistillationConfig.",
+            similarity_weight="[0, inf)",
+            features_weight="[0, inf)",
             logit_scale="(0, inf)",
-        )  # fmt: skip
+        )
 
     @property
     def needs_bias(self) -> bool:  # ty: ignore[incompatible-property-override]
@@ -215,9 +218,13 @@ class DistillationConfig(Contrastive):
         return log_sum - scale * sum(below / total for total, below in sums) / len(sums)
 
     def gradient(
-        self, pairs: Pairs, image: Statistics, text: Statistics,
-        scale: Float[Array, ""], bias: Float[Array, ""],
-    ) -> Float[Array, "R C"]:  # fmt: skip
+        self,
+        pairs: Pairs,
+        image: Statistics,
+        text: Statistics,
+        scale: Float[Array, ""],
+        bias: Float[Array, ""],
+    ) -> Float[Array, "R C"]:
         """Return d Σ losses / d logits on a block."""
         if self.similarity != "softmax":
             logits, p = scale * pairs.cosine + bias, _probability(pairs)

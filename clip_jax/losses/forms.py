@@ -21,9 +21,14 @@ def conclude(
 
 
 def dense(
-    config: Pairwise, image: Side, text: Side, scale: Float[Array, ""], bias: Float[Array, ""],
-    mesh: Mesh | None, axes: tuple[str, ...],
-) -> Result:  # fmt: skip
+    config: Pairwise,
+    image: Side,
+    text: Side,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    mesh: Mesh | None,
+    axes: tuple[str, ...],
+) -> Result:
     """Compute each device's rows of the logits, [B / devices, B], at once; JAX differentiates."""
 
     def gather(x: Float[Array, "b E"]) -> Float[Array, "B E"]:

@@ -85,9 +85,12 @@ class Pairwise(Term):
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, f"{type(self).__name__}.", weight="[0, inf)", block_size="[1, inf)",
+            self,
+            f"{type(self).__name__}.",
+            weight="[0, inf)",
+            block_size="[1, inf)",
             budget_mib="[0, inf)",
-        )  # fmt: skip
+        )
 
     @property
     def texts(self) -> dict[str, str]:
@@ -119,9 +122,13 @@ class Pairwise(Term):
         raise NotImplementedError
 
     def gradient(
-        self, pairs: Pairs, image: Statistics, text: Statistics,
-        scale: Float[Array, ""], bias: Float[Array, ""],
-    ) -> Float[Array, "R C"]:  # fmt: skip
+        self,
+        pairs: Pairs,
+        image: Statistics,
+        text: Statistics,
+        scale: Float[Array, ""],
+        bias: Float[Array, ""],
+    ) -> Float[Array, "R C"]:
         """Return d Σ losses / d logits on a block."""
         raise NotImplementedError
 
@@ -155,13 +162,15 @@ def summarise(
         for logits, top in zip(pairs.teachers, tops, strict=True)
     ]
     return Statistics(
-        top=top, teacher_tops=tops, ties=(below == 0).sum(axis, dtype=dtype),
+        top=top,
+        teacher_tops=tops,
+        ties=(below == 0).sum(axis, dtype=dtype),
         positive=jnp.where(pairs.positive, pairs.cosine, 0).sum(axis),
         exp_sum=jnp.exp(scale * below).sum(axis),
         summand_sum=jnp.where(pairs.valid, summands, 0).sum(axis),
         count=pairs.valid.sum(axis, dtype=dtype),
         teacher_sums=tuple((w.sum(axis), (w * below).sum(axis)) for w in weights),
-    )  # fmt: skip
+    )
 
 
 def nothing(side: Side) -> Statistics:

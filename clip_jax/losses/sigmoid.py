@@ -40,9 +40,13 @@ class SigmoidConfig(Contrastive):
         return image.summand_sum
 
     def gradient(
-        self, pairs: Pairs, image: Statistics, text: Statistics,
-        scale: Float[Array, ""], bias: Float[Array, ""],
-    ) -> Float[Array, "R C"]:  # fmt: skip
+        self,
+        pairs: Pairs,
+        image: Statistics,
+        text: Statistics,
+        scale: Float[Array, ""],
+        bias: Float[Array, ""],
+    ) -> Float[Array, "R C"]:
         """Return d Σ losses / d logits on a block."""
         logits = scale * pairs.cosine + bias
         sign = jnp.where(pairs.positive, 1.0, -1.0)

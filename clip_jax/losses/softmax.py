@@ -40,9 +40,13 @@ class SoftmaxConfig(Contrastive):
         return loss
 
     def gradient(
-        self, pairs: Pairs, image: Statistics, text: Statistics,
-        scale: Float[Array, ""], bias: Float[Array, ""],
-    ) -> Float[Array, "R C"]:  # fmt: skip
+        self,
+        pairs: Pairs,
+        image: Statistics,
+        text: Statistics,
+        scale: Float[Array, ""],
+        bias: Float[Array, ""],
+    ) -> Float[Array, "R C"]:
         """Return d Σ losses / d logits on a block: predicted minus target probabilities."""
         image = jax.tree.map(lambda field: field[:, None], image)
         text = jax.tree.map(lambda field: field[None, :], text)

@@ -123,9 +123,14 @@ def by_blocks(visit: Visit, size: int) -> Visit:
 
 
 def streamed(
-    config: Pairwise, image: Side, text: Side, scale: Float[Array, ""], bias: Float[Array, ""],
-    mesh: Mesh | None, route: Route,
-) -> Result:  # fmt: skip
+    config: Pairwise,
+    image: Side,
+    text: Side,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    mesh: Mesh | None,
+    route: Route,
+) -> Result:
     """Compute the loss in memory that grows with B; the backward pass visits all blocks again."""
     batch = len(image.index)
 

@@ -122,9 +122,14 @@ class Writer:
     SECONDS = 30
 
     def __init__(
-        self, lines: AnyPath, board: AnyPath, resume_step: int | None, say: Callable[[str], None],
-        clock: Clock = CLOCK, config: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        lines: AnyPath,
+        board: AnyPath,
+        resume_step: int | None,
+        say: Callable[[str], None],
+        clock: Clock = CLOCK,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """`resume_step` is the step that a run resumes from; None keeps all rows (see `Lines`). The
         run's `config` is shown as text, and wandb is used if its `wandb_project` is set."""
         self._wandb: Any = config and config["wandb_project"] and open_wandb(config, lines.parent)
@@ -204,9 +209,13 @@ def open_wandb(config: Mapping[str, Any], workdir: AnyPath) -> Any:
     files.write_whole(path, json.dumps({"id": run_id}))
     try:
         run = wandb.init(
-            project=config["wandb_project"], id=run_id, resume="allow", name=workdir.name,
-            config=dict(config), dir=None if files.is_remote(workdir) else str(workdir),
-        )  # fmt: skip
+            project=config["wandb_project"],
+            id=run_id,
+            resume="allow",
+            name=workdir.name,
+            config=dict(config),
+            dir=None if files.is_remote(workdir) else str(workdir),
+        )
     except wandb.Error as error:
         raise InputError(f"wandb: {error} WANDB_MODE=offline logs without a network.") from error
     run.define_metric("*", step_metric="step")  # a resumed run repeats steps
@@ -221,9 +230,14 @@ class Reports:
     """
 
     def __init__(
-        self, workdir: epath.Path, timers: Timers, config: Any, start: int, devices: int,
+        self,
+        workdir: epath.Path,
+        timers: Timers,
+        config: Any,
+        start: int,
+        devices: int,
         steps_kept: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`config` is the run's Config, `steps_kept` the seconds spent on steps until `start`."""
         lead = processes.is_lead()
         self._workdir, self._timers, self._devices = workdir, timers, devices

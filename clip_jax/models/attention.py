@@ -30,9 +30,14 @@ class Rotation(NamedTuple):
 
 # VMEM of one core by JAX's name of the chip; earlier chips have 16 MiB.
 VMEM_MIB = {
-    "TPU v5 lite": 128, "TPU v5e": 128, "TPU v6 lite": 128, "TPU v6e": 128,
-    "TPU v5": 64, "TPU v5p": 64, "TPU7x": 64,
-}  # fmt: skip
+    "TPU v5 lite": 128,
+    "TPU v5e": 128,
+    "TPU v6 lite": 128,
+    "TPU v6e": 128,
+    "TPU v5": 64,
+    "TPU v5p": 64,
+    "TPU7x": 64,
+}
 _LANES = 128  # of a TPU's vector unit; splash needs head dims and lengths in multiples of it
 SPLASH_LENGTH = 577  # tokens; from here on splash reads less memory than XLA
 _BLOCK = 512  # most tokens in a block of splash
@@ -215,13 +220,21 @@ def splash(
     shape = (padded, padded)
     of_head = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     kernel = kernels.make_splash_mha(
-        mask=masks.MultiHeadMask([of_head] * heads), head_shards=1, q_seq_shards=1,
+        mask=masks.MultiHeadMask([of_head] * heads),
+        head_shards=1,
+        q_seq_shards=1,
         block_sizes=kernels.BlockSizes(
-            block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
-            block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
         ),
         interpret=interpret,
-    )  # fmt: skip
+    )
     if lengths is None:
         lengths = jnp.full(batch, length, jnp.int32)
     # Padding is a segment of its own, so real tokens do not attend to it.

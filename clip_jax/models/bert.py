@@ -77,9 +77,11 @@ class Bert(TextTransformer):
         if c.head != "linear":
             hidden = c.projected_width(self.embed_dim)
             self.projection_hidden = Einsum(
-                "BD,DE->BE", (c.width, hidden), (hidden,) if c.head == "norm" else None,
+                "BD,DE->BE",
+                (c.width, hidden),
+                (hidden,) if c.head == "norm" else None,
                 layers.uniform(c.width**-0.5),
-            )  # fmt: skip
+            )
 
     def embed(
         self, tokens: Int[Array, "B L"], position: Int[Array, ""] | None = None

@@ -68,10 +68,13 @@ class CLIPConfig:
 
     def __post_init__(self) -> None:
         layers.check_sizes(
-            self, "model.",
-            init_logit_scale="(0, inf)", init_logit_bias="(-inf, inf)",
-            image_mean="(-inf, inf)", image_std="(0, inf)",
-        )  # fmt: skip
+            self,
+            "model.",
+            init_logit_scale="(0, inf)",
+            init_logit_bias="(-inf, inf)",
+            image_mean="(-inf, inf)",
+            image_std="(0, inf)",
+        )
         self.vision.check_width(self.embed_dim)
         self.text.check_width(self.embed_dim)
         if self.decoder is not None:
@@ -107,9 +110,12 @@ class Towers(nn.Module):
         c = self.config
         self.visual = c.vision.module(c.embed_dim, c.remat, c.unroll, self.layout)
         options: dict[str, Any] = {
-            "embed_dim": c.embed_dim, "dtype": c.dtype, "remat": c.remat, "unroll": c.unroll,
+            "embed_dim": c.embed_dim,
+            "dtype": c.dtype,
+            "remat": c.remat,
+            "unroll": c.unroll,
             "layout": self.layout,
-        }  # fmt: skip
+        }
         if c.decoder is None:
             self.text = c.text.module(**options)
         else:
@@ -319,9 +325,13 @@ def _vit(towers: Towers) -> ViT:
 
 
 def _outputs(
-    images: dict[str, Images], texts: dict[str, Array], needs: Sequence[str],
-    keys: Array | None, train: bool, towers: Towers,
-) -> dict[str, Array]:  # fmt: skip
+    images: dict[str, Images],
+    texts: dict[str, Array],
+    needs: Sequence[str],
+    keys: Array | None,
+    train: bool,
+    towers: Towers,
+) -> dict[str, Array]:
     """Compute the outputs of `CLIP.outputs`; each tower runs once for each of its inputs."""
     out: dict[str, Array] = {}
     pixels = {name: as_dtype(x, towers.config.dtype) for name, x in images.items()}

@@ -73,9 +73,13 @@ class ConvStem(nn.Module):
             last, shape = i == len(STEM) - 1, (size, size, widths[i], widths[i + 1])
             name, einsum = ("D", self.layout.einsum) if last else ("O", jnp.einsum)
             x = Einsum(
-                f"BLPQC,PQC{name}->BL{name}", shape, (shape[-1],) if last else None,
-                uniform((size * size * widths[i]) ** -0.5), einsum=einsum, name=f"conv{i}",
-            )(x)  # fmt: skip
+                f"BLPQC,PQC{name}->BL{name}",
+                shape,
+                (shape[-1],) if last else None,
+                uniform((size * size * widths[i]) ** -0.5),
+                einsum=einsum,
+                name=f"conv{i}",
+            )(x)
             if not last:
                 norm = BatchNorm(train, self.config.batch_norm_group, name=f"bn{i}")
                 x = gelu(norm(x[:, :, None])[:, :, 0])

@@ -36,10 +36,7 @@ class ConvNeXtConfig:
     positions_path = None  # it has no position embeddings
 
     def __post_init__(self) -> None:
-        layers.check_sizes(
-            self, "vision.",
-            norm_epsilon="(0, inf)", layer_scale="(-inf, inf)",
-        )  # fmt: skip
+        layers.check_sizes(self, "vision.", norm_epsilon="(0, inf)", layer_scale="(-inf, inf)")
         if self.image_size % 32:
             raise InputError(
                 f"vision.image_size={self.image_size} is not a multiple of 32, the stride of a "
@@ -97,10 +94,15 @@ class ConvNeXtBlock(nn.Module):
     ) -> tuple[Float[Array, "B H W D"], None]:
         c, width = self.config, x.shape[-1]
         y = nn.Conv(
-            width, (7, 7), feature_group_count=width, dtype=x.dtype, name="conv",
-            kernel_init=named("P Q C D", uniform(1 / 7)), bias_init=named("-", uniform(1 / 7)),
+            width,
+            (7, 7),
+            feature_group_count=width,
+            dtype=x.dtype,
+            name="conv",
+            kernel_init=named("P Q C D", uniform(1 / 7)),
+            bias_init=named("-", uniform(1 / 7)),
             conv_general_dilated=c.layout.conv,
-        )(x)  # fmt: skip
+        )(x)
         y = LayerNorm(c.epsilon, name="ln")(checkpoint_name(y, "attended"))
         y = layers.MLP(c.mlp_width, c.activation, c.init_fns, name="mlp")(y)
         if c.layer_scale is not None:
@@ -119,9 +121,12 @@ class ConvNeXt(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "B H W C"], keys: Key[Array, " B"] | None = None, *,
+        self,
+        images: Float[Array, "B H W C"],
+        keys: Key[Array, " B"] | None = None,
+        *,
         train: bool = False,
-    ) -> Float[Array, "B E"]:  # fmt: skip
+    ) -> Float[Array, "B E"]:
         """Embed images. `keys` and `train` have no effect."""
         c = self.config
         c.image_spec.check(images)

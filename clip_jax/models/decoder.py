@@ -62,15 +62,21 @@ class CrossAttention(nn.Module):
             assert other is not None
             other, length = split_tokens(other)
             both = Einsum(
-                "BLD,DSNK->BLSNK", (other.shape[-1], 2, *heads), (2, *heads), self.in_proj,
-                self.bias_init, name="kv",
-            )(other)  # fmt: skip
+                "BLD,DSNK->BLSNK",
+                (other.shape[-1], 2, *heads),
+                (2, *heads),
+                self.in_proj,
+                self.bias_init,
+                name="kv",
+            )(other)
             if q.shape[0] == 1:
                 q = jnp.broadcast_to(q, (other.shape[0], *q.shape[1:]))
             y = jax.nn.dot_product_attention(
-                q.reshape(other.shape[0], -1, *heads), both[:, :, 0], both[:, :, 1],
+                q.reshape(other.shape[0], -1, *heads),
+                both[:, :, 0],
+                both[:, :, 1],
                 key_value_seq_lengths=length,
-            )  # fmt: skip
+            )
             kv = (both[:, :, 0].swapaxes(1, 2), both[:, :, 1].swapaxes(1, 2))
             kv = kv if length is None else (*kv, length)
         return Einsum("BLNK,NKD->BLD", (*heads, width), (width,), self.out_init, name="out_proj")(
@@ -229,9 +235,10 @@ class CoCaDecoder(nn.Module):
     def setup(self) -> None:
         c, width = self.config, self.text.width
         block = self.text.block(self.layout)._replace(
-            num_heads=c.num_heads, mlp_width=int(width * c.mlp_ratio),
+            num_heads=c.num_heads,
+            mlp_width=int(width * c.mlp_ratio),
             init_fns=layers.BlockInit.text(width, c.depth),
-        )  # fmt: skip
+        )
         self.transformer = layers.Transformer(block, c.depth, self.remat, self.unroll, Layer)
         self.ln_final = LayerNorm(block.epsilon)
         init = named("D V", nn.initializers.normal(width**-0.5))
@@ -246,9 +253,13 @@ class CoCaDecoder(nn.Module):
         return tower.pool(states, tokens), self.ln_final(written)
 
     def step(
-        self, tower: TextTransformer, tokens: Int[Array, "R 1"],
-        image: ImageTokens | None, cache: Caption, position: Int[Array, ""],
-    ) -> tuple[Float[Array, "R 1 D"], Caption]:  # fmt: skip
+        self,
+        tower: TextTransformer,
+        tokens: Int[Array, "R 1"],
+        image: ImageTokens | None,
+        cache: Caption,
+        position: Int[Array, ""],
+    ) -> tuple[Float[Array, "R 1 D"], Caption]:
         """Return the state of one more token, and the cache with it."""
         x = tower.embed(tokens, position)
         x, text = tower.transformer(x, caches=cache.text, position=position)
@@ -333,17 +344,25 @@ class MaMMUTDecoder(nn.Module):
         return tower(tokens), self._run(tower, tokens[:, :-1], image)[0]
 
     def step(
-        self, tower: TextTransformer, tokens: Int[Array, "R 1"],
-        image: ImageTokens | None, cache: Caption, position: Int[Array, ""],
-    ) -> tuple[Float[Array, "R 1 D"], Caption]:  # fmt: skip
+        self,
+        tower: TextTransformer,
+        tokens: Int[Array, "R 1"],
+        image: ImageTokens | None,
+        cache: Caption,
+        position: Int[Array, ""],
+    ) -> tuple[Float[Array, "R 1 D"], Caption]:
         """Return the state of one more token, and the cache with it."""
         x, own = self._run(tower, tokens, image, cache.decoder, position)
         return x, Caption(None, own)
 
     def _run(
-        self, tower: TextTransformer, tokens: Array, image: ImageTokens | None,
-        caches: list[Cache] | None = None, position: Array | None = None,
-    ) -> tuple[Array, Any]:  # fmt: skip
+        self,
+        tower: TextTransformer,
+        tokens: Array,
+        image: ImageTokens | None,
+        caches: list[Cache] | None = None,
+        position: Array | None = None,
+    ) -> tuple[Array, Any]:
         if image is not None:
             states, length = split_tokens(image)
             image = join_tokens(states @ self.image_projection.astype(states.dtype), length)

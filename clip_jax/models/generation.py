@@ -38,11 +38,17 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "generation.",
-            max_length="[2, inf)", min_length="[1, inf)", top_k="[1, inf)", top_p="(0, 1]",
-            temperature="(0, inf)", seed="[0, 4294967295]", beams="[1, inf)",
+            self,
+            "generation.",
+            max_length="[2, inf)",
+            min_length="[1, inf)",
+            top_k="[1, inf)",
+            top_p="(0, 1]",
+            temperature="(0, inf)",
+            seed="[0, 4294967295]",
+            beams="[1, inf)",
             length_penalty="[0, inf)",
-        )  # fmt: skip
+        )
         if self.max_length is not None and self.min_length >= self.max_length:
             raise InputError(
                 f"generation.min_length={self.min_length} must be less than "
@@ -67,9 +73,12 @@ class GenerationConfig:
 
 
 def generate(
-    clip: CLIP, params: Params, image_tokens: ImageTokens,
-    config: GenerationConfig = GenerationConfig(), seed: Integer[Array, "*B"] | None = None,
-) -> Int[Array, "B L"]:  # fmt: skip
+    clip: CLIP,
+    params: Params,
+    image_tokens: ImageTokens,
+    config: GenerationConfig = GenerationConfig(),
+    seed: Integer[Array, "*B"] | None = None,
+) -> Int[Array, "B L"]:
     """Generate a caption for each image: ids from begin to end of text, then padding.
 
     As in open_clip's `generate`, a generated padding id also ends a row. `seed` replaces the

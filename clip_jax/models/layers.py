@@ -342,9 +342,13 @@ class Attention(nn.Module):
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
         qkv = Einsum(
-            "BLD,DSNK->BLSNK", (width, 3, *heads), (2 + self.key_bias, *heads),
-            self.init_fns.in_proj, flat=self.layout.whole_heads, name="in_proj",
-        )(x)  # fmt: skip
+            "BLD,DSNK->BLSNK",
+            (width, 3, *heads),
+            (2 + self.key_bias, *heads),
+            self.init_fns.in_proj,
+            flat=self.layout.whole_heads,
+            name="in_proj",
+        )(x)
         if isinstance(keys, attention.Rotation):
             qkv, keys = attention.rotate(qkv, self.num_heads, keys), None
         qkv = checkpoint_name(qkv, "qkv")
@@ -359,9 +363,13 @@ class Attention(nn.Module):
             flat = x.reshape(*x.shape[:2], width)
             x = LayerNorm(self.norm, name="ln")(flat).reshape(x.shape)
         x = Einsum(
-            "BLNK,NKD->BLD", (*heads, width), (width,), self.init_fns.out_proj,
-            flat=self.layout.whole_heads, name="out_proj",
-        )(x)  # fmt: skip
+            "BLNK,NKD->BLD",
+            (*heads, width),
+            (width,),
+            self.init_fns.out_proj,
+            flat=self.layout.whole_heads,
+            name="out_proj",
+        )(x)
         return x, cache
 
 
@@ -378,10 +386,18 @@ class MLP(nn.Module):
         width, mlp_width = x.shape[-1], self.mlp_width
 
         def hidden(name: str) -> Array:
-            return checkpoint_name(Einsum(
-                "...D,DF->...F", (width, mlp_width), (mlp_width,), self.init_fns.c_fc,
-                uniform(width**-0.5), flat=True, name=name,
-            )(x), "hidden")  # fmt: skip
+            return checkpoint_name(
+                Einsum(
+                    "...D,DF->...F",
+                    (width, mlp_width),
+                    (mlp_width,),
+                    self.init_fns.c_fc,
+                    uniform(width**-0.5),
+                    flat=True,
+                    name=name,
+                )(x),
+                "hidden",
+            )
 
         activation = ACTIVATIONS[self.activation]
         if self.activation == "swiglu":
@@ -391,9 +407,14 @@ class MLP(nn.Module):
         if self.norm is not None:
             y = LayerNorm(self.norm, name="ln")(y)
         return Einsum(
-            "...F,FD->...D", (mlp_width, width), (width,), self.init_fns.c_proj,
-            uniform(mlp_width**-0.5), flat=True, name="c_proj",
-        )(y)  # fmt: skip
+            "...F,FD->...D",
+            (mlp_width, width),
+            (width,),
+            self.init_fns.c_proj,
+            uniform(mlp_width**-0.5),
+            flat=True,
+            name="c_proj",
+        )(y)
 
 
 class LayerScale(nn.Module):
@@ -409,9 +430,13 @@ class LayerScale(nn.Module):
 
 
 def block_operations(
-    tokens: int, width: int, mlp_width: int, mlp: bool = True, gated: bool = False,
+    tokens: int,
+    width: int,
+    mlp_width: int,
+    mlp: bool = True,
+    gated: bool = False,
     inner_norm: bool = False,
-) -> Operations:  # fmt: skip
+) -> Operations:
     """Count a block's operations: 4·width² + 2·tokens·width + 2·width·mlp_width per token, and half
     as much again for the MLP with a gate."""
     return Operations(
@@ -523,9 +548,13 @@ class Transformer(nn.Module):
             # Inside a loop XLA cannot merge the recomputation away, so no barrier is needed.
             block = nn.remat(block, prevent_cse=self.unroll > 1, policy=policy)
         scanned = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 3, length=self.depth, unroll=min(self.unroll, self.depth),
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * 3,
+            length=self.depth,
+            unroll=min(self.unroll, self.depth),
             metadata_params={nn.PARTITION_NAME: "depth"},
-        )  # fmt: skip
+        )
         stack = scanned(self.config, *self.fields, name=self.block.stack, **options)
         return stack(x, None, other, position)

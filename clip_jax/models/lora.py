@@ -77,13 +77,17 @@ def linear_maps(model: CLIPConfig) -> tuple[Adapted, ...]:
         cut = 1 if dims[0] == "D" else len(dims) - 1
         name = path.removesuffix("/kernel")
         folder = name.rpartition("/")[0]
-        maps.append(Adapted(
-            kernel=path,
-            names=tuple(f"{folder}/{part}" if part else name for part in PARTS[parts]),
-            chosen=(False,) * parts, inputs=sizes[:cut], outputs=sizes[cut:],
-            depth=(depth,) if depth else (),
-            dims=("depth " if depth else "", " ".join(dims[:cut]), " ".join(dims[cut:])),
-        ))  # fmt: skip
+        maps.append(
+            Adapted(
+                kernel=path,
+                names=tuple(f"{folder}/{part}" if part else name for part in PARTS[parts]),
+                chosen=(False,) * parts,
+                inputs=sizes[:cut],
+                outputs=sizes[cut:],
+                depth=(depth,) if depth else (),
+                dims=("depth " if depth else "", " ".join(dims[:cut]), " ".join(dims[cut:])),
+            )
+        )
     return tuple(maps)
 
 

@@ -184,9 +184,16 @@ def conv(
     """Apply a convolution without bias, padded by half its size, initialised as in PyTorch."""
     init = named(names, uniform((x.shape[-1] * size * size) ** -0.5))
     return nn.Conv(
-        channels, (size, size), stride, padding=size // 2, use_bias=False, dtype=x.dtype,
-        kernel_init=init, conv_general_dilated=convolve, name=name,
-    )(x)  # fmt: skip
+        channels,
+        (size, size),
+        stride,
+        padding=size // 2,
+        use_bias=False,
+        dtype=x.dtype,
+        kernel_init=init,
+        conv_general_dilated=convolve,
+        name=name,
+    )(x)
 
 
 def avg_pool(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
@@ -288,9 +295,14 @@ class AttentionPool2d(nn.Module):
         q, k, v = (linear(name=name)(tokens) for name, tokens in inputs.items())
         x = jax.nn.dot_product_attention(q, k, v)[:, 0]
         return Einsum(
-            "BNK,NKE->BE", (*heads, self.embed_dim), (self.embed_dim,), normal, linear_bias,
-            self.layout.einsum, name="c_proj",
-        )(x)  # fmt: skip
+            "BNK,NKE->BE",
+            (*heads, self.embed_dim),
+            (self.embed_dim,),
+            normal,
+            linear_bias,
+            self.layout.einsum,
+            name="c_proj",
+        )(x)
 
 
 class ModifiedResNet(nn.Module):
@@ -324,9 +336,14 @@ class ModifiedResNet(nn.Module):
         split = functools.partial(conv, convolve=self.layout.conv, names="P Q C D")
         for i, depth in enumerate(c.layers):
             stage = Stage(
-                c.width * 2**i, depth, 1 if i == 0 else 2, norm,
-                split if i + 1 in SPLIT_STAGES else conv, self.remat, self.layout,
+                c.width * 2**i,
+                depth,
+                1 if i == 0 else 2,
+                norm,
+                split if i + 1 in SPLIT_STAGES else conv,
+                self.remat,
+                self.layout,
                 name=f"layer{i + 1}",
-            )  # fmt: skip
+            )
             x = stage(x)
         return AttentionPool2d(c, self.embed_dim, self.layout, name="attnpool")(x)

@@ -63,9 +63,14 @@ def _is_by_token(length: int, heads: int, dim: int, itemsize: int, room: int) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def short(
-    qkv: Float[Array, "B L *SNK"], lengths: Lengths, heads: int, causal: bool, split: Split,
-    interpret: bool, room: int = VMEM,
-) -> Float[Array, "B L *NK"]:  # fmt: skip
+    qkv: Float[Array, "B L *SNK"],
+    lengths: Lengths,
+    heads: int,
+    causal: bool,
+    split: Split,
+    interpret: bool,
+    room: int = VMEM,
+) -> Float[Array, "B L *NK"]:
     """Compute attention with `heads` heads per device; `split` maps a kernel over the devices.
 
     The channels of qkv are one axis, the projection's matmul's output, or three; the output has the
@@ -85,9 +90,14 @@ def _short_forward(
 
 
 def _short_backward(
-    heads: int, causal: bool, split: Split, interpret: bool, room: int,
-    kept: tuple[Array, Lengths], gradient: Array,
-) -> tuple[Array, None]:  # fmt: skip
+    heads: int,
+    causal: bool,
+    split: Split,
+    interpret: bool,
+    room: int,
+    kept: tuple[Array, Lengths],
+    gradient: Array,
+) -> tuple[Array, None]:
     qkv, lengths = kept
     call = functools.partial(_call, _backward, heads, causal, interpret, room)
     return split(call, qkv.ndim)(qkv, gradient, *_known(lengths)), None
@@ -113,22 +123,29 @@ def _call(
     products = 5 if backward else 2  # of matrices [L, K], each of 2 L² K operations per head
     out_width = 3 * width if backward else width
     product = functools.partial(_dot, exact=interpret)
-    result = jnp.zeros((0, length, out_width), qkv.dtype) if not batch else run(
-        functools.partial(kernel, dim=dim, causal=causal, product=product), lengths, wide,
-        out_width, heads,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes(length, heads, dim, qkv.dtype.itemsize, room),
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=products * 2 * batch * length * length * width,
-            bytes_accessed=sum(x.size for x in wide) * qkv.dtype.itemsize
-            + batch * length * out_width * qkv.dtype.itemsize,
-            transcendentals=batch * heads * length * length,
-        ),
-        interpret=interpret,
-        name="short_attention" + ("_backward" if backward else "_forward"),
-    )  # fmt: skip
+    result = (
+        jnp.zeros((0, length, out_width), qkv.dtype)
+        if not batch
+        else run(
+            functools.partial(kernel, dim=dim, causal=causal, product=product),
+            lengths,
+            wide,
+            out_width,
+            heads,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"),
+                vmem_limit_bytes=vmem_bytes(length, heads, dim, qkv.dtype.itemsize, room),
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=products * 2 * batch * length * length * width,
+                bytes_accessed=sum(x.size for x in wide) * qkv.dtype.itemsize
+                + batch * length * out_width * qkv.dtype.itemsize,
+                transcendentals=batch * heads * length * length,
+            ),
+            interpret=interpret,
+            name="short_attention" + ("_backward" if backward else "_forward"),
+        )
+    )
     if backward:
         return result.reshape(qkv.shape)
     return result if qkv.ndim == 3 else result.reshape(batch, length, heads, dim)
@@ -148,9 +165,13 @@ def _group(length: int, heads: int, dim: int) -> int:
 
 
 def _by_token(
-    kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
+    kernel: Callable,
+    lengths: list[Array],
+    wide: list[Array],
+    out_width: int,
+    heads: int,
     **options: Any,
-) -> Array:  # fmt: skip
+) -> Array:
     """Run over [L, B, W], XLA's layout of such arrays: a register holds one token of eight rows.
 
     A program computes 128 channels of eight rows. Numbers of 16 bits are packed in pairs of rows,
@@ -232,9 +253,13 @@ def _pack(rows: Sequence[Array], dtype: Any) -> Int[Array, "L W"]:
 
 
 def _by_row(
-    kernel: Callable, lengths: list[Array], wide: list[Array], out_width: int, heads: int,
+    kernel: Callable,
+    lengths: list[Array],
+    wide: list[Array],
+    out_width: int,
+    heads: int,
     **options: Any,
-) -> Array:  # fmt: skip
+) -> Array:
     """Run over [B, L, W], all heads of one row at a time; heads may have any size.
 
     Heads that fill registers are computed in a loop, which compiles in a fraction of the time.
@@ -491,6 +516,9 @@ def _dot(a: Array, b: Array, axis: int, other: int, exact: bool = False) -> Arra
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
-        a, b, (((axis,), (other,)), ((), ())),
-        precision=precision, preferred_element_type=jnp.float32,
-    )  # fmt: skip
+        a,
+        b,
+        (((axis,), (other,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

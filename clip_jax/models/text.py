@@ -139,9 +139,14 @@ class TextConfig:
     def block(self, layout: Layout) -> BlockConfig:
         """Return the settings of the tower's blocks."""
         return BlockConfig(
-            self.num_heads, self.mlp_width, self.activation, self.norm_epsilon,
-            layers.BlockInit.text(self.width, self.depth), causal=self.causal, layout=layout,
-        )  # fmt: skip
+            self.num_heads,
+            self.mlp_width,
+            self.activation,
+            self.norm_epsilon,
+            layers.BlockInit.text(self.width, self.depth),
+            causal=self.causal,
+            layout=layout,
+        )
 
     def check_width(self, embed_dim: int) -> None:
         """Raise InputError unless embeddings can have `embed_dim` dimensions."""
@@ -189,9 +194,13 @@ class TextTransformer(nn.Module):
         if c.has_class_token:
             self.class_embedding = normal("class_embedding", "-", 0.01, c.width)
         self.transformer = layers.Transformer(
-            c.block(self.layout), c.depth // self.blocks, self.remat, self.unroll, self.block,
+            c.block(self.layout),
+            c.depth // self.blocks,
+            self.remat,
+            self.unroll,
+            self.block,
             self.fields,
-        )  # fmt: skip
+        )
         self.ln_final = LayerNorm(c.norm_epsilon)
         if c.projection:
             sizes = (c.projected_width(self.embed_dim), self.embed_dim)

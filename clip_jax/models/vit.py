@@ -65,9 +65,12 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         layers.check_sizes(
-            self, "vision.",
-            norm_epsilon="(0, inf)", layer_scale="(-inf, inf)", patch_dropout="[0, 1)",
-        )  # fmt: skip
+            self,
+            "vision.",
+            norm_epsilon="(0, inf)",
+            layer_scale="(-inf, inf)",
+            patch_dropout="[0, 1)",
+        )
         if self.image_size < self.patch_size:
             raise InputError(
                 f"vision.image_size={self.image_size} must be at least one patch "
@@ -176,10 +179,12 @@ class ViTConfig:
         """Return the module that turns patches `[B, L, P, Q, C]` into tokens."""
         patch = self.patch_size
         return Einsum(
-            "BLPQC,PQCD->BLD", (patch, patch, 3, self.width),
-            (self.width,) if self.patch_bias else None, uniform((patch * patch * 3) ** -0.5),
+            "BLPQC,PQCD->BLD",
+            (patch, patch, 3, self.width),
+            (self.width,) if self.patch_bias else None,
+            uniform((patch * patch * 3) ** -0.5),
             einsum=layout.einsum,
-        )  # fmt: skip
+        )
 
     def rotation(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the tables of `attention.Rotation` for all tokens; None: no rotary positions."""
@@ -188,9 +193,14 @@ class ViTConfig:
     def block(self, layout: Layout) -> layers.BlockConfig:
         """Return the settings of the tower's blocks."""
         return layers.BlockConfig(
-            self.num_heads, self.mlp_width, self.activation, self.norm_epsilon,
-            layers.BlockInit.image(self.width, self.mlp_width), self.layer_scale, layout=layout,
-        )  # fmt: skip
+            self.num_heads,
+            self.mlp_width,
+            self.activation,
+            self.norm_epsilon,
+            layers.BlockInit.image(self.width, self.mlp_width),
+            self.layer_scale,
+            layout=layout,
+        )
 
     def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
         """Count the tower's operations for one image, in training without dropped patches."""
@@ -204,9 +214,12 @@ class ViTConfig:
             layer_norm=(self.pre_norm * tokens + 1) * self.width,
         )
         blocks = self.depth * layers.block_operations(
-            tokens, self.width, self.mlp_width, gated=self.activation == "swiglu",
+            tokens,
+            self.width,
+            self.mlp_width,
+            gated=self.activation == "swiglu",
             inner_norm=self.inner_norm,
-        )  # fmt: skip
+        )
         if self.pool not in HEADS:
             return ends + blocks
         return ends + blocks + HEADS[self.pool].operations(self, embed_dim, tokens, training)

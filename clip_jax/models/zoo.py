@@ -43,13 +43,22 @@ def _clip(
 
 
 def _vit(
-    patch: int, width: int, depth: int = 12, *, heads: int | None = None, size: int = 224,
+    patch: int,
+    width: int,
+    depth: int = 12,
+    *,
+    heads: int | None = None,
+    size: int = 224,
     mlp: float = 4.0,
-) -> ViTConfig:  # fmt: skip
+) -> ViTConfig:
     return ViTConfig(
-        image_size=size, patch_size=patch, width=width, depth=depth,
-        num_heads=heads or width // 64, mlp_ratio=mlp,
-    )  # fmt: skip
+        image_size=size,
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        num_heads=heads or width // 64,
+        mlp_ratio=mlp,
+    )
 
 
 def _resnet(layers: tuple[int, int, int, int], width: int, size: int) -> ResNetConfig:
@@ -97,17 +106,36 @@ def _siglip(
     computes some of them with exact GELU.
     """
     image_tower = ViTConfig(
-        patch_size=patch, pool="map", class_token=False, pre_norm=False, patch_bias=True,
-        projection=False, activation="gelu_tanh", norm_epsilon=1e-6, **vision,
-    )  # fmt: skip
+        patch_size=patch,
+        pool="map",
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        projection=False,
+        activation="gelu_tanh",
+        norm_epsilon=1e-6,
+        **vision,
+    )
     text_tower = TextConfig(
-        context_length=length, vocab_size=vocab, causal=False, pool="last", projection=projection,
-        projection_bias=projection, activation="gelu_tanh", norm_epsilon=1e-6, **(text or vision),
-    )  # fmt: skip
+        context_length=length,
+        vocab_size=vocab,
+        causal=False,
+        pool="last",
+        projection=projection,
+        projection_bias=projection,
+        activation="gelu_tanh",
+        norm_epsilon=1e-6,
+        **(text or vision),
+    )
     return CLIPConfig(
-        embed_dim=image_tower.width, vision=image_tower, text=text_tower, init_logit_scale=10.0,
-        init_logit_bias=-10.0, image_mean=INCEPTION_MEAN, image_std=INCEPTION_STD,
-    )  # fmt: skip
+        embed_dim=image_tower.width,
+        vision=image_tower,
+        text=text_tower,
+        init_logit_scale=10.0,
+        init_logit_bias=-10.0,
+        image_mean=INCEPTION_MEAN,
+        image_std=INCEPTION_STD,
+    )
 
 
 def _worldwide(
@@ -153,15 +181,29 @@ def _unit_pixels(model: CLIPConfig) -> CLIPConfig:
 
 
 def _pe_core(
-    patch: int, size: int, width: int, depth: int, heads: int, text: TextConfig, *,
-    mlp: float = 4.0, class_token: bool = True, length: int = 32,
-) -> CLIPConfig:  # fmt: skip
+    patch: int,
+    size: int,
+    width: int,
+    depth: int,
+    heads: int,
+    text: TextConfig,
+    *,
+    mlp: float = 4.0,
+    class_token: bool = True,
+    length: int = 32,
+) -> CLIPConfig:
     """PE core, with a bias in the projection as in timm; the original has none."""
     vision = RotaryConfig(
-        image_size=size, patch_size=patch, width=width, depth=depth, num_heads=heads,
-        mlp_ratio=mlp, class_token=class_token, reference_grid=size // patch,
+        image_size=size,
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=mlp,
+        class_token=class_token,
+        reference_grid=size // patch,
         projection_bias=True,
-    )  # fmt: skip
+    )
     model = _clip(text.width, vision, replace(text, context_length=length))
     return replace(model, image_mean=INCEPTION_MEAN, image_std=INCEPTION_STD)
 
@@ -169,9 +211,15 @@ def _pe_core(
 def _eva(embed_dim: int, text: TextConfig, **options: Any) -> CLIPConfig:
     """EVA-CLIP: patches and projection with a bias, attention without that of the keys."""
     vision = RotaryConfig(
-        pool="class_token", pre_norm=False, patch_bias=True, projection_bias=True,
-        norm_epsilon=1e-6, key_bias=False, reference_grid=16, **options,
-    )  # fmt: skip
+        pool="class_token",
+        pre_norm=False,
+        patch_bias=True,
+        projection_bias=True,
+        norm_epsilon=1e-6,
+        key_bias=False,
+        reference_grid=16,
+        **options,
+    )
     return _clip(embed_dim, vision, text)
 
 

@@ -99,13 +99,23 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "optim.",
-            learning_rate="[0, inf)", final_learning_rate="[0, inf)", warmup_steps="[0, inf)",
-            weight_decay="[0, inf)", b1="[0, 1)", b2="[0, 1)", eps="(0, inf)",
-            clip_norm="(0, inf)", max_logit_scale="(0, inf)", image_learning_rate_scale="[0, inf)",
-            text_learning_rate_scale="[0, inf)", layer_decay="(0, 1]", ema_decay="[0, 1)",
+            self,
+            "optim.",
+            learning_rate="[0, inf)",
+            final_learning_rate="[0, inf)",
+            warmup_steps="[0, inf)",
+            weight_decay="[0, inf)",
+            b1="[0, 1)",
+            b2="[0, 1)",
+            eps="(0, inf)",
+            clip_norm="(0, inf)",
+            max_logit_scale="(0, inf)",
+            image_learning_rate_scale="[0, inf)",
+            text_learning_rate_scale="[0, inf)",
+            layer_decay="(0, 1]",
+            ema_decay="[0, 1)",
             skip_norm_ratio="(1, inf)",
-        )  # fmt: skip
+        )
 
 
 def schedule(config: OptimConfig, steps: int) -> Callable[[float], float]:

@@ -36,10 +36,13 @@ class Muon:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "optim.optimizer.",
-            momentum="[0, 1)", iterations="[1, inf)", rms="(0, inf)",
+            self,
+            "optim.optimizer.",
+            momentum="[0, 1)",
+            iterations="[1, inf)",
+            rms="(0, inf)",
             adam_learning_rate_scale="[0, inf)",
-        )  # fmt: skip
+        )
 
 
 class MuonState(NamedTuple):
@@ -58,10 +61,13 @@ def scale_by_muon(
     constant here and is not saved.
     """
     muon = optax.contrib.scale_by_muon(
-        ns_steps=config.iterations, beta=config.momentum, eps=eps,
-        mu_dtype=jnp.dtype(first_moment), nesterov=config.nesterov,
+        ns_steps=config.iterations,
+        beta=config.momentum,
+        eps=eps,
+        mu_dtype=jnp.dtype(first_moment),
+        nesterov=config.nesterov,
         weight_dimension_numbers=lambda tree: with_names(rows, dimension_numbers, tree),
-    )  # fmt: skip
+    )
 
     def dimension_numbers(names: list[str], _: Any) -> optax.contrib.MuonDimensionNumbers:
         return optax.contrib.MuonDimensionNumbers(*(matrix_of(names) or ()))

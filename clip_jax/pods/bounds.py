@@ -26,9 +26,7 @@ LIMITS = ("compute", "memory", "interconnect", "network")  # resources that work
 Seconds = dict[str, float | None]
 
 
-def times(
-    chip: Chip, works: Sequence[Work], collectives: Sequence[Collective] = ()
-) -> Seconds:  # fmt: skip
+def times(chip: Chip, works: Sequence[Work], collectives: Sequence[Collective] = ()) -> Seconds:
     """Divide work by a device's peaks, and add up its schedules. Asynchronous copies overlap."""
     peak, bandwidth = chip.peak_flops / chip.devices, chip.hbm_bandwidth / chip.devices
     memory = sum(x.times * x.bytes for x in works) / bandwidth
@@ -44,9 +42,12 @@ def times(
         schedule = max(sum(x.times * seconds(chip, x) for x in works), memory)
         schedule += sum(_links(chip, exposed))
     return {
-        "compute": compute, "memory": memory, "operations": operations, "schedule": schedule,
+        "compute": compute,
+        "memory": memory,
+        "operations": operations,
+        "schedule": schedule,
         "cost model": cost_model,
-    }  # fmt: skip
+    }
 
 
 def seconds(chip: Chip, x: Work) -> float:

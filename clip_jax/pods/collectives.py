@@ -68,16 +68,28 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
             axes = tuple(axis for axis, c in coordinates if (c != c[:, :1]).any())
             spread = len(np.unique(groups[0] * slices // devices))
             result[key] = _collective(
-                kind, arrays, axes, members, spread, times, x.source or visit.source,
+                kind,
+                arrays,
+                axes,
+                members,
+                spread,
+                times,
+                x.source or visit.source,
                 _is_overlapped(x, visit),
-            )  # fmt: skip
+            )
     return sorted(result.values(), key=lambda x: (-x.received, x.kind, x.source))
 
 
 def _collective(
-    kind: str, arrays: Arrays, axes: tuple[str, ...], members: int, slices: int, times: int,
-    source: str, overlapped: bool,
-) -> Collective:  # fmt: skip
+    kind: str,
+    arrays: Arrays,
+    axes: tuple[str, ...],
+    members: int,
+    slices: int,
+    times: int,
+    source: str,
+    overlapped: bool,
+) -> Collective:
     """Count the bytes of a group of `members` devices that spans `slices` slices."""
     size = times * sum(hlo.Shape(*array).bytes for array in arrays)
 
@@ -88,10 +100,17 @@ def _collective(
         return phases * size * (members - 1) // members
 
     return Collective(
-        kind=kind, axes=axes, part=_part(source), source=source, arrays=arrays, times=times,
-        bytes=size, received=received(members // slices),
-        received_from_slices=received(slices) * slices // members, overlapped=overlapped,
-    )  # fmt: skip
+        kind=kind,
+        axes=axes,
+        part=_part(source),
+        source=source,
+        arrays=arrays,
+        times=times,
+        bytes=size,
+        received=received(members // slices),
+        received_from_slices=received(slices) * slices // members,
+        overlapped=overlapped,
+    )
 
 
 def _is_overlapped(x: hlo.Instruction, visit: hlo.Visit) -> bool:

@@ -99,14 +99,23 @@ def compile_step(request: Request) -> Facts:
     with tempfile.TemporaryDirectory() as folder:
         flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
         flags += [schedule.dump(folder)] * request.schedules
-        environment = os.environ | quiet | {
-            "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": " ".join(flags),
-        }  # fmt: skip
+        environment = (
+            os.environ
+            | quiet
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "TPU_SKIP_MDS_QUERY": "1",
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+                "LIBTPU_INIT_ARGS": " ".join(flags),
+            }
+        )
         done = subprocess.run(
             [sys.executable, "-m", "clip_jax.pods.compile", folder],
-            input=json.dumps(to_dict(request)), capture_output=True, text=True, env=environment,
-        )  # fmt: skip
+            input=json.dumps(to_dict(request)),
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
     if done.returncode:
         raise RuntimeError(f"compiling for {request.topology} failed:\n{done.stderr[-4000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
@@ -142,10 +151,11 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
         compiled = lowered.compile(compiler_options=options)
         text = compiled.as_text()
         known = {
-            "fits": True, "peak_bytes": peak(compiled),
+            "fits": True,
+            "peak_bytes": peak(compiled),
             "works": tuple(read(text, schedule.read(folder) if folder else None)),
             "collectives": tuple(collectives(text, mesh.shape, request.topology.islands)),
-        }  # fmt: skip
+        }
     except jax.errors.JaxRuntimeError as error:
         arguments = sum(held[name] for name in ("parameters", "optimizer", "terms", "batch"))
         if (needed := needed_bytes(str(error), arguments)) is None:
@@ -153,11 +163,15 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
         known = {"fits": False, "peak_bytes": needed}
     loss = peak(compile_loss(program))  # last: its schedules have names of the step's
     return Facts(
-        mesh=tuple(mesh.shape.values()), form=", ".join(filter(None, forms)),
-        versions=", ".join(installed("jax", *compiler)), compile_seconds=CLOCK.now() - start,
+        mesh=tuple(mesh.shape.values()),
+        form=", ".join(filter(None, forms)),
+        versions=", ".join(installed("jax", *compiler)),
+        compile_seconds=CLOCK.now() - start,
         attention=attention_of(recipe.model, devices[0], mesh.shape["tensor"]),
-        loss=loss, **held, **known,
-    )  # fmt: skip
+        loss=loss,
+        **held,
+        **known,
+    )
 
 
 def attention_of(model: CLIPConfig, device: Any, tensor: int) -> tuple[tuple[str, str], ...]:
@@ -201,12 +215,14 @@ def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
 
     rest = (state.step, state.opt_state)
     return {
-        "parameters": size(state.params), "optimizer": size(rest),
-        "terms": size([state.carried, state.frozen]), "frozen": size(state.frozen),
+        "parameters": size(state.params),
+        "optimizer": size(rest),
+        "terms": size([state.carried, state.frozen]),
+        "frozen": size(state.frozen),
         "batch": size(batch),
         "token_embedding": size(state.params, "token_embedding"),
         "token_embedding_optimizer": size(rest, "token_embedding"),
-    }  # fmt: skip
+    }
 
 
 def compile_loss(program: Program) -> Any:

@@ -48,9 +48,12 @@ GPU_SHARE = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION's default: share of a card th
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", *TPU_COMPILER, *GPU_COMPILER)
 Compile = Callable[[Request], Facts]
 AsText = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1, metavar="NAME:SIZE[/slices=N]", instance_from_str=lambda x: Topology.parse(x[0]),
-    is_instance=lambda x: isinstance(x, Topology), str_from_instance=lambda x: [str(x)],
-)  # fmt: skip
+    nargs=1,
+    metavar="NAME:SIZE[/slices=N]",
+    instance_from_str=lambda x: Topology.parse(x[0]),
+    is_instance=lambda x: isinstance(x, Topology),
+    str_from_instance=lambda x: [str(x)],
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +130,11 @@ class Plan:
         hours, price = self.hours / billions, self.price and self.price / billions
         own = 1 - self.teacher_hours / self.hours
         return {
-            "hours": hours, "price": price,
-            "hours_without_teacher": own * hours, "price_without_teacher": price and own * price,
-        }  # fmt: skip
+            "hours": hours,
+            "price": price,
+            "hours_without_teacher": own * hours,
+            "price_without_teacher": price and own * price,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields, with bounds of the step flattened, and FLOPs per device."""
@@ -182,12 +187,15 @@ def run(config: PlanConfig, compile_: Compile) -> Plan:
     worst = max(plans, key=lambda x: (not x.fits, x.bytes_per_device["total"]))
     hours = sum(x.hours for x in plans)
     return dataclasses.replace(
-        worst, steps=sum(x.steps for x in plans), hours=hours,
+        worst,
+        steps=sum(x.steps for x in plans),
+        hours=hours,
         teacher_hours=sum(x.teacher_hours for x in plans),
         price=worst.price and worst.price * hours / worst.hours,
         images_per_second_per_host=max(x.images_per_second_per_host for x in plans),
-        compile_seconds=sum(x.compile_seconds for x in plans), lengths=tuple(plans),
-    )  # fmt: skip
+        compile_seconds=sum(x.compile_seconds for x in plans),
+        lengths=tuple(plans),
+    )
 
 
 def request(config: PlanConfig, recipe: Recipe | None = None) -> Request:
@@ -274,7 +282,8 @@ def assess(
         is_gpu=not topology.is_tpu,
         bytes_per_device=sizes | {"activations and workspace": rest, "total": facts.peak_bytes},
         token_embedding_bytes={
-            "parameters": facts.token_embedding, "optimizer": facts.token_embedding_optimizer
+            "parameters": facts.token_embedding,
+            "optimizer": facts.token_embedding_optimizer,
         },
         model_flops_per_step=model_flops,
         collectives=facts.collectives,
@@ -300,7 +309,7 @@ def assess(
         teacher_flops_per_step=counts.teacher,
         teacher_hours=hours * counts.teacher / model_flops,
         frozen_bytes=facts.frozen,
-    )  # fmt: skip
+    )
 
 
 def valid_share(spec: NaFlex) -> float:

@@ -97,17 +97,19 @@ def compare(plans: Sequence[Plan]) -> str:
         known = {name: x.seconds[name] or 0.0 for name in LIMITS if x.seconds}
         seconds = x.step_seconds["bound"]
         fits = "yes" if x.fits else "no"
-        rows.append((
-            x.name,
-            "×".join(map(str, x.mesh.values())),
-            x.remat,
-            f"{fits}: {x.bytes_per_device['total'] / 1e9:.2f} of {x.hbm_bytes / 1e9:.0f}",
-            "" if seconds is None else f"{seconds:.4f}",
-            _percent(x.mfus) if x.fits else "",
-            max(known, key=lambda name: known[name], default=""),
-            f"{x.hours:,.1f}",
-            "" if x.price is None else f"{x.price:,.0f}",
-        ))  # fmt: skip
+        rows.append(
+            (
+                x.name,
+                "×".join(map(str, x.mesh.values())),
+                x.remat,
+                f"{fits}: {x.bytes_per_device['total'] / 1e9:.2f} of {x.hbm_bytes / 1e9:.0f}",
+                "" if seconds is None else f"{seconds:.4f}",
+                _percent(x.mfus) if x.fits else "",
+                max(known, key=lambda name: known[name], default=""),
+                f"{x.hours:,.1f}",
+                "" if x.price is None else f"{x.price:,.0f}",
+            )
+        )
     names = ("topology", "mesh", "remat", "fits: GB", "s/step ≥", MFU, "limit", "hours", "price")
     return table(names, rows, left=3)
 
@@ -117,17 +119,32 @@ def _lengths(plan: Plan) -> str:
     rows = []
     for x in plan.lengths:
         seconds, bound = x.step_seconds["bound"], {"bound": x.mfus["bound"]}
-        rows.append((
-            x.tokens, f"{1 - x.valid_share:.1%}", f"{x.batch_size:,}", f"{x.steps:,}",
-            x.attention.get("image", ""),
-            f"{'yes' if x.fits else 'no'}: {x.bytes_per_device['total'] / 1e9:.2f}",
-            "" if seconds is None else f"{seconds:.4f}",
-            _percent(x.mfus), _percent(bound, x.valid_share), f"{x.compile_seconds:.0f}",
-        ))  # fmt: skip
+        rows.append(
+            (
+                x.tokens,
+                f"{1 - x.valid_share:.1%}",
+                f"{x.batch_size:,}",
+                f"{x.steps:,}",
+                x.attention.get("image", ""),
+                f"{'yes' if x.fits else 'no'}: {x.bytes_per_device['total'] / 1e9:.2f}",
+                "" if seconds is None else f"{seconds:.4f}",
+                _percent(x.mfus),
+                _percent(bound, x.valid_share),
+                f"{x.compile_seconds:.0f}",
+            )
+        )
     names = (
-        "tokens", "padded", "batch", "steps", "attention", "fits: GB", "s/step ≥", "MFU",
-        "valid", "compile, s",
-    )  # fmt: skip
+        "tokens",
+        "padded",
+        "batch",
+        "steps",
+        "attention",
+        "fits: GB",
+        "s/step ≥",
+        "MFU",
+        "valid",
+        "compile, s",
+    )
     return table(names, rows, left=0)
 
 
@@ -161,8 +178,14 @@ def _collectives(plan: Plan) -> str:
     if small := [counts for key, counts in sums.items() if key not in large]:
         rows.append((("others", "", ""), np.sum(small, axis=0)))
     names = (
-        "collective", "axis", "part of the step", "times", "MiB", "MiB received", "not overlapped"
-    )  # fmt: skip
+        "collective",
+        "axis",
+        "part of the step",
+        "times",
+        "MiB",
+        "MiB received",
+        "not overlapped",
+    )
     texts = [(*key, times, *map(_mib, sizes)) for key, (times, *sizes) in rows]
     return table(names, texts, left=3)
 

@@ -10,13 +10,20 @@ from clip_jax.metrics import chips
 
 # Name of a family -> name of its chip in chip_specs.csv. TPU families have libtpu's names.
 TPUS = {
-    "v3": "TPU v3", "v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e",
+    "v3": "TPU v3",
+    "v4": "TPU v4",
+    "v5e": "TPU v5e",
+    "v5p": "TPU v5p",
+    "v6e": "TPU v6e",
     "tpu7x": "TPU v7x",
-}  # fmt: skip
+}
 GPUS = {
-    "A100": "A100 SXM 80GB", "A100-40GB": "A100 SXM 40GB", "H100": "H100 SXM", "H200": "H200 SXM",
+    "A100": "A100 SXM 80GB",
+    "A100-40GB": "A100 SXM 40GB",
+    "H100": "H100 SXM",
+    "H200": "H200 SXM",
     "B200": "B200 SXM",
-}  # fmt: skip
+}
 NODE = 8  # GPUs per node, joined by NVLink
 
 

@@ -25,9 +25,14 @@ FREE = {
 }
 # Custom calls that only inform the compiler.
 MARKS = (
-    "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone",
-    "ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone",
-)  # fmt: skip
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveStart",
+    "AsyncCollectiveDone",
+    "ConcatBitcast",
+    "PrepareAsyncCallStart",
+    "PrepareAsyncCallDone",
+)
 # Opcodes that do not read their first operand, but update it in place or send it elsewhere.
 UNREAD = ("dynamic-update-slice", *KINDS)
 SLICES = ("dynamic-slice", "slice", "gather")
@@ -78,19 +83,21 @@ def read(text: str, schedules: Mapping[str, Schedule] | None = None) -> list[Wor
     works = []
     for visit, x in pieces:
         schedule = equal.get(_program(x, visit.computation))
-        works.append(Work(
-            name=x.name,
-            opcode=x.opcode,
-            part=part_of(x, visit.source),
-            times=visit.times,
-            flops=count_flops(x, visit.computation, computations),
-            bytes=_traffic(x, visit.computation, computations),
-            cycles=schedule and schedule.cycles if _target(x) == KERNEL else _estimate(x),
-            schedule=schedule and schedule.cycles,
-            matrix=schedule.matrix if schedule else 0,
-            target=_target(x),
-            hidden=x.opcode.endswith("-start"),
-        ))  # fmt: skip
+        works.append(
+            Work(
+                name=x.name,
+                opcode=x.opcode,
+                part=part_of(x, visit.source),
+                times=visit.times,
+                flops=count_flops(x, visit.computation, computations),
+                bytes=_traffic(x, visit.computation, computations),
+                cycles=schedule and schedule.cycles if _target(x) == KERNEL else _estimate(x),
+                schedule=schedule and schedule.cycles,
+                matrix=schedule.matrix if schedule else 0,
+                target=_target(x),
+                hidden=x.opcode.endswith("-start"),
+            )
+        )
     return works
 
 
@@ -206,9 +213,10 @@ def _convolution(x: Instruction, lhs: Shape, rhs: Shape, result: Shape) -> float
         outputs = np.arange(result.dims[output.index(str(dim))])[:, None]
         weights = np.arange(of_window("size", 1, dim))
         positions = (
-            outputs * of_window("stride", 1, dim) - of_window("pad", 0, dim)
+            outputs * of_window("stride", 1, dim)
+            - of_window("pad", 0, dim)
             + weights * of_window("rhs_dilate", 1, dim)
-        )  # fmt: skip
+        )
         dilation = of_window("lhs_dilate", 1, dim)
         end = lhs.dims[inputs.index(str(dim))] * dilation
         inside = (positions % dilation == 0) & (positions >= 0) & (positions < end)

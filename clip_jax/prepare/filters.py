@@ -50,10 +50,16 @@ class FilterConfig:
     def __post_init__(self) -> None:
         check_ranges(
             self,
-            min_side="[0, inf)", max_aspect="[1, inf)", min_caption="[0, inf)",
-            max_caption="[1, inf)", min_words="[0, inf)", near_distance="[0, 96]",
-            min_score="[-inf, inf)", max_score="(-inf, inf]", top_share="(0, 1]",
-        )  # fmt: skip
+            min_side="[0, inf)",
+            max_aspect="[1, inf)",
+            min_caption="[0, inf)",
+            max_caption="[1, inf)",
+            min_words="[0, inf)",
+            near_distance="[0, 96]",
+            min_score="[-inf, inf)",
+            max_score="(-inf, inf]",
+            top_share="(0, 1]",
+        )
         for low, high in (("min_caption", "max_caption"), ("min_score", "max_score")):
             if getattr(self, low) > getattr(self, high):
                 bounds = f"{low}={getattr(self, low)} and {high}={getattr(self, high)}"

@@ -67,10 +67,17 @@ class PrepareConfig(FilterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(
-            self, samples_per_shard="[1, inf)", samples_per_task="[0, inf)", seed="[0, inf)",
-            threads="[0, 1024]", batch_size="[1, inf)", resize="[0, inf)", quality="[1, 100]",
-            captions_per_image="[1, 1000]", augmentations_per_image="[1, 1000]",
-        )  # fmt: skip
+            self,
+            samples_per_shard="[1, inf)",
+            samples_per_task="[0, inf)",
+            seed="[0, inf)",
+            threads="[0, 1024]",
+            batch_size="[1, inf)",
+            resize="[0, inf)",
+            quality="[1, 100]",
+            captions_per_image="[1, 1000]",
+            augmentations_per_image="[1, 1000]",
+        )
         read_worker(self.worker)
         for option, names in _NEEDS.items():
             changed = [x for x in names if getattr(self, x) != getattr(PrepareConfig, x)]
@@ -92,9 +99,12 @@ class PrepareConfig(FilterConfig):
     def joins(self) -> bool:
         """Whether the fate of a pair depends on others: then all are read before any is written."""
         return bool(
-            self.drop_duplicates or self.drop_near_duplicates or self.score_with
-            or self.top_share < 1 or self.shuffle
-        )  # fmt: skip
+            self.drop_duplicates
+            or self.drop_near_duplicates
+            or self.score_with
+            or self.top_share < 1
+            or self.shuffle
+        )
 
 
 @dataclass(frozen=True)

@@ -287,9 +287,10 @@ def score(config: PrepareConfig, layout: Layout, number: int, counted: Counted) 
     candidates = np.frombuffer(data, np.uint8)
     pairs = buckets.frames(buckets.read(layout.file(number, "pairs"), 0, layout.pair_buckets))
     wanted = sorted(
-        (index, record) for _, index, record in pairs
+        (index, record)
+        for _, index, record in pairs
         if candidates[index - indices.start] == CANDIDATE
-    )  # fmt: skip
+    )
     scores = np.full(len(rows), math.nan)
     places = np.searchsorted(rows["index"], [index for index, _ in wanted])
     cosines = _cosines(model, [bytes(record) for _, record in wanted], config.batch_size, counted)
@@ -336,9 +337,10 @@ def write(config: PrepareConfig, layout: Layout, group: Group, counted: Counted)
     paths = [layout.file(number, "pairs") for number in _sources(config, layout, group)]
     for data in buckets.read_all(paths, *group.buckets):
         pairs += [
-            (order, index, bytes(record)) for order, index, record in buckets.frames(data)
+            (order, index, bytes(record))
+            for order, index, record in buckets.frames(data)
             if verdicts[index] == CANDIDATE
-        ]  # fmt: skip
+        ]
     pairs.sort(key=lambda pair: pair[:2])
     pairs = pairs[group.skip : group.skip + group.pairs]
     lines, size = [], config.samples_per_shard
@@ -372,9 +374,12 @@ def _kept(record: bytes, statistics: Statistics) -> bytes:
 
 
 def _write_shard(
-    config: PrepareConfig, shard: AnyPath, records: Iterator[bytes], statistics: Statistics,
+    config: PrepareConfig,
+    shard: AnyPath,
+    records: Iterator[bytes],
+    statistics: Statistics,
     samples: int,
-) -> str:  # fmt: skip
+) -> str:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     if config.has_models:

@@ -94,11 +94,13 @@ def _best(point: RunTable, config: ChooseConfig) -> tuple[dict[str, Any], Sequen
     best = min(losses, key=lambda trial: (losses[trial], trial))
     edges = []
     for i, what in enumerate(SWEPT.values()):
-        values = sorted({  # learning rates and warm-ups depend on the batch
-            trial[i]
-            for trial in trials
-            if what == "batch" or trial[:i] + trial[i + 1 :] == best[:i] + best[i + 1 :]
-        })  # fmt: skip
+        values = sorted(
+            {  # learning rates and warm-ups depend on the batch
+                trial[i]
+                for trial in trials
+                if what == "batch" or trial[:i] + trial[i + 1 :] == best[:i] + best[i + 1 :]
+            }
+        )
         if len(values) > 1 and best[i] in (values[0], values[-1]):
             edges.append(f"{what}: {'lowest' if best[i] == values[0] else 'highest'}")
     learning_rates = sorted(trial[0] for trial in losses if trial[1:] == best[1:])
@@ -117,11 +119,17 @@ def _best(point: RunTable, config: ChooseConfig) -> tuple[dict[str, Any], Sequen
         std = float(values.std(ddof=1)) if len(values) > 1 else None
         metrics[name] = {"mean": float(values.mean()), "sd": std}
     described = {
-        "arch": row["arch"], "width": number(row, "width"),
-        "samples_seen": number(row, "samples_seen"), **dict(zip(SWEPT, best, strict=True)),
-        "trials": len(trials), "seeds": seeds, "optima": optima, "edges": edges,
-        "metrics": metrics, "grid_factor": factor,  # ratio of neighbouring learning rates
-    }  # fmt: skip
+        "arch": row["arch"],
+        "width": number(row, "width"),
+        "samples_seen": number(row, "samples_seen"),
+        **dict(zip(SWEPT, best, strict=True)),
+        "trials": len(trials),
+        "seeds": seeds,
+        "optima": optima,
+        "edges": edges,
+        "metrics": metrics,
+        "grid_factor": factor,  # ratio of neighbouring learning rates
+    }
     return described, trials[best]
 
 
@@ -182,11 +190,17 @@ def _rule(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     for x in (point for point in points if point["width"] == largest):
         predicted, *interval = learning_rate(rule, x["width"], x["global_batch"])
         measured = float(np.exp(np.mean(np.log(x["optima"]))))
-        checks.append({
-            "arch": x["arch"], "width": x["width"], "batch": x["global_batch"],
-            "predicted": predicted, "interval": interval, "measured": measured,
-            "grid_steps": abs(math.log(predicted / measured)) / math.log(x["grid_factor"]),
-        })  # fmt: skip
+        checks.append(
+            {
+                "arch": x["arch"],
+                "width": x["width"],
+                "batch": x["global_batch"],
+                "predicted": predicted,
+                "interval": interval,
+                "measured": measured,
+                "grid_steps": abs(math.log(predicted / measured)) / math.log(x["grid_factor"]),
+            }
+        )
     batch = next(x["global_batch"] for x in smaller if x["width"] == widths[0])
     exponents = {"width_exponent": rule.coefficient(1)}
     if len({batch for _, batch, _ in known}) > 1:
@@ -195,9 +209,11 @@ def _rule(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         **{name: value for name, (value, _) in exponents.items()},
         "intervals": {name: [x - half, x + half] for name, (x, half) in exponents.items()},
         "learning_rate": learning_rate(rule, widths[0], batch)[0],
-        "reference_width": widths[0], "reference_batch": batch,
-        "observations": len(known), "checks": checks,
-    }  # fmt: skip
+        "reference_width": widths[0],
+        "reference_batch": batch,
+        "observations": len(known),
+        "checks": checks,
+    }
 
 
 def describe(result: dict[str, Any]) -> str:

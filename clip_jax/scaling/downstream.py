@@ -123,11 +123,16 @@ def relate(config: RelateConfig) -> dict[str, Any]:
     if is_curved(u[base], v[base]):
         warnings.append("the runs curve away from the line, so its predictions are biased")
     return {
-        "metric": config.metric, "against": config.against, "runs": int(base.sum()),
+        "metric": config.metric,
+        "against": config.against,
+        "runs": int(base.sum()),
         "slope": {"value": slope, "interval": [slope - reach, slope + reach]},
-        "intercept": intercept, "spread": line.variance**0.5, "warnings": warnings,
-        "predictions": predictions, "families": families,
-    }  # fmt: skip
+        "intercept": intercept,
+        "spread": line.variance**0.5,
+        "warnings": warnings,
+        "predictions": predictions,
+        "families": families,
+    }
 
 
 def straight(metric: str, values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -51,9 +51,16 @@ KINDS = ("data", "upstream_dataset", "schedule", "family", "teacher")
 # Columns that tell runs apart that are more than seeds of each other, and those of which a law
 # without them may misfit.
 SETTINGS = (
-    "arch", "samples_seen", "gmacs_per_sample", "unique_samples", "lr", "global_batch", "warmup",
-    "weight_decay", *KINDS,
-)  # fmt: skip
+    "arch",
+    "samples_seen",
+    "gmacs_per_sample",
+    "unique_samples",
+    "lr",
+    "global_batch",
+    "warmup",
+    "weight_decay",
+    *KINDS,
+)
 OTHERS = ("global_batch", "unique_samples")
 
 
@@ -202,9 +209,12 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
     else:
         config = config.resolved([table])
     result: dict[str, Any] = {
-        "metric": config.metric, "form": config.form, "procedure": config.procedure,
-        "compute_unit": AXES[config.against][1], "warnings": [],
-    }  # fmt: skip
+        "metric": config.metric,
+        "form": config.form,
+        "procedure": config.procedure,
+        "compute_unit": AXES[config.against][1],
+        "warnings": [],
+    }
     if config.compare:
         return result | _compare(families, config)
     runs = config.runs(table)
@@ -232,11 +242,13 @@ def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
         result["sensitivity"] = _sensitivity(table, runs, config)
     if config.plot:
         page = plots.figure(
-            fitted, others=published(config.metric), predictions=predicted,
+            fitted,
+            others=published(config.metric),
+            predictions=predicted,
             error_label=f"1 − {config.metric}" if config.is_score else config.metric,
             reach=1.6 * max([largest, *(compute for compute, _ in predicted.values())]),
             title="The law misfits these runs: see the warnings." if fitted.misfit() else "",
-        )  # fmt: skip
+        )
         result["plots"] = [str(path) for path in plots.save(page, config.plot)]
     return result
 
@@ -418,8 +430,9 @@ def _compare(groups: Mapping[str, RunTable], config: FitConfig) -> dict[str, Any
     if len(families) < 2:
         raise InputError(
             f"compare={config.compare!r} needs two or more families that can be fitted, not "
-            + "; ".join([*families, *warnings]) + "."
-        )  # fmt: skip
+            + "; ".join([*families, *warnings])
+            + "."
+        )
     pairs = []
     for names in combinations(families, 2):
         first, second = (families[name] for name in names)

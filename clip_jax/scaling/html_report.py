@@ -77,16 +77,23 @@ def report(config: ReportConfig) -> dict[str, Any]:
             value = number(row, metric)
             by_row[id(row)]["error"] = 1 - value if is_a_score else value
     options = FitConfig(
-        metric=metric, metric_is="score" if is_a_score else "error", where=config.where,
-        form=config.form, procedure=config.procedure, compare=config.compare,
-    )  # fmt: skip
+        metric=metric,
+        metric_is="score" if is_a_score else "error",
+        where=config.where,
+        form=config.form,
+        procedure=config.procedure,
+        compare=config.compare,
+    )
     laws, summary = _laws(table, options, by_row)
     data = {
-        "title": ", ".join(map(str, config.paths)), "compare": config.compare or "arch",
+        "title": ", ".join(map(str, config.paths)),
+        "compare": config.compare or "arch",
         "metric": f"1 − {metric}" if is_a_score else metric,
-        "runs": runs, "laws": laws, "summary": summary,
+        "runs": runs,
+        "laws": laws,
+        "summary": summary,
         "left_out": [line for line in skipped if not line.startswith(tuple(folders))],
-    }  # fmt: skip
+    }
     files.write_whole(config.output, page(data))
     status = Counter(run["status"] for run in runs)
     return {"page": str(config.output), "runs": status, "metric": metric, "summary": summary}
@@ -129,10 +136,16 @@ def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dic
     else:
         status = "stopped" if step or (folder / "checkpoints").exists() else "not begun"
     return _shown(row) | {
-        "name": folder.name, "folder": str(folder), "status": status, "words": words,
-        "step": step, "steps": steps, "first": first, "parent": Path(branch).name,
+        "name": folder.name,
+        "folder": str(folder),
+        "status": status,
+        "words": words,
+        "step": step,
+        "steps": steps,
+        "first": first,
+        "parent": Path(branch).name,
         "curves": _curves(folder, (*CURVES, metric)),
-    }  # fmt: skip
+    }
 
 
 def _shown(row: Row) -> dict[str, Any]:
@@ -140,11 +153,14 @@ def _shown(row: Row) -> dict[str, Any]:
     numbers = "samples_seen gmacs_per_sample training_flops flops_spent seconds/total goodput"
     samples = f"@{short(number(row, 'samples_seen'))}" if text(row, "samples_seen") else ""
     return {
-        "name": row.get("name") or row["arch"] + samples, "folder": str(row.get("source", "")),
-        "status": "done", "words": "", "curves": {},
+        "name": row.get("name") or row["arch"] + samples,
+        "folder": str(row.get("source", "")),
+        "status": "done",
+        "words": "",
+        "curves": {},
         **{name: number(row, name) for name in numbers.split() if text(row, name)},
         "row": {name: str(value) for name, value in row.items() if value is not None},
-    }  # fmt: skip
+    }
 
 
 def _curves(folder: AnyPath, names: Sequence[str]) -> dict[str, list[list[float]]]:
@@ -180,10 +196,15 @@ def _laws(
         curve = [[x["compute"], x["error"], *x["interval"]] for x in family["curve"]]
         meaning = ALL if result["form"] in ("power", "saturating") else DIVIDED
         lacking = {x: at["lacking"] for x, at in family["parameters"].items() if at["lacking"]}
-        laws.append({
-            "name": name, "curve": curve, "models": _models(families[name], config),
-            "meaning": meaning if result["procedure"] == "all" else BEST, "lacking": lacking,
-        })  # fmt: skip
+        laws.append(
+            {
+                "name": name,
+                "curve": curve,
+                "models": _models(families[name], config),
+                "meaning": meaning if result["procedure"] == "all" else BEST,
+                "lacking": lacking,
+            }
+        )
         for row, off in zip(families[name].rows, family["residuals"], strict=True):
             by_row[id(row)]["off"] = off
     return laws, describe(result).splitlines()

@@ -34,10 +34,14 @@ def run(
                     # A terminal's Ctrl-C does not reach a process group of its own: the process
                     # gets SIGTERM instead, on which it saves.
                     process = subprocess.Popen(
-                        job.command, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                        stderr=subprocess.STDOUT, process_group=0,
+                        job.command,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        process_group=0,
                         pass_fds=[job.held.fileno()] if job.held else [],
-                    )  # fmt: skip
+                    )
                 running.append((job, process, clock.now()))
                 say(f"{job.name}: started as process {process.pid}")
             lost = queue.lost()

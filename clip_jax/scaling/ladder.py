@@ -56,9 +56,13 @@ class HardwareConfig:
                 "these, or set hardware.peak_flops."
             )
         check_ranges(
-            self, "hardware.",
-            chips="[1, inf)", mfu="(0, 1]", peak_flops="(0, inf)", start_seconds="[0, inf)",
-        )  # fmt: skip
+            self,
+            "hardware.",
+            chips="[1, inf)",
+            mfu="(0, 1]",
+            peak_flops="(0, inf)",
+            start_seconds="[0, inf)",
+        )
 
     def hours(self, training_flops: float) -> float:
         """Estimate the hours of one point; nothing else converts FLOPs to time."""
@@ -88,9 +92,13 @@ class RulesConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "rules.", batch_exponent="(-inf, inf)", reference_width="[1, inf)",
-            width_exponent="(-inf, inf)", max_warmup_share="[0, 1)",
-        )  # fmt: skip
+            self,
+            "rules.",
+            batch_exponent="(-inf, inf)",
+            reference_width="[1, inf)",
+            width_exponent="(-inf, inf)",
+            max_warmup_share="[0, 1)",
+        )
 
     def apply(self, base: Config, batch_size: int, width: int, steps: int) -> OptimConfig:
         """Return the optimizer config of one point."""
@@ -134,9 +142,13 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, "sweep.", learning_rates="(0, inf)", batch_sizes="[2, inf)",
-            warmups="[0, inf)", weight_decays="[0, inf)",
-        )  # fmt: skip
+            self,
+            "sweep.",
+            learning_rates="(0, inf)",
+            batch_sizes="[2, inf)",
+            warmups="[0, inf)",
+            weight_decays="[0, inf)",
+        )
         for name in ("learning_rates", "warmups", "batch_sizes", "weight_decays"):
             least = name in ("learning_rates", "warmups")
             _check_distinct(f"sweep.{name}", getattr(self, name), least)
@@ -156,8 +168,9 @@ class SweepConfig:
             labels = [
                 (self.learning_rates, f"rate{factor:g}"),
                 (self.batch_sizes, f"batch{config.batch_size}"),
-                (self.warmups, f"warmup{warmup:g}"), (decays, f"decay{decay:g}"),
-            ]  # fmt: skip
+                (self.warmups, f"warmup{warmup:g}"),
+                (decays, f"decay{decay:g}"),
+            ]
             name = "".join(f"-{label}" for values, label in labels if len(values) > 1)
             yield name, replace(config, optim=optim)
 
@@ -256,10 +269,13 @@ def grid(ladder: LadderConfig, root: AnyPath) -> list[Point]:
         for samples, batch_size, steps in sizes:
             length = shortest if ladder.branches else steps  # branches share their warm-up
             one = replace(
-                base, model=architecture, steps=steps, batch_size=batch_size,
+                base,
+                model=architecture,
+                steps=steps,
+                batch_size=batch_size,
                 optim=ladder.rules.apply(base, batch_size, architecture.vision.width, length),
                 objective=fitting(objectives[teacher], architecture),
-            )  # fmt: skip
+            )
             for (trial, config), seed in itertools.product(sweep.trials(one), ladder.seeds):
                 name = f"{model.replace('/', '-')}@{short(samples)}{trial}-seed{seed}"
                 config = replace(config, seed=seed, data=replace(config.data, seed=seed))
@@ -290,14 +306,18 @@ def _with_parents(points: Sequence[Point], branches: BranchesConfig) -> list[Poi
                     f"{branches.share}; use more samples, or a smaller batch_size or share."
                 )
             config = replace(
-                point.config, optim=replace(optim, schedule=schedule),
+                point.config,
+                optim=replace(optim, schedule=schedule),
                 branch_from=f"{workdir}@{begin[-1]}",
-            )  # fmt: skip
+            )
             cooled.append(point._replace(config=config, parent=workdir.name))
         parent = replace(
-            one.config, steps=max(begin), optim=replace(optim, schedule=Constant()), evals=(),
+            one.config,
+            steps=max(begin),
+            optim=replace(optim, schedule=Constant()),
+            evals=(),
             checkpoint=replace(one.config.checkpoint, also=tuple(sorted(set(begin))), best=None),
-        )  # fmt: skip
+        )
         samples = max(begin) * parent.batch_size
         made += [Point(workdir.name, one.model, samples, parent, workdir), *cooled]
     return made
@@ -383,13 +403,17 @@ def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
 
     listed = [
         {
-            "name": point.name, "workdir": str(point.workdir), **numbers([point]),
-            "samples_seen": point.samples_seen, "gmacs_per_sample": gmacs(point.config.model),
-            "done": point.name in done, "failure": failures.get(point.name),
+            "name": point.name,
+            "workdir": str(point.workdir),
+            **numbers([point]),
+            "samples_seen": point.samples_seen,
+            "gmacs_per_sample": gmacs(point.config.model),
+            "done": point.name in done,
+            "failure": failures.get(point.name),
             "left_out": point.name in left_out,
         }
         for point in points
-    ]  # fmt: skip
+    ]
     totals = {"points": len(missing), **numbers(missing)}
     return {"root": str(root), "points": listed, "totals": totals}
 
@@ -449,11 +473,14 @@ def _job(point: Point, group: processes.Position) -> Job:
             files.write_whole(path, content)
     train = [sys.executable, "-m", "clip_jax", "train"]
     return Job(
-        name=point.name, command=[*train, f"{directory}/config.json", "--workdir", str(workdir)],
-        workdir=workdir, log=directory / (f"log-{group.index}.txt" if group.index else "log.txt"),
-        is_done=(lambda: True) if group.index else partial(is_done, point), after=point.parent,
+        name=point.name,
+        command=[*train, f"{directory}/config.json", "--workdir", str(workdir)],
+        workdir=workdir,
+        log=directory / (f"log-{group.index}.txt" if group.index else "log.txt"),
+        is_done=(lambda: True) if group.index else partial(is_done, point),
+        after=point.parent,
         is_ready=point.is_ready,
-    )  # fmt: skip
+    )
 
 
 def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> str:
@@ -467,15 +494,22 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
         point, config, work = group[0], group[0].config, group[0].training_flops
         total += sum(other.training_flops for other in group)
         new = {"new steps": f"{config.steps - point.first_step:,}"} if ladder.branches else {}
-        rows.append({
-            "model": label, "pairs": short(point.samples_seen), "batch": f"{config.batch_size:,}",
-            "steps": f"{config.steps:,}", **new,
-            "learning rate": f"{config.optim.learning_rate:g}",
-            "warm-up": f"{config.optim.warmup_steps:,}", "FLOPs per run": f"{work:.2e}",
-            "cumulative": f"{total:.2e}", "runs": str(len(group)),
-            "done": str(sum(other.name in done for other in group)),
-            **{f"{x.chips} {x.chip}": f"{x.hours(work):,.2f} h" for x in ladder.hardware},
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": label,
+                "pairs": short(point.samples_seen),
+                "batch": f"{config.batch_size:,}",
+                "steps": f"{config.steps:,}",
+                **new,
+                "learning rate": f"{config.optim.learning_rate:g}",
+                "warm-up": f"{config.optim.warmup_steps:,}",
+                "FLOPs per run": f"{work:.2e}",
+                "cumulative": f"{total:.2e}",
+                "runs": str(len(group)),
+                "done": str(sum(other.name in done for other in group)),
+                **{f"{x.chips} {x.chip}": f"{x.hours(work):,.2f} h" for x in ladder.hardware},
+            }
+        )
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.rjust, cells, widths)) for cells in table]

@@ -216,9 +216,12 @@ class Additive(Law):
 
     COEFFICIENTS = ("size_scale", "samples_scale", "irreducible")
     NEEDS: ClassVar = {
-        "size_alpha": ("size",), "size_scale": ("size",), "samples_alpha": ("samples",),
-        "samples_scale": ("samples",), "irreducible": ("size", "samples"),
-    }  # fmt: skip
+        "size_alpha": ("size",),
+        "size_scale": ("size",),
+        "samples_alpha": ("samples",),
+        "samples_scale": ("samples",),
+        "irreducible": ("size", "samples"),
+    }
     size_alpha: Numbers
     samples_alpha: Numbers
     size_scale: Numbers
@@ -334,9 +337,12 @@ class Batched(Additive):
 
 
 LAWS: dict[str, type[Law]] = {
-    "power": PowerLaw, "saturating": Saturating, "additive": Additive, "repeated": Repeated,
+    "power": PowerLaw,
+    "saturating": Saturating,
+    "additive": Additive,
+    "repeated": Repeated,
     "batched": Batched,
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------ least squares

@@ -9,10 +9,19 @@ from clip_jax.scaling.run_table import RunTable, number, text
 from clip_jax.storage.files import AnyPath, write_whole
 
 SYMBOLS = {  # of the parameters, as in the documentation's table of laws
-    "alpha": r"\alpha", "beta": r"\beta", "scale": "A", "offset": "B", "irreducible": r"E_\infty",
-    "size_alpha": "a", "samples_alpha": "b", "size_scale": "A", "samples_scale": "B", "fade": "R",
-    "negatives": "G", "steps": "S",
-}  # fmt: skip
+    "alpha": r"\alpha",
+    "beta": r"\beta",
+    "scale": "A",
+    "offset": "B",
+    "irreducible": r"E_\infty",
+    "size_alpha": "a",
+    "samples_alpha": "b",
+    "size_scale": "A",
+    "samples_scale": "B",
+    "fade": "R",
+    "negatives": "G",
+    "steps": "S",
+}
 ENDINGS = ("_runs.csv", "_points.csv", "_curve.csv", ".tex")
 
 
@@ -54,10 +63,18 @@ def latex(laws: Mapping[str, Mapping[str, Any]]) -> str:
         title = re.sub(r"([&%$#_{}])", r"\\\1", family or "all runs")
         lines.append([title, *(_parameter(law["parameters"][name]) for name in names)])
     head, *body = (" & ".join(line) + r" \\" for line in lines)
-    return "\n".join([
-        r"\begin{tabular}{l" + "c" * len(names) + "}", r"\toprule", head, r"\midrule", *body,
-        r"\bottomrule", r"\end{tabular}", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            r"\begin{tabular}{l" + "c" * len(names) + "}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
 
 
 def _parameter(parameter: Mapping[str, Any]) -> str:

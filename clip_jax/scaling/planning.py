@@ -118,10 +118,17 @@ def choices(
             if abs(factor - 1) > 0.005:  # runs see complete batches
                 edge = "largest" if factor > 1 else "smallest"
                 outside.append(f"{what} {factor:.3g} × the {edge}")
-        options.append({
-            "model": name, "size": of, "samples": seen, "error": error, "interval": interval,
-            "share": (best == i).mean().item(), "outside": outside,
-        })  # fmt: skip
+        options.append(
+            {
+                "model": name,
+                "size": of,
+                "samples": seen,
+                "error": error,
+                "interval": interval,
+                "share": (best == i).mean().item(),
+                "outside": outside,
+            }
+        )
     return sorted(options, key=lambda option: option["error"])
 
 
@@ -166,15 +173,25 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
             "worth less than new ones (arXiv:2305.16264), which only the form repeated counts."
         )
     return best | {
-        "metric": config.metric, "is_score": law.is_score, "form": config.form,
-        "runs": len(fitted.runs.error), "training_flops": compute * TRAINING_FLOPS,
-        "best_size": best_size, "unique": unique, "epochs": epochs,
-        "batch_size": batch_size, "steps": round(best["samples"] / batch_size),
-        "learning_rate": rate, "topology": str(config.topology), "mfu": config.mfu,
+        "metric": config.metric,
+        "is_score": law.is_score,
+        "form": config.form,
+        "runs": len(fitted.runs.error),
+        "training_flops": compute * TRAINING_FLOPS,
+        "best_size": best_size,
+        "unique": unique,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "steps": round(best["samples"] / batch_size),
+        "learning_rate": rate,
+        "topology": str(config.topology),
+        "mfu": config.mfu,
         "hours": chip_hours * config.topology.chip.devices / config.topology.devices,
-        "chip_hours": chip_hours, "price": price and chip_hours * price, "options": options,
+        "chip_hours": chip_hours,
+        "price": price and chip_hours * price,
+        "options": options,
         "warnings": warnings,
-    }  # fmt: skip
+    }
 
 
 def _mfu_bound(path: AnyPath, topology: Topology) -> float:

@@ -44,13 +44,27 @@ def figure(
         for label, (compute, prediction) in (predictions or {}).items():
             y, low, high = map(float, prediction)
             upper.errorbar(
-                compute, y, yerr=[[y - low], [high - y]], marker="*", markersize=9, color=INK,
-                markerfacecolor="white", capsize=2, linewidth=1, zorder=4,
-            )  # fmt: skip
+                compute,
+                y,
+                yerr=[[y - low], [high - y]],
+                marker="*",
+                markersize=9,
+                color=INK,
+                markerfacecolor="white",
+                capsize=2,
+                linewidth=1,
+                zorder=4,
+            )
             upper.annotate(
-                plain(label), (compute, high), xytext=(0, 3), textcoords="offset points",
-                ha="center", va="bottom", rotation=90, fontsize=7,
-            )  # fmt: skip
+                plain(label),
+                (compute, high),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                rotation=90,
+                fontsize=7,
+            )
         off = 100 * (fit.runs.error / fit.runs.under(fit.law) - 1)
         _points(lower, fit.runs, np.asarray(off), _in_fit(fit))
         lower.axhline(0, color=INK, linewidth=1)
@@ -82,9 +96,15 @@ def panel(
         axes.plot([], [], linestyle="", marker="o", color=color, markersize=5, label=plain(model))
     for length, marker in _markers(runs).items():
         axes.plot(
-            [], [], linestyle="none", marker=marker, markersize=5, markerfacecolor="none",
-            markeredgecolor="#777777", label=f"{plain(length)} pairs",
-        )  # fmt: skip
+            [],
+            [],
+            linestyle="none",
+            marker=marker,
+            markersize=5,
+            markerfacecolor="none",
+            markeredgecolor="#777777",
+            label=f"{plain(length)} pairs",
+        )
     _points(axes, runs, runs.error, _in_fit(fit))
     span = np.geomspace(runs.compute.min() / 1.6, reach or runs.compute.max() * 1.6, 200)
     one = np.ones_like(span)
@@ -98,9 +118,15 @@ def panel(
         _band(axes, span, fit.curve(span, one), INK, label="fit, 95% band")
         if len(fit.fitted.error) != len(runs.error):
             axes.plot(
-                fit.fitted.compute, fit.fitted.error, linestyle="none", marker="o", markersize=9,
-                markerfacecolor="none", markeredgecolor=INK, label="points of the fit",
-            )  # fmt: skip
+                fit.fitted.compute,
+                fit.fitted.error,
+                linestyle="none",
+                marker="o",
+                markersize=9,
+                markerfacecolor="none",
+                markeredgecolor=INK,
+                label="points of the fit",
+            )
     for (label, law), color in zip((others or {}).items(), OTHERS, strict=False):
         axes.plot(span, law(span, one), color=color, linewidth=1.2, dashes=(5, 2), label=label)
     axes.set_xscale("log")
@@ -137,9 +163,15 @@ def _points(
     names = zip(*map(np.asarray, (runs.model, runs.length)), strict=True)
     for x, y, is_solid, (model, length) in zip(runs.compute, height, solid, names, strict=True):
         axes.plot(
-            x, y, marker=markers[length], markersize=5, color=colors[model],
-            alpha=0.95 if is_solid else 0.3, markeredgewidth=0, zorder=3,
-        )  # fmt: skip
+            x,
+            y,
+            marker=markers[length],
+            markersize=5,
+            color=colors[model],
+            alpha=0.95 if is_solid else 0.3,
+            markeredgewidth=0,
+            zorder=3,
+        )
 
 
 def _band(axes: Axes, x: np.ndarray, curve: Prediction, color: Any, **how: Any) -> None:

@@ -168,9 +168,13 @@ def _axes(law: Law, runs: Runs, weights: np.ndarray, free: Bool[np.ndarray, " E"
 
 
 def _edges(
-    inside: np.ndarray, loss: np.ndarray, beyond: np.ndarray, bounds: np.ndarray, least: float,
+    inside: np.ndarray,
+    loss: np.ndarray,
+    beyond: np.ndarray,
+    bounds: np.ndarray,
+    least: float,
     limit: float,
-) -> tuple[Float[np.ndarray, "M E"], Bool[np.ndarray, " E"]]:  # fmt: skip
+) -> tuple[Float[np.ndarray, "M E"], Bool[np.ndarray, " E"]]:
     """Return points on the edge of the region, and which parameters it bounds by the search."""
     points, touched = [np.zeros((0, len(bounds)))], np.zeros(len(bounds), bool)
     height, wanted = np.sqrt(np.maximum(loss - least, 0)), np.sqrt(max(limit - least, 0.0))

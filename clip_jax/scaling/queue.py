@@ -77,9 +77,14 @@ class Queue(contextlib.AbstractContextManager):
     """A worker's view of the queue: it claims the first job that is free, or follows its group."""
 
     def __init__(
-        self, root: AnyPath, jobs: Sequence[Job], afford: Afford, group: Position, say: Say,
+        self,
+        root: AnyPath,
+        jobs: Sequence[Job],
+        afford: Afford,
+        group: Position,
+        say: Say,
         clock: Clock = CLOCK,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._root, self._afford, self._group = root, afford, group
         self._say, self._clock, self._reported = say, clock, ""
         self.failures: dict[str, str] = {}  # reasons, by name

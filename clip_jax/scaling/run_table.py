@@ -42,9 +42,13 @@ MOST_FLOPS = 1e40
 ERROR = re.compile(r"loss|info_nce|perplexity")  # names of metrics that are better when lower
 
 COMPARISONS = {
-    "=": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt,
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
     ">": operator.gt,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -158,10 +162,13 @@ class RunTable:
         counts = zip(self.rows, samples.tolist(), strict=True)
         lengths = [text(row, "samples_seen_scale") or short(count) for row, count in counts]
         return Runs(
-            sizes, samples, error=1 - values if is_score else values,
-            third=self.bounded(third) if third else None, length=np.array(lengths),
+            sizes,
+            samples,
+            error=1 - values if is_score else values,
+            third=self.bounded(third) if third else None,
+            length=np.array(lengths),
             model=np.array([row["arch"] for row in self.rows]),
-        )  # fmt: skip
+        )
 
 
 def text(row: Row, column: str) -> str:

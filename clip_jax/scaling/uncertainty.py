@@ -40,9 +40,11 @@ MISFIT = 2.0  # distance of points from a law, in standard deviations of a run, 
 EXACT = 1e-3  # residuals of log E below which no law is worth a warning
 REJECT = 0.01  # probability of a false warning, of each test
 NEEDED: dict[str, str] = {
-    "size": "model sizes", "samples": "numbers of samples", "compute": "amounts of compute",
+    "size": "model sizes",
+    "samples": "numbers of samples",
+    "compute": "amounts of compute",
     "third": "batch sizes or numbers of distinct samples",
-}  # fmt: skip
+}
 
 
 class Prediction(NamedTuple):
@@ -262,9 +264,14 @@ def sizes_of(fits: Sequence[Fit]) -> Sizes:
 
 
 def fit_law(
-    form: Form, runs: Runs, procedure: Procedure = "all", *, bins: int = laws.BINS,
-    draws: int = 1_000, seed: int = 0,
-) -> Fit:  # fmt: skip
+    form: Form,
+    runs: Runs,
+    procedure: Procedure = "all",
+    *,
+    bins: int = laws.BINS,
+    draws: int = 1_000,
+    seed: int = 0,
+) -> Fit:
     """Fit one law to runs, averaged over their seeds.
 
     `procedure`: `all` points; `frontier`, the points that no other beats with at most their
@@ -334,9 +341,7 @@ def _fitted(
         if at.run is not None:
             crowd = _crowd(at.run, np.sqrt(steady) * residual)
     spread = math.sqrt(noise**2 + within * float((1 - 1 / seeds).mean()))
-    return Fit(
-        law, runs, at, weights, seeds, within, noise, freedom, spread, bootstrap, trend=used,
-    )  # fmt: skip
+    return Fit(law, runs, at, weights, seeds, within, noise, freedom, spread, bootstrap, trend=used)
 
 
 def _crowd(run: np.ndarray, residual: Float[np.ndarray, " n"]) -> float:
@@ -422,9 +427,18 @@ def _published(
     fitted = Runs(compute[full[0]], np.ones(points), error[0][full[0]])
     noise = float(np.sqrt(np.square(np.log(fitted.error / fitted.under(law))).sum() / freedom))
     return Fit(
-        law, runs, fitted, np.ones(points), np.ones(points), 0.0, noise, freedom, noise, bootstrap,
+        law,
+        runs,
+        fitted,
+        np.ones(points),
+        np.ones(points),
+        0.0,
+        noise,
+        freedom,
+        noise,
+        bootstrap,
         fits.map(lambda x: x[held]),
-    )  # fmt: skip
+    )
 
 
 def _check_points(points: int, parameters: int, form: str) -> None:

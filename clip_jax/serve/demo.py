@@ -35,9 +35,15 @@ def demo(config: DemoConfig) -> None:
     plain = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         page.launch(
-            server_name=config.host, server_port=config.port, share=False, inbrowser=False,
-            ssr_mode=False, show_error=True, footer_links=[], theme=plain,
-        )  # fmt: skip
+            server_name=config.host,
+            server_port=config.port,
+            share=False,
+            inbrowser=False,
+            ssr_mode=False,
+            show_error=True,
+            footer_links=[],
+            theme=plain,
+        )
     except OSError as error:
         raise InputError(
             f"cannot serve at {config.host}:{config.port}: the port is taken or the address is not "
@@ -91,8 +97,14 @@ def build(config: DemoConfig) -> Any:
         with gr.Tab("Label an image"), gr.Row():
             with gr.Column():
                 # A path, so that the pixels are those of `clip-jax predict`.
-                image = gr.Image(label="Image", type="filepath", image_mode=None, height=320,
-                                 sources=["upload", "clipboard"], buttons=[])  # fmt: skip
+                image = gr.Image(
+                    label="Image",
+                    type="filepath",
+                    image_mode=None,
+                    height=320,
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                )
                 # Any file, so that our reader decides and gives its error message.
                 image.preprocess = lambda file: file and file.path
                 lines = gr.Textbox(label="Labels, one a line", lines=4)

@@ -38,9 +38,15 @@ def serve(config: ServeConfig) -> None:
         service = Service(config, model)
         service.warm_up()
         settings = uvicorn.Config(
-            build(service, token), http=Protocol, ws="none", log_level="error", access_log=False,
-            lifespan="on", timeout_graceful_shutdown=60, server_header=False,
-        )  # fmt: skip
+            build(service, token),
+            http=Protocol,
+            ws="none",
+            log_level="error",
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=60,
+            server_header=False,
+        )
         print(f"{config.model} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
         # Uvicorn stops on the signal, then raises it again for the previous handler.
         signal.signal(signal.SIGTERM, lambda *_: None)

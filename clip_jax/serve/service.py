@@ -79,11 +79,13 @@ class Service:
         self.metrics = Metrics(self)
         self.images, self.texts = (
             Batcher(
-                self._encoder(name), config.batch_size, capacity,
+                self._encoder(name),
+                config.batch_size,
+                capacity,
                 self.metrics.batch_size.labels(name).observe,
             )
             for name, capacity in (("image", config.queue), ("text", _TEXTS * config.queue))
-        )  # fmt: skip
+        )
         self.threads = ThreadPoolExecutor(os.cpu_count(), "prepare")
         # One body at a time: while it is parsed, it takes many times its size.
         self.parser = ThreadPoolExecutor(1, "parse")
@@ -288,13 +290,19 @@ class Metrics:
             "clip_jax_requests", "requests answered", ["path", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "clip_jax_request_seconds", "request latency", ["path"],
-            buckets=[0.005 * 2**i for i in range(14)], registry=registry,
-        )  # fmt: skip
+            "clip_jax_request_seconds",
+            "request latency",
+            ["path"],
+            buckets=[0.005 * 2**i for i in range(14)],
+            registry=registry,
+        )
         self.batch_size = Histogram(
-            "clip_jax_batch_size", "rows per batch", ["tower"],
-            buckets=[2**i for i in range(11)], registry=registry,
-        )  # fmt: skip
+            "clip_jax_batch_size",
+            "rows per batch",
+            ["tower"],
+            buckets=[2**i for i in range(11)],
+            registry=registry,
+        )
         waiting = Gauge("clip_jax_waiting", "pending rows", ["tower"], registry=registry)
         waiting.labels("image").set_function(lambda: len(service.images))
         waiting.labels("text").set_function(lambda: len(service.texts))

@@ -12,9 +12,7 @@ LOGIN = (
     "AWS_ACCESS_KEY_ID or ~/.aws for s3://."
 )
 
-_CLIENTS = (
-    "obstore", "gcsfs", "s3fs", "botocore", "aiobotocore", "aiohttp", "google", "requests",
-)  # fmt: skip
+_CLIENTS = ("obstore", "gcsfs", "s3fs", "botocore", "aiobotocore", "aiohttp", "google", "requests")
 _NOT_LET_IN = re.compile("Unauthenticated|PermissionDenied|Credential|RefreshError")
 _AWAY = re.compile("Connect|Timeout|Disconnected|Transport|Payload|Proxy")
 _REFUSAL = re.compile(r"\b4\d\d [A-Z]")  # a response that a retry would not change

@@ -418,8 +418,13 @@ def check_destination(path: AnyPath | None, option: str, folder: bool = True) ->
 
 _ALL_USED = (errno.ENOSPC, errno.EDQUOT)
 _NOT_TO_BE_WRITTEN = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
-)  # fmt: skip
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
 
 
 @contextlib.contextmanager

@@ -96,8 +96,13 @@ def read_torch(buffer: memoryview, name: str) -> dict[str, np.ndarray]:
         raise InputError(f"{name}: {error}") from error
     # The opcodes of a hostile file may raise anything.
     except (
-        LookupError, TypeError, ValueError, AttributeError, struct.error, pickle.UnpicklingError
-    ) as error:  # fmt: skip
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        struct.error,
+        pickle.UnpicklingError,
+    ) as error:
         raise InputError(f"{name} is not a PyTorch file, or damaged: {error}.") from error
 
 
@@ -204,13 +209,46 @@ class _Instructions(dict[int, Callable[..., None]]):
 
 _Unpickler: Any = pickle._Unpickler  # that in C allocates a memo of any size the file demands
 _ALLOWED = (
-    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST",
-    "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
-    "SHORT_BINBYTES", "BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE", "BINSTRING",
-    "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "TUPLE",
-    "TUPLE1", "TUPLE2", "TUPLE3", "LIST", "APPEND", "APPENDS", "GLOBAL", "STACK_GLOBAL", "REDUCE",
+    "PROTO",
+    "FRAME",
+    "STOP",
+    "MARK",
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "EMPTY_TUPLE",
+    "EMPTY_LIST",
+    "EMPTY_DICT",
+    "EMPTY_SET",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "LONG4",
+    "BINFLOAT",
+    "SHORT_BINBYTES",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "SHORT_BINUNICODE",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "BINPUT",
+    "LONG_BINPUT",
+    "MEMOIZE",
+    "BINGET",
+    "LONG_BINGET",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "LIST",
+    "APPEND",
+    "APPENDS",
+    "GLOBAL",
+    "STACK_GLOBAL",
+    "REDUCE",
     "BINPERSID",
-)  # fmt: skip
+)
 _CODES = {name: getattr(pickle, name)[0] for name in _ALLOWED}
 
 

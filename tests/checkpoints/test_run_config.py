@@ -26,19 +26,21 @@ def table(monkeypatch):
 def test_fields_get_their_new_names():
     before = {
         "rate": 0.1,
-        "data": {"window": 3, "seed": 0,
-                 "source": {"members": [{"part": 1}, {"part": 2, "x": 3}]}},
+        "data": {"window": 3, "seed": 0, "source": {"members": [{"part": 1}, {"part": 2, "x": 3}]}},
         "evals": [{"looks": 5, "pool": 6}, {"pool": 7}],
         "caption": {"weight": 2.0},
-    }  # fmt: skip
+    }
     after = {
         "learning_rate": 0.1,
-        "data": {"seed": 0, "shuffle_blocks": 3,
-                 "source": {"members": [{"shard": 1}, {"x": 3, "shard": 2}]}},
+        "data": {
+            "seed": 0,
+            "shuffle_blocks": 3,
+            "source": {"members": [{"shard": 1}, {"x": 3, "shard": 2}]},
+        },
         "evals": [{"pool": 6}, {"pool": 7}],
         "captioning": {"weight": 2.0},
         "steps": 1,
-    }  # fmt: skip
+    }
     assert upgrade(before) == after
     assert upgrade(copy.deepcopy(after)) == after
 

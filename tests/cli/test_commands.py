@@ -170,10 +170,12 @@ def test_help_shows_the_options_used_most_and_help_all_every_one(capsys, monkeyp
     monkeypatch.setenv("COLUMNS", "220")  # on which groups of options stand side by side
     monkeypatch.chdir(ROOT)
     commands = {
-        "train": "train configs/pairs.py", "plan": "plan configs/digits.py",
-        "evaluate": "evaluate runs/x", "prepare": "prepare a b",
+        "train": "train configs/pairs.py",
+        "plan": "plan configs/digits.py",
+        "evaluate": "evaluate runs/x",
+        "prepare": "prepare a b",
         "average": "average a b c",
-    }  # fmt: skip
+    }
     assert commands.keys() == arguments._MOST_USED.keys() - {"bench"}
     commands["bench input"] = "bench input configs/pairs.py"
     commands["bench step"] = "bench step configs/pairs.py"

@@ -224,11 +224,25 @@ def _start_gs(address: str) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [binary, "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1",
-         "-port", str(port), "-external-url", address,
-         "-public-host", address.removeprefix("http://"), "-log-level", "error"],
+        [
+            binary,
+            "-scheme",
+            "http",
+            "-backend",
+            "memory",
+            "-host",
+            "127.0.0.1",
+            "-port",
+            str(port),
+            "-external-url",
+            address,
+            "-public-host",
+            address.removeprefix("http://"),
+            "-log-level",
+            "error",
+        ],
         preexec_fn=_end_with_parent,
-    )  # fmt: skip
+    )
     while server.poll() is None:
         with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
             return port

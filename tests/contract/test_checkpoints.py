@@ -158,9 +158,10 @@ def test_lines_are_written_once_a_minute_and_at_the_end(bucket):
 def test_a_run_keeps_what_its_watcher_has_yet_to_read(workdir):
     """Both at once: the watcher's sleep lets the run save on, also while it evaluates."""
     config = Config(
-        model=TINY, steps=6,
+        model=TINY,
+        steps=6,
         checkpoint=dataclasses.replace(BEST, keep=1, keep_unwatched=1, best_of="watcher"),
-    )  # fmt: skip
+    )
     files.write_whole(workdir / "config.json", json.dumps(to_dict(config)))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     params = jax.jit(CLIP(TINY).init)(jax.random.key(0))

@@ -71,9 +71,11 @@ def test_a_study_in_a_bucket(s3, tmp_path: Path, monkeypatch):
         points = climb(command, print)["points"]
     assert '"status": "running"' in (tmp_path / "page.html").read_text()
     assert [(x["name"], x["done"], x["left_out"]) for x in points] == [
-        ("w32@320-seed0", False, False), ("w32@160-seed0", True, False),
-        ("w16@320-seed0", True, False), ("w16@160-seed0", False, True),
-    ]  # fmt: skip
+        ("w32@320-seed0", False, False),
+        ("w32@160-seed0", True, False),
+        ("w16@320-seed0", True, False),
+        ("w16@160-seed0", False, True),
+    ]
     assert seen == ["w32@160-seed0", "w16@320-seed0"]
     config = json.loads(files.read(f"{root}/w32@160-seed0/config.json"))
     assert config["steps"] == 10

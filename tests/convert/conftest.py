@@ -121,9 +121,13 @@ def write_lora_run(workdir: Path, base: AnyPath, own: LoRAConfig, head: Head | N
     if head is not None:
         objective = (ClassifierConfig(classes=head.classes, templates=head.templates),)
     config = Config(
-        model=replace(read_weights(base).config, dtype="float32"), init_from=str(base), lora=own,
-        objective=objective, steps=1, optim=OptimConfig(warmup_steps=0),
-    )  # fmt: skip
+        model=replace(read_weights(base).config, dtype="float32"),
+        init_from=str(base),
+        lora=own,
+        objective=objective,
+        steps=1,
+        optim=OptimConfig(warmup_steps=0),
+    )
     rng = np.random.default_rng(0)
     state, _ = shapes(config.recipe, make_mesh(MeshConfig()))
     drawn = jax.tree.map(lambda x: rng.normal(0, 0.05, x.shape).astype(x.dtype), state.saved())

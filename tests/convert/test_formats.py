@@ -426,16 +426,28 @@ def test_laions_configuration_is_read(tmp_path):
     settings = {
         "embed_dim": 32,
         "vision_cfg": {
-            "image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8,
-            "output_tokens": True, "pool_type": "avg_all", "final_ln_after_pool": True,
+            "image_size": 16,
+            "layers": 2,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+            "output_tokens": True,
+            "pool_type": "avg_all",
+            "final_ln_after_pool": True,
         },
         "text_cfg": {
-            "context_length": 10, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 4,
-            "output_tokens": True, "cross_attn_ratio": 2, "does_full_decoding": True,
+            "context_length": 10,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 4,
+            "output_tokens": True,
+            "cross_attn_ratio": 2,
+            "does_full_decoding": True,
             "has_mlp": False,
         },
         "custom_text": True,
-    }  # fmt: skip
+    }
     weights = make_weights("mammut")
     write_safetensors(tmp_path / open_clip.WEIGHTS_NAME, open_clip.to_tensors(weights), {})
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
@@ -459,8 +471,9 @@ def test_the_base_of_adapters_is_the_one_that_they_began_with(tmp_path):
         params = read_weights(tmp_path / name).params
         assert set(params) == set(weights.params)
         assert not np.array_equal(params["visual"]["proj"], weights.params["visual"]["proj"])
-        np.testing.assert_array_equal(params["text"]["ln_final"]["scale"],
-                                      weights.params["text"]["ln_final"]["scale"])  # fmt: skip
+        np.testing.assert_array_equal(
+            params["text"]["ln_final"]["scale"], weights.params["text"]["ln_final"]["scale"]
+        )
     changed = {**weights.params, "logit_scale": np.asarray(1, np.float32)}
     write_weights(replace(weights, params=changed), base, "clip-jax")
     message = rf"run has low-rank adapters of the weights in {base}, which have changed. Restore"

@@ -36,10 +36,15 @@ def numbers(values: Iterable[int]) -> bytes:
 def tensor(shape=(2, 3), strides=(3, 1), *, offset=0, numel=6, key="0", kind="FloatStorage"):
     storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key) + text("cpu")
     return (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + integer(numel) + b"tQ"
-        + integer(offset) + numbers(shape) + numbers(strides)
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + integer(numel)
+        + b"tQ"
+        + integer(offset)
+        + numbers(shape)
+        + numbers(strides)
         + b"\x89ccollections\nOrderedDict\n)RtR"
-    )  # fmt: skip
+    )
 
 
 def state_dict(*values: bytes) -> bytes:
@@ -49,9 +54,7 @@ def state_dict(*values: bytes) -> bytes:
 
 def packed(content: bytes, storage: bytes = bytes(24)) -> bytes:
     """Put a pickle and one storage into an archive."""
-    entries = {
-        "data.pkl": content, "byteorder": b"little", "data/0": storage, "version": b"3\n",
-    }  # fmt: skip
+    entries = {"data.pkl": content, "byteorder": b"little", "data/0": storage, "version": b"3\n"}
     return zipped((f"archive/{name}", data) for name, data in entries.items())
 
 

@@ -54,9 +54,15 @@ def test_what_we_do_not_have_is_named(tmp_path, content, says):
 
 
 NAFLEX = Preprocess(
-    image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear",
-    resize_mode="naflex", max_patches=40, patch_size=16, rules="torchvision",
-)  # fmt: skip
+    image_size=64,
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+    interpolation="bilinear",
+    resize_mode="naflex",
+    max_patches=40,
+    patch_size=16,
+    rules="torchvision",
+)
 
 
 @pytest.mark.parametrize("rules", ["torchvision", "transformers", "openai", "tensorflow"])

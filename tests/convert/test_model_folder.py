@@ -57,8 +57,10 @@ def test_the_manifest_of_naflex(tmp_path):
     path = tmp_path / "manifest.json"
     content = json.loads(path.read_text())
     assert (content["resize_mode"], content["max_patches"], content["patch_size"]) == (
-        "naflex", 20, 8,
-    )  # fmt: skip
+        "naflex",
+        20,
+        8,
+    )
     path.write_text(json.dumps({**content, "max_patches": 21}))
     with pytest.raises(InputError, match="says max_patches=21, but the model has 20"):
         read_weights(tmp_path)

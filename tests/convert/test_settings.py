@@ -90,9 +90,11 @@ def test_sizes_beyond_reason_take_no_memory(tmp_path):
     path = tmp_path / "config.json"
     content = path.read_text()
     for section, name in [
-        ("vision_config", "image_size"), ("vision_config", "num_hidden_layers"),
-        ("text_config", "max_position_embeddings"), ("text_config", "vocab_size"),
-    ]:  # fmt: skip
+        ("vision_config", "image_size"),
+        ("vision_config", "num_hidden_layers"),
+        ("text_config", "max_position_embeddings"),
+        ("text_config", "vocab_size"),
+    ]:
         changed = json.loads(content)
         changed[section][name] = 1 << 22
         path.write_text(json.dumps(changed))

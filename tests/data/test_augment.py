@@ -95,8 +95,10 @@ def test_each_input_is_the_same_crop_at_its_own_resolution(pixels, png):
     views = replay(png, augmentation, [Square(32), Square(64), NaFlex(24, 8)], 32)
     crop = Image.fromarray(pixels[4:36, 8:56])
     for view, (width, height), right, down in (
-        (views[0], (32, 32), -8, 4), (views[1], (64, 64), -16, 8), (views[2], (48, 32), -12, 4),
-    ):  # fmt: skip
+        (views[0], (32, 32), -8, 4),
+        (views[1], (64, 64), -16, 8),
+        (views[2], (48, 32), -12, 4),
+    ):
         flipped = np.asarray(crop.resize((width, height), Image.Resampling.BICUBIC))[:, ::-1]
         expected = np.zeros_like(flipped)
         expected[down:, : width + right] = flipped[: height - down, -right:]

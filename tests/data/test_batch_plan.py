@@ -53,8 +53,12 @@ def test_siglip2_draws_lengths_in_the_stretched_rest_of_the_schedule():
     assert all(plan.at(step) == (64, Square(256)) for step in (0, 17, first - 1))
     kinds = [plan.at(step) for step in range(first, steps)]
     assert {kind.max_patches: kind.pairs for kind in kinds} == {
-        128: 64, 256: 64, 576: 64, 784: 64, 1024: 32
-    }  # fmt: skip
+        128: 64,
+        256: 64,
+        576: 64,
+        784: 64,
+        1024: 32,
+    }
     runs = [len([*run]) for n, run in itertools.groupby(k.max_patches for k in kinds) if n == 1024]
     assert all(run % 2 == 0 for run in runs)
     share = Counter(kind.max_patches for kind in kinds)

@@ -249,9 +249,12 @@ def reinforced(folder, count=24):
         boxes = [(4 * i, i, 40 - 4 * i, 30) for i in range(4)]
         more = Reinforcement(
             augmentations=tuple(Augmentation(box, i % 2 == 1, ()) for i, box in enumerate(boxes)),
-            size=8, image=rows[0], text=rows[1],
-            synthetic=tuple(f"synthetic {i} of {n}" for i in range(3)), synthetic_text=rows[2],
-        )  # fmt: skip
+            size=8,
+            image=rows[0],
+            text=rows[1],
+            synthetic=tuple(f"synthetic {i} of {n}" for i in range(3)),
+            synthetic_text=rows[2],
+        )
         captions = [f"{text} {i} of {n}".encode() for i in range(2)]
         example = {"image": [image], "caption": captions, **to_features(more, "float16", [2])}
         records.append((image, more, encode_example(example)))

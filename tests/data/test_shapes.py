@@ -24,9 +24,11 @@ def test_folders_table_and_tars_hold_the_same_pairs(tmp_path):
     folders, table, tars = (
         open_single(PathConfig(path=str(root / name), templates=templates), 16)
         for name, templates in (
-            ("folders/train", ("a {}",)), ("pairs.csv", ()), ("tars/{00000..00001}.tar", ()),
+            ("folders/train", ("a {}",)),
+            ("pairs.csv", ()),
+            ("tars/{00000..00001}.tar", ()),
         )
-    )  # fmt: skip
+    )
     assert isinstance(folders, FolderSource)
     pairs = [table.load(i, RNG) for i in range(len(table))]
     assert sorted(pairs) == sorted(tars.load(i, RNG) for i in range(len(tars)))
@@ -79,8 +81,12 @@ def test_dark_drawings_are_the_same_shapes_in_dim_light_of_all_classes(tmp_path)
         assert 90 <= np.asarray(dark[0]).max() < 156 < np.asarray(bright[0]).max()
     config = SampleDataConfig(output=str(tmp_path / "dark"), train=2, test=1, size=8, dark=True)
     assert write(config) | {"output": ""} == {
-        "output": "", "train": 48, "test": 24, "classes": 24, "unseen_classes": 0
-    }  # fmt: skip
+        "output": "",
+        "train": 48,
+        "test": 24,
+        "classes": 24,
+        "unseen_classes": 0,
+    }
 
 
 def test_an_output_that_exists_is_kept(tmp_path, capsys):

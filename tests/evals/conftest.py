@@ -50,9 +50,12 @@ def encoder_on(
     tokenizer = ClipTokenizer(600)
     params = jax.device_put(drawn(scale=scale), sharding.replicated(mesh))
     return Encoder(
-        CLIP(SMALL), params, mesh, Preprocess(image_size=16, **preprocess),
+        CLIP(SMALL),
+        params,
+        mesh,
+        Preprocess(image_size=16, **preprocess),
         tokenize or (lambda texts: tokenizer(list(texts), 16, True)),
-    )  # fmt: skip
+    )
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -137,8 +137,9 @@ def test_tfds_has_the_order_of_the_published_names(name):
         spaced = re.sub("([a-z])([A-Z])", r"\1 \2", words)
         return {word[:4] for word in re.split("[ _-]", spaced.lower()) if len(word) > 2}
 
-    strange = [pair for pair in zip(theirs, published, strict=True)
-               if not stems(pair[0]) & stems(pair[1])]  # fmt: skip
+    strange = [
+        pair for pair in zip(theirs, published, strict=True) if not stems(pair[0]) & stems(pair[1])
+    ]
     assert len(strange) <= 1, strange  # reworded altogether
 
 

@@ -24,9 +24,14 @@ def images(tmp_path):
 
 def case(**changes):
     return {
-        "image_path": "a.png", "bbox_x": 10, "bbox_y": 2, "bbox_w": 6, "bbox_h": 5,
-        "true_caption": "the cat is on the mat", "false_caption": "the mat is on the cat",
-    } | changes  # fmt: skip
+        "image_path": "a.png",
+        "bbox_x": 10,
+        "bbox_y": 2,
+        "bbox_w": 6,
+        "bbox_h": 5,
+        "true_caption": "the cat is on the mat",
+        "false_caption": "the mat is on the cat",
+    } | changes
 
 
 def test_aro_shows_only_what_its_box_holds_and_averages_without_symmetric_relations(images):
@@ -69,8 +74,10 @@ def test_aros_attributes_count_from_25_cases_on(images):
 
 def test_sugar_crepe_is_reported_by_kind(images):
     for kind, number in (("swap_obj", 3), ("add_att", 2)):
-        rows = {str(7 * i): {"filename": "a.png", "caption": f"{kind} {i}",
-                             "negative_caption": "no"} for i in range(number)}  # fmt: skip
+        rows = {
+            str(7 * i): {"filename": "a.png", "caption": f"{kind} {i}", "negative_caption": "no"}
+            for i in range(number)
+        }
         (images.parent / f"{kind}.json").write_text(json.dumps(rows))
     (images.parent / "._swap_obj.json").write_bytes(b"\0macOS's")
     data = open_sugar_crepe(images.parent)

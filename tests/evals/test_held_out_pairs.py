@@ -23,9 +23,12 @@ def test_the_numbers_are_those_of_the_first_pairs_each_time():
     # One thread: so captions are tokenized in their order.
     data = DataConfig(source=DigitsConfig(split="test"), crop="center", threads=1)
     batches = build(
-        data, tokenizer=lambda texts, *_: captions.extend(texts) or encoder.tokenize(texts),
-        image_spec=Square(16), context_length=16, batch_size=37,
-    ).batches()  # fmt: skip
+        data,
+        tokenizer=lambda texts, *_: captions.extend(texts) or encoder.tokenize(texts),
+        image_spec=Square(16),
+        context_length=16,
+        batch_size=37,
+    ).batches()
     images, texts = encoder.images(next(batches).image), encoder.texts(captions[:37])
     batches.close()
     expected = {"info_nce": info_nce(images, texts, encoder.logit_scale, 13)}

@@ -14,8 +14,11 @@ def test_imagenet_is_openais():
     assert len(set(names)) == 998  # OpenAI's has two missiles and two sunglasses
     assert len(templates) == 80
     assert (names[0], names[134], names[517], names[999]) == (
-        "tench", "crane bird", "construction crane", "toilet paper"
-    )  # fmt: skip
+        "tench",
+        "crane bird",
+        "construction crane",
+        "toilet paper",
+    )
 
 
 def test_every_template_has_a_place_for_the_class():
@@ -43,10 +46,14 @@ def test_sensitivity_is_each_template_and_the_ensemble(task):
     assert of_template == pytest.approx(alone)
     mean = features.mean(0)
     together = ((images @ mean.T / np.linalg.norm(mean, axis=1)).argmax(1) == labels).mean()
-    assert values == pytest.approx({
-        "templates/mean": np.mean(alone), "templates/spread": max(alone) - min(alone),
-        "templates/ensemble": together, "templates/gain": together - np.mean(alone),
-    })  # fmt: skip
+    assert values == pytest.approx(
+        {
+            "templates/mean": np.mean(alone),
+            "templates/spread": max(alone) - min(alone),
+            "templates/ensemble": together,
+            "templates/gain": together - np.mean(alone),
+        }
+    )
 
 
 def test_equal_classes_share_their_images(task):

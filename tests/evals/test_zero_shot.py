@@ -90,8 +90,10 @@ def test_many_labels_leave_out_what_is_too_difficult(task):
     logits = np.stack([scores, scores, scores], axis=1)
     labels = np.stack([marks, np.where(truth, 1, -1), np.full(300, -1)], axis=1).astype(np.int8)
     values = zero_shot.multi_label(logits, labels)
-    expected = [zero_shot.average_precisions(scores[50:], truth[50:]),
-                zero_shot.average_precisions(scores, truth)]  # fmt: skip
+    expected = [
+        zero_shot.average_precisions(scores[50:], truth[50:]),
+        zero_shot.average_precisions(scores, truth),
+    ]
     assert expected[0] != expected[1]
     plain, eleven = np.mean(expected, axis=0)
     assert values["mean_average_precision_11"] == pytest.approx(eleven)

@@ -125,8 +125,10 @@ def test_the_command_writes_a_model_that_predicts_its_classes(
     assert main([*command, "--weights", "3", "1", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[3:6]] == [
-        [paths[0], "3.0000"], [paths[1], "1.0000"], [paths[2], "2.0000"]
-    ]  # fmt: skip
+        [paths[0], "3.0000"],
+        [paths[1], "1.0000"],
+        [paths[2], "2.0000"],
+    ]
     models = [read_weights(folder / name) for name in "abc"]
     zero_shot = prompt_head(model_of(models[2]), CLASSES, ("a {}",))
     models[2] = replace(models[2], head=zero_shot)
@@ -179,23 +181,32 @@ def test_a_greedy_soup_keeps_what_does_not_lower_the_metric(tmp_path: Path):
         return tuple(models)
 
     config = AverageConfig(
-        models=tuple(tmp_path / str(i) for i in range(4)), output=tmp_path / "out",
-        greedy=True, dataset=("folder:x",),
-    )  # fmt: skip
+        models=tuple(tmp_path / str(i) for i in range(4)),
+        output=tmp_path / "out",
+        greedy=True,
+        dataset=("folder:x",),
+    )
     with (
         mock.patch.multiple(
-            average, _measure=measure, combine=soup, data_sets=mock.Mock(return_value={}),
-            read_weights=lambda path, ema: int(path.name), fitting=lambda models, paths: models,
+            average,
+            _measure=measure,
+            combine=soup,
+            data_sets=mock.Mock(return_value={}),
+            read_weights=lambda path, ema: int(path.name),
+            fitting=lambda models, paths: models,
             card=mock.Mock(FACTS_NAME="training.json"),
         ),
         mock.patch.object(average, "write_weights") as write,
-    ):  # fmt: skip
+    ):
         result = average.average(config)
     assert write.call_args.args[0] == (2, 0, 1)
     assert tried == [(0,), (1,), (2,), (3,), (2,), (2, 0), (2, 0, 3), (2, 0, 1)]
     assert [(row["alone"], row["kept"]) for row in result["rows"]] == [
-        (0.75, True), (0.5, True), (0.5, False), (0.25, True)
-    ]  # fmt: skip
+        (0.75, True),
+        (0.5, True),
+        (0.5, False),
+        (0.25, True),
+    ]
 
 
 def test_a_run_gives_its_moving_average_or_its_last_weights(tmp_path: Path):
@@ -261,9 +272,13 @@ def test_models_of_a_sigmoid_and_of_a_softmax_are_refused(
     ],
 )
 def test_wrong_use_is_one_message(
-    args: list[str], says: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    says: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-):  # fmt: skip
+):
     monkeypatch.chdir(tmp_path)
     places = {name.upper(): [str(folder / name)] for name in "abc"}
     places |= {"OUT": ["out"], "DATA": ["--dataset", f"folder:{folder / 'set'}"]}

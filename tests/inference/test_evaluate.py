@@ -111,8 +111,16 @@ def test_every_task_on_a_folder_with_splits(evaluate, data, tmp_path, monkeypatc
     args = ["--dataset", f"folder:{tmp_path / 'colours'}", "--templates", templates]
     tasks = ["--tasks", "zero-shot", "probe", "few-shot", "neighbours", "captions"]
     values, errors = evaluate(*args, *tasks, "--shots", 9, "--output", out)
-    names = {"acc1", "acc5", "mean_per_class_recall", "linear_probe/acc1", "linear_probe/lambda",
-             "neighbours/acc1", "templates/spread", "templates/gain"}  # fmt: skip
+    names = {
+        "acc1",
+        "acc5",
+        "mean_per_class_recall",
+        "linear_probe/acc1",
+        "linear_probe/lambda",
+        "neighbours/acc1",
+        "templates/spread",
+        "templates/gain",
+    }
     assert {f"colours/{name}" for name in names} <= values.keys()
     assert values == json.loads((out / "result.json").read_text())
     assert "colours: few-shot of 9 left out: a class has fewer" in errors
@@ -144,8 +152,12 @@ def test_the_digits_take_every_task(evaluate, tmp_path):
     few = ["--digits.per-number", 1, "--digits.source.digits", 1]
     tasks = ["--tasks", "zero-shot", "neighbours"]
     values, _ = evaluate(*few, *tasks, "--output", tmp_path)
-    assert {"zero_shot/seen/top1", "digits/acc1", "digits/templates/gain",
-            "digits/neighbours/acc1"} <= values.keys()  # fmt: skip
+    assert {
+        "zero_shot/seen/top1",
+        "digits/acc1",
+        "digits/templates/gain",
+        "digits/neighbours/acc1",
+    } <= values.keys()
     for name in ("predictions.png", "digits/confusion.png", "results.md"):
         assert (tmp_path / name).exists()
 
@@ -200,10 +212,18 @@ def test_a_task_without_its_split_is_named_and_the_others_run(evaluate, model, d
 def test_pairs_that_differ_in_order(evaluate, data, tmp_path):
     files = sorted((data / "mine").glob("*/1.png"))
     cases = [
-        {"image_path": str(file), "bbox_x": 1, "bbox_y": 1, "bbox_w": 9, "bbox_h": 9,
-         "true_caption": f"{file.parent.name} on white", "relation_name": "on",
-         "false_caption": f"white on {file.parent.name}"} for file in files
-    ]  # fmt: skip
+        {
+            "image_path": str(file),
+            "bbox_x": 1,
+            "bbox_y": 1,
+            "bbox_w": 9,
+            "bbox_h": 9,
+            "true_caption": f"{file.parent.name} on white",
+            "relation_name": "on",
+            "false_caption": f"white on {file.parent.name}",
+        }
+        for file in files
+    ]
     path = tmp_path / "aro_relation/visual_genome_relation.json"
     path.parent.mkdir()
     path.write_text(json.dumps(cases))
@@ -314,10 +334,13 @@ def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, ca
     ask = functools.partial(EvaluateConfig, model=tmp_path)
     asked = ask(digits=DigitsEvalConfig(per_number=1))
     for config, of, suite in (
-        (ask(), run, "run"), (asked, run, "digits"), (ask(), None, "digits"),
-        (ask(tasks=("neighbours",)), run, "digits"), (ask(data_dir="here"), run, "clip"),
+        (ask(), run, "run"),
+        (asked, run, "digits"),
+        (ask(), None, "digits"),
+        (ask(tasks=("neighbours",)), run, "digits"),
+        (ask(data_dir="here"), run, "clip"),
         (ask(images=9, suite="digits"), pairs, "digits"),
-    ):  # fmt: skip
+    ):
         assert _suite(config, of) == suite
     own = Config(evals=(PairsEvalConfig(), SuiteEvalConfig()))
     assert [getattr(x, "images", None) for x in _of_run(ask(images=9), own)] == [None, 9]

@@ -124,8 +124,12 @@ def test_a_decoder_writes_and_scores_captions_at_any_length(folder, tmp_path, ru
     write_classes(tmp_path / "data", SIZES[:3])
     args = ["--dataset", f"folder:{tmp_path / 'data'}", "--tasks", "likelihood"]
     values = run("evaluate", folder / "coca", *args, "--tokens", OTHER)
-    assert values.keys() == {"tokens", "data/likelihood/acc1", "data/likelihood/roc_auc",
-                             "data/likelihood/mean_per_class_recall"}  # fmt: skip
+    assert values.keys() == {
+        "tokens",
+        "data/likelihood/acc1",
+        "data/likelihood/roc_auc",
+        "data/likelihood/mean_per_class_recall",
+    }
 
 
 def test_an_index_is_searched_at_its_own_length(folder, tmp_path, run):
@@ -211,9 +215,12 @@ def test_the_digits_and_a_watched_run_name_their_length(folder, run):
 def encoder_at(folder, tokens):
     model = load(folder / "model", tokens=tokens)
     return Encoder(
-        model.clip, model.params, make_mesh(MeshConfig()), model.image_preprocess,
+        model.clip,
+        model.params,
+        make_mesh(MeshConfig()),
+        model.image_preprocess,
         lambda texts: model.tokenize(texts, truncate=True),
-    )  # fmt: skip
+    )
 
 
 def test_decoded_images_are_kept_for_their_length_alone(folder, tmp_path):

@@ -129,8 +129,10 @@ def test_without_labels_the_classes_are_those_of_the_models_classifier(folder, t
     expected = np.asarray(jax.nn.softmax(embedded @ head.kernel.T / 0.07))[0]
     found = {x["label"]: x["probability"] for x in result["labels"]}
     np.testing.assert_allclose([found[x] for x in head.classes], expected, rtol=1e-3)
-    results = [run("predict", x, "--images", image, "--labels", "a", "b") for x in
-               (model, folder / "model")]  # fmt: skip
+    results = [
+        run("predict", x, "--images", image, "--labels", "a", "b")
+        for x in (model, folder / "model")
+    ]
     assert results[0] == results[1]
 
 
@@ -304,9 +306,7 @@ def test_a_file_with_fewer_rows_than_its_name_says_is_embedded_again(
 # ------------------------------------------------------------------ search
 
 
-def test_an_image_finds_itself_and_a_text_what_numpy_finds(
-    folder, embedded, tmp_path, run, capsys
-):  # fmt: skip
+def test_an_image_finds_itself_and_a_text_what_numpy_finds(folder, embedded, tmp_path, run, capsys):
     model, sheet = folder / "model", tmp_path / "sheet.png"
     best = run("search", model, embedded, "--image", folder / "photos/000.png")[0][0]
     assert best["key"] == "000.png"

@@ -23,9 +23,16 @@ IMAGES = 9
 
 def manifest(rows, rows_per_file, parts=1):
     return Manifest(
-        model="", source="", rows=rows, dtype="float32", parts=parts, batch_size=1,
-        rows_per_file=rows_per_file, image_column="", weights=[],
-    )  # fmt: skip
+        model="",
+        source="",
+        rows=rows,
+        dtype="float32",
+        parts=parts,
+        batch_size=1,
+        rows_per_file=rows_per_file,
+        image_column="",
+        weights=[],
+    )
 
 
 def write(folder, rows, vectors):

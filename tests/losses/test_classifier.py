@@ -33,9 +33,14 @@ def test_value_and_gradient_equal_numpy_in_float64(smoothing: float) -> None:
     def value(image: Any, kernel: Any, log_scale: Any) -> Any:
         params = {"logit_scale": log_scale, "classifier": {"kernel": kernel}}
         x = Context(
-            CLIP(TINY), params, {"label": jnp.asarray(LABELS)}, {"image": image}, on,
-            Axes(BATCH_AXES, "fsdp", "tensor"), carried={},
-        )  # fmt: skip
+            CLIP(TINY),
+            params,
+            {"label": jnp.asarray(LABELS)},
+            {"image": image},
+            on,
+            Axes(BATCH_AXES, "fsdp", "tensor"),
+            carried={},
+        )
         kept = objective.encode((term,), x)
         return objective.total((term,), replace(x, outputs=kept))
 
@@ -57,9 +62,13 @@ def test_value_and_gradient_equal_numpy_in_float64(smoothing: float) -> None:
 def program(mesh: str = "1", accumulation: int = 1, optim: OptimConfig = OPTIM) -> Program:
     sizes, count = {"1": (MeshConfig(), 1)}.get(mesh) or (MESHES[mesh], 8)
     recipe = Recipe(
-        model=TINY, objective=(ClassifierConfig(classes=CLASSES, label_smoothing=0.1),),
-        optim=optim, steps=10, batch_size=16, accumulation=accumulation,
-    )  # fmt: skip
+        model=TINY,
+        objective=(ClassifierConfig(classes=CLASSES, label_smoothing=0.1),),
+        optim=optim,
+        steps=10,
+        batch_size=16,
+        accumulation=accumulation,
+    )
     return Program(recipe, make_mesh(sizes, jax.devices()[:count]))
 
 

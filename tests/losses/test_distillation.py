@@ -49,9 +49,11 @@ def problem() -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     text = (image + 0.5 * draw(size=image.shape))[CAPTIONS]
     tower = draw(size=(24, EMBED))
     student = {
-        "image": unit(image @ tower), "text": unit(text @ (tower + 0.1 * draw(size=tower.shape))),
-        "logit_scale": np.log(100), "logit_bias": np.array(-70.0),
-    }  # fmt: skip
+        "image": unit(image @ tower),
+        "text": unit(text @ (tower + 0.1 * draw(size=tower.shape))),
+        "logit_scale": np.log(100),
+        "logit_bias": np.array(-70.0),
+    }
     towers = [draw(size=(24, width)) for width, _, _ in TEACHERS]
     teachers = [(unit(image @ own), unit(text @ own)) for own in towers]
     return jax.tree.map(lambda x: np.asarray(x, np.float32), (student, teachers))
@@ -119,9 +121,14 @@ def config_of(similarity: Any, **options: Any) -> DistillationConfig:
     ],
 )
 def test_equals_the_definition(
-    similarity: str, count: int, form: str, mesh: str, options: dict, block_size: int,
+    similarity: str,
+    count: int,
+    form: str,
+    mesh: str,
+    options: dict,
+    block_size: int,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     if form == "rings of 2":  # neighbours of one slice pass texts on; slices gather
         slices = mock.create_autospec(devices_per_slice, return_value=2)
         monkeypatch.setattr(contrastive, "devices_per_slice", slices)
@@ -135,9 +142,16 @@ def test_equals_the_definition(
     def value(student: dict, teachers: list) -> Any:
         scale, bias = jnp.exp(student["logit_scale"]), student["logit_bias"]
         loss, _ = contrastive_loss(
-            config, student["image"], student["text"], scale, bias, teachers=teachers,
-            caption_ids=jnp.asarray(CAPTIONS), mesh=on, axes=BATCH_AXES,
-        )  # fmt: skip
+            config,
+            student["image"],
+            student["text"],
+            scale,
+            bias,
+            teachers=teachers,
+            caption_ids=jnp.asarray(CAPTIONS),
+            mesh=on,
+            axes=BATCH_AXES,
+        )
         return loss
 
     def place(x: Any) -> Any:
@@ -164,9 +178,7 @@ def test_extreme_values_give_finite_results(similarity: str, form: str) -> None:
     @jax.jit
     @jax.value_and_grad
     def gradient(student: Any, a: Any, b: Any) -> Any:
-        return contrastive_loss(
-            config, *student, teachers=[(a, b)], mesh=mesh, axes=BATCH_AXES
-        )[0]  # fmt: skip
+        return contrastive_loss(config, *student, teachers=[(a, b)], mesh=mesh, axes=BATCH_AXES)[0]
 
     one = jnp.eye(16)
     equal = jnp.broadcast_to(one[0], one.shape)
@@ -183,19 +195,20 @@ def test_extreme_values_give_finite_results(similarity: str, form: str) -> None:
 
 # ------------------------------------------------------------------ in a training step
 
-SMALL = replace(
-    TINY, vision=replace(TINY.vision, depth=1), text=replace(TINY.text, depth=1)
-)  # fmt: skip
+SMALL = replace(TINY, vision=replace(TINY.vision, depth=1), text=replace(TINY.text, depth=1))
 # A teacher of other images; it shares the captions' tokens.
 BIG = replace(
     SMALL, embed_dim=24, image_mean=(0.5, 0.5, 0.5), vision=replace(SMALL.vision, image_size=24)
-)  # fmt: skip
+)
 OTHER = replace(BIG, text=replace(TINY.text, context_length=8))  # and of other tokens
 LIVE = LiveTeacher(weights="runs/big", model=BIG, dtype="float32")
 TERM = DistillationConfig(
     teachers=(StoredTeacher(embed_dim=8, logit_scale=60.0), LIVE, StoredTeacher(embed_dim=12)),
-    captions="both", weight=2.0, similarity_weight=0.5, features_weight=0.25,
-)  # fmt: skip
+    captions="both",
+    weight=2.0,
+    similarity_weight=0.5,
+    features_weight=0.25,
+)
 
 
 def inputs() -> dict[str, Any]:
@@ -209,9 +222,13 @@ def inputs() -> dict[str, Any]:
 def step(term: DistillationConfig, mesh: str = "1", accumulation: int = 1) -> tuple[Any, Any]:
     """Return the gradients, times a constant, and the metrics."""
     recipe = Recipe(
-        model=SMALL, objective=(SoftmaxConfig(captions="both"), term), optim=OPTIM, steps=10,
-        batch_size=16, accumulation=accumulation,
-    )  # fmt: skip
+        model=SMALL,
+        objective=(SoftmaxConfig(captions="both"), term),
+        optim=OPTIM,
+        steps=10,
+        batch_size=16,
+        accumulation=accumulation,
+    )
     devices = jax.devices()[: 1 if mesh == "1" else 8]
     own = Program(recipe, make_mesh(MESHES.get(mesh, MeshConfig()), devices))
     state = own.init(
@@ -324,9 +341,11 @@ def test_scale_and_bias_of_a_teacher_are_in_its_embeddings() -> None:
 @pytest.mark.parametrize("widths", [(8,), (8, 12), (8, 12, 24)])
 def test_distances_of_embeddings_equal_the_definition(widths: tuple, features: Any) -> None:
     term = DistillationConfig(
-        teachers=tuple(StoredTeacher(embed_dim=x) for x in widths), features=features,
-        features_weight=3.0, similarity_weight=0.0,
-    )  # fmt: skip
+        teachers=tuple(StoredTeacher(embed_dim=x) for x in widths),
+        features=features,
+        features_weight=3.0,
+        similarity_weight=0.0,
+    )
     draw, towers = np.random.default_rng(0).normal, ("image", "text")
     stored = {x: draw(size=(16, sum(widths))).astype(np.float32) for x in towers}
     student = {x: unit(draw(size=(16, EMBED))).astype(np.float32) for x in towers}
@@ -386,12 +405,15 @@ def test_teachers_share_inputs_that_are_equal() -> None:
         "teacher1_synthetic": TextInput(OTHER.text, synthetic=True),
     }
     assert list(replace(term, teachers=(other, other), captions="true").reads(SMALL)) == [
-        "teacher0_image", "teacher0_text",
-    ]  # fmt: skip
+        "teacher0_image",
+        "teacher0_text",
+    ]
     assert {x.config.dtype for x in term.frozen().values()} == {"float32", "bfloat16"}
     assert {name: x.texts for name, x in term.frozen().items()} == {
-        "teacher0": 2, "teacher1": 2, "teacher3": 2,
-    }  # fmt: skip
+        "teacher0": 2,
+        "teacher1": 2,
+        "teacher3": 2,
+    }
 
 
 def test_work_and_form_count_the_teachers() -> None:
@@ -402,8 +424,11 @@ def test_work_and_form_count_the_teachers() -> None:
     term = DistillationConfig(teachers=stored, budget_mib=256)  # 64M float32s
     model = replace(TINY, embed_dim=512)
     for size, devices, form in (
-        (8192, 1, "blocked"), (32768, 48, "dense"), (32768, 47, "blocked"), (32769, 8, "ring"),
-    ):  # fmt: skip
+        (8192, 1, "blocked"),
+        (32768, 48, "dense"),
+        (32768, 47, "blocked"),
+        (32769, 8, "ring"),
+    ):
         assert term.chosen_form(model, size, devices) == form
 
 

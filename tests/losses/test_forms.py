@@ -36,10 +36,14 @@ def mesh() -> Mesh:
 def test_auto_takes_dense_then_blocked_then_ring() -> None:
     config = SoftmaxConfig(budget_mib=256)  # 64M float32s
     for batch, devices, form in (
-        (8192, 1, "dense"), (8193, 1, "blocked"), (32768, 16, "dense"), (32768, 8, "blocked"),
-        (131072, 8, "blocked"), (262144, 8, "ring"),
+        (8192, 1, "dense"),
+        (8193, 1, "blocked"),
+        (32768, 16, "dense"),
+        (32768, 8, "blocked"),
+        (131072, 8, "blocked"),
+        (262144, 8, "ring"),
         (262144, 1, "blocked"),  # nobody to share with
-    ):  # fmt: skip
+    ):
         assert choose_form(config, batch, 512, devices) == form
     assert choose_form(SigmoidConfig(form="ring"), 8, 8, 1) == "ring"
 
@@ -84,9 +88,7 @@ def test_only_embeddings_and_vectors_are_gathered_and_memory_is_linear(
     config = (DistillationConfig if teachers else SoftmaxConfig)(form=form, block_size=12)
 
     def loss(image: Any, text: Any, scale: Any, teachers: Any) -> Any:
-        return contrastive_loss(
-            config, image, text, scale, teachers=teachers, mesh=mesh, axes=AXES
-        )  # fmt: skip
+        return contrastive_loss(config, image, text, scale, teachers=teachers, mesh=mesh, axes=AXES)
 
     gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
     places = (replicated, (rows, rows, replicated))

@@ -127,9 +127,14 @@ def test_equals_the_definition(
     def value(params: dict, inputs: dict) -> Any:
         scale, bias = jnp.exp(params["logit_scale"]), params["logit_bias"]
         return contrastive_loss(
-            config, *embeddings(params, inputs), scale, bias,
-            caption_ids=jnp.asarray(CAPTIONS), mesh=on, axes=BATCH_AXES,
-        )  # fmt: skip
+            config,
+            *embeddings(params, inputs),
+            scale,
+            bias,
+            caption_ids=jnp.asarray(CAPTIONS),
+            mesh=on,
+            axes=BATCH_AXES,
+        )
 
     gradient = jax.jit(jax.value_and_grad(value, has_aux=True))
 
@@ -180,9 +185,12 @@ def test_captions_are_true_or_synthetic_or_both() -> None:
             outputs["text" if name == "text" else "text:synthetic"],
         )
         expected, _ = contrastive_loss(
-            SoftmaxConfig(mask_same_caption=True), image, texts, jnp.exp(jnp.log(10.0)),
+            SoftmaxConfig(mask_same_caption=True),
+            image,
+            texts,
+            jnp.exp(jnp.log(10.0)),
             caption_ids=ids,
-        )  # fmt: skip
+        )
         assert losses[captions] == expected
     assert losses["both"] == losses["true"] + losses["synthetic"]
     one, both = (SoftmaxConfig(captions=x).macs(TINY, 16, ()) for x in ("true", "both"))
@@ -201,9 +209,13 @@ def test_two_captions_of_a_class_are_no_negatives(kind: Any, form: Any) -> None:
     x = Context(CLIP(TINY), scalars, data, outputs, on, Axes(BATCH_AXES, "fsdp", "tensor"))
     masked, _ = kind(form=form, block_size=5, mask_same_class=True).loss(x)
     expected, _ = contrastive_loss(
-        kind(mask_same_caption=True), image, text, jnp.exp(scalars["logit_scale"]),
-        scalars["logit_bias"], caption_ids=jnp.asarray(CAPTIONS),
-    )  # fmt: skip
+        kind(mask_same_caption=True),
+        image,
+        text,
+        jnp.exp(scalars["logit_scale"]),
+        scalars["logit_bias"],
+        caption_ids=jnp.asarray(CAPTIONS),
+    )
     assert masked == pytest.approx(float(expected), rel=1e-5)
     by_captions, _ = kind(form=form, block_size=5, mask_same_caption=True).loss(x)
     assert by_captions > 1.001 * masked

@@ -57,8 +57,9 @@ class TeacherTerm(Term):
         model, params = replace(x.model, config=TEACHER), x.frozen["model"]
         images, texts = model.normalize(x.inputs["image"]), x.inputs["text"]
         embeddings = {
-            "image": model.encode_image(params, images), "text": model.encode_text(params, texts)
-        }  # fmt: skip
+            "image": model.encode_image(params, images),
+            "text": model.encode_text(params, texts),
+        }
         return {f"of_{name}": l2_normalize(y) for name, y in embeddings.items()}
 
     def loss(self, x: Context):
@@ -146,9 +147,13 @@ def program(
 ) -> Program:
     sizes, count = {"1": (MeshConfig(), 1)}.get(mesh) or (MESHES[mesh], 8)
     recipe = Recipe(
-        model=TINY, objective=cast(Any, (SoftmaxConfig(), *terms)), optim=optim, steps=10,
-        batch_size=16, accumulation=accumulation,
-    )  # fmt: skip
+        model=TINY,
+        objective=cast(Any, (SoftmaxConfig(), *terms)),
+        optim=optim,
+        steps=10,
+        batch_size=16,
+        accumulation=accumulation,
+    )
     return Program(recipe, make_mesh(sizes, jax.devices()[:count]))
 
 

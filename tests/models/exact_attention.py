@@ -76,9 +76,15 @@ def xla_of_tpu(qkv: Any, heads: int, causal: bool, lengths: Any) -> Any:
 
 
 def errors(
-    attend: Callable, length: int, heads: int, dim: int, causal: bool, lengths: Any = None,
-    dtype: Any = jnp.float32, batch: int = 2,
-) -> tuple[list[float], list[float]]:  # fmt: skip
+    attend: Callable,
+    length: int,
+    heads: int,
+    dim: int,
+    causal: bool,
+    lengths: Any = None,
+    dtype: Any = jnp.float32,
+    batch: int = 2,
+) -> tuple[list[float], list[float]]:
     """Errors of output and gradient against float64, in the largest value: the largest one, and
     the root of the mean square. Rows of padding are left out."""
     rng = np.random.default_rng(0)

@@ -135,10 +135,14 @@ def test_padding_is_not_attended_to(attend, shape, lengths, bound, dtype):
     weight = np.where(is_valid[:, :, None, None], rng.standard_normal(qkv[:, :, 0].shape), 0)
     other = np.where(is_valid[:, :, None, None, None], qkv, 100 * rng.standard_normal(qkv.shape))
     results = [
-        [np.asarray(x) for x in both(attend, *(jnp.asarray(x, dtype) for x in (values, weight)),
-                                     False, lengths)]
+        [
+            np.asarray(x)
+            for x in both(
+                attend, *(jnp.asarray(x, dtype) for x in (values, weight)), False, lengths
+            )
+        ]
         for values in (qkv, other)
-    ]  # fmt: skip
+    ]
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a[is_valid], b[is_valid])
     for _, gradient in results:

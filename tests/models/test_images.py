@@ -117,10 +117,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def program():
-    recipe = Recipe(
-        model=CONFIG, optim=OptimConfig(warmup_steps=1), steps=4,
-        batch_size=16,
-    )  # fmt: skip
+    recipe = Recipe(model=CONFIG, optim=OptimConfig(warmup_steps=1), steps=4, batch_size=16)
     return Program(recipe, make_mesh(MeshConfig(data=4, fsdp=2)))
 
 
@@ -129,9 +126,12 @@ def test_packed_patches_are_trained_on(program, tmp_path, crop_scale):
     """From files to the step of eight devices, each of which has its rows of every array."""
     config = DataConfig(source=table(tmp_path, make_pairs(20)), crop_scale=crop_scale)
     pipeline = build(
-        config, tokenizer=TOKENIZER, image_spec=CONFIG.vision.image_spec, context_length=10,
+        config,
+        tokenizer=TOKENIZER,
+        image_spec=CONFIG.vision.image_spec,
+        context_length=10,
         batch_size=16,
-    )  # fmt: skip
+    )
     batches = pipeline.batches()
     batch = next(batches)
     batches.close()
@@ -144,8 +144,10 @@ def test_packed_patches_are_trained_on(program, tmp_path, crop_scale):
         jax.tree.leaves(program.batch), jax.tree.leaves(on_mesh), strict=True
     ):
         assert (array.shape, array.dtype, array.sharding) == (
-            expected.shape, expected.dtype, expected.sharding
-        )  # fmt: skip
+            expected.shape,
+            expected.dtype,
+            expected.sharding,
+        )
     assert {x.data.shape[0] for x in on_mesh["image"].grid.addressable_shards} == {2}
     _, metrics = program.step(program.init(), on_mesh)
     assert np.isfinite(metrics["loss"])
@@ -173,9 +175,12 @@ def test_packed_patches_are_evaluated_and_embedded(program):
         np.testing.assert_allclose(got, features, atol=1e-5)
 
     encoder = Encoder(
-        CLIP(CONFIG), jax.device_put(params), program.mesh, preprocess,
+        CLIP(CONFIG),
+        jax.device_put(params),
+        program.mesh,
+        preprocess,
         lambda texts: TOKENIZER(list(texts), 10, True),
-    )  # fmt: skip
+    )
     data = Captioned(len(images), lambda i: (Image.fromarray(images[i]), [f"picture {i}"]))
     splits = Splits("pictures", lambda split: data, encoder)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)

@@ -47,10 +47,12 @@ def drawn(model: CLIPConfig, own: LoRAConfig) -> Params:
 def wide(model: CLIPConfig) -> CLIPConfig:
     """Of the width of SigLIP B, since an embedding of more components has smaller ones."""
     return dataclasses.replace(
-        model, embed_dim=768, dtype="bfloat16",
+        model,
+        embed_dim=768,
+        dtype="bfloat16",
         vision=dataclasses.replace(model.vision, width=768),
         text=dataclasses.replace(model.text, width=768),
-    )  # fmt: skip
+    )
 
 
 def outputs(model: CLIPConfig, params: Params) -> dict[str, np.ndarray]:

@@ -39,9 +39,15 @@ def test_positions_are_resized_as_by_jax(side):
     @jax.jit
     def largest(scale):  # of which each grid is the upper left corner: one program for all
         return jax.image.scale_and_translate(
-            square, (300, 300, 6), (0, 1), scale, jnp.zeros(2), "linear",
-            antialias=True, precision=jax.lax.Precision.HIGHEST,
-        )  # fmt: skip
+            square,
+            (300, 300, 6),
+            (0, 1),
+            scale,
+            jnp.zeros(2),
+            "linear",
+            antialias=True,
+            precision=jax.lax.Precision.HIGHEST,
+        )
 
     for (rows, columns), ours in zip(SHAPES, resized, strict=True):
         expected = largest(jnp.array([rows, columns]) / side)[:rows, :columns].reshape(-1, 6)
@@ -68,9 +74,15 @@ PATCH, LENGTH = 4, 24
 GRIDS = [(4, 6), (1, 9), (7, 1), (3, 3)]  # of which the first has no padding
 
 VISION = ViTConfig(
-    image_size=16, patch_size=PATCH, max_patches=LENGTH, width=32, depth=2, num_heads=2,
-    pool_queries=4, pool_heads=2,
-)  # fmt: skip
+    image_size=16,
+    patch_size=PATCH,
+    max_patches=LENGTH,
+    width=32,
+    depth=2,
+    num_heads=2,
+    pool_queries=4,
+    pool_heads=2,
+)
 COCA = CLIPConfig(
     embed_dim=32,
     vision=VISION,

@@ -46,9 +46,8 @@ def test_each_layer_is_optaxs(muon, decay, mesh):
     decays = {name: bool(weights & set(name.split("/"))) for name in params}
     both = {"eps": optim.eps, "weight_decay": decay, "nesterov": muon.nesterov}
     rest = optax.adamw(
-        muon.adam_learning_rate_scale * RATE, b1=optim.b1, b2=optim.b2, **both,
-        mask=decays,
-    )  # fmt: skip
+        muon.adam_learning_rate_scale * RATE, b1=optim.b1, b2=optim.b2, **both, mask=decays
+    )
     theirs = optax.contrib.muon(RATE, consistent_rms=muon.rms, **both)
     theirs = optax.partition({True: theirs, False: rest}, is_linear)
     expected = followed(theirs, params, matrices(gradients()))

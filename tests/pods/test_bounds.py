@@ -19,9 +19,17 @@ def work(flops: float | None = 0.0, size: int = 0, cycles: int | None = 0, **mor
 
 def collective(received: int, between: int = 0, overlapped: bool = False) -> Collective:
     return Collective(
-        kind="all-reduce", axes=("data",), part="update", source="", arrays=(), times=1,
-        bytes=received, received=received, received_from_slices=between, overlapped=overlapped,
-    )  # fmt: skip
+        kind="all-reduce",
+        axes=("data",),
+        part="update",
+        source="",
+        arrays=(),
+        times=1,
+        bytes=received,
+        received=received,
+        received_from_slices=between,
+        overlapped=overlapped,
+    )
 
 
 def test_operations_one_after_the_other_take_longer_than_all_at_once():

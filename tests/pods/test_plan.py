@@ -43,20 +43,41 @@ def facts(request: Request, fixed: int = GIB, pair: int = 2**28) -> Facts:
     data, fsdp, tensor = sharding.mesh_sizes(request.mesh, request.topology.devices)
     peak = fixed + int(pair * share) * recipe.batch_size // (data * fsdp)
     result = Facts(
-        mesh=(data, fsdp, tensor), form="dense", versions="none", compile_seconds=1.0, fits=False,
-        peak_bytes=peak, parameters=fixed // 3, optimizer=fixed - fixed // 3, batch=10, loss=20,
-        token_embedding=7 << 20, token_embedding_optimizer=14 << 20,
-    )  # fmt: skip
+        mesh=(data, fsdp, tensor),
+        form="dense",
+        versions="none",
+        compile_seconds=1.0,
+        fits=False,
+        peak_bytes=peak,
+        parameters=fixed // 3,
+        optimizer=fixed - fixed // 3,
+        batch=10,
+        loss=20,
+        token_embedding=7 << 20,
+        token_embedding_optimizer=14 << 20,
+    )
     if peak > 15.75 * GIB:
         return result
     moved = Collective(
-        kind="all-gather", axes=("fsdp",), part="image tower, forward", times=3, bytes=9,
-        source="", arrays=(), received=2 * 10**9, received_from_slices=0,
-    )  # fmt: skip
+        kind="all-gather",
+        axes=("fsdp",),
+        part="image tower, forward",
+        times=3,
+        bytes=9,
+        source="",
+        arrays=(),
+        received=2 * 10**9,
+        received_from_slices=0,
+    )
     work = Work(
-        name="x", opcode="fusion", part="MLP", times=2, flops=1e9, bytes=4_095_000_000,
+        name="x",
+        opcode="fusion",
+        part="MLP",
+        times=2,
+        flops=1e9,
+        bytes=4_095_000_000,
         cycles=3_000_000,
-    )  # fmt: skip
+    )
     return dataclasses.replace(result, fits=True, works=(work,), collectives=(moved,))
 
 
@@ -371,5 +392,9 @@ def test_the_command_prints_one_object(tmp_path, capsys):
     assert len(printed["compared"]) == 1
     assert not {"source", "arrays"} & printed["collectives"][0].keys()
     assert printed["seconds_by_part"]["MLP"].keys() == {
-        "compute", "memory", "operations", "schedule", "cost model"
-    }  # fmt: skip
+        "compute",
+        "memory",
+        "operations",
+        "schedule",
+        "cost model",
+    }

@@ -101,10 +101,12 @@ def test_equal_operations_have_one_schedule():
     lines = [
         f'  %{name} = {x} negate(%{of}), backend_config={{"estimated_cycles":"{cycles}"}}'
         for name, x, of, cycles in (
-            ("first", X, "a", 9), ("again", X, "b", 9), ("other", X, "a", 8),
+            ("first", X, "a", 9),
+            ("again", X, "b", 9),
+            ("other", X, "a", 8),
             ("small", "f32[8,128]{1,0:T(8,128)}", "c", 9),
         )
-    ]  # fmt: skip
+    ]
     text = module(*parameters(a=X, b=X, c="f32[8,128]{1,0:T(8,128)}"), *lines)
     schedules = {x.name: x.schedule for x in work.read(text, {"again": Schedule(5)})}
     assert schedules == {"first": 5, "again": 5, "other": None, "small": None}

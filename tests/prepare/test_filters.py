@@ -89,8 +89,11 @@ def test_of_equal_images_the_first_that_passes_is_kept(tmp_path):
         report = prepare(PrepareConfig(**how, drop_duplicates=True, worker=part))
     assert captions(tmp_path / "out") == [[f"text {i}"] for i in (1, 2, 3, 4, 7, 9)]
     assert report["counts"] == {
-        "kept": 6, "duplicate image": 4, "not an image": 2, "caption length": 1,
-    }  # fmt: skip
+        "kept": 6,
+        "duplicate image": 4,
+        "not an image": 2,
+        "caption length": 1,
+    }
 
 
 def test_of_several_captions_those_of_the_length_the_words_and_the_language_are_kept(tmp_path):

@@ -49,10 +49,13 @@ def how(models, pairs, tmp_path_factory) -> dict[str, Any]:
     """Two teachers, of other widths and resolutions, and a captioner."""
     return {
         "source": FORMATS["tar"](tmp_path_factory.mktemp("in"), pairs).path,
-        "reinforce": (models / "small", models / "large"), "captions": models / "captioner",
-        "generation": SAMPLE, "augmentations": AugmentationsConfig(size=16, flip=0.5),
-        "samples_per_shard": 220, "batch_size": 8,
-    }  # fmt: skip
+        "reinforce": (models / "small", models / "large"),
+        "captions": models / "captioner",
+        "generation": SAMPLE,
+        "augmentations": AugmentationsConfig(size=16, flip=0.5),
+        "samples_per_shard": 220,
+        "batch_size": 8,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def written(how, tmp_path_factory):
 
 def test_a_stopped_run_leaves_complete_shards_and_ends_with_the_same_bytes(
     how, written, tmp_path, capsys
-):  # fmt: skip
+):
     config, calls = PrepareConfig(**how, destination=tmp_path / "out"), itertools.count()
 
     def stopping(*args):
@@ -107,9 +110,11 @@ def test_each_caption_is_the_one_that_predict_writes_with_its_seed(
     for i in (0, NUMBER - 1):
         (tmp_path / f"{i}.png").write_bytes(pairs[i][1])
         config = PredictConfig(
-            model=models / "captioner", images=(tmp_path / f"{i}.png",), caption=True,
+            model=models / "captioner",
+            images=(tmp_path / f"{i}.png",),
+            caption=True,
             generation=dataclasses.replace(SAMPLE, seed=int(seeds[i])),
-        )  # fmt: skip
+        )
         (row,) = predict(config)
         assert row["caption"] == captions[i]
 
@@ -123,9 +128,12 @@ def test_embeddings_are_the_teachers_of_replayed_images_and_of_captions(how, mod
     for x, more in zip(features, stored, strict=True):
         views = [replay(x["image"][0], one, specs, more.size) for one in more.augmentations]
         expected = np.concatenate(
-            [unit(teacher.encode_image(np.stack([view[i] for view in views])))
-             for i, teacher in enumerate(teachers)], axis=1,
-        )  # fmt: skip
+            [
+                unit(teacher.encode_image(np.stack([view[i] for view in views])))
+                for i, teacher in enumerate(teachers)
+            ],
+            axis=1,
+        )
         np.testing.assert_allclose(more.image, expected, atol=1e-3)
         texts = [x["caption"][0].decode(), more.synthetic[0]]
         expected = np.concatenate(

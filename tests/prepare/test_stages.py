@@ -47,8 +47,11 @@ def test_pairs_are_deduplicated_and_shuffled_by_their_keys(format, pairs, tmp_pa
     source, out = FORMATS[format](tmp_path / "in", pairs).path, tmp_path / "out"
     report = prepare(joined(source, out, seed=3))
     assert report["counts"] == {
-        "kept": NUMBER - 8, "near duplicate": 4, "duplicate image": 3, "not an image": 1,
-    }  # fmt: skip
+        "kept": NUMBER - 8,
+        "near duplicate": 4,
+        "duplicate image": 3,
+        "not an image": 1,
+    }
     assert "near duplicate of " in report["examples"]["near duplicate"]
     written = records(out)
     by_caption = {caption.encode(): image for _, image, caption in pairs[: NUMBER - 8]}
@@ -97,7 +100,7 @@ STAGES = {"read": 2, "find_same": 0, "find_alike": 7, "score": 2, "write": 2}  #
 
 def test_a_stop_in_any_stage_loses_nothing_and_does_nothing_twice(
     source, model, tmp_path, monkeypatch
-):  # fmt: skip
+):
     how = {"score_with": model, "top_share": 0.9, "samples_per_task": 7, "threads": 1}
     prepare(joined(source, tmp_path / "whole", **how))
     done: dict[str, list] = {name: [] for name in STAGES}

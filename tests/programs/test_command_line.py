@@ -14,9 +14,13 @@ HEAVY = {"tensorflow", "torch", "matplotlib", "sklearn"}
 
 def run(*arguments, stdout=subprocess.PIPE, **environment):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, text=True, stdout=stdout, stderr=subprocess.PIPE,
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         env=os.environ | environment,
-    )  # fmt: skip
+    )
 
 
 def test_a_reader_who_has_enough_ends_the_command_quietly():
@@ -82,8 +86,9 @@ def test_a_disk_that_fills_is_named_once_and_the_run_goes_on(tmp_path):
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", script, "sh", sys.executable, "-m", "clip_jax", *command],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     first, _, second = done.stderr.partition("exit code 2\n")
     # Besides, threads of TensorStore may print that their event loop is closed.
     assert first.count(f"clip-jax: no space left for {tmp_path}/run") == 1

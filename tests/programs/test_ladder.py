@@ -37,9 +37,16 @@ def test_every_run_is_trained_once_though_a_worker_is_killed_and_the_limit_holds
     (tmp_path / "tiny.py").write_text(SPEC)
     # The four runs cost 3.0e9, 1.5e9, 1.3e9 and 0.6e9 FLOPs: the limit is for two of them.
     command = (
-        "-m", "clip_jax", "scale", "ladder", tmp_path / "tiny.py", "--root", tmp_path / "study",
-        "--limit", "4.7e9",
-    )  # fmt: skip
+        "-m",
+        "clip_jax",
+        "scale",
+        "ladder",
+        tmp_path / "tiny.py",
+        "--root",
+        tmp_path / "study",
+        "--limit",
+        "4.7e9",
+    )
     one = Command(*command)
     trainer = int(one.until(f"{LONG}: started as process").split()[-1])
     two = Command(*command)

@@ -41,9 +41,13 @@ JOB_SET = fields(
     replicatedJobs=several(fields(name=TEXT, replicas=NUMBER, template=TEMPLATE)),
 )
 GROUP = fields(
-    groupName=TEXT, replicas=NUMBER, minReplicas=NUMBER, maxReplicas=NUMBER, template=TEMPLATE,
+    groupName=TEXT,
+    replicas=NUMBER,
+    minReplicas=NUMBER,
+    maxReplicas=NUMBER,
+    template=TEMPLATE,
     rayStartParams={"type": "object", "additionalProperties": TEXT},
-)  # fmt: skip
+)
 RAY_JOB = fields(
     entrypoint=TEXT,
     backoffLimit=NUMBER,
@@ -118,8 +122,11 @@ def run_script(name: str, folder: Path, commands: dict[str, str], *arguments, **
     done = subprocess.run(
         ["bash", str(LAUNCH / name), *arguments],
         env=os.environ | {"PATH": f"{folder}:{PATH}", "CALLS": str(calls)} | environment,
-        cwd=folder, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     return done, calls.read_text().splitlines()
 
 
@@ -133,9 +140,17 @@ def test_slurm_leads_ray_on_the_first_node_and_ends_as_the_command_does(tmp_path
         "clip-jax": f"exit {code}",
     }
     done, calls = run_script(
-        "ray.sbatch", tmp_path, commands, "prepare", "in", "out", "--shuffle",
-        SLURM_JOB_ID="42", SLURM_JOB_NODELIST="node[7-8]", SLURM_CPUS_PER_TASK="32",
-    )  # fmt: skip
+        "ray.sbatch",
+        tmp_path,
+        commands,
+        "prepare",
+        "in",
+        "out",
+        "--shuffle",
+        SLURM_JOB_ID="42",
+        SLURM_JOB_NODELIST="node[7-8]",
+        SLURM_CPUS_PER_TASK="32",
+    )
     assert done.returncode == code
     assert [call for call in calls if call.startswith(("ray ", "clip-jax "))] == [
         "ray start --head --port 6379 --num-cpus 32 --include-dashboard false",
@@ -173,9 +188,17 @@ TRAIN = ["train", "configs/vit_l14.py", "--workdir", "gs://b/runs/l14"]
 def test_tpu_vm_starts_again_what_may_succeed(codes, attempts, created, ends, says, tmp_path):
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
     done, calls = run_script(
-        "tpu_vm.sh", tmp_path, {"gcloud": GCLOUD}, "up", *TRAIN, STATE=str(tmp_path / "state"),
-        CODES=str(tmp_path / "codes"), ZONE="z", TYPE="v5litepod-16", POLL="0",
-    )  # fmt: skip
+        "tpu_vm.sh",
+        tmp_path,
+        {"gcloud": GCLOUD},
+        "up",
+        *TRAIN,
+        STATE=str(tmp_path / "state"),
+        CODES=str(tmp_path / "codes"),
+        ZONE="z",
+        TYPE="v5litepod-16",
+        POLL="0",
+    )
     assert done.returncode == ends, done.stderr
     assert says in done.stderr
     assert sum("ssh" in call and " train " in call for call in calls) == attempts
@@ -201,9 +224,13 @@ def test_slurm_requeues_all_but_what_is_done_or_wrong(tmp_path, code, restarts, 
         "scontrol": "",
     }
     done, calls = run_script(
-        "slurm.sbatch", tmp_path, commands, *TRAIN,
-        SLURM_JOB_ID="42", SLURM_RESTART_COUNT=str(restarts),
-    )  # fmt: skip
+        "slurm.sbatch",
+        tmp_path,
+        commands,
+        *TRAIN,
+        SLURM_JOB_ID="42",
+        SLURM_RESTART_COUNT=str(restarts),
+    )
     assert ("scontrol requeue 42" in calls) == (code != ends == 0), done.stdout
     assert done.returncode == ends
     assert any(f"clip-jax {' '.join(TRAIN)} --processes" in call for call in calls)
@@ -216,9 +243,14 @@ def test_slurm_requeues_all_but_what_is_done_or_wrong(tmp_path, code, restarts, 
 )
 def test_a_slurm_array_takes_its_part(command, flags, tmp_path):
     done, calls = run_script(
-        "slurm_array.sbatch", tmp_path, {"clip-jax": ""}, *command,
-        SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="8",
-    )  # fmt: skip
+        "slurm_array.sbatch",
+        tmp_path,
+        {"clip-jax": ""},
+        *command,
+        SLURM_ARRAY_TASK_ID="3",
+        SLURM_ARRAY_TASK_MIN="1",
+        SLURM_ARRAY_TASK_MAX="8",
+    )
     assert done.returncode == 0
     assert calls == [f"clip-jax {' '.join(command)}{flags}"]
 
@@ -227,8 +259,10 @@ def test_the_local_launcher_keeps_simulated_devices_on_the_cpu(tmp_path):
     """Where a GPU or a TPU is, its processes would take that."""
     (tmp_path / "pretended.py").write_text("import os; print(os.environ['JAX_PLATFORMS'])")
     done = subprocess.run(
-        [sys.executable, str(LAUNCH / "local.py"), "--module", "pretended", "train"], text=True,
+        [sys.executable, str(LAUNCH / "local.py"), "--module", "pretended", "train"],
+        text=True,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "JAX_PLATFORMS": "tpu"},
-        check=True, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+    )
     assert {"[0] cpu", "[1] cpu"} <= {*done.stdout.splitlines()}

@@ -100,8 +100,9 @@ def test_scripts_and_data_in_pages_are_well_formed(tmp_path):
     # A page's blocks share one shell, and its readers have no variables to quote.
     done = subprocess.run(
         ["shellcheck", "--shell", "bash", "--exclude", "SC2034,SC2154,SC2086", *scripts],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -40,10 +40,21 @@ def test_every_stage_makes_the_files_that_threads_make(source, tmp_path, capsys)
     for i in (1, 2):
         scene(i).save(tmp_path / f"test/{i}.png")
     flags = [
-        "--samples-per-shard", "20", "--samples-per-task", "6", "--drop-duplicates",
-        "--drop-near-duplicates", "--shuffle", "--top-share", "0.7", "--score-with",
-        f"{tmp_path}/model", "--decontaminate", f"test={tmp_path}/test", "--json",
-    ]  # fmt: skip
+        "--samples-per-shard",
+        "20",
+        "--samples-per-task",
+        "6",
+        "--drop-duplicates",
+        "--drop-near-duplicates",
+        "--shuffle",
+        "--top-share",
+        "0.7",
+        "--score-with",
+        f"{tmp_path}/model",
+        "--decontaminate",
+        f"test={tmp_path}/test",
+        "--json",
+    ]
     assert main(["prepare", source, f"{tmp_path}/here", *flags]) == 0
     here = json.loads(capsys.readouterr().out)
     done = on_ray(source, tmp_path / "there", *flags)

@@ -22,10 +22,20 @@ def test_ray_writes_the_bytes_that_threads_write(tmp_path):
     (tmp_path / "in").mkdir()
     source = FORMATS["tar"](tmp_path / "in", tiny_pairs(600)).path
     flags = [
-        "--reinforce", f"{models}/small", f"{models}/large", "--captions", f"{models}/captioner",
-        "--generation.max-length", "6", "--augmentations.size", "16", "--samples-per-shard", "210",
-        "--batch-size", "32",
-    ]  # fmt: skip
+        "--reinforce",
+        f"{models}/small",
+        f"{models}/large",
+        "--captions",
+        f"{models}/captioner",
+        "--generation.max-length",
+        "6",
+        "--augmentations.size",
+        "16",
+        "--samples-per-shard",
+        "210",
+        "--batch-size",
+        "32",
+    ]
     command = [sys.executable, "-m", "clip_jax", "prepare", source, "there", "--on", "ray", *flags]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

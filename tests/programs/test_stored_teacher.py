@@ -32,11 +32,15 @@ def made(tmp_path_factory):
     for kind in ("float16", "int8"):
         prepare(
             PrepareConfig(
-                source=source, destination=folder / kind, embedding_type=kind, batch_size=16,
-                reinforce=(models / "large", models / "small"), augmentations_per_image=4,
+                source=source,
+                destination=folder / kind,
+                embedding_type=kind,
+                batch_size=16,
+                reinforce=(models / "large", models / "small"),
+                augmentations_per_image=4,
                 augmentations=AugmentationsConfig(size=16, flip=0.5),
             )
-        )  # fmt: skip
+        )
     return folder
 
 
@@ -48,9 +52,11 @@ def run(made, kind, teachers, workdir):
             source=ArrayRecordConfig(path=str(made / kind / "*.array_record")), crop="stored"
         ),
         objective=(SoftmaxConfig(weight=0.25), DistillationConfig(weight=0.75, teachers=teachers)),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=10), steps=STEPS, batch_size=16,
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=10),
+        steps=STEPS,
+        batch_size=16,
         report_every=1,
-    )  # fmt: skip
+    )
     train(config, workdir)
     samples = [row["samples_seen"] for row in rows(workdir) if "loss" in row]
     assert samples == list(range(16, 16 * STEPS + 1, 16))

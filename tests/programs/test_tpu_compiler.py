@@ -10,9 +10,12 @@ from tests.conftest import ROOT
 
 def printed(*arguments: str, script: str = "benchmarks/short_attention.py") -> list[str]:
     done = subprocess.run(
-        [sys.executable, script, *arguments], cwd=ROOT, text=True,
-        capture_output=True, env=os.environ | {"TPU_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, script, *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"TPU_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()
 

@@ -14,9 +14,11 @@ def request(
     topology: str, model: CLIPConfig = MODEL, *, schedules: bool = False, **mesh: int
 ) -> Request:
     return Request(
-        recipe=recipe(model), mesh=MeshConfig(**mesh), topology=Topology.parse(topology),
+        recipe=recipe(model),
+        mesh=MeshConfig(**mesh),
+        topology=Topology.parse(topology),
         schedules=schedules,
-    )  # fmt: skip
+    )
 
 
 def test_a_7x_runs_the_kernel_and_sums_gradients():

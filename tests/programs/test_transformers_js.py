@@ -40,10 +40,14 @@ def test_transformers_js_gives_the_models_numbers(tmp_path, families, name):  # 
     Image.fromarray(picture).save(tmp_path / "picture.png")
     labels, template = ["Cat!", "snake_case dog", "it's 7 O'Clock", "a house"], "A photo of: {}."
     given = {
-        "pixels": images.transpose(0, 3, 1, 2).ravel().tolist(), "shape": [3, 3, size, size],
-        "ids": tokens.ravel().tolist(), "ids_shape": list(tokens.shape),
-        "image": str(tmp_path / "picture.png"), "labels": labels, "template": template,
-    }  # fmt: skip
+        "pixels": images.transpose(0, 3, 1, 2).ravel().tolist(),
+        "shape": [3, 3, size, size],
+        "ids": tokens.ravel().tolist(),
+        "ids_shape": list(tokens.shape),
+        "image": str(tmp_path / "picture.png"),
+        "labels": labels,
+        "template": template,
+    }
     theirs = run(tmp_path, "siglip" if name == "siglip" else "clip", given)
     for key in ("image_features", "text_features", "logits"):
         assert relative_difference(np.array(theirs[key]), family.ours[key].ravel()) <= 1e-4
@@ -72,12 +76,14 @@ def test_transformers_js_runs_naflex_models_at_two_lengths_in_turn(tmp_path, fam
         pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
         images = how.normalize(concatenate([how.batch(picture) for picture in pictures]))
         arrays = to_arrays(images)
-        batches.append({
-            "pixels": arrays["pixel_values"].ravel().tolist(),
-            "shape": arrays["pixel_values"].shape,
-            "mask": arrays["pixel_attention_mask"].ravel().tolist(),
-            "grid": arrays["spatial_shapes"].ravel().tolist(),
-        })  # fmt: skip
+        batches.append(
+            {
+                "pixels": arrays["pixel_values"].ravel().tolist(),
+                "shape": arrays["pixel_values"].shape,
+                "mask": arrays["pixel_attention_mask"].ravel().tolist(),
+                "grid": arrays["spatial_shapes"].ravel().tolist(),
+            }
+        )
         expected.append(our_outputs(config, params, images, family.tokens))
     ids = {"ids": family.tokens.ravel().tolist(), "ids_shape": family.tokens.shape}
     theirs = run(tmp_path, "siglip2", {"batches": batches[::-1] + batches, **ids})

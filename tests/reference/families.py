@@ -68,11 +68,16 @@ def text_settings(name: str) -> Any:
     known = bert.KNOWN[name]
     kind = transformers.XLMRobertaConfig if name.startswith("xlm") else transformers.RobertaConfig
     return kind(
-        vocab_size=known.vocab_size, hidden_size=known.width, num_hidden_layers=known.depth,
-        num_attention_heads=known.num_heads, intermediate_size=known.mlp_width,
-        max_position_embeddings=known.num_positions, type_vocab_size=known.token_types,
-        layer_norm_eps=known.norm_epsilon, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=known.vocab_size,
+        hidden_size=known.width,
+        num_hidden_layers=known.depth,
+        num_attention_heads=known.num_heads,
+        intermediate_size=known.mlp_width,
+        max_position_embeddings=known.num_positions,
+        type_vocab_size=known.token_types,
+        layer_norm_eps=known.norm_epsilon,
+        pad_token_id=1,
+    )
 
 
 @contextlib.contextmanager

@@ -187,9 +187,15 @@ def test_greedy_is_open_clips_generate(coca, tmp_path):
             model.text_decoder.text_projection[:, -1] *= boost
         kernel[:, -1] *= boost
         expected = model.generate(
-            pixels, generation_type="top_k", top_k=1, seq_len=11, min_seq_len=5,
-            sot_token_id=598, eos_token_id=599, fixed_output_length=True,
-        ).numpy()  # fmt: skip
+            pixels,
+            generation_type="top_k",
+            top_k=1,
+            seq_len=11,
+            min_seq_len=5,
+            sot_token_id=598,
+            eos_token_id=599,
+            fixed_output_length=True,
+        ).numpy()
         np.testing.assert_array_equal(write(weights.params, image_tokens), expected)
         ends |= set((expected == 599).argmax(1))
     assert 10 in ends

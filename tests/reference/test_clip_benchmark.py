@@ -53,9 +53,13 @@ def test_retrieval_with_several_captions_an_image():
     texts = unit(images[owner] + 0.3 * rng.standard_normal((len(owner), 32))).astype(np.float32)
     batches = [(torch.tensor(images), [list(texts[owner == i]) for i in range(203)])]
     theirs = zeroshot_retrieval.evaluate(
-        Features(), batches, lambda rows: torch.tensor(np.stack(rows)), "cpu", amp=False,
+        Features(),
+        batches,
+        lambda rows: torch.tensor(np.stack(rows)),
+        "cpu",
+        amp=False,
         recall_k_list=[1, 5, 10],
-    )  # fmt: skip
+    )
     ours = retrieval(images, texts, owner, MESH)
     assert 0.1 < theirs["image_retrieval_recall@1"] < 0.9
     for name, value in theirs.items():

@@ -121,15 +121,24 @@ def hugging_face_model(vision, text):
     torch.manual_seed(0)
     config = TheirConfig(
         vision_config={
-            "image_size": 64, "patch_size": 16, "hidden_size": 128, "intermediate_size": 512,
-            "num_hidden_layers": 2, "num_attention_heads": 2, **vision,
+            "image_size": 64,
+            "patch_size": 16,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            **vision,
         },
         text_config={
-            "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 1, "max_position_embeddings": 20, **text,
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "max_position_embeddings": 20,
+            **text,
         },
         projection_dim=48,
-    )  # fmt: skip
+    )
     return CLIPModel(config).eval()
 
 

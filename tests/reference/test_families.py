@@ -91,9 +91,11 @@ def timms(create, name, vision, options):
     if isinstance(vision, ConvNeXtConfig):
         return create(name, depths=vision.layers, dims=vision.widths, **options)
     sizes = {
-        "img_size": vision.image_size, "embed_dim": vision.width, "depth": vision.depth,
+        "img_size": vision.image_size,
+        "embed_dim": vision.width,
+        "depth": vision.depth,
         "num_heads": vision.num_heads,
-    }  # fmt: skip
+    }
     if name != "vit_base_mci_224":
         scale = vision.layer_scale
         sizes |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_ratio}
@@ -101,9 +103,12 @@ def timms(create, name, vision, options):
     from timm.models import vision_transformer_hybrid as hybrid  # its name fixes the stem's width
 
     stem = hybrid.ConvStem(
-        channels=vision.stem_widths[1:], stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0,
+        channels=vision.stem_widths[1:],
+        stride=(4, 2, 2),
+        kernel_size=(4, 2, 2),
+        padding=0,
         act_layer=torch.nn.GELU,
-    )  # fmt: skip
+    )
     del options["pretrained"]
     return hybrid._create_vision_transformer_hybrid(
         name, backbone=stem, embed_args={"proj": False}, no_embed_class=True, **sizes, **options
@@ -169,8 +174,9 @@ def save(open_clip, folder, content, dtype=torch.float32, pixels=None):
     if is_custom:
         return tensors
     # ConvNeXts are released as `open_clip.CLIP`, which has timm's towers, too; we write the other.
-    return {n if n.startswith(("visual.", "logit_")) else f"text.{n}": x
-            for n, x in tensors.items()}  # fmt: skip
+    return {
+        n if n.startswith(("visual.", "logit_")) else f"text.{n}": x for n, x in tensors.items()
+    }
 
 
 IMAGES = {
@@ -466,9 +472,10 @@ def test_open_clips_inputs(tmp_path, open_clip, small, name):
         _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         check_inputs(
-            weights, lambda x, f=tokenizer: f(x).numpy(),
+            weights,
+            lambda x, f=tokenizer: f(x).numpy(),
             lambda x, f=transform: f(x).numpy().transpose(1, 2, 0),
-        )  # fmt: skip
+        )
 
 
 # ------------------------------------------------------------------ invalid input

@@ -34,9 +34,11 @@ def folder(tmp_path_factory):
     """A SigLIP that transformers has written, with random weights and its pooling attention."""
     torch.manual_seed(0)
     tower = {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
         "num_attention_heads": 2,
-    }  # fmt: skip
+    }
     vision = {**tower, "image_size": SIZE, "patch_size": 8}
     text = {**tower, "vocab_size": WORDS, "max_position_embeddings": LENGTH}
     model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
@@ -53,9 +55,14 @@ def folder(tmp_path_factory):
 
 def config_of(folder, **changes) -> Config:
     settings = {
-        "init_from": str(folder), "init_architecture": True, "objective": (SigmoidConfig(),),
-        "optim": OPTIM, "steps": STEPS, "batch_size": BATCH, "model": CLIPConfig(dtype="float32"),
-    }  # fmt: skip
+        "init_from": str(folder),
+        "init_architecture": True,
+        "objective": (SigmoidConfig(),),
+        "optim": OPTIM,
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "model": CLIPConfig(dtype="float32"),
+    }
     return with_weights(Config(**settings | changes))
 
 
@@ -73,8 +80,10 @@ def train_there(model) -> list[float]:
         groups[0.0 if x.ndim < 2 else OPTIM.weight_decay].append(x)
     optimizer = torch.optim.AdamW(
         [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
-        lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps,
-    )  # fmt: skip
+        lr=OPTIM.learning_rate,
+        betas=(OPTIM.b1, OPTIM.b2),
+        eps=OPTIM.eps,
+    )
     rate, losses = schedule(OPTIM, STEPS), []
     for step, batch in enumerate(batches()):
         for group in optimizer.param_groups:

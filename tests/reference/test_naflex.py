@@ -89,10 +89,8 @@ def naflex() -> Weights:
         config,
         embed_dim=64,
         vision=replace(config.vision, image_size=64, patch_size=4, max_patches=300, **sizes),
-        text=replace(
-            config.text, context_length=12, vocab_size=300, tokenizer=rules, **sizes
-        ),
-    )  # fmt: skip
+        text=replace(config.text, context_length=12, vocab_size=300, tokenizer=rules, **sizes),
+    )
     weights = random_weights(config, np.float32)
     table = weights.params["visual"]["positional_embedding"]
     table[:] = np.random.default_rng(2).standard_normal(table.shape, np.float32)
@@ -111,9 +109,11 @@ def test_transformers_own_folder(tmp_path):
     """Written by transformers, in its defaults where it has some."""
     torch.manual_seed(0)
     towers = {
-        "hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 200,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
-    }  # fmt: skip
+    }
     vision = {**towers, "patch_size": 4}
     model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=towers)).eval()
     with torch.no_grad():
@@ -219,10 +219,11 @@ def test_loss_and_gradients_of_a_padded_batch_are_those_of_each_image_alone(nafl
     alone = [
         theirs.get_image_features(
             pixel_values=torch.tensor(images.pixels[i : i + 1, : a * b]).double(),
-            pixel_attention_mask=torch.ones(1, a * b), spatial_shapes=torch.tensor([[a, b]]),
+            pixel_attention_mask=torch.ones(1, a * b),
+            spatial_shapes=torch.tensor([[a, b]]),
         ).pooler_output
         for i, (a, b) in enumerate(grids)
-    ]  # fmt: skip
+    ]
     texts = theirs.get_text_features(input_ids=torch.tensor(tokens).long()).pooler_output
     image, text = (torch.nn.functional.normalize(x) for x in (torch.cat(alone), texts))
     logits = image @ text.T * theirs.logit_scale.exp() + theirs.logit_bias

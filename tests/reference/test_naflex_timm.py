@@ -59,9 +59,14 @@ def siglip2(name="ViT-B-16-SigLIP2-naflex", **vision):
 def naflexvit_toy_siglip(pretrained=False, **options):
     """timm's class of the released towers, small."""
     config = NaFlexVitCfg(
-        patch_size=16, embed_dim=64, depth=2, num_heads=4, act_layer=NaFlexVitToy.activation,
-        global_pool="map", pos_embed_interp_mode="bilinear",
-    )  # fmt: skip
+        patch_size=16,
+        embed_dim=64,
+        depth=2,
+        num_heads=4,
+        act_layer=NaFlexVitToy.activation,
+        global_pool="map",
+        pos_embed_interp_mode="bilinear",
+    )
     return NaFlexVit(config, num_classes=0)
 
 

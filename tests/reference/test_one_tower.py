@@ -45,10 +45,15 @@ def test_their_tower_and_back(tmp_path, name):
         theirs = model(torch.as_tensor(given))[f"{tower}_embeds"].numpy()
     ours = our_outputs(weights.config, weights.params, images, ids)
     assert relative_difference(ours[f"{tower}_features"], theirs) < 1e-5
-    done = convert(ConvertConfig(
-        source=tmp_path / "in", destination=tmp_path / "out", to="hugging-face", tower=tower,
-        verify=True,
-    ))  # fmt: skip
+    done = convert(
+        ConvertConfig(
+            source=tmp_path / "in",
+            destination=tmp_path / "out",
+            to="hugging-face",
+            tower=tower,
+            verify=True,
+        )
+    )
     assert done.verification.passed
     before, after = (read_tensors(tmp_path / x / "model.safetensors") for x in ("in", "out"))
     assert before.keys() == after.keys()
@@ -59,10 +64,15 @@ def test_a_tower_of_a_model_becomes_a_folder_to_begin_with(tmp_path):
     """Its image tower, read again to initialise another model's; a whole model needs more."""
     write_weights(random_weights(TINY), tmp_path / "whole", "clip-jax")
     for tower in ("image", "text"):
-        done = convert(ConvertConfig(
-            source=tmp_path / "whole", destination=tmp_path / tower, to="hugging-face",
-            tower=tower, verify=True,
-        ))  # fmt: skip
+        done = convert(
+            ConvertConfig(
+                source=tmp_path / "whole",
+                destination=tmp_path / tower,
+                to="hugging-face",
+                tower=tower,
+                verify=True,
+            )
+        )
         assert done.verification.passed
         assert starting_params(tmp_path / tower, TINY, (tower,)).keys() == {
             {"image": "visual", "text": "text"}[tower]
@@ -72,9 +82,11 @@ def test_a_tower_of_a_model_becomes_a_folder_to_begin_with(tmp_path):
     with pytest.raises(InputError, match="--init-towers"):
         starting_params(tmp_path / "image", TINY, ("text",))
     with pytest.raises(InputError, match="--tower text needs --to hugging-face"):
-        convert(ConvertConfig(
-            source=tmp_path / "whole", destination=tmp_path / "x", to="open-clip", tower="text",
-        ))  # fmt: skip
+        convert(
+            ConvertConfig(
+                source=tmp_path / "whole", destination=tmp_path / "x", to="open-clip", tower="text"
+            )
+        )
 
 
 def test_a_tower_whose_class_would_pool_another_token(tmp_path):
@@ -118,9 +130,11 @@ def test_pe_cores_own_file(tmp_path, monkeypatch):
     assert (again.preprocess.resize_mode, again.preprocess.interpolation) == ("squash", "bilinear")
     assert not again.params["visual"]["proj_bias"].any()
     flat = flatten(again.params)
-    jax.tree.map(np.testing.assert_array_equal, flat | {"visual/proj_bias": 0}, {
-        **flatten(weights.params), "visual/proj_bias": 0,
-    })  # fmt: skip
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        flat | {"visual/proj_bias": 0},
+        {**flatten(weights.params), "visual/proj_bias": 0},
+    )
     import timm
     from timm.models.eva import checkpoint_filter_fn
 

@@ -74,9 +74,12 @@ def page() -> str:
     read = sum(result == "read" for result, _ in answers.values())
     rows = (f"| `{name}` | {result} | {why} |" for name, (result, why) in answers.items())
     return _TEXT.format(
-        version=version("open_clip_torch").rpartition(".")[0], total=len(answers), read=read,
-        others=len(answers) - read, rows="\n".join(rows),
-    )  # fmt: skip
+        version=version("open_clip_torch").rpartition(".")[0],
+        total=len(answers),
+        read=read,
+        others=len(answers) - read,
+        rows="\n".join(rows),
+    )
 
 
 def test_the_page_says_which_configurations_are_read():

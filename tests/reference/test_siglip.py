@@ -63,10 +63,17 @@ def toy_tower(monkeypatch):
     def register(vision, activation):
         def vit_toy_siglip(pretrained=False, **options):
             return VisionTransformer(
-                img_size=vision.image_size, patch_size=vision.patch_size, embed_dim=vision.width,
-                depth=vision.depth, num_heads=vision.num_heads, mlp_ratio=vision.mlp_ratio,
-                class_token=False, act_layer=activation, num_classes=0, global_pool="map",
-            )  # fmt: skip
+                img_size=vision.image_size,
+                patch_size=vision.patch_size,
+                embed_dim=vision.width,
+                depth=vision.depth,
+                num_heads=vision.num_heads,
+                mlp_ratio=vision.mlp_ratio,
+                class_token=False,
+                act_layer=activation,
+                num_classes=0,
+                global_pool="map",
+            )
 
         vit_toy_siglip.__module__ = __name__
         register_model(vit_toy_siglip)
@@ -104,9 +111,11 @@ def test_hugging_faces_own_folder(tmp_path):
     """Written by transformers, in its defaults where it has some."""
     torch.manual_seed(0)
     towers = {
-        "hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 200,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
-    }  # fmt: skip
+    }
     vision = {**towers, "image_size": 64, "num_attention_heads": 2}
     model = SiglipModel(SiglipConfig(vision_config=vision, text_config=towers)).eval()
     with torch.no_grad():
@@ -156,16 +165,23 @@ def test_metaclip_2(tmp_path, activation, to):
     model = MetaClip2Model(
         MetaClip2Config(
             vision_config={
-                "image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_size": 256,
+                "image_size": 32,
+                "patch_size": 8,
+                "hidden_size": 64,
+                "intermediate_size": 256,
                 **towers,
             },
             text_config={
-                "vocab_size": 300, "hidden_size": 64, "intermediate_size": 256,
-                "max_position_embeddings": 12, "eos_token_id": 2, **towers,
+                "vocab_size": 300,
+                "hidden_size": 64,
+                "intermediate_size": 256,
+                "max_position_embeddings": 12,
+                "eos_token_id": 2,
+                **towers,
             },
             projection_dim=48,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     model.save_pretrained(tmp_path / "in")
     weights = read_weights(tmp_path / "in")
     assert (weights.config.text.pool, weights.config.text.eos_token_id) == ("eos", 2)

@@ -70,10 +70,12 @@ def _byte_level(suffix: str, special: list[str]) -> dict[str, Any]:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(**ending))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, show_progress=False,
+        vocab_size=700,
+        special_tokens=special,
+        show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         **ending,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(vocabularies.captions(), trainer)
     content = json.loads(tokenizer.to_str())
     vocab = content["model"]["vocab"]
@@ -169,7 +171,7 @@ def _folders(root: Path) -> dict[str, Path]:
             "embed_dim": 8,
             "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
             "text_cfg": {"context_length": LENGTH, "layers": 1} | own,
-        }  # fmt: skip
+        }
         (path / OPEN_CLIP).write_text(json.dumps({"model_cfg": content}))
     return folders
 

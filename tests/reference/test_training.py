@@ -56,8 +56,10 @@ def train_there(open_clip, config: CLIPConfig, optim: OptimConfig, model) -> lis
         groups[0.0 if kept else optim.weight_decay].append(p)
     optimizer = torch.optim.AdamW(
         [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
-        lr=optim.learning_rate, betas=(optim.b1, optim.b2), eps=optim.eps,
-    )  # fmt: skip
+        lr=optim.learning_rate,
+        betas=(optim.b1, optim.b2),
+        eps=optim.eps,
+    )
     loss_fn = open_clip.ClipLoss()
     rate = schedule(optim, STEPS)
     mean, std = (torch.tensor(x) for x in (config.image_mean, config.image_std))

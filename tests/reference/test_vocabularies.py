@@ -28,9 +28,11 @@ TEXTS = st.text(
 # no < and [ among the letters.
 given_texts = given(st.lists(TEXTS, min_size=1, max_size=6))
 many = settings(
-    derandomize=True, deadline=None, max_examples=25,
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 
 
 def write_folder(path, kind, **config):
@@ -130,11 +132,16 @@ def test_open_clip(open_clip, tmp_path, kind, options, rules):
         "embed_dim": 8,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
         "text_cfg": {
-            "context_length": LENGTH, "vocab_size": 1_000, "width": 64, "heads": 1, "layers": 1,
-            "hf_tokenizer_name": "toy", "tokenizer_kwargs": rules,
+            "context_length": LENGTH,
+            "vocab_size": 1_000,
+            "width": 64,
+            "heads": 1,
+            "layers": 1,
+            "hf_tokenizer_name": "toy",
+            "tokenizer_kwargs": rules,
             "pool_type": "last",
         },
-    }  # fmt: skip
+    }
     folders = [tmp_path / name for name in ("before", "again")]
     for path in folders:
         path.mkdir()

@@ -31,11 +31,21 @@ def write(path, *, batches=(64,), widths=WIDTHS, diverged=()):
         away = math.log(rate / best_rate(width, batch)) + 0.02 * rng.standard_normal()
         loss = 1 + 0.1 * away**2 + 0.01 * math.log2(batch / 64) ** 2
         loss = math.nan if rate in diverged else loss
-        rows.append({
-            "arch": f"w{width}", "samples_seen": 24_576, "gmacs_per_sample": width, "lr": rate,
-            "global_batch": batch, "warmup": 38, "weight_decay": 0.1, "width": width, "seed": seed,
-            "loss": loss, "accuracy": 1 / loss,
-        })  # fmt: skip
+        rows.append(
+            {
+                "arch": f"w{width}",
+                "samples_seen": 24_576,
+                "gmacs_per_sample": width,
+                "lr": rate,
+                "global_batch": batch,
+                "warmup": 38,
+                "weight_decay": 0.1,
+                "width": width,
+                "seed": seed,
+                "loss": loss,
+                "accuracy": 1 / loss,
+            }
+        )
     run_table.write(run_table.RunTable(rows), path)
     return path
 

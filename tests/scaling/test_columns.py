@@ -91,14 +91,26 @@ def test_other_names_and_units_give_the_published_law(tmp_path: Path):
     for row in rows:
         seen, size = float(row["samples_seen"]) / 1e9, float(row["gmacs_per_sample"])
         weights, top1 = float(row["mparams"]) * 1e6, 100 * float(row["imagenet1k_acc1"])
-        lines.append((row["arch"], row["upstream_dataset"], f"{seen:.5f}B", 2e9 * size, weights,
-                      f"{top1:.3f}"))  # fmt: skip
+        lines.append(
+            (
+                row["arch"],
+                row["upstream_dataset"],
+                f"{seen:.5f}B",
+                2e9 * size,
+                weights,
+                f"{top1:.3f}",
+            )
+        )
     text = "\n".join(",".join(map(str, line)) for line in lines)
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(text.encode()))
     columns = (
-        "arch=model", "family=data", "samples_seen=seen", "gmacs_per_sample=Flops:FLOPs",
-        "mparams=weights:parameters", "imagenet1k_acc1=top1:percent",
-    )  # fmt: skip
+        "arch=model",
+        "family=data",
+        "samples_seen=seen",
+        "gmacs_per_sample=Flops:FLOPs",
+        "mparams=weights:parameters",
+        "imagenet1k_acc1=top1:percent",
+    )
     other = run_table.read(tmp_path / "t.csv.gz", columns)
     assert float(other.rows[0]["mparams"]) == pytest.approx(151.28)
     law = fit(other, FitConfig(where=("family=LAION*",), procedure="cherti"))
@@ -207,10 +219,16 @@ CONDITIONS = {
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_conditions_compare_numbers_and_match_patterns(condition: str):
     rows = [
-        {"arch": arch, "samples_seen": samples, "gmacs_per_sample": "1", "top1": "0.5",
-         "epoch": epoch, "total": "3"}
+        {
+            "arch": arch,
+            "samples_seen": samples,
+            "gmacs_per_sample": "1",
+            "top1": "0.5",
+            "epoch": epoch,
+            "total": "3",
+        }
         for arch, samples, epoch in zip("abcd", ("400M", "3e9", "12.8B", ""), "3231", strict=True)
-    ]  # fmt: skip
+    ]
     kept = RunTable(rows).select("top1", (condition,))
     assert "".join(row["arch"] for row in kept.rows) == CONDITIONS[condition]
 

@@ -160,10 +160,15 @@ def test_families_without_a_common_range():
 def table(scale: float = 1.0, count: int = 12) -> RunTable:
     """Runs of two models and three seeds, each of a number of samples."""
     rows = [
-        {"arch": f"m{i % 2}", "samples_seen": 10.0 ** (6 + i // 6), "seed": i // 2 % 3,
-         "gmacs_per_sample": 3.0, "training_flops": scale * 10.0 ** (16 + i // 6)}
+        {
+            "arch": f"m{i % 2}",
+            "samples_seen": 10.0 ** (6 + i // 6),
+            "seed": i // 2 % 3,
+            "gmacs_per_sample": 3.0,
+            "training_flops": scale * 10.0 ** (16 + i // 6),
+        }
         for i in range(count)
-    ]  # fmt: skip
+    ]
     return RunTable(rows)
 
 

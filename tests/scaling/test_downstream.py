@@ -93,9 +93,12 @@ def test_a_bend_is_noticed_and_straight_runs_are_not_called_bent():
 
 def test_published_robustness_is_above_the_line_for_openai_s_models():
     config = RelateConfig(
-        table=POINTS, metric="imagenet_robustness_acc1", against="imagenet1k_acc1",
-        compare="upstream_dataset", baseline="LAION-2B",
-    )  # fmt: skip
+        table=POINTS,
+        metric="imagenet_robustness_acc1",
+        against="imagenet1k_acc1",
+        compare="upstream_dataset",
+        baseline="LAION-2B",
+    )
     result = relate(config)
     assert result["runs"] == 11
     assert result["families"]["CLIP-WIT"]["interval"][0] > 0

@@ -37,9 +37,11 @@ def test_the_eight_published_fits_to_four_digits(tmp_path: Path):
             name = row["upstream_dataset"]
             table.writerow([row["arch"], f"{seen}B", f"{gflops:.12g}", name, *percent])
     columns = (
-        "arch=model", "samples_seen=seen", "gmacs_per_sample=gflops:GFLOPs",
+        "arch=model",
+        "samples_seen=seen",
+        "gmacs_per_sample=gflops:GFLOPs",
         *(f"{metric}={metric}:percent" for metric in PUBLISHED),
-    )  # fmt: skip
+    )
     theirs = read(tmp_path / "theirs.csv", columns)
     for table, column in ((TABLE, "upstream_dataset"), (theirs, "data")):
         for metric, laws in PUBLISHED.items():
@@ -52,9 +54,7 @@ def test_the_eight_published_fits_to_four_digits(tmp_path: Path):
 
 
 def test_the_published_procedures_predictions_and_files(tmp_path: Path):
-    predict = (
-        "ViT-H-14@68B", "ViT-g-14@34B", "ViT-bigG-14@68B", "ViT-B-32@100K", "ViT-H-14@1000B",
-    )  # fmt: skip
+    predict = ("ViT-H-14@68B", "ViT-g-14@34B", "ViT-bigG-14@68B", "ViT-B-32@100K", "ViT-H-14@1000B")
     hold_out = ("gmacs_per_sample>=150",)
     config = replace(LAION, predict=predict, hold_out=hold_out, plot=tmp_path / "plots" / "all")
     result = strict(fit(TABLE, config))
@@ -132,8 +132,9 @@ def test_one_or_two_sizes_state_nothing_about_size():
     for name in ("size_alpha", "size_scale", "irreducible"):
         parameter = result["parameters"][name]
         assert (parameter["value"], parameter["lacking"]) == (
-            None, "runs of at least three model sizes",
-        )  # fmt: skip
+            None,
+            "runs of at least three model sizes",
+        )
     assert "optimal" not in result
     same, other = result["predictions"].values()
     assert same["error"] == pytest.approx(law(30.0, 1e11), rel=0.05)
@@ -180,21 +181,31 @@ FLOPS = ("training_flops", "student_flops")
 
 def test_the_axis_of_a_law_may_be_samples_hours_or_flops():
     runs = measured(KNOWN["power"], 0, 0.01, 1, 8)
-    table = RunTable([
-        row | {"seconds/total": 3.6e-3 * count} | dict.fromkeys(FLOPS, count)
-        for row, count in zip(table_of(runs).rows, runs.samples.tolist(), strict=True)
-    ])  # fmt: skip
+    table = RunTable(
+        [
+            row | {"seconds/total": 3.6e-3 * count} | dict.fromkeys(FLOPS, count)
+            for row, count in zip(table_of(runs).rows, runs.samples.tolist(), strict=True)
+        ]
+    )
     laws = {
         name: fit(table, replace(OURS, against=name, form="power"))
         for name in ("compute", "samples", "hours", *FLOPS)
     }
     for name, law in laws.items():
         assert law["alpha"] == pytest.approx(laws["compute"]["alpha"])
-        assert describe(law).splitlines()[0].endswith({
-            "compute": "pairs seen", "samples": "C in pairs seen", "hours": "C in hours",
-            "training_flops": "C in training FLOPs",
-            "student_flops": "C in training FLOPs without the teacher's",
-        }[name])  # fmt: skip
+        assert (
+            describe(law)
+            .splitlines()[0]
+            .endswith(
+                {
+                    "compute": "pairs seen",
+                    "samples": "C in pairs seen",
+                    "hours": "C in hours",
+                    "training_flops": "C in training FLOPs",
+                    "student_flops": "C in training FLOPs without the teacher's",
+                }[name]
+            )
+        )
     assert laws["hours"]["points"][0]["compute"] == pytest.approx(1)
     assert laws["samples"]["points"][0]["compute"] == pytest.approx(1e6)
     predicted = fit(table, replace(OURS, against="samples", form="power", predict=("m30@1B",)))
@@ -233,9 +244,11 @@ def test_seeds_checkpoints_and_evaluated_images_count():
 
 def test_sensitivity_is_the_answer_by_other_ways_to_fit():
     config = FitConfig(
-        where=("upstream_dataset=LAION-2B",), predict=("ViT-L-14@12.8B",), sensitivity=True,
+        where=("upstream_dataset=LAION-2B",),
+        predict=("ViT-L-14@12.8B",),
+        sensitivity=True,
         draws=100,
-    )  # fmt: skip
+    )
     result = strict(fit(TABLE, config))
     by = {x["variant"]: x for x in result["sensitivity"]}
     assert by["as asked"]["score"] == result["predictions"]["ViT-L-14@12.8B"]["score"]
@@ -266,9 +279,13 @@ def test_a_data_set_that_the_law_ignores_is_a_misfit():
 
 def test_more_metrics_and_files_by_one_command(tmp_path: Path):
     command = FitCommand(
-        table=POINTS, where=("upstream_dataset=LAION-2B",), draws=100, form="power",
-        also=("imagenetv2_acc1", "vtab_acc1"), output=tmp_path / "paper",
-    )  # fmt: skip
+        table=POINTS,
+        where=("upstream_dataset=LAION-2B",),
+        draws=100,
+        form="power",
+        also=("imagenetv2_acc1", "vtab_acc1"),
+        output=tmp_path / "paper",
+    )
     result = strict(fit_file(command))
     assert [x["metric"] for x in result["also"]] == ["imagenetv2_acc1", "vtab_acc1"]
     assert result["also"][0] == strict(fit(TABLE, replace(command, metric="imagenetv2_acc1")))
@@ -285,9 +302,16 @@ def test_degenerate_tables_have_valid_json_or_an_error(form: Any):
     """One run, few points, equal sizes, equal samples, flat and rising errors."""
     answers = 0
     for sizes, counts, error in (
-        (1, 1, "known"), (1, 2, "known"), (1, 6, "known"), (4, 1, "known"), (2, 2, "known"),
-        (2, 2, "flat"), (1, 6, "flat"), (3, 3, "flat"), (3, 3, "rising"),
-    ):  # fmt: skip
+        (1, 1, "known"),
+        (1, 2, "known"),
+        (1, 6, "known"),
+        (4, 1, "known"),
+        (2, 2, "known"),
+        (2, 2, "flat"),
+        (1, 6, "flat"),
+        (3, 3, "flat"),
+        (3, 3, "rising"),
+    ):
         runs = measured(KNOWN["additive"], 0, 0.0, sizes, counts)
         if error != "known":
             rising = 0.01 * runs.samples**0.1 if error == "rising" else 0.5 + 0 * runs.size

@@ -65,9 +65,13 @@ def test_every_run_is_on_the_page_with_its_state(ladder: Path):
 
 def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):
     config = ReportConfig(
-        paths=(POINTS,), output=ladder / "points.html", metric="imagenet1k_acc1",
-        compare="upstream_dataset", where=("upstream_dataset=LAION*",), form="power",
-    )  # fmt: skip
+        paths=(POINTS,),
+        output=ladder / "points.html",
+        metric="imagenet1k_acc1",
+        compare="upstream_dataset",
+        where=("upstream_dataset=LAION*",),
+        form="power",
+    )
     report(config)
     data = read(config.output)
     assert len(data["runs"]) == 32
@@ -140,9 +144,12 @@ def test_runs_of_unknown_length_are_on_the_page_without_a_point(tmp_path: Path):
     lines += [f"ViT-B-32,laion2b_s{3**i}b_b79k,14.78,{0.5 + 0.05 * i}" for i in range(1, 5)]
     (tmp_path / "t.csv").write_text("\n".join(lines))
     config = ReportConfig(
-        paths=(tmp_path / "t.csv",), output=tmp_path / "page.html", columns=("open_clip",),
-        metric="imagenet1k_acc1", where=("samples_seen>0",),
-    )  # fmt: skip
+        paths=(tmp_path / "t.csv",),
+        output=tmp_path / "page.html",
+        columns=("open_clip",),
+        metric="imagenet1k_acc1",
+        where=("samples_seen>0",),
+    )
     assert report(config)["runs"] == {"done": 5}
     data = read(config.output)
     assert len(data["laws"]) == 1

@@ -77,9 +77,11 @@ class Machine(HandClock):
 
     def start(self, args: list[str], *, pass_fds, stdout, **how) -> Process:
         assert how == {
-            "env": {"A": "b"}, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT,
+            "env": {"A": "b"},
+            "stdin": subprocess.DEVNULL,
+            "stderr": subprocess.STDOUT,
             "process_group": 0,
-        }  # fmt: skip
+        }
         self._programs[args[0]].begin(self.now(), *pass_fds, stdout)
         self.started += args
         return self._programs[args[0]]
@@ -126,9 +128,11 @@ def test_a_failure_is_reported_with_its_last_line_and_the_rest_go_on(machine: Ma
 def test_how_long_each_took_and_how_many_are_left_is_said(machine: Machine):
     machine.run([machine.job(name, seconds=60) for name in "ab"])
     assert machine.said == [
-        "a: started as process 7", "a: done after 1.0 min; 1 left",
-        "b: started as process 7", "b: done after 1.0 min; 0 left",
-    ]  # fmt: skip
+        "a: started as process 7",
+        "a: done after 1.0 min; 1 left",
+        "b: started as process 7",
+        "b: done after 1.0 min; 0 left",
+    ]
     assert set(machine.slept) == {jobs.POLL_SECONDS}
 
 

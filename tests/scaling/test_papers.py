@@ -21,8 +21,11 @@ def test_the_files_hold_runs_points_band_and_parameters(tmp_path: Path):
     result = fit(table, config)
     runs, points, curve, tex = papers.write(result, {"": table}, tmp_path / "law")
     assert [Path(x).name for x in (runs, points, curve, tex)] == [
-        "law_runs.csv", "law_points.csv", "law_curve.csv", "law.tex",
-    ]  # fmt: skip
+        "law_runs.csv",
+        "law_points.csv",
+        "law_curve.csv",
+        "law.tex",
+    ]
     error = np.array([1 - float(row["imagenet1k_acc1"]) for row in rows(runs)])
     compute, off = (
         np.array([float(row[x]) for row in rows(runs)]) for x in ("compute", "residual")

@@ -31,11 +31,14 @@ def test_a_figure_shows_runs_law_and_residuals_and_is_the_same_file_twice(form: 
     ahead = (1e13, fitted.predict(np.array(300.0), np.array(1e13 / 300)))
     page, same = (
         plots.figure(
-            fitted, others={"their law": PowerLaw(-0.1, 5.0)},
-            predictions={"what is next": ahead}, error_label="held-out loss", title="a $^ladder$",
+            fitted,
+            others={"their law": PowerLaw(-0.1, 5.0)},
+            predictions={"what is next": ahead},
+            error_label="held-out loss",
+            title="a $^ladder$",
         )
         for _ in range(2)
-    )  # fmt: skip
+    )
     wanted = ["small", r"\$^medium\$", "large", "1e+06 pairs", "their law", "what is next"]
     wanted += [
         "held-out loss",

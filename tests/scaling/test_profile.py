@@ -64,9 +64,13 @@ def test_intervals_are_those_of_scipys_profile(form: Form):
     def ends(at: int, value: float, interval: Any, is_law: bool = False) -> list[float]:
         def above(fixed: float) -> float:
             solved = least_squares(
-                rest, np.delete(best, at), args=(at, fixed, is_law), x_scale="jac",
-                xtol=1e-12, ftol=1e-12,
-            )  # fmt: skip
+                rest,
+                np.delete(best, at),
+                args=(at, fixed, is_law),
+                x_scale="jac",
+                xtol=1e-12,
+                ftol=1e-12,
+            )
             return 2 * float(solved.cost) - least - limit
 
         low, high = (value + 2 * (end - value) for end in interval[:2])

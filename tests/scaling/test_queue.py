@@ -33,9 +33,13 @@ class Study:
         return Job(name, [name], self.root / name, self.root / host / name / "log.txt", done.exists)
 
     def worker(
-        self, host: str = "here", names: str = "abc", afford: Afford = bool,
-        group: Position | None = None, change: Callable[[Job], Job] = lambda job: job,
-    ) -> Queue:  # fmt: skip
+        self,
+        host: str = "here",
+        names: str = "abc",
+        afford: Afford = bool,
+        group: Position | None = None,
+        change: Callable[[Job], Job] = lambda job: job,
+    ) -> Queue:
         jobs = [change(self.job(name, host)) for name in names]
         with mock.patch.object(socket, "gethostname", autospec=True, return_value=host):
             return Queue(self.root, jobs, afford, group or Position(), self.said.append, self.clock)
@@ -85,8 +89,10 @@ def test_workers_take_the_first_that_is_free_and_none_takes_another_s(study: Stu
     assert study.end(one, study.jobs["c"]) == "; 1 left"
     assert [study.take(one), study.take(two)] == ["", ""]
     assert study.said == [
-        WAITING, "a: already done by another process", "c: already done by another process",
-    ]  # fmt: skip
+        WAITING,
+        "a: already done by another process",
+        "c: already done by another process",
+    ]
     study.end(two, study.jobs["b"])
     assert study.take(one) == ""
     assert one.is_over()
@@ -94,9 +100,13 @@ def test_workers_take_the_first_that_is_free_and_none_takes_another_s(study: Stu
     with one, two:
         pass
     assert study.log() == [
-        ("claim", "a"), ("claim", "b"), ("claim", "c"),
-        ("done", "a"), ("done", "c"), ("done", "b"),
-    ]  # fmt: skip
+        ("claim", "a"),
+        ("claim", "b"),
+        ("claim", "c"),
+        ("done", "a"),
+        ("done", "c"),
+        ("done", "b"),
+    ]
     assert list((study.root / "queue/workers").iterdir()) == []
 
 

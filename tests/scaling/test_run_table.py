@@ -105,17 +105,24 @@ def write(folder: Path, contents: dict[str, str | dict]) -> None:
 def test_runs_of_every_kind_become_one_table(tmp_path: Path):
     logs, output = tmp_path / "logs", tmp_path / "table.csv"
     config = {
-        "steps": 100, "seed": 3, "batch_size": 64,
+        "steps": 100,
+        "seed": 3,
+        "batch_size": 64,
         "model": to_dict(replace(zoo.get("ViT-S-32"), dtype="float32")),
         "optim": {"learning_rate": 1e-3, "warmup_steps": 10, "weight_decay": 0.2},
-    }  # fmt: skip
+    }
     result = {"step": 100, "samples_seen": 6_400, "zero_shot/seen/top1": 0.5}
-    write(logs, {
-        "ours/done/config.json": config, "ours/done/result.json": result,
-        "ours/stopped/config.json": config | {"stop_after": 40},
-        "ours/stopped/result.json": result | {"step": 40},
-        "others.csv": (HEADER + b"RN50,12.8e9,9,0.6").decode(), "no table.csv": "arch,acc\na,1\n",
-    })  # fmt: skip
+    write(
+        logs,
+        {
+            "ours/done/config.json": config,
+            "ours/done/result.json": result,
+            "ours/stopped/config.json": config | {"stop_after": 40},
+            "ours/stopped/result.json": result | {"step": 40},
+            "others.csv": (HEADER + b"RN50,12.8e9,9,0.6").decode(),
+            "no table.csv": "arch,acc\na,1\n",
+        },
+    )
     summary = collect(CollectConfig(paths=(logs,), output=output))
     assert summary["rows"] == 2
     assert len(summary["skipped"]) == 2
@@ -149,9 +156,10 @@ def test_the_flops_of_a_run_are_those_of_its_ladder():
 
 
 def test_nothing_is_collected_of_nothing_or_of_damaged_runs(tmp_path: Path):
-    write(tmp_path, {
-        "a/result.json": "{", "a/config.json": "{}", "b/result.json": "[]", "b/config.json": "{}",
-    })  # fmt: skip
+    write(
+        tmp_path,
+        {"a/result.json": "{", "a/config.json": "{}", "b/result.json": "[]", "b/config.json": "{}"},
+    )
     with pytest.raises(InputError, match="no finished run") as raised:
         collect(CollectConfig(paths=(tmp_path,), output=tmp_path / "t.csv"))
     assert str(raised.value).count("it is not a JSON object with step") == 2  # each with its reason

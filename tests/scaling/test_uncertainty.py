@@ -248,13 +248,18 @@ def test_degenerate_tables_end_in_an_answer_or_an_error_of_input():
     """Warnings of NumPy are errors in tests: nothing overflows, nothing is divided by zero."""
     stated = 0
     for form, sizes, counts, noise, kind in (
-        ("power", 1, 3, 0.0, "flat"), ("power", 1, 3, 0.3, "flat"),
-        ("saturating", 1, 6, 0.0, "flat"), ("saturating", 2, 3, 0.01, "rising"),
-        ("saturating", 5, 1, 0.01, "rising"), ("additive", 2, 2, 0.0, "flat"),
-        ("additive", 2, 3, 0.01, "flat"), ("additive", 3, 3, 0.0, "rising"),
-        ("batched", 2, 2, 0.01, "flat"), ("repeated", 1, 1, 0.0, "flat"),
+        ("power", 1, 3, 0.0, "flat"),
+        ("power", 1, 3, 0.3, "flat"),
+        ("saturating", 1, 6, 0.0, "flat"),
+        ("saturating", 2, 3, 0.01, "rising"),
+        ("saturating", 5, 1, 0.01, "rising"),
+        ("additive", 2, 2, 0.0, "flat"),
+        ("additive", 2, 3, 0.01, "flat"),
+        ("additive", 3, 3, 0.0, "rising"),
+        ("batched", 2, 2, 0.01, "flat"),
+        ("repeated", 1, 1, 0.0, "flat"),
         ("power", 1, 1, 0.0, "flat"),
-    ):  # fmt: skip
+    ):
         runs = measured(KNOWN[form], 1, 0.0, sizes, counts)
         error = 0.5 if kind == "flat" else 0.01 * runs.size**0.2 * runs.samples**0.1
         scatter = noise * np.random.default_rng(3).standard_normal(len(runs.error))
@@ -294,9 +299,13 @@ def test_the_robust_loss_is_scipys():
     np.testing.assert_array_equal(fitted.fitted.error, runs.error[kept])
     x, y = np.log(runs.compute[kept]), np.log(runs.error[kept])
     solved = least_squares(
-        lambda p: p[0] + p[1] * (x - 25) - y, [0.0, -0.1], loss="huber", f_scale=1e-3,
-        xtol=1e-14, ftol=1e-14,
-    )  # fmt: skip
+        lambda p: p[0] + p[1] * (x - 25) - y,
+        [0.0, -0.1],
+        loss="huber",
+        f_scale=1e-3,
+        xtol=1e-14,
+        ftol=1e-14,
+    )
     assert fitted.law.alpha == pytest.approx(solved.x[1], rel=0.01)
     height = fitted.law(1.0, np.exp(25.0))
     assert np.log(height) == pytest.approx(solved.x[0], rel=0.01)

@@ -61,10 +61,15 @@ class Client:
     ) -> Answered:
         """Send the body in pieces. One that is not whole is followed by `then`, or by nothing."""
         scope = {
-            "type": "http", "http_version": "1.1", "method": "GET" if get else "POST",
-            "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+            "type": "http",
+            "http_version": "1.1",
+            "method": "GET" if get else "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
             "headers": [(k.lower().encode(), x.encode()) for k, x in (headers or {}).items()],
-        }  # fmt: skip
+        }
         left, sent = pieces, []
 
         async def receive() -> dict[str, Any]:

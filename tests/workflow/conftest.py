@@ -17,8 +17,10 @@ from tests.conftest import DIGITS, FLAGS, ROOT, made_once
 STEPS = 12
 SMALL = (*FLAGS, "--steps", str(STEPS), "--evals.0.every-steps", "4")
 ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
-}  # fmt: skip
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
+}
 
 
 class Command:
@@ -26,9 +28,13 @@ class Command:
 
     def __init__(self, *command: object, **environment: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, *map(str, command)], env=ENVIRONMENT | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, *map(str, command)],
+            env=ENVIRONMENT | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         self.lines: list[str] = []
 
     def until(self, text: str) -> str:
@@ -87,15 +93,31 @@ def start() -> Iterator[Callable[..., Command]]:
 
 
 def training(
-    workdir: Path, *flags: object, processes: int = 2, devices: int = 4, config: Path = DIGITS,
+    workdir: Path,
+    *flags: object,
+    processes: int = 2,
+    devices: int = 4,
+    config: Path = DIGITS,
     small: tuple[str, ...] = SMALL,
-) -> list[object]:  # fmt: skip
+) -> list[object]:
     """The words that train by the launcher and note what was read."""
     return [
-        ROOT / "launch/local.py", "--processes", processes, "--devices", devices, "--grace", 60,
-        "--module", "tests.workflow.recorded", "train", config, "--workdir", workdir, *small,
+        ROOT / "launch/local.py",
+        "--processes",
+        processes,
+        "--devices",
+        devices,
+        "--grace",
+        60,
+        "--module",
+        "tests.workflow.recorded",
+        "train",
+        config,
+        "--workdir",
+        workdir,
+        *small,
         *flags,
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="session")

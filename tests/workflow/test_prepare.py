@@ -36,9 +36,13 @@ def test_a_killed_command_leaves_whole_shards_and_goes_on(tmp_path: Path):
     flags = ["prepare", "pairs.csv", "out", "--json", "--samples-per-shard", "5", "--threads", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *flags], cwd=tmp_path, env=environment,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        [sys.executable, "-c", INTERRUPTED, *flags],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout
         assert process.stdout.readline() == "here\n"
         process.kill()
@@ -51,7 +55,7 @@ def test_a_killed_command_leaves_whole_shards_and_goes_on(tmp_path: Path):
     command = [sys.executable, "-m", "clip_jax", *flags]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True
-    )  # fmt: skip
+    )
     assert json.loads(done.stdout)["counts"] == {"kept": 15}
     assert captions(out) == [[f"text {i}"] for i in range(15)]
     assert not list(out.glob(".*.partial.*"))

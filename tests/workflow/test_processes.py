@@ -53,8 +53,10 @@ def scores(workdir):
     """What the evaluators found, by step and name."""
     return {
         f"{row['step']}/{name}": value
-        for row in rows(workdir) for name, value in row.items() if name.startswith("zero_shot")
-    }  # fmt: skip
+        for row in rows(workdir)
+        for name, value in row.items()
+        if name.startswith("zero_shot")
+    }
 
 
 def test_a_killed_process_ends_all_and_two_or_one_go_on_with_its_lengths_and_blocks(
@@ -162,12 +164,21 @@ def test_hosts_that_do_not_agree_are_named(tmp_path, start):
         port = free.getsockname()[1]
     hosts = [
         start(
-            "-m", "clip_jax", "train", DIGITS, "--workdir", tmp_path, *SMALL, *flags,
-            JAX_NUM_CPU_DEVICES="1", CLIP_JAX_COORDINATOR=f"localhost:{port}",
-            CLIP_JAX_PROCESS_COUNT="2", CLIP_JAX_PROCESS_INDEX=str(index),
+            "-m",
+            "clip_jax",
+            "train",
+            DIGITS,
+            "--workdir",
+            tmp_path,
+            *SMALL,
+            *flags,
+            JAX_NUM_CPU_DEVICES="1",
+            CLIP_JAX_COORDINATOR=f"localhost:{port}",
+            CLIP_JAX_PROCESS_COUNT="2",
+            CLIP_JAX_PROCESS_INDEX=str(index),
         )
         for index, flags in enumerate(((), ("--optim.learning-rate", "0.5")))
-    ]  # fmt: skip
+    ]
     for host in hosts:
         host.end(code=2)
         assert "config.optim.learning_rate: 0.002 in 0, 0.5 in 1" in host.output

@@ -69,9 +69,12 @@ class Load(Protocol):
     source: Source
 
     def __call__(
-        self, position: int, record: int, spec: ImageSpec,
+        self,
+        position: int,
+        record: int,
+        spec: ImageSpec,
         fetched: AnyRecord | SampleError | None = None,
-    ) -> Sample: ...  # fmt: skip
+    ) -> Sample: ...
 
 
 # Texts to token ids, by the name of the input.
@@ -110,12 +113,14 @@ def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
     parts, notes = zip(*filter(None, pieces), strict=True)
     arrays = concatenate(parts)  # copies even a single piece: its shared memory is reused
     return Batch(
-        image=arrays.pop("image"), text=arrays.pop("text"), inputs=arrays,
+        image=arrays.pop("image"),
+        text=arrays.pop("text"),
+        inputs=arrays,
         index=np.concatenate([one.index for one in notes]),
         keys=[key for one in notes for key in one.keys],
         skipped=[event for one in notes for event in one.skipped],
         reading=sum((one.reading for one in notes), Reading()),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)

@@ -211,9 +211,12 @@ class StreamMixture:
     """The block order of a mixture: all streams alternate between members by the same pattern."""
 
     def __init__(
-        self, starts: list[int], orders: list[BlockOrder],
-        begins: list[Int64[np.ndarray, " streams"]], patterns: list[_Pattern],
-    ) -> None:  # fmt: skip
+        self,
+        starts: list[int],
+        orders: list[BlockOrder],
+        begins: list[Int64[np.ndarray, " streams"]],
+        patterns: list[_Pattern],
+    ) -> None:
         self._starts, self._orders, self._patterns = starts, orders, patterns
         self._phases = functools.cache(
             lambda stream: _phases([int(begin[stream]) for begin in begins], patterns)

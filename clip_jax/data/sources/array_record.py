@@ -96,9 +96,12 @@ class ArrayRecordSource(StoredSource):
         features = functools.cache(lambda: self._features(record))
         texts = self._config.caption_column
         return StoredRecord(
-            key, len(record), lambda: self._image(features()), lambda: features().get(texts),
+            key,
+            len(record),
+            lambda: self._image(features()),
+            lambda: features().get(texts),
             lambda: reinforced.from_features(features(), len(features().get(texts, ()))),
-        )  # fmt: skip
+        )
 
     def _features(self, record: bytes) -> dict[str, Any]:
         return decode_example(record)

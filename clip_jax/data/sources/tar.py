@@ -110,10 +110,13 @@ class TarSource(StoredSource):
         if "start" in columns:  # reinforced
             return self._split(path, columns["start"][0], columns["end"][-1], last - first)
         spans = [
-            {name: (columns[f"{name}_offset"][i], columns[f"{name}_size"][i])
-             for name in ("image", self._caption) if columns[f"{name}_offset"][i] is not None}
+            {
+                name: (columns[f"{name}_offset"][i], columns[f"{name}_size"][i])
+                for name in ("image", self._caption)
+                if columns[f"{name}_offset"][i] is not None
+            }
             for i in range(last - first)
-        ]  # fmt: skip
+        ]
         edges = [(at, at + size) for one in spans for at, size in one.values()]
         begin = min((at for at, _ in edges), default=0)
         read = _reader(path, begin, max((at for _, at in edges), default=0))

@@ -109,9 +109,12 @@ class TarIndex:
 
 
 def open_index(
-    path: str, folder: str, bad_shards: BadShards, process: tuple[int, int] = (0, 1),
+    path: str,
+    folder: str,
+    bad_shards: BadShards,
+    process: tuple[int, int] = (0, 1),
     wait: bool = True,
-) -> TarIndex | None:  # fmt: skip
+) -> TarIndex | None:
     """Open the index of the shards that match `path`, after indexing the missing ones.
 
     An empty `folder` means that of the first shard. In a bucket this process indexes its share;
@@ -152,9 +155,12 @@ def _rows_file(name: str, number: int) -> str:
 
 
 def _complete(
-    name: str, present: list[tuple[str, tuple[int, float]]], known: dict[Any, Shard],
-    process: tuple[int, int], wait: bool,
-) -> list[Shard] | None:  # fmt: skip
+    name: str,
+    present: list[tuple[str, tuple[int, float]]],
+    known: dict[Any, Shard],
+    process: tuple[int, int],
+    wait: bool,
+) -> list[Shard] | None:
     """Index this process's shards, wait for the others, and write the summary of all."""
     indexed: dict[int, Shard] = {}
     written = {os.path.basename(path) for path in files.walk(name)}

@@ -20,9 +20,15 @@ from clip_jax.errors import InputError
 
 _MOST_GROWTH = 1 << 14  # largest growth of a text; sentencepiece's rules reach a few hundred
 _GROWTH = {  # largest growth of one letter, in letters or bytes
-    "NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Lowercase": 2, "BertNormalizer": 3,
-    "ByteLevel": 4, "Metaspace": 2,
-}  # fmt: skip
+    "NFKC": 18,
+    "NFKD": 18,
+    "NFC": 3,
+    "NFD": 4,
+    "Lowercase": 2,
+    "BertNormalizer": 3,
+    "ByteLevel": 4,
+    "Metaspace": 2,
+}
 
 
 def load(file: str) -> Tokenizer:

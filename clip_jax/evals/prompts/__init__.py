@@ -73,6 +73,8 @@ def sensitivity(
     alone, together = [accuracy(weights) for weights in features], accuracy(ensemble(features))
     mean = float(np.mean(alone))
     return {
-        "templates/mean": mean, "templates/spread": max(alone) - min(alone),
-        "templates/ensemble": together, "templates/gain": together - mean,
-    }, alone  # fmt: skip
+        "templates/mean": mean,
+        "templates/spread": max(alone) - min(alone),
+        "templates/ensemble": together,
+        "templates/gain": together - mean,
+    }, alone

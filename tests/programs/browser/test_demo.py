@@ -54,8 +54,10 @@ def address(folder: Path) -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "-u", *command],
         env=ENVIRONMENT | {"GRADIO_TEMP_DIR": str(folder / "tmp")},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     url = f"http://127.0.0.1:{port}"
     assert process.stdout
     with process:
@@ -133,8 +135,10 @@ def test_it_is_served_to_this_machine_alone_and_a_port_in_use_is_one_message(fol
         socket.create_connection(("127.0.0.2", int(port)), timeout=2)
     done = subprocess.run(
         [sys.executable, "-m", "clip_jax", "demo", str(folder / "model"), "--port", port],
-        env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert f"cannot serve at 127.0.0.1:{port}" in done.stderr
     assert "Traceback" not in done.stderr
