@@ -116,11 +116,7 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     processes.keep_compiled(config.compilation_cache, workdir)
     mesh, config = sharding.make_mesh(config.mesh), with_weights(config)
     program = Program(config.recipe, mesh)
-    recipes = {kind: config.recipe_of(kind) for kind in config.batches.kinds}
-    programs = {
-        kind: program if recipe == config.recipe else Program(recipe, mesh)
-        for kind, recipe in recipes.items()
-    }
+    programs = programs_of(config, program)
     parent, branched = None, 0
     if config.branch_from:
         run, branched = branch_point(config.branch_from)
@@ -171,21 +167,8 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
     steps_kept = begun.position.get("seconds/steps", math.inf)
     reports = Reports(workdir, timers, config, start, mesh.size, steps_kept)
     reports.facts["unique_samples"] = pipeline.num_samples
-    for line in begun.messages:
-        reports.line(line)
-    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    reports.line(
-        f"{count(state.params) / 1e6:.2f}M parameters, {pipeline.num_samples:,} samples per epoch, "
-        f"mesh {axes} ({jax.devices()[0].device_kind}), {jax.process_count()} process(es)\n"
-        f"{'resuming' if start else 'training'} from step {start} to step {config.end} in {workdir}"
-    )
-    if (warmup := config.optim.warmup_steps) >= config.steps:
-        reports.line(
-            f"the learning rate does not reach its peak: --optim.warmup-steps is {warmup}, but the "
-            f"run has {config.steps} steps; lower it, or train longer."
-        )
     profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
-    return Run(
+    run = Run(
         config,
         workdir,
         program,
@@ -201,6 +184,37 @@ def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
         state,
         hashes,
     )
+    introduce(run, begun.messages)
+    return run
+
+
+def introduce(run: Run, messages: Sequence[str]) -> None:
+    """Print what a restored checkpoint says, and the run's size, mesh, first and last step."""
+    config, mesh, reports = run.config, run.program.mesh, run.reports
+    for line in messages:
+        reports.line(line)
+    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    parameters = count(run.state.params) / 1e6
+    reports.line(
+        f"{parameters:.2f}M parameters, {run.pipeline.num_samples:,} samples per epoch, "
+        f"mesh {axes} ({jax.devices()[0].device_kind}), {jax.process_count()} process(es)\n"
+        f"{'resuming' if run.start else 'training'} from step {run.start} to step {config.end} "
+        f"in {run.workdir}"
+    )
+    if (warmup := config.optim.warmup_steps) >= config.steps:
+        reports.line(
+            f"the learning rate does not reach its peak: --optim.warmup-steps is {warmup}, but the "
+            f"run has {config.steps} steps; lower it, or train longer."
+        )
+
+
+def programs_of(config: Config, program: Program) -> dict[BatchKind, Program]:
+    """Return the program of every kind of batch; `program` is that of the config's own recipe."""
+    recipes = {kind: config.recipe_of(kind) for kind in config.batches.kinds}
+    return {
+        kind: program if recipe == config.recipe else Program(recipe, program.mesh)
+        for kind, recipe in recipes.items()
+    }
 
 
 def check_patches(config: Config, workdir: epath.Path) -> None:
