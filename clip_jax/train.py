@@ -253,8 +253,8 @@ def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
     if not path.exists():
         if processes.is_lead():
             warn(
-                f"{workdir} has no {_DATA}, since an older version wrote it: resuming without a "
-                "check that data.source is the data that the run was trained on."
+                f"{workdir} has no {_DATA}: resuming without a check that data.source is the data "
+                "that the run was trained on."
             )
         return
     advice = "Restore a copy, or delete it to resume without a check of the data."

@@ -342,14 +342,14 @@ def _read(folder: epath.Path, state: ocp.args.CheckpointArgs) -> tuple[Any, Posi
         position = dict(items["position"])
     except Exception as error:  # a broken file has made Orbax and tensorstore raise a dozen kinds
         raise _damaged(error) from error
-    expected, own = position.pop("checksums", None), position.pop("checksum", None)
-    if expected or own:  # older checkpoints have neither
-        if own != _crc(position | {"checksums": expected}):
-            raise Damaged("position/metadata does not match its checksum")
-        sums = jax.device_get(checksums(items["state"]))
-        wrong = [name for name, x in sums.items() if int(x) != expected.get(name, int(x))]
-        if wrong:
-            raise Damaged(f"{len(wrong)} of {len(sums)} arrays fail their checksums: {wrong[0]}")
+    checksum = position.pop("checksum", None)
+    if checksum != _crc(position):
+        raise Damaged("position/metadata does not match its checksum")
+    expected = position.pop("checksums")
+    sums = jax.device_get(checksums(items["state"]))
+    wrong = [name for name, x in sums.items() if int(x) != expected.get(name, int(x))]
+    if wrong:
+        raise Damaged(f"{len(wrong)} of {len(sums)} arrays fail their checksums: {wrong[0]}")
     return items["state"], position
 
 

@@ -8,54 +8,13 @@ from clip_jax.display import warn
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json, recover_json
 
-
-def _rename_order(config: dict[str, Any]) -> None:
-    data = config.get("data")
-    if isinstance(data, dict):
-        order = data.setdefault("order", "global")  # the only order before there was the field
-        data["order"] = "blocks" if order == "stretches" else order
-
-
-def _drop_tasks(config: dict[str, Any]) -> None:
-    """Drop the removed tasks `alignment` and `templates`, and `alignment`'s field `pool`."""
-    evaluators = config.get("evals")
-    for evaluator in evaluators if isinstance(evaluators, list) else ():
-        if isinstance(evaluator, dict) and isinstance(tasks := evaluator.get("tasks"), list):
-            evaluator.pop("pool", None)
-            left = [task for task in tasks if task not in ("alignment", "templates")]
-            evaluator["tasks"] = left or ["zero-shot"]
-
-
-def _loss_to_objective(config: dict[str, Any]) -> None:
-    """Turn `loss` and, if the model has a decoder, `caption` into terms of the objective."""
-    if "loss" not in config:
-        return
-    loss, caption = config.pop("loss"), dict(config.pop("caption", {"type": "CaptionConfig"}))
-    weight = caption.pop("contrastive_weight", 1.0)
-    config["objective"] = [loss]
-    if (config.get("model") or {}).get("decoder"):
-        config["objective"] = [loss | {"weight": weight}, caption]
-
-
-# Renamed fields of a run's `Config`: path in version e1a3b50, and current path, in the same group.
+# Renamed fields of a run's `Config`: path in an older version, and current path, in the same group.
 # None: the field was removed and changed no result. A path goes through lists: `evals.pool` is a
 # field of each evaluator.
-RENAMED: dict[str, str | None] = {
-    "data.window": "data.shuffle_blocks",
-    "optim.image_rate": "optim.image_learning_rate_scale",
-    "optim.text_rate": "optim.text_learning_rate_scale",
-    "optim.optimizer.adam_rate": "optim.optimizer.adam_learning_rate_scale",
-}
+RENAMED: dict[str, str | None] = {}
 
 # Structural changes, applied after the table: each edits the dict, unless it is current already.
-UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_order, _drop_tasks, _loss_to_objective]
-
-# Current paths of options in groups that an upgrade has split.
-SPLIT = {
-    "loss": "objective.0",
-    "caption.contrastive_weight": "objective.0.weight",
-    "caption": "objective.1",
-}
+UPGRADES: list[Callable[[dict[str, Any]], None]] = []
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +48,7 @@ def is_renamed(path: str) -> tuple[bool, str | None]:
 
     The path is None if the field was removed.
     """
-    for old, new in (RENAMED | SPLIT).items():
+    for old, new in RENAMED.items():
         if path == old or path.startswith(old + "."):
             return True, new and new + path[len(old) :]
     return False, path

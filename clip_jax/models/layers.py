@@ -31,7 +31,7 @@ Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "relu", "swiglu"]
 Norm = Literal["before", "branch", "after"]
 DType = Literal["float32", "bfloat16"]
 # Activations saved for the backward pass, which recomputes the others: from all to none.
-Remat = Literal["none", "hidden", "residual", "attention", "full", "dots"]
+Remat = Literal["none", "hidden", "residual", "attention", "full"]
 # Names of saved activations, and their size in widths per token (mean and variance are 2 numbers).
 KEPT = {
     "hidden": ("moments", "qkv", "attended", "residual", "hidden"),  # 9; recomputes norms, GELU
@@ -39,7 +39,6 @@ KEPT = {
     "attention": ("moments", "qkv", "attended"),  # 4; also the projection of attention's output
     "full": (),  # 0; recomputes everything
 }
-KEPT["dots"] = KEPT["hidden"]  # its name in the configs of older runs
 STACKS = ("resblocks", "layers")  # parameters of a `Transformer` of `Block` or of `decoder.Layer`
 # Ranges of the settings of models that memory and compilation depend on. Real models stay far
 # inside; a file with another size is refused before anything of that size is made.

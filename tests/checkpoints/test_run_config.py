@@ -19,7 +19,6 @@ RENAMED = {
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
     monkeypatch.setattr(run_config, "RENAMED", RENAMED)
-    monkeypatch.setattr(run_config, "SPLIT", {"loss": "objective.0"})
     monkeypatch.setattr(run_config, "UPGRADES", [lambda config: config.setdefault("steps", 1)])
 
 
@@ -56,33 +55,8 @@ def test_a_damaged_config_is_left_as_it_is(config):
         ("rate", (True, "learning_rate")),
         ("rates", (False, "rates")),
         ("evals.looks", (True, None)),
-        ("loss.form", (True, "objective.0.form")),
         ("caption.weight", (True, "captioning.weight")),
     ],
 )
 def test_a_field_of_a_renamed_group_is_renamed(path, now):
     assert is_renamed(path) == now
-
-
-def test_evaluators_forget_the_tasks_that_are_gone(monkeypatch):
-    monkeypatch.setattr(run_config, "UPGRADES", [run_config._drop_tasks])
-    suites = [["probe", "alignment"], ["templates"]]
-    before: list = [{"tasks": tasks, "pool": 1_024} for tasks in suites]
-    after = upgrade({"evals": [*before, {"pool": 9}]})["evals"]
-    assert after == [{"tasks": ["probe"]}, {"tasks": ["zero-shot"]}, {"pool": 9}]
-
-
-def test_the_weight_of_the_contrast_is_that_of_the_first_term(monkeypatch):
-    monkeypatch.undo()
-    assert is_renamed("caption.contrastive_weight") == (True, "objective.0.weight")
-    assert is_renamed("caption.weight") == (True, "objective.1.weight")
-
-
-def test_loss_and_caption_become_terms_with_their_weights(monkeypatch):
-    monkeypatch.undo()
-    older = {"loss": {"form": "ring"}, "caption": {"weight": 2.0, "contrastive_weight": 0.5}}
-    captions = upgrade(copy.deepcopy(older) | {"model": {"decoder": {"depth": 2}}})["objective"]
-    assert captions == [{"form": "ring", "weight": 0.5}, {"weight": 2.0}]
-    assert upgrade(copy.deepcopy(older) | {"model": {"decoder": None}})["objective"] == [
-        {"form": "ring"}
-    ]
