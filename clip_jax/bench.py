@@ -24,7 +24,7 @@ from clip_jax.data.images import ImageError, read_crops
 from clip_jax.data.pipeline import Pipeline, build, open_source
 from clip_jax.data.sources import BlockSource, SampleError, Source
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
-from clip_jax.display import table, warn
+from clip_jax.display import say, table
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.objective import reads
 from clip_jax.metrics import bucket_rates, peak_memory
@@ -72,9 +72,9 @@ def measure_input(config: InputBench) -> dict[str, Any]:
         batch_size=config.batch_size,
         inputs=reads(config.objective, config.model),
     )
-    warn(f"stages, one thread, {config.seconds:g} s ...")
+    say(f"stages, one thread, {config.seconds:g} s ...")
     stages = _stages(config, pipeline.order, tokenizer)
-    warn(f"pipeline, {data.workers} workers of {data.threads} threads, {config.seconds:g} s ...")
+    say(f"pipeline, {data.workers} workers of {data.threads} threads, {config.seconds:g} s ...")
     return {
         **_pipeline(config, pipeline),
         "batch_size": config.batch_size,
@@ -266,7 +266,7 @@ def measure_step(config: StepBench) -> dict[str, Any]:
     blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (program.state.frozen, rest))
     state = program.init(frozen=blank[0])
     batch = program.put(blank[1] | _made_up(config))
-    warn(f"compiling the step for {mesh.size} devices ...")
+    say(f"compiling the step for {mesh.size} devices ...")
     start = CLOCK.now()
     compiled = program.step.lower(state, batch).compile()
     compiling = CLOCK.now() - start

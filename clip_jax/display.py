@@ -63,7 +63,7 @@ def table(names: Sequence[str], rows: Iterable[Iterable[object]], left: int = 1)
     return stream.getvalue().rstrip() if drawn.rows else ""
 
 
-def warn(line: str) -> None:
+def say(line: str) -> None:
     """Print a message to standard error, outside of any progress bar."""
     print(f"clip-jax: {line}", file=sys.stderr, flush=True)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Literal
 
-from clip_jax.display import Display
+from clip_jax.display import Display, say
 from clip_jax.errors import InputError, needing
 from clip_jax.storage.errors import Unreachable
 
@@ -163,7 +163,7 @@ class _Holder:
 
 def _show(line: str | None) -> None:
     if line:
-        print(line, file=sys.stderr)
+        say(line)
 
 
 Runner = Here | OnRay

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clip_jax.clock import CLOCK, Clock
-from clip_jax.display import warn
+from clip_jax.display import say
 from clip_jax.errors import InputError, check_ranges
 
 # Compiler options beyond the defaults. Flags in the environment take precedence.
@@ -178,6 +178,12 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
+def say_once(line: str) -> None:
+    """Print a message to standard error, once for all processes."""
+    if is_lead():
+        say(line)
+
+
 def leave(code: int, seconds: float = 10) -> int:
     """Return the exit code if this process is alone; else exit without waiting for the others.
 
@@ -297,7 +303,7 @@ def _end_at_interrupt(reads: int) -> None:
         if number[0] == signal.SIGINT:
             for child in multiprocessing.active_children():
                 child.kill()
-            warn(
+            say(
                 "interrupted; the same command resumes from the newest checkpoint, or starts from "
                 "the beginning if none was saved."
             )
@@ -338,7 +344,7 @@ class Watchdog:
         traceback.print_stack(
             sys._current_frames().get(threading.main_thread().ident or 0), file=stream
         )
-        warn(
+        say(
             f"nothing finished in {self._seconds / 60:g} minutes; the stacks of all threads are "
             f"above. {self._advice} If the work is slow rather than stuck, raise "
             "--processes.watchdog-minutes."

@@ -26,7 +26,7 @@ from clip_jax.convert.weights import Head, Weights, default_preprocess
 from clip_jax.data.batch_plan import BatchKind
 from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
-from clip_jax.display import duration, warn
+from clip_jax.display import duration, say
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder, Evaluations
 from clip_jax.inference.loading import Model, load_on_mesh, prompt_head
@@ -252,7 +252,7 @@ def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
         return  # nothing has been trained
     if not path.exists():
         if processes.is_lead():
-            warn(
+            say(
                 f"{workdir} has no {_DATA}: resuming without a check that data.source is the data "
                 "that the run was trained on."
             )

@@ -19,7 +19,8 @@ def test_threads_do_each_task_once_and_say_lines(capsys):
         does.run("x", work, [(i, 3) for i in range(5)])
         does.run("x", work, [])
     assert sorted(done) == [(i, [7, 8, 9]) for i in range(5)]
-    assert sorted(capsys.readouterr().err.split("\n")[:-1]) == [f"line {i}" for i in range(1, 5)]
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(lines) == [f"clip-jax: line {i}" for i in range(1, 5)]
 
 
 def test_work_with_a_model_is_done_by_one_thread():

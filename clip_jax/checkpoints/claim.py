@@ -15,7 +15,7 @@ from etils import epath
 
 from clip_jax import processes
 from clip_jax.clock import CLOCK, Clock
-from clip_jax.display import warn
+from clip_jax.display import say
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 from clip_jax.storage.errors import Unreachable
@@ -99,7 +99,7 @@ def _lease(workdir: epath.Path, work: str, clock: Clock) -> Callable[[], None]:
     number, holder = _newest(folder)
     free = not holder or holder.get("released")
     if not free:
-        warn(
+        say(
             f"{workdir} is leased to process {holder['pid']} on {holder['host']}; if that is "
             f"dead, this {work} begins within {LEASE_SECONDS} seconds."
         )
@@ -161,7 +161,7 @@ class _Renewal:
             except _OUT_OF_REACH:  # tried again at the next renewal
                 continue
             if not kept:
-                warn(
+                say(
                     f"another {self._work} has taken over {self._folder.rpartition('/')[0]}, since "
                     f"this one did not renew its lease for {LEASE_SECONDS} seconds."
                 )

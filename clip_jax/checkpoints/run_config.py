@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from clip_jax import processes
-from clip_jax.display import warn
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json, recover_json
 
@@ -60,8 +59,5 @@ def read_run_config(workdir: AnyPath, *, recover: bool = False) -> dict[str, Any
     With `recover`, a damaged one counts as missing, and a copy of it is kept.
     """
     path = workdir / "config.json"
-    if recover:
-        config = recover_json(path, warn if processes.is_lead() else None)
-    else:
-        config = read_json(path)
+    config = recover_json(path, saves=processes.is_lead()) if recover else read_json(path)
     return upgrade(config) if config else {}

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.cli import arguments
+from clip_jax.display import say
 from clip_jax.errors import InputError
 from clip_jax.serialize import to_json
 from clip_jax.storage.errors import Unreachable, explained
@@ -92,9 +93,9 @@ def train(args: Sequence[str]) -> int:
             processes.start(values["processes"])
             run_training(Config(**values), workdir)
     except Diverged as error:
-        return _say(str(error), code=1)
+        return _end(str(error), code=1)
     except Preempted as error:
-        return _say(str(error), code=3)
+        return _end(str(error), code=3)
     return 0
 
 
@@ -137,7 +138,7 @@ def embed(args: Sequence[str]) -> int:
     config, as_json = arguments.read(EmbedConfig, args, ("model", "source", "output"), embed)
     result = run_embedding(config)
     for line in result["skipped"]:
-        print(f"skipped {line['key']}: {line['reason']}", file=sys.stderr)
+        say(f"skipped {line['key']}: {line['reason']}")
     return _print(result, as_json, f"{result['images']} images in {result['output']}")
 
 
@@ -242,7 +243,7 @@ def scale(args: Sequence[str]) -> int:
         result = run_table.collect(config)
         _print(result, as_json, f"{result['rows']} runs in {result['table']}")
         for line in result["skipped"]:
-            print(f"skipped: {line}", file=sys.stderr)
+            say(f"skipped: {line}")
     elif verb == "report":
         config, as_json = arguments.read(html_report.ReportConfig, rest, (), scale, "scale report")
         result = html_report.report(config)
@@ -259,17 +260,17 @@ def _ladder(args: Sequence[str]) -> int:
     from clip_jax.scaling.ladder import LadderCommand, climb
 
     config, as_json = arguments.read(LadderCommand, args, ("spec",), scale, "scale ladder")
-    say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    show = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
     try:
-        result = climb(config, say)
+        result = climb(config, show)
     except Stopped as stopped:
-        return _say(str(stopped), code=3)
+        return _end(str(stopped), code=3)
     if as_json:
         print(to_json(result))
     for point in (failures := [point for point in result["points"] if point["failure"]]):
-        print(f"failed: {point['name']}: {point['failure']}", file=sys.stderr)
+        say(f"failed: {point['name']}: {point['failure']}")
     if all(point["done"] for point in result["points"]):
-        print(f"next: clip-jax scale collect {result['root']}", file=sys.stderr)
+        say(f"next: clip-jax scale collect {result['root']}")
     return 1 if failures else 0
 
 
@@ -299,7 +300,7 @@ def prepare(args: Sequence[str]) -> int:
         return _print(indexed, as_json, writer.describe_index(indexed))
     result = writer.inspect(config) if config.inspect else writer.prepare(config)
     if "kept" not in result["counts"]:
-        _say("no pair was kept; the counts say why pairs were dropped.", code=0)
+        say("no pair was kept; the counts say why pairs were dropped.")
     return _print(result, as_json, writer.describe(result))
 
 
@@ -399,8 +400,9 @@ def _print_proof(values: dict[str, Any], proof: Any, as_json: bool) -> int:
     return 0 if proof is None or proof.passed else 1
 
 
-def _say(message: str, code: int) -> int:
-    print(f"clip-jax: {message}", file=sys.stderr)
+def _end(message: str, code: int) -> int:
+    """Print a message, and return the exit code."""
+    say(message)
     return code
 
 
@@ -413,17 +415,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return _together(code)
     except InputError as error:
-        return _together(_say(str(error), code=2))
+        return _together(_end(str(error), code=2))
     except Unreachable as error:
-        return _together(_say(f"{error}. Saved files are intact.", code=75))
+        return _together(_end(f"{error}. Saved files are intact.", code=75))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once
-        return _together(_say("interrupted.", code=130))
+        return _together(_end("interrupted.", code=130))
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _unread():
             return _together(141)  # as a shell reports SIGPIPE
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            return _together(_say(f"{error.strerror}: {error.filename}", code=2))
+            return _together(_end(f"{error.strerror}: {error.filename}", code=2))
         processes = sys.modules.get("clip_jax.processes")
         if not processes or processes.is_alone():
             raise  # a bug, which Python reports; with other processes, it is printed below
@@ -446,9 +448,9 @@ def _run(args: Sequence[str]) -> int:
     if args[0] not in COMMANDS:
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
-        return _say(f"no command {args[0]!r}; choose from {', '.join(COMMANDS)}.{meant}", code=2)
+        return _end(f"no command {args[0]!r}; choose from {', '.join(COMMANDS)}.{meant}", code=2)
     if sys.stderr.isatty() and not {"-h", "--help", "--help-all"} & set(args):
-        _say(f"starting {args[0]} ...", code=0)  # JAX takes seconds to import
+        say(f"starting {args[0]} ...")  # JAX takes seconds to import
     return COMMANDS[args[0]](args[1:])
 
 

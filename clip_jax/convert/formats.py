@@ -40,7 +40,7 @@ from clip_jax.convert.weights import Adapters, DType, Head, Weights, with_input,
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.data.tokenizers.vocabulary import check_same
-from clip_jax.display import warn
+from clip_jax.display import say
 from clip_jax.errors import InputError
 from clip_jax.models import lora
 from clip_jax.models.clip import CLIPConfig, Params
@@ -265,7 +265,7 @@ def write_weights(
             write_safetensors(partial / HEAD_NAME, {"kernel": weights.head.kernel}, texts)
         written = {file.name for file in partial.iterdir()} if target.names else _KNOWN
     if not target.names and weights.head is not None:
-        warn(f"{path} is a single file without the classifier; formats of folders keep it.")
+        say(f"{path} is a single file without the classifier; formats of folders keep it.")
     for name in _KNOWN - written:
         files.remove(path / name)
 
@@ -348,7 +348,7 @@ def starting_params(
         tower_of = {"visual": "image", "batch_stats": "image", "text": "text"}
         params = {name: x for name, x in params.items() if tower_of.get(name) in towers}
     if config.init_logit_bias is None and params.pop("logit_bias", None) is not None:
-        warn(
+        say(
             f"{where}: its logit bias is left out, since the model has none. A softmax loss "
             "ignores it; for a sigmoid loss set --model.init-logit-bias."
         )

@@ -17,7 +17,7 @@ from clip_jax.convert.tokenizer_settings import CLIP_PIECES, CONFIG_NAME, Tokeni
 from clip_jax.data.tokenizers import json_file, sentence_piece
 from clip_jax.data.tokenizers.clip_bpe import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
 from clip_jax.data.tokenizers.vocabulary import JSON_NAME, is_json, read_vocabulary
-from clip_jax.display import warn
+from clip_jax.display import say
 from clip_jax.errors import InputError, needing
 from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
 from clip_jax.storage.files import write_whole
@@ -145,7 +145,7 @@ def write(
     if not config.file:
         return
     if config.zeroed_id is not None and (as_json or not cleaned):
-        warn(
+        say(
             f"{folder}: its tokenizer keeps token id {config.zeroed_id} of texts that name it, "
             f"which is 0 here (text.tokenizer.zeroed_id)."
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from clip_jax import processes
 from clip_jax.errors import InputError
 from clip_jax.evals import languages, prompts
 from clip_jax.evals.compositions import open_aro, open_sugar_crepe
@@ -33,7 +34,6 @@ from clip_jax.evals.datasets import (
     open_webdataset,
     split_folder,
 )
-from clip_jax.evals.evaluator import say
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath, matching
 
@@ -102,7 +102,7 @@ def data_sets(
         except Missing as error:
             if names and not skip:
                 raise InputError(str(error)) from error
-            say(f"left out: {error}")
+            processes.say_once(f"left out: {error}")
             continue
         if name in opened:
             raise InputError(f"two data sets are called {name}; rename a folder, or remove one.")

@@ -1,7 +1,6 @@
 """What evaluators share: the encoder that they measure, and the schedule on which they run."""
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -241,9 +240,3 @@ class Evaluations:
             f"{', '.join(sorted(known)) or 'none'}. Name one of these, add evaluators to `evals`, "
             "or evaluate with `evaluate RUN --watch` and --checkpoint.best-of watcher."
         )
-
-
-def say(line: str) -> None:
-    """Write a line to standard error, once for all processes."""
-    if processes.is_lead():
-        print(line, file=sys.stderr)

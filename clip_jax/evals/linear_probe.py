@@ -22,10 +22,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from clip_jax import sharding
+from clip_jax import processes, sharding
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing, Split
-from clip_jax.evals.evaluator import compiled, embed_for_probe, say
+from clip_jax.evals.evaluator import compiled, embed_for_probe
 from clip_jax.evals.ranks import check_finite, top_k_accuracy
 from clip_jax.evals.reader import Outcome, Splits
 from clip_jax.evals.zero_shot import classification
@@ -65,7 +65,9 @@ def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Out
     fewest = np.bincount(labels, minlength=classes).min()
     for k in shots:
         if k > fewest:
-            say(f"{splits.name}: few-shot of {k} left out: a class has fewer training images")
+            processes.say_once(
+                f"{splits.name}: few-shot of {k} left out: a class has fewer training images"
+            )
             continue
         rows = few_per_class(labels, k, np.random.default_rng([seed, k]))
         few = features[rows], labels[rows]

@@ -10,7 +10,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals import captioning, linear_probe, prompts, results
 from clip_jax.evals.catalog import data_sets, names_of
 from clip_jax.evals.datasets import Missing, OpenSplit
-from clip_jax.evals.evaluator import Encoder, say
+from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.ranks import NotFinite
 from clip_jax.evals.reader import ImageCache, Outcome, Splits
 from clip_jax.evals.zero_shot import zero_shot
@@ -126,7 +126,7 @@ class SuiteEvaluator:
             except InputError as error:
                 if len(self._opened) == 1 or isinstance(error, NotFinite):
                     raise
-                say(f"left out: {name}: {error}")
+                processes.say_once(f"left out: {name}: {error}")
                 continue
             outcomes += [(name, outcome) for outcome in new]
             if output and new and processes.is_lead():
@@ -147,11 +147,13 @@ def _outcomes(splits: Splits, config: SuiteConfig) -> Iterator[Outcome]:
         try:
             outcome = task(splits, config)
         except Missing as error:
-            say(f"{splits.name}: {name} left out: {error}")
+            processes.say_once(f"{splits.name}: {name} left out: {error}")
             continue
         for line in outcome.skipped[:3]:
-            say(f"{splits.name}: {line}")
+            processes.say_once(f"{splits.name}: {line}")
         if len(outcome.skipped) > 3:
-            say(f"{splits.name}: {len(outcome.skipped)} images in total could not be read")
+            processes.say_once(
+                f"{splits.name}: {len(outcome.skipped)} images in total could not be read"
+            )
         if outcome.values:
             yield outcome

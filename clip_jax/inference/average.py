@@ -17,7 +17,7 @@ from clip_jax.convert.formats import TARGETS, read_weights, write_weights
 from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.weights import Weights
 from clip_jax.data.tokenizers.vocabulary import check_same
-from clip_jax.display import plain, warn
+from clip_jax.display import plain, say
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.pictures import save
@@ -181,7 +181,7 @@ def _measure(metric: str | None, evaluator: SuiteEvaluator, x: Weights) -> tuple
     try:
         values = dict(evaluator.run(on_mesh(x, mesh).encoder(mesh, "average")))
     except NotFinite as error:
-        warn(f"a model is not chosen: {error}")
+        say(f"a model is not chosen: {error}")
         return "", {}
     usual = (name for name in values if name.endswith("/acc1"))
     metric = metric or max(usual, key=lambda x: x.endswith("/classifier/acc1"), default="acc1")

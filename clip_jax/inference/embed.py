@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Float
 
 from clip_jax.data.sources import StoredSource, digest
 from clip_jax.data.sources.any import absolute, open_images
+from clip_jax.display import say
 from clip_jax.engine import Counted, On, runner
 from clip_jax.errors import InputError, check_ranges, naming, read_worker
 from clip_jax.inference.loading import Model, load, unit
@@ -161,7 +161,7 @@ def _is_missing(path: AnyPath, rows: range) -> bool:
         return True
     except (pa.ArrowException, OSError, ValueError) as error:
         why, _, _ = str(error).partition("\n")
-        print(f"{path} is damaged ({why}); its rows are embedded again", file=sys.stderr)
+        say(f"{path} is damaged ({why}); its rows are embedded again")
         return True
     return False
 

@@ -19,7 +19,6 @@ from clip_jax.evals.evaluator import (
     check_distinct,
     folders_of,
     length_of,
-    say,
 )
 from clip_jax.evals.suite import SuiteConfig, SuiteEvalConfig, SuiteEvaluator
 from clip_jax.inference.loading import load_on_mesh
@@ -207,7 +206,7 @@ def _digits(config: EvaluateConfig, run: Config | None) -> DigitsEvalConfig:
         measured = getattr(digits.source, name)
         learned = getattr(run.data.source, name, measured) if run else measured
         if learned != measured:
-            say(
+            processes.say_once(
                 f"the run was trained with data.source.{name}={learned}, this evaluation has "
                 f"--digits.source.{name.replace('_', '-')} {measured}"
             )

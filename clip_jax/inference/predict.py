@@ -1,6 +1,5 @@
 """Classify images zero-shot by the nearest label, or write captions of them."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from clip_jax.data.images import ImageError, ImageLike, Item, read_ahead
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.image_folder import image_files
+from clip_jax.display import say
 from clip_jax.errors import InputError, check_ranges, shown
 from clip_jax.evals.evaluator import length_of
 from clip_jax.inference.loading import Model, load, unit
@@ -69,7 +69,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     size = config.batch_size
     for readable, images, skipped in read_images(model, paths, lambda path: path, size):
         for path, reason in skipped:
-            print(f"skipped {path}: {reason}", file=sys.stderr)
+            say(f"skipped {path}: {reason}")
         if images is None:
             continue
         rows: list[dict[str, Any]] = [{"image": str(path)} for path in readable]

@@ -18,7 +18,6 @@ from clip_jax.clock import CLOCK, Clock
 from clip_jax.config import Config
 from clip_jax.display import results
 from clip_jax.errors import InputError
-from clip_jax.evals.evaluator import say
 from clip_jax.evals.ranks import NotFinite
 from clip_jax.inference.evaluate import EvaluateConfig, Evaluators, config_of_run, open_encoder
 from clip_jax.metrics import Writer
@@ -53,7 +52,7 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float | int
         finished = {row.pop("step"): row for row in rows if "skipped" not in row}
         writer = None
         if processes.is_lead():
-            writer = Writer(workdir / WATCHED, workdir / "tensorboard" / "watch", None, say)
+            writer = Writer(workdir / WATCHED, workdir / "tensorboard" / "watch", None)
             stack.callback(writer.close)
             for step, values in finished.items():  # a kill may have lost some
                 writer.draw(step, values)
@@ -81,7 +80,9 @@ def watch(config: EvaluateConfig, clock: Clock = CLOCK) -> dict[str, float | int
         if result["step"] == end:
             files.write_whole(workdir / "result.json", json.dumps(result | last, indent=1))
         else:
-            say(f"result.json is of step {result['step']}, so only {WATCHED} has step {end}.")
+            processes.say_once(
+                f"result.json is of step {result['step']}, so only {WATCHED} has step {end}."
+            )
     return last
 
 
@@ -105,12 +106,12 @@ def _evaluate(config: EvaluateConfig, run: Config, evaluators: Evaluators, step:
     except Unusable as error:
         is_there = step in steps_in(workdir / "checkpoints")
         why = str(error) if is_there else "it was deleted before its turn."
-        say(f"step {step} is skipped: {why}")
+        processes.say_once(f"step {step} is skipped: {why}")
         return {"skipped": why}
     output = config.output / str(step) if config.output else None
     try:
         values: Row = evaluators.run(encoder, output)
     except NotFinite as error:
         values = {"failed": str(error)}
-    say(results(step, values))
+    processes.say_once(results(step, values))
     return values

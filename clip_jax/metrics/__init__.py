@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 from clip_jax import processes
 from clip_jax.clock import CLOCK, Clock
-from clip_jax.display import Display, results, warn
+from clip_jax.display import Display, results
 from clip_jax.errors import InputError
 from clip_jax.metrics.chips import peak_flops
 from clip_jax.serialize import to_dict
@@ -126,14 +126,13 @@ class Writer:
         lines: AnyPath,
         board: AnyPath,
         resume_step: int | None,
-        say: Callable[[str], None],
         clock: Clock = CLOCK,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """`resume_step` is the step that a run resumes from; None keeps all rows (see `Lines`). The
         run's `config` is shown as text, and wandb is used if its `wandb_project` is set."""
         self._wandb: Any = config and config["wandb_project"] and open_wandb(config, lines.parent)
-        self._lines = Lines(lines, resume_step, say)
+        self._lines = Lines(lines, resume_step)
         self._target, self._clock, self._flushed = board, clock, clock.now()
         self._scratch = tempfile.TemporaryDirectory() if files.is_remote(board) else None
         self._folder = self._scratch.name if self._scratch else str(board)
@@ -248,13 +247,13 @@ class Reports:
         self._writer = self._skipped = None
         if lead:
             rows, board = workdir / "metrics.jsonl", workdir / "tensorboard"
-            self._writer = Writer(rows, board, start, warn, config=to_dict(config))
-            self._skipped = Lines(workdir / "skipped.jsonl", start, warn)
+            self._writer = Writer(rows, board, start, config=to_dict(config))
+            self._skipped = Lines(workdir / "skipped.jsonl", start)
         self._display = Display("train", config.end, start, quiet=not lead)
         self.line, self.advance = self._display.line, self._display.advance
         self._skipped_here: list[dict[str, Any]] = []  # since the last `write_down`
         self._read: Counter[str] = Counter()  # from buckets, since the last report
-        self.result = recover_json(workdir / "result.json", self.line) if lead else {}
+        self.result = recover_json(workdir / "result.json") if lead else {}
         self.facts: dict[str, Any] = {}  # that hold for every step, for result.json
         self._result_step = start
         self.goodput = Goodput(timers, self.result, steps_kept)

@@ -19,7 +19,7 @@ import tyro
 
 from clip_jax import flops, processes, sharding
 from clip_jax.config import Config, with_weights
-from clip_jax.display import warn
+from clip_jax.display import say
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import NaFlex
 from clip_jax.models.layers import Remat
@@ -340,7 +340,7 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
         tried = dataclasses.replace(
             config, model=model, batch_size=per_device * shards, schedules=False
         )
-        warn(f"fit: remat {remat}, {per_device} pairs per device ({left} compiles left)")
+        say(f"fit: remat {remat}, {per_device} pairs per device ({left} compiles left)")
         return assess(tried, compile_(request(tried)))
 
     wanted = max(config.batch_size // shards, 1)
@@ -387,7 +387,7 @@ def compiling(config: PlanConfig) -> Compile:
         path = folder / f"{key}.json"
         if path.is_file():
             return from_dict(Facts, read_json(path, "facts", advice="Delete it.")["facts"])
-        warn(f"compiling for {request.topology} (takes a few minutes) ...")
+        say(f"compiling for {request.topology} (takes a few minutes) ...")
         facts = pod.compile_step(request)
         folder.mkdir(parents=True, exist_ok=True)
         files.write_whole(path, json.dumps({"request": values, "facts": to_dict(facts)}))

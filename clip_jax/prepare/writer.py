@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,7 +23,7 @@ from clip_jax.data.sources import BlockSource, SampleError, StoredSource, digest
 from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
 from clip_jax.data.sources.tar_index import open_index
-from clip_jax.display import warn
+from clip_jax.display import say
 from clip_jax.engine import Runner, runner
 from clip_jax.errors import InputError, read_worker
 from clip_jax.prepare import buckets, contamination, counts, near, reinforce, settle, stages
@@ -66,10 +65,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             epath.Path(layout.work).rmtree(missing_ok=True)
             return read_json(folder / "report.json", *_REPORT)
         message = f"{listed(missing)} of {folder} are missing or damaged; writing them again"
-        print(message, file=sys.stderr)
+        say(message)
         files.remove(folder / _WHOLE)
     if config.reinforce:
-        warn(reinforce.sizes(config, source))
+        say(reinforce.sizes(config, source))
     files.make_folder(layout.work if config.joins or config.decontaminate else folder)
     with runner(config.on, config.threads) as does:
         work = _Work(does, config, layout)

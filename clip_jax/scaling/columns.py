@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fnmatch import filter as matching
 from typing import Any, NamedTuple
 
-from clip_jax.display import warn
+from clip_jax.display import say
 from clip_jax.errors import InputError
 
 Row = dict[str, Any]
@@ -127,7 +127,7 @@ def mapped(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
                 )
     if results and len(runs) == len(rows) > 1:
         others = ", ".join(sorted(names - used | entries.keys()))
-        warn(
+        say(
             f"no two rows are equal in {others}, so each is a run of its own. To join rows, leave "
             "out columns that describe a result, such as --columns =acc5."
         )

@@ -2,10 +2,10 @@
 
 import signal
 import socket
-import sys
 
 from PIL import Image
 
+from clip_jax.display import say
 from clip_jax.errors import InputError
 from clip_jax.inference.search import load_for
 from clip_jax.serve.service import MAX_PIXELS, ServeConfig, Service
@@ -47,7 +47,7 @@ def serve(config: ServeConfig) -> None:
             timeout_graceful_shutdown=60,
             server_header=False,
         )
-        print(f"{config.model} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
+        say(f"{config.model} at http://{config.host}:{config.port}")
         # Uvicorn stops on the signal, then raises it again for the previous handler.
         signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(settings).run(sockets=[taken])

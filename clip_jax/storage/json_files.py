@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 from clip_jax.clock import CLOCK, Clock
+from clip_jax.display import say
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -54,15 +54,15 @@ def read_json(path: AnyPath, *names: str, advice: str = "Restore a copy.") -> di
     return value
 
 
-def recover_json(path: AnyPath, say: Callable[[str], None] | None) -> dict[str, Any]:
+def recover_json(path: AnyPath, *, saves: bool = True) -> dict[str, Any]:
     """Read a JSON object that is about to be rewritten; {} if it is damaged.
 
-    With `say`, which only one process passes, a damaged file is saved under another name.
+    The process that `saves` keeps a damaged file under another name.
     """
     try:
         return read_json(path, advice="It is created again; the damaged file is saved as")
     except InputError as error:
-        if say:
+        if saves:
             say(f"{error} {_keep_damaged(path)}")
         return {}
 
@@ -85,7 +85,6 @@ class Lines:
         self,
         path: AnyPath,
         resume_step: int | None,
-        say: Callable[[str], None],
         clock: Clock = CLOCK,
     ) -> None:
         self._path, self._appends = path, not files.is_remote(path)

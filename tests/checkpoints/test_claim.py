@@ -164,16 +164,16 @@ def test_processes_connect_before_one_of_them_waits_for_a_lease(folder):
 
 def test_lines_grow_and_a_resumed_run_drops_what_it_will_redo(tmp_path):
     path = epath.Path(tmp_path) / "a.jsonl"
-    lines = Lines(path, 0, print)
+    lines = Lines(path, 0)
     lines.write({"step": 1}, {"step": 2})
     lines.write({"step": 3})
     assert steps(path) == [1, 2, 3]
     path.write_text(path.read_text() + '{"step": 3, "lo')
-    Lines(path, 2, print).write({"step": 3})
+    Lines(path, 2).write({"step": 3})
     assert steps(path) == [1, 2, 3]
-    Lines(path, None, print)
+    Lines(path, None)
     assert steps(path) == [1, 2, 3]
-    lines = Lines(path, 0, print)
+    lines = Lines(path, 0)
     assert not path.read_text()
     path.unlink()
     (tmp_path / "a.jsonl").symlink_to("/dev/full")
@@ -181,31 +181,32 @@ def test_lines_grow_and_a_resumed_run_drops_what_it_will_redo(tmp_path):
         lines.write({"step": 1})
 
 
-def test_lines_that_are_damaged_are_counted_and_kept_beside(tmp_path):
-    path, said = epath.Path(tmp_path) / "metrics.jsonl", []
+def test_lines_that_are_damaged_are_counted_and_kept_beside(tmp_path, capsys):
+    path = epath.Path(tmp_path) / "metrics.jsonl"
     whole = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": NaN}']
     bad = [b"\xff\xfe", b"[1]", b'{"loss": 2.0}', b'{"step": "2"}', b""]
     path.write_bytes(
         b"\n".join([whole[0].encode(), *bad, whole[1].encode(), b'{"step": 9}', b'{"st'])
     )
-    Lines(path, 2, said.append)
+    Lines(path, 2)
     assert path.read_text().splitlines() == whole
-    (line,) = said
-    assert line.startswith(f"{path}: 5 damaged lines are left out")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"clip-jax: {path}: 5 damaged lines are left out")
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes().startswith(whole[0].encode())
-    Lines(path, 2, said.append)
-    assert len(said) == 1
+    Lines(path, 2)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"\xff"])
-def test_a_damaged_json_file_is_refused_or_kept_beside(content, tmp_path):
-    path, said = epath.Path(tmp_path / "result.json"), []
-    assert read_json(path) == recover_json(path, said.append) == {}
-    assert said == []
+def test_a_damaged_json_file_is_refused_or_kept_beside(content, tmp_path, capsys):
+    path = epath.Path(tmp_path / "result.json")
+    assert read_json(path) == recover_json(path) == {}
+    assert not capsys.readouterr().err
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"result\.json is damaged"):
         read_json(path)
-    assert (recover_json(path, said.append), len(said)) == ({}, 1)
+    assert recover_json(path) == {}
+    assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "result.json.damaged").read_bytes() == content
 
 

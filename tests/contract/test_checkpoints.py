@@ -133,7 +133,7 @@ def test_the_lease_of_the_dead_is_taken_over(bucket, capsys):
 
 def test_lines_are_written_once_a_minute_and_at_the_end(bucket):
     path, clock = files.as_path(f"{bucket.url}/run/a.jsonl"), HandClock()
-    lines = Lines(path, 0, print, clock)
+    lines = Lines(path, 0, clock)
     for step in range(100):
         lines.write({"step": step})
     assert not path.exists()
@@ -143,12 +143,12 @@ def test_lines_are_written_once_a_minute_and_at_the_end(bucket):
     assert [row["step"] for row in read_rows(path)] == [*range(101)]
     lines.flush()
     files.write_whole(path, path.read_bytes() + b'{"step": 102, "lo')
-    resumed = Lines(path, 50, print, clock)
+    resumed = Lines(path, 50, clock)
     resumed.write({"step": 51})
     resumed.flush()
     assert [row["step"] for row in read_rows(path)] == [*range(52)]
     board = files.as_path(f"{bucket.url}/board")
-    writer = Writer(path, board, 10, print)
+    writer = Writer(path, board, 10)
     writer.write(11, {"loss": 2.0})
     writer.close()
     assert [row["step"] for row in read_rows(path)] == [*range(12)]

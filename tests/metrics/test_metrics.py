@@ -39,7 +39,7 @@ def events_in(folder):
 
 
 def test_rows_and_tensorboard_reach_the_folder(tmp_path):
-    writer = Writer(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0, print)
+    writer = Writer(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0)
     writer.write(1, {"loss": 2.0})
     writer.close()
     _, event = events_in(tmp_path / "tensorboard")
@@ -47,7 +47,7 @@ def test_rows_and_tensorboard_reach_the_folder(tmp_path):
     assert event.summary.value[0].simple_value == 2.0
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
     with mock.patch.object(metrics, "Lines", autospec=True) as lines:
-        Writer(tmp_path / "metrics.jsonl", tmp_path / "resumed", 4, print).close()
+        Writer(tmp_path / "metrics.jsonl", tmp_path / "resumed", 4).close()
     _, event = events_in(tmp_path / "resumed")
     assert (event.step, event.session_log.status) == (5, SessionLog.START)
     lines.return_value.flush.assert_called_once_with()  # until then a bucket has no lines
@@ -55,7 +55,7 @@ def test_rows_and_tensorboard_reach_the_folder(tmp_path):
 
 def test_who_looks_at_tensorboard_sees_what_was_reported_half_a_minute_ago(tmp_path):
     clock = HandClock()
-    writer = Writer(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0, print, clock)
+    writer = Writer(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", 0, clock)
     (events,) = (tmp_path / "tensorboard").iterdir()
     writer.flush()
     sizes = [events.stat().st_size]
@@ -73,7 +73,7 @@ def test_tensorboard_gets_the_config_as_text_and_pictures(tmp_path):
     Image.new("RGBA", (6, 4), "red").save(pictures / "cars/errors.png")
     (pictures / "results.csv").write_text("a table")
     config = {"seed": 3, "wandb_project": None}
-    writer = Writer(tmp_path / "rows", tmp_path / "tensorboard", 0, print, config=config)
+    writer = Writer(tmp_path / "rows", tmp_path / "tensorboard", 0, config=config)
     writer.show(7, pictures)
     writer.close()
     _, text, picture = events_in(tmp_path / "tensorboard")
@@ -120,7 +120,7 @@ def test_wandb_gets_metrics_config_and_pictures_of_one_run_over_all_starts(tmp_p
 
     def opened(project: str) -> Writer:
         config = {"seed": 3, "wandb_project": project}
-        return Writer(tmp_path / "rows", tmp_path / "board", 0, print, config=config)
+        return Writer(tmp_path / "rows", tmp_path / "board", 0, config=config)
 
     for failed in (True, False):
         writer = opened("clip")
@@ -210,7 +210,7 @@ def test_result_json_has_the_values_of_one_step_over_all_starts(tmp_path):
 def test_a_full_disk_is_one_message_of_tensorboard_too(tmp_path):
     full, board = open("/dev/full", "wb"), tmp_path / "tensorboard"  # noqa: SIM115
     with mock.patch.object(record_writer, "open_file", autospec=True, return_value=full):
-        writer = Writer(tmp_path / "metrics.jsonl", board, 0, print)
+        writer = Writer(tmp_path / "metrics.jsonl", board, 0)
     writer.draw(1, {"loss": 2.0})
     for ends in (writer.flush, writer.close):
         with pytest.raises(InputError, match=rf"^no space left for {board}: free some"):

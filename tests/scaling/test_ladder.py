@@ -219,7 +219,8 @@ def test_what_is_missing_is_trained_and_a_failure_exits_with_1(tmp_path, capsys)
     first, second = json.loads(printed.out)["points"]
     assert (first["done"], second["done"]) == (True, False)
     assert second["failure"] == "exit code 2; log.txt ends: no gone.csv"
-    assert printed.err.splitlines()[-1] == f"failed: {second['name']}: {second['failure']}"
+    last = printed.err.splitlines()[-1]
+    assert last == f"clip-jax: failed: {second['name']}: {second['failure']}"
     before = stamps(root / first["name"])
 
     # The same command again: the other one alone, with the environment that the children share.
