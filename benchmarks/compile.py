@@ -17,7 +17,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig

@@ -31,7 +31,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from clip_jax import flops, sharding
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.sources.any import PathConfig
 from clip_jax.data.sources.array_record import encode_example

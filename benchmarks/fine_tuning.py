@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
 from clip_jax.convert.formats import read_weights
 from clip_jax.convert.weights import Weights
 from clip_jax.data.shapes import SampleDataConfig, write

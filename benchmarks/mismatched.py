@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.any import PathConfig

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 import clip_jax
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
 from clip_jax.data.shapes import SampleDataConfig, write
 from clip_jax.models.images import Patches
 from clip_jax.train import train

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.models import zoo
 from clip_jax.pods.plan import Plan, PlanConfig, plan
 from clip_jax.pods.topology import Topology

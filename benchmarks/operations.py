@@ -23,7 +23,7 @@ ENVIRONMENT = {
 def histogram(config: str) -> dict[str, int]:
     """Count the operations of a config's step by name, with this process's package."""
     import clip_jax
-    from clip_jax.config import load_config
+    from clip_jax.config_files import load_config
     from clip_jax.sharding import MeshConfig, make_mesh
     from clip_jax.step import Program
 

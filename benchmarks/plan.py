@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.models import zoo
 from clip_jax.pods.plan import Plan, PlanConfig, plan
 from clip_jax.pods.topology import Topology

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import attention, zoo
 from clip_jax.models.clip import CLIPConfig

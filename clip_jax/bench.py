@@ -18,7 +18,8 @@ import numpy as np
 
 from clip_jax import flops, sharding
 from clip_jax.clock import CLOCK
-from clip_jax.config import Config, with_weights
+from clip_jax.config import Config
+from clip_jax.config_files import with_weights
 from clip_jax.data.augment import augment
 from clip_jax.data.images import ImageError, read_crops
 from clip_jax.data.pipeline import Pipeline, build, open_source

@@ -20,7 +20,8 @@ from clip_jax.checkpoints.manager import Checkpoints, Restored, digest_of, resto
 from clip_jax.checkpoints.resume import branch_point, check_branch, check_resumable, differences
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.config import Config, complete, with_order, with_weights
+from clip_jax.config import Config
+from clip_jax.config_files import complete, with_order, with_weights
 from clip_jax.convert.formats import check_settings, check_shapes, read_weights, starting_params
 from clip_jax.convert.weights import Head, Weights, default_preprocess
 from clip_jax.data.batch_plan import BatchKind

@@ -14,7 +14,8 @@ the 13 captions of the number. `caption/unseen/exact` is the same for unseen num
 from dataclasses import replace
 from pathlib import Path
 
-from clip_jax.config import Config, run_file
+from clip_jax.config import Config
+from clip_jax.config_files import run_file
 from clip_jax.losses import CaptionConfig
 from clip_jax.models.decoder import CoCaConfig
 

@@ -18,7 +18,8 @@ arXiv:2202.10054). `clip-jax average BASE RUN OUT --curve 0 0.5 1` joins both mo
 
 import dataclasses
 
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
 from clip_jax.losses import ClassifierConfig
 
 

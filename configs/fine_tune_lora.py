@@ -17,7 +17,8 @@ config and of `fine_tune_flyp` shows the memory that this saves.
 
 import dataclasses
 
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
 from clip_jax.models.lora import LoRAConfig
 
 

@@ -13,7 +13,8 @@ wrong pair of its own. The context length stays 64, on which SigLIP's text tower
 
 import dataclasses
 
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
 from clip_jax.losses import SigmoidConfig
 from clip_jax.models import zoo
 

@@ -15,7 +15,8 @@ Notes: `clip-jax evaluate --tasks probe` fits L-BFGS for a result, and keeps no 
 
 import dataclasses
 
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
 from clip_jax.losses import ClassifierConfig
 
 

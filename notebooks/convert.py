@@ -46,7 +46,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import clip_jax
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.data import digits
 from clip_jax.data.images import Preprocess

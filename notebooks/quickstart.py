@@ -45,7 +45,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 import clip_jax
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.data import digits
 from clip_jax.display import STYLE
 from clip_jax.evals.pictures import contact_sheet, similarity_matrix

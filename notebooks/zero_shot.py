@@ -43,7 +43,7 @@ from matplotlib.figure import Figure
 
 import clip_jax
 from clip_jax import sharding
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.data import digits
 from clip_jax.display import STYLE
 from clip_jax.evals.linear_probe import Problem, few_per_class, probe_features

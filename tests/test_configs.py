@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from clip_jax import sharding
-from clip_jax.config import Config, load_config
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
 from clip_jax.evals import evaluator
 from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.losses import ClassifierConfig

@@ -16,7 +16,7 @@ from PIL import Image
 from clip_jax import train as training
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints, Restored
 from clip_jax.checkpoints.retention import named_step, steps_in
-from clip_jax.config import with_weights
+from clip_jax.config_files import with_weights
 from clip_jax.convert.formats import read_weights, starting_params, write_weights
 from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig

@@ -96,7 +96,8 @@ def read_run(
     kind: Any, args: Sequence[str], command: FunctionType, verb: str, **defaults: Any
 ) -> Any:
     """Load a config file, override it by flags, and return it as `kind`, a subclass of Config."""
-    from clip_jax.config import Config, load_config
+    from clip_jax.config import Config
+    from clip_jax.config_files import load_config
 
     own = {x.name for x in dataclasses.fields(kind)} - {x.name for x in dataclasses.fields(Config)}
     _check_renamed(args, own)

@@ -327,7 +327,7 @@ def bench(args: Sequence[str]) -> int:
 
 def configs(args: Sequence[str]) -> int:
     """List the bundled configs, or print one to start from: clip-jax configs [NAME]"""
-    from clip_jax.config import bundled_configs, lab_note
+    from clip_jax.config_files import bundled_configs, lab_note
 
     @dataclass(frozen=True, kw_only=True)
     class Choice:

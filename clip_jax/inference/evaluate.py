@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.retention import split_name
-from clip_jax.config import Config, of_run
+from clip_jax.config import Config
+from clip_jax.config_files import of_run
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
 from clip_jax.evals.datasets import open_digits

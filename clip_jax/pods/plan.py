@@ -18,7 +18,8 @@ import numpy as np
 import tyro
 
 from clip_jax import flops, processes, sharding
-from clip_jax.config import Config, with_weights
+from clip_jax.config import Config
+from clip_jax.config_files import with_weights
 from clip_jax.display import say
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import NaFlex

@@ -22,7 +22,8 @@ from clip_jax import flops, processes
 from clip_jax.checkpoints.resume import branch_point, check_resumable
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.config import Config, complete, run_file, with_order
+from clip_jax.config import Config
+from clip_jax.config_files import complete, run_file, with_order
 from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.losses import TermConfig
 from clip_jax.losses.objective import fitting

@@ -175,7 +175,7 @@ def options(command: Command, links: Mapping[type, str]) -> str:
 
 def bundled() -> str:
     """Write the table of the bundled configs, from the docstrings of their files."""
-    from clip_jax.config import bundled_configs, lab_note
+    from clip_jax.config_files import bundled_configs, lab_note
 
     lines = [
         "## Bundled configs\n",

@@ -7,7 +7,8 @@ import pytest
 
 from clip_jax.checkpoints.resume import check_resumable, differences
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.config import Config, complete, load_config, of_run, with_order
+from clip_jax.config import Config
+from clip_jax.config_files import complete, load_config, of_run, with_order
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig, PhaseConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

@@ -24,7 +24,7 @@ import pytest
 import clip_jax
 from clip_jax.cli import arguments, commands
 from clip_jax.cli.commands import COMMANDS
-from clip_jax.config import bundled_configs
+from clip_jax.config_files import bundled_configs
 from tests.conftest import ROOT, made_once
 
 _NAMES = ("cli.arguments", "cli.commands", "display", "errors", "serialize")

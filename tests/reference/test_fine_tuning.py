@@ -10,7 +10,8 @@ import torch
 from transformers import SiglipConfig, SiglipModel
 
 from clip_jax import sharding
-from clip_jax.config import Config, with_weights
+from clip_jax.config import Config
+from clip_jax.config_files import with_weights
 from clip_jax.convert.formats import read_weights, starting_params, verify, write_weights
 from clip_jax.convert.hugging_face import rows
 from clip_jax.convert.state_dict import flatten, from_params

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.scaling import html_report, planning
 from clip_jax.scaling.fit import FitConfig

@@ -12,7 +12,7 @@ from jax._src import xla_bridge
 
 from clip_jax import flops
 from clip_jax.cli.commands import main
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.errors import InputError
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig, StoredTeacher
 from clip_jax.optim import Constant, CoolDown

@@ -22,7 +22,7 @@ PAIRS = (
 
 LENGTHS = """
 from dataclasses import replace
-from clip_jax.config import load_config
+from clip_jax.config_files import load_config
 from clip_jax.data.batch_plan import TokenBudget
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.sharding import MeshConfig

@@ -1,0 +1,181 @@
+"""Config files: read them, and complete a config by what it leaves to other files.
+
+A config file is Python with `get_config() -> Config`, or the `config.json` of a run.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import traceback
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from clip_jax.checkpoints.run_config import read_run_config, upgrade
+from clip_jax.config import Config
+from clip_jax.convert.formats import read_weights
+from clip_jax.data.images import Preprocess
+from clip_jax.data.pipeline import classes_of, open_source
+from clip_jax.errors import InputError, naming
+from clip_jax.losses import ClassifierConfig, DistillationConfig
+from clip_jax.losses.pairs import Pairwise
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.vit import ViTConfig
+from clip_jax.serialize import from_dict, to_dict
+from clip_jax.storage import files
+from clip_jax.storage.files import AnyPath
+from clip_jax.storage.json_files import content_of
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def load_config(path: str | Path) -> Config:
+    """Load a config from a Python file's `get_config()` or from a run's `config.json`.
+
+    A name such as `vit_b16` selects the bundled config of that name. Raises InputError that says
+    what is wrong with the file.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        config = run_file(path, "get_config", Config)
+        return from_dict(Config, to_dict(config), f"{path}: config")  # checks the types
+    if not path.is_file():
+        raise InputError(f"no config at {path}; a run saves its own in its run directory.")
+    try:
+        content = json.loads(content_of(path))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}. Correct it, or restore a copy.") from error
+    with naming(path):  # the check of a value's range does not know the file
+        return of_run(content, f"{path}: config")
+
+
+def of_run(content: Any, where: str = "config") -> Config:
+    """Read the content of a run's `config.json`, which an older version may have written."""
+    return from_dict(Config, upgrade(content) if isinstance(content, dict) else content, where)
+
+
+def complete(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the dict of a run's config with defaults for the fields that an older version lacked.
+
+    Defaults of new fields keep the older version's behaviour.
+    """
+    with contextlib.suppress(InputError):
+        return to_dict(from_dict(Config, run)) if run else {}
+    return run
+
+
+def with_order(config: Config, workdir: AnyPath) -> Config:
+    """Replace `data.order=auto` by the order that the run in `workdir`, if any, began with."""
+    order = config.data.order
+    if order == "auto":
+        with contextlib.suppress(InputError):  # damaged: a resuming run says so
+            order = read_run_config(workdir).get("data", {}).get("order") or order
+    return replace(config, data=replace(config.data, order=order))
+
+
+def with_weights(config: AnyConfig) -> AnyConfig:
+    """Return the config with what it leaves to files: classes, and architectures of teachers and,
+    with `init_architecture`, of the model, without a bias if all losses are softmax."""
+
+    def read(weights: str, setting: str) -> tuple[CLIPConfig, Preprocess]:
+        with naming(f"{setting}={weights!r}"):
+            file = read_weights(files.as_path(weights))
+        how = file.preprocess
+        return replace(file.config, image_mean=how.mean, image_std=how.std), how
+
+    def known(teacher: Any) -> Any:
+        if getattr(teacher, "model", teacher) is not None:
+            return teacher
+        return replace(teacher, model=read(teacher.weights, "teachers.weights")[0])
+
+    def complete(term: Any) -> Any:
+        if isinstance(term, ClassifierConfig) and not term.classes:
+            source = open_source(config.data.source, config.model.vision.image_spec.side)
+            return replace(term, classes=classes_of(source))
+        distils = isinstance(term, DistillationConfig)
+        return replace(term, teachers=tuple(map(known, term.teachers))) if distils else term
+
+    model, preprocess = config.model, config.preprocess
+    if config.init_architecture and config.init_from:
+        own = {name: getattr(model, name) for name in ("dtype", "remat", "unroll", "attention")}
+        initial, preprocess = read(config.init_from, "init_from")
+        model = replace(initial, **own)
+        if isinstance(model.vision, ViTConfig) and isinstance(config.model.vision, ViTConfig):
+            dropout = config.model.vision.patch_dropout
+            model = replace(model, vision=replace(model.vision, patch_dropout=dropout))
+        if {x.needs_bias for x in config.objective if isinstance(x, Pairwise)} == {False}:
+            model = replace(model, init_logit_bias=None)
+    objective = tuple(map(complete, config.objective))
+    return replace(config, model=model, preprocess=preprocess, objective=objective)
+
+
+def bundled_configs() -> dict[str, Path]:
+    """Return the config files that ship with the package, by name.
+
+    A wheel has them as `clip_jax.configs`; a checkout beside the package, in `configs/`.
+    """
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parent / "configs")
+    folder = next((x for x in folders if x.is_dir()), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def lab_note(path: Path) -> dict[str, str]:
+    """Return what a config file's docstring says: `about`, its first line, and, if it has these
+    paragraphs, `Hardware` and `Expected`."""
+    note = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    parts = re.findall(r"^(Hardware|Expected): (.*?)(?=^[A-Z]\w+: |\n\n|\Z)", note, re.M | re.S)
+    return {"about": note.partition("\n")[0]} | {label: " ".join(x.split()) for label, x in parts}
+
+
+def run_file(path: Path, function: str, kind: type) -> Any:
+    """Run a Python file and return the result of one of its functions, which must be a `kind`.
+
+    The path may be the name of a bundled config. Errors in the file become InputErrors that name
+    the line.
+    """
+    if not path.is_file():
+        bundled = bundled_configs()
+        if str(path) not in bundled:
+            raise InputError(f"no config file at {path}; bundled are {', '.join(bundled)}.")
+        path = bundled[str(path)]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is not a Python file; it must define {function}().")
+    module = importlib.util.module_from_spec(spec)
+    with _blamed_on(path):
+        spec.loader.exec_module(module)
+        if function not in vars(module):
+            raise InputError(
+                f"the file must define {function}() -> {kind.__name__}; see configs/ for examples."
+            )
+        made = vars(module)[function]()
+    if not isinstance(made, kind):
+        raise InputError(
+            f"{function}() in {path} must return a {kind.__name__}, not {type(made).__name__}."
+        )
+    return made
+
+
+@contextlib.contextmanager
+def _blamed_on(path: Path) -> Generator[None]:
+    """Turn errors of a user's file into InputErrors with the line; bugs of this package pass."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames, file = traceback.extract_tb(error.__traceback__), os.path.abspath(path)
+        lines = [frame.lineno for frame in frames if frame.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines.append(error.lineno)
+        last = Path(frames[-1].filename)
+        is_ours = Path(__file__).parent in last.parents and last != Path(__file__)
+        is_input = isinstance(error, InputError)
+        if is_ours and not is_input:
+            raise
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        what = "" if is_input else f"{type(error).__name__}: "
+        raise InputError(f"{where}: {what}{getattr(error, 'msg', error)}") from error
