@@ -41,7 +41,8 @@ from clip_jax import flops
 from clip_jax.display import STYLE
 from clip_jax.models import zoo
 from clip_jax.scaling import planning, plots
-from clip_jax.scaling.fit import FitConfig, describe, fit, published
+from clip_jax.scaling.fit import FitConfig, fit, published
+from clip_jax.scaling.fit_result import describe
 from clip_jax.scaling.run_table import read
 from clip_jax.scaling.uncertainty import fit_law
 
@@ -94,8 +95,8 @@ print("                            LAION: alpha    beta  OpenAI: alpha    beta")
 for metric, name in metrics.items():
     laion, openai = (fit(table, replace(config, metric=metric)) for config in (CHERTI, OPENAI))
     print(
-        f"{name:28} {laion['alpha']:11.4f} {laion['beta']:7.4g}"
-        f" {openai['alpha']:14.4f} {openai['beta']:7.4g}"
+        f"{name:28} {laion.law.alpha:11.4f} {laion.law.beta:7.4g}"
+        f" {openai.law.alpha:14.4f} {openai.law.beta:7.4g}"
     )
 
 # %% [markdown]

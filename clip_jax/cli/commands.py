@@ -223,11 +223,18 @@ def scale(args: Sequence[str]) -> int:
         return 0
     if verb == "ladder":
         return _ladder(rest)
-    from clip_jax.scaling import choose, downstream, fit, html_report, planning, run_table
+    from clip_jax.scaling import (
+        choose,
+        downstream,
+        fit,
+        fit_result,
+        html_report,
+        planning,
+        run_table,
+    )
 
     of_table = {
         "plan": (planning.ScalePlanConfig, planning.plan, planning.describe),
-        "fit": (fit.FitCommand, fit.fit_file, fit.describe),
         "choose": (choose.ChooseConfig, choose.choose, choose.describe),
         "relate": (downstream.RelateConfig, downstream.relate, downstream.describe),
     }
@@ -236,6 +243,10 @@ def scale(args: Sequence[str]) -> int:
         config, as_json = arguments.read(kind, rest, ("table",), scale, f"scale {verb}")
         result = run(config)
         return _print(result, as_json, describe(result))
+    if verb == "fit":
+        command, as_json = arguments.read(fit.FitCommand, rest, ("table",), scale, "scale fit")
+        fitted = fit.fit_file(command)
+        return _print(fitted.to_json(), as_json, fit_result.describe(fitted))
     paths = arguments.leading(rest)
     rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]
     if verb == "collect":

@@ -1,7 +1,7 @@
 """Compare the laws of two families of runs: where they cross, and which is better in between."""
 
 import math
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -167,53 +167,69 @@ def _by_the_rest(table: RunTable, error: np.ndarray) -> dict[tuple[str, ...], tu
 # ------------------------------------------------------------------ for a terminal
 
 
-def as_json(names: Sequence[str], compared: Comparison, alike: Paired | None) -> dict[str, Any]:
-    """Return a comparison of two named families as JSON values; null for an open interval."""
-    return {
-        "families": list(names),
-        "crossings": [
-            x._asdict() | {"low": x.low or None, "high": x.high if x.high < math.inf else None}
-            for x in compared.crossings
-        ],
-        "segments": [x._asdict() for x in compared.segments],
-        "ratios": [x._asdict() for x in compared.ratios],
-        "share_of_draws_that_cross": compared.share,
-        "paired": alike and alike._asdict(),
-    }
+@dataclass(frozen=True, kw_only=True)
+class FamilyPair:
+    """Two named families of runs: their laws compared, and their matching runs."""
+
+    families: tuple[str, str]
+    comparison: Comparison
+    paired: Paired | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values; null for an open interval."""
+        crossings = []
+        for crossing in self.comparison.crossings:
+            values = crossing._asdict()
+            values["low"] = crossing.low or None
+            values["high"] = crossing.high if crossing.high < math.inf else None
+            crossings.append(values)
+        return {
+            "families": list(self.families),
+            "crossings": crossings,
+            "segments": [segment._asdict() for segment in self.comparison.segments],
+            "ratios": [ratio._asdict() for ratio in self.comparison.ratios],
+            "share_of_draws_that_cross": self.comparison.share,
+            "paired": self.paired._asdict() if self.paired else None,
+        }
 
 
-def describe(pair: Mapping[str, Any]) -> list[str]:
-    """Format what `as_json` returned as lines of text."""
-    names, segments = pair["families"], pair["segments"]
-    lines = [f"{names[1]} compared with {names[0]}:"]
+def describe(pair: FamilyPair) -> list[str]:
+    """Format a comparison as lines of text."""
+    first, second = pair.families
+    segments = pair.comparison.segments
+    crossings = pair.comparison.crossings
+    lines = [f"{second} compared with {first}:"]
     if not segments:
         lines.append("  no compute at which both have runs; what follows is extrapolated")
-    for x in segments:
-        which = "not determined which" if x["better"] is None else names[x["better"]]
-        lines.append(f"  from {x['low']:.3g} to {x['high']:.3g}: {which} is better")
-    lines += [
-        f"  at {at['compute']:.3g}: {ratio(at, '+.1%')}, lower in {at['share']:.0%} of draws"
-        for at in pair["ratios"]
-    ]
-    for x in pair["crossings"]:
-        low, high = (f"{x[end]:.3g}" if x[end] else "unknown" for end in ("low", "high"))
-        mark = "" if x["inside"] else "; EXTRAPOLATED, not all have runs around it"
+    for segment in segments:
+        better = "not determined which"
+        if segment.better is not None:
+            better = pair.families[segment.better]
+        lines.append(f"  from {segment.low:.3g} to {segment.high:.3g}: {better} is better")
+    for ratio in pair.comparison.ratios:
+        words = f"{difference(ratio, '+.1%')}, lower in {ratio.share:.0%} of draws"
+        lines.append(f"  at {ratio.compute:.3g}: {words}")
+    for crossing in crossings:
+        low = f"{crossing.low:.3g}" if crossing.low else "unknown"
+        high = f"{crossing.high:.3g}" if crossing.high < math.inf else "unknown"
+        mark = "" if crossing.inside else "; EXTRAPOLATED, not all have runs around it"
         lines.append(
-            f"  the laws cross at {x['compute']:.3g} (95%: {low} to {high}), above it "
-            f"{names[x['better']]} is better{mark}"
+            f"  the laws cross at {crossing.compute:.3g} (95%: {low} to {high}), above it "
+            f"{pair.families[crossing.better]} is better{mark}"
         )
-    if segments and not any(x["inside"] for x in pair["crossings"]):
-        share = pair["share_of_draws_that_cross"]
+    if segments and not any(crossing.inside for crossing in crossings):
+        share = pair.comparison.share
         lines.append(f"  the laws do not cross in this range; in {share:.0%} of draws they do")
-    if alike := pair["paired"]:
-        lines.append(f"  in {alike['pairs']} pairs of matching runs: {ratio(alike, '+.2%')}")
-        if alike["unequal"]:
-            times = f"{alike['compute']:.2f} times as much on average"
-            lines[-1] += f"; {alike['unequal']} differ in compute, {names[1]} has {times}"
+    if paired := pair.paired:
+        line = f"  in {paired.pairs} pairs of matching runs: {difference(paired, '+.2%')}"
+        if paired.unequal:
+            times = f"{paired.compute:.2f} times as much on average"
+            line += f"; {paired.unequal} differ in compute, {second} has {times}"
+        lines.append(line)
     return lines
 
 
-def ratio(at: Mapping[str, float], form: str) -> str:
-    """Format a ratio of errors with its interval."""
-    low, high = at["low"] - 1, at["high"] - 1
-    return f"{at['ratio'] - 1:{form}} error (95%: {low:{form}} to {high:{form}})"
+def difference(at: Ratio | Paired, form: str) -> str:
+    """Format a ratio of errors with its interval, as a relative difference."""
+    low, high = at.low - 1, at.high - 1
+    return f"{at.ratio - 1:{form}} error (95%: {low:{form}} to {high:{form}})"

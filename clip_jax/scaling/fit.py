@@ -4,10 +4,10 @@ The unit of compute is Cherti et al.'s: forward GMACs of one image-text pair × 
 are in training FLOPs, 6e9 times that.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +15,23 @@ import numpy as np
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.scaling import compare, papers, plots, run_table
-from clip_jax.scaling.laws import BINS, Additive, Batched, Law, PowerLaw, Runs, pareto
-from clip_jax.scaling.run_table import (
-    MOST_FLOPS,
-    RunTable,
-    Selection,
-    is_score,
-    short,
-    text,
+from clip_jax.scaling.compare import FamilyPair
+from clip_jax.scaling.fit_result import (
+    Answer,
+    BestBatch,
+    CurvePoint,
+    Estimate,
+    FitResult,
+    FittedPoint,
+    HeldOutRun,
+    HoldOut,
+    LawResult,
+    Parameter,
+    PredictedRun,
+    Variant,
 )
+from clip_jax.scaling.laws import BINS, Additive, Batched, Law, PowerLaw, Runs, pareto
+from clip_jax.scaling.run_table import MOST_FLOPS, RunTable, Selection, is_score, text
 from clip_jax.scaling.uncertainty import Fit, Form, Prediction, Procedure, fit_law, middle, sizes_of
 from clip_jax.storage.files import AnyPath, check_destination
 
@@ -168,7 +176,7 @@ class FitCommand(FitConfig):
     output: AnyPath | None = None
 
 
-def fit_file(command: FitCommand) -> dict[str, Any]:
+def fit_file(command: FitCommand) -> FitResult:
     """Run `fit` on the table in a file, and write what the command asks for."""
     for flag, stem in (("plot", command.plot), ("output", command.output)):
         if stem is not None and not stem.name:
@@ -183,74 +191,67 @@ def fit_file(command: FitCommand) -> dict[str, Any]:
         rows = table.select(command.metric, command.where)
         column = command.compare
         tables = rows.groups(lambda row: family_of(row, column)) if column else {"": rows}
-        result["files"] = papers.write(result, tables, command.output)
-    result["also"] = [
+        result = replace(result, files=papers.write(result, tables, command.output))
+    also = [
         fit(table, replace(command, metric=metric, metric_is=None, plot=None))
         for metric in command.also
     ]
-    return result
+    return replace(result, also=also)
 
 
-def fit(table: RunTable, config: FitConfig) -> dict[str, Any]:
-    """Fit laws and predict with them; returns JSON values (`describe` formats them as text).
-
-    Keys: `alpha`, `beta` (power law), `parameters` with intervals (a value of None is not
-    determined, and `lacking` says which runs would determine it), `irreducible_error`, the fitted
-    `points`, the law's `curve` at the best division of compute, `residuals` in the order of the
-    table, `optimal` (best divisions of compute, for laws in N and D), `hold_out`, `predictions` by
-    run, `sensitivity`, `warnings`. With `compare`: `families` by name, each with the keys of a law,
-    and `pairs` of families.
-    """
+def fit(table: RunTable, config: FitConfig) -> FitResult:
+    """Fit laws to the selected runs of a table, and predict with them."""
     table = table.select(config.metric, config.where)
     if config.compare:
-        table.check(column := config.compare)
-        families = dict(sorted(table.groups(lambda row: family_of(row, column)).items()))
-        config = config.resolved([*families.values()])
-    else:
-        config = config.resolved([table])
-    result: dict[str, Any] = {
-        "metric": config.metric,
-        "form": config.form,
-        "procedure": config.procedure,
-        "compute_unit": AXES[config.against][1],
-        "warnings": [],
-    }
-    if config.compare:
-        return result | _compare(families, config)
+        return _fit_families(table, config, config.compare)
+    config = config.resolved([table])
     runs = config.runs(table)
     fitted = config.fit(runs)
-    result |= _law(fitted)
-    result["warnings"] = fitted.misfit()
-    if config.hold_out:
-        result["hold_out"] = _hold_out(table, config)
+    warnings = fitted.misfit()
     largest = runs.compute.max()
-    predicted: dict[str, tuple[float, Prediction]] = {}
-    result["predictions"] = {}
-    for wanted in config.predict:
-        run = _run_of(wanted, table, config)
-        compute, answer = run[0] * run[1], _answer(fitted, *run, config)
-        result["predictions"][wanted] = {"compute": compute, **answer}
-        if answer["error"] is not None:
-            interval = answer["error_interval"]
-            predicted[wanted] = compute, Prediction(answer["error"], *interval)
+    predictions: dict[str, PredictedRun] = {}
+    for name in config.predict:
+        size, samples, third = _run_of(name, table, config)
+        compute = size * samples
+        predictions[name] = PredictedRun(compute, _answer(fitted, size, samples, third, config))
         if compute > EXTRAPOLATION * largest:
-            result["warnings"].append(
-                f"{wanted} has {compute / largest:.0f} times the compute of the largest run; the "
+            warnings.append(
+                f"{name} has {compute / largest:.0f} times the compute of the largest run; the "
                 "interval assumes that the law still holds there."
             )
-    if config.sensitivity:
-        result["sensitivity"] = _sensitivity(table, runs, config)
-    if config.plot:
-        page = plots.figure(
-            fitted,
-            others=published(config.metric),
-            predictions=predicted,
-            error_label=f"1 − {config.metric}" if config.is_score else config.metric,
-            reach=1.6 * max([largest, *(compute for compute, _ in predicted.values())]),
-            title="The law misfits these runs: see the warnings." if fitted.misfit() else "",
-        )
-        result["plots"] = [str(path) for path in plots.save(page, config.plot)]
-    return result
+    return FitResult(
+        metric=config.metric,
+        form=str(config.form),
+        procedure=config.procedure,
+        compute_unit=AXES[config.against][1],
+        laws={"": _law(fitted)},
+        warnings=warnings,
+        hold_out=_hold_out(table, config) if config.hold_out else None,
+        predictions=predictions,
+        sensitivity=_sensitivity(table, runs, config) if config.sensitivity else (),
+        plots=_plot(fitted, predictions, config, config.plot) if config.plot else (),
+    )
+
+
+def _plot(
+    fitted: Fit, predictions: Mapping[str, PredictedRun], config: FitConfig, stem: AnyPath
+) -> list[str]:
+    """Draw a fit and predicted runs; return the paths of the plot."""
+    determined: dict[str, tuple[float, Prediction]] = {}
+    for name, run in predictions.items():
+        if run.answer.error:
+            prediction = Prediction(run.answer.error.value, *run.answer.error.interval)
+            determined[name] = run.compute, prediction
+    farthest = max([fitted.runs.compute.max(), *(compute for compute, _ in determined.values())])
+    page = plots.figure(
+        fitted,
+        others=published(config.metric),
+        predictions=determined,
+        error_label=f"1 − {config.metric}" if config.is_score else config.metric,
+        reach=1.6 * farthest,
+        title="The law misfits these runs: see the warnings." if fitted.misfit() else "",
+    )
+    return [str(path) for path in plots.save(page, stem)]
 
 
 def published(metric: str) -> dict[str, Law]:
@@ -261,87 +262,99 @@ def published(metric: str) -> dict[str, Law]:
     }
 
 
-def _law(fitted: Fit) -> dict[str, Any]:
-    """Return the keys of `fit` that describe one law."""
-    law, runs = fitted.law, fitted.runs
+def _law(fitted: Fit) -> LawResult:
+    """Return what one fit states about its law."""
+    law = fitted.law
+    runs = fitted.runs
+    points = fitted.fitted
     span = np.geomspace(runs.compute.min() / 1.6, 1.6 * runs.compute.max(), 60)
+    divides = isinstance(law, Additive) and min(points.values("size"), points.values("samples")) > 2
     largest = float(runs.size.max())
-    three = min(fitted.fitted.values("size"), fitted.fitted.values("samples")) > 2
-    known = sizes_of([fitted]) if three or not isinstance(law, Additive) else (largest, largest)
-    best = law.optimum(span, known)
+    sizes = sizes_of([fitted]) if divides or not isinstance(law, Additive) else (largest, largest)
+    best = law.optimum(span, sizes)
     curve = np.stack([span, *fitted.curve(best.size, best.samples)])
-    parameters = {
-        name: {
-            "value": None if (lacking := fitted.lacking(name)) else float(value),
-            "interval": list(fitted.interval(name)[:2]),
-            "lacking": lacking or None,
-        }
-        for name, value in law.parameters.items()
-    }
-    result: dict[str, Any] = {
-        "runs": len(runs.error),
-        "points": [
-            {"compute": compute, "error": error}
-            for compute, error in np.stack([fitted.fitted.compute, fitted.fitted.error]).T.tolist()
-        ],
-        "parameters": parameters,
-        "irreducible_error": parameters.get("irreducible", {}).get("value"),
-        "curve": [
-            {"compute": compute, "error": error, "interval": interval}
-            for compute, error, *interval in curve.T.tolist()
-        ],
-        "residuals": (runs.error / runs.under(law) - 1).tolist(),
-    }
-    if isinstance(law, PowerLaw):
-        result |= {name: float(value) for name, value in law.parameters.items()}
+    parameters = {name: _parameter(fitted, name) for name in law.parameters}
 
-    def drawn(get: Callable[[Any], Any]) -> dict[str, Any]:
-        return {"value": float(get(law)), "interval": list(map(float, middle(get(fitted.drawn))))}
+    def estimate(quantity: Callable[[Any], Any]) -> Estimate:
+        low, high = middle(quantity(fitted.drawn))
+        return Estimate(float(quantity(law)), (float(low), float(high)))
 
+    best_batch = None
     if isinstance(law, Batched) and not (fitted.lacking("negatives") or fitted.lacking("steps")):
         samples = float(np.median(runs.samples))
-        result["best_batch"] = {"samples": samples, **drawn(lambda law: law.best_batch(samples))}
-    if isinstance(law, Additive) and three:
-        result["optimal"] = {"size_exponent": drawn(lambda law: law.size_exponent)}
-    return result
+        batch = estimate(lambda law: law.best_batch(samples))
+        best_batch = BestBatch(samples, batch.value, batch.interval)
+    return LawResult(
+        runs=len(runs.error),
+        points=[
+            FittedPoint(compute, error)
+            for compute, error in np.stack([points.compute, points.error]).T.tolist()
+        ],
+        parameters=parameters,
+        curve=[
+            CurvePoint(compute, error, (low, high))
+            for compute, error, low, high in curve.T.tolist()
+        ],
+        residuals=(runs.error / runs.under(law) - 1).tolist(),
+        alpha=float(law.alpha) if isinstance(law, PowerLaw) else None,
+        beta=float(law.beta) if isinstance(law, PowerLaw) else None,
+        best_batch=best_batch,
+        size_exponent=estimate(lambda law: law.size_exponent) if divides else None,
+    )
 
 
-def _hold_out(table: RunTable, config: FitConfig) -> dict[str, Any]:
+def _parameter(fitted: Fit, name: str) -> Parameter:
+    lacking = fitted.lacking(name)
+    value = None if lacking else float(fitted.law.parameters[name])
+    interval = fitted.interval(name)
+    return Parameter(value, (interval.low, interval.high), lacking or None)
+
+
+def _hold_out(table: RunTable, config: FitConfig) -> HoldOut:
     """Fit the runs that are not held out and predict those that are.
 
     A fit through the frontier describes only the best runs, so it predicts only held-out runs that
     no other run beats with at most their compute. Raises InputError if there are none.
     """
-    runs, held = config.runs(table), np.array(table.meets(config.hold_out))
+    runs = config.runs(table)
+    held = np.array(table.meets(config.hold_out))
+    fitted = None if held.all() else config.fit(runs.where(~held))
     test = runs.where(held & pareto(runs) if config.procedure != "all" else held)
-    answers, fitted = [], None if held.all() else config.fit(runs.where(~held))
-    third = [None] * len(test.error) if test.third is None else test.third
-    columns = np.asarray(test.model), test.error, test.size, test.samples, third
-    for model, error, *run in zip(*columns, strict=True):
-        if fitted and (answer := _answer(fitted, *run, config))["error"] is not None:
-            of = {"model": str(model), "samples": float(run[1]), "measured": float(error)}
-            answers.append(of | answer)
-    if not answers:
+    thirds = [None] * len(test.error) if test.third is None else test.third
+    columns = np.asarray(test.model), test.error, test.size, test.samples, thirds
+    predicted: list[HeldOutRun] = []
+    estimates: list[tuple[float, float, float, float]] = []  # measured, predicted and its interval
+    for model, measured, size, samples, third in zip(*columns, strict=True):
+        if fitted is None:
+            break
+        answer = _answer(fitted, size, samples, third, config)
+        if answer.error is None:
+            continue
+        predicted.append(
+            HeldOutRun(
+                model=str(model), samples=float(samples), measured=float(measured), answer=answer
+            )
+        )
+        estimates.append((measured, answer.error.value, *answer.error.interval))
+    if not predicted:
         raise InputError(
             f"nothing to predict: of {len(held)} runs, {held.sum()} are held out, and none of "
             f"these can be tested; change hold_out={list(config.hold_out)}."
         )
-    error, measured, low, high = np.array(
-        [(x["error"], x["measured"], *x["error_interval"]) for x in answers]
-    ).T
-    return {
-        "fitted": int((~held).sum()),
-        "mean_relative_error": float(np.abs(error / measured - 1).mean()),
-        "inside_interval": int(((low <= measured) & (measured <= high)).sum()),
-        "runs": answers,
-    }
+    measured, error, low, high = np.array(estimates).T
+    return HoldOut(
+        fitted=int((~held).sum()),
+        mean_relative_error=float(np.abs(error / measured - 1).mean()),
+        inside_interval=int(((low <= measured) & (measured <= high)).sum()),
+        runs=predicted,
+    )
 
 
-def _run_of(wanted: str, table: RunTable, config: FitConfig) -> tuple[float, float, float | None]:
+def _run_of(name: str, table: RunTable, config: FitConfig) -> tuple[float, float, float | None]:
     """Read MODEL@SAMPLES or MODEL@SAMPLES/THIRD."""
-    model, at, samples = wanted.rpartition("@")
+    model, at, samples = name.rpartition("@")
     if not at:
-        raise InputError(f"predict={wanted!r} must be MODEL@SAMPLES, such as ViT-L-14@12.8B.")
+        raise InputError(f"predict={name!r} must be MODEL@SAMPLES, such as ViT-L-14@12.8B.")
     if config.against not in ("compute", "samples"):
         raise InputError(f"predict needs a law of compute or samples, not of {config.against}.")
     samples, slash, third = samples.partition("/")
@@ -352,45 +365,41 @@ def _run_of(wanted: str, table: RunTable, config: FitConfig) -> tuple[float, flo
 
 def _answer(
     fitted: Fit, size: float, samples: float, third: float | None, config: FitConfig
-) -> dict[str, Any]:
-    """Return an error with its interval and, if the metric is a score, the score with its own.
-
-    Both are None where the runs do not determine them.
-    """
+) -> Answer:
+    """Predict the error of a run; no error if the runs do not determine it."""
     if third is None and isinstance(fitted.law, Batched):
         third = float(fitted.law.batch_to_use(samples))
     if lacking := fitted.unknown(size, samples, third):
-        return {"error": None, "lacking": lacking} | ({"score": None} if config.is_score else {})
+        return Answer(error=None, lacking=lacking, is_score=config.is_score)
     prediction = fitted.predict(size, samples, third)
     most = 1.0 if config.is_score else math.inf  # an error of 1 − score is at most 1
     error, low, high = (min(float(value), most) for value in prediction)
-    both: dict[str, Any] = {"error": error, "error_interval": [low, high]}
-    score = {"score": 1 - error, "score_interval": [1 - high, 1 - low]}
-    return both | (score if config.is_score else {})
+    return Answer(error=Estimate(error, (low, high)), is_score=config.is_score)
 
 
-def _sensitivity(table: RunTable, runs: Runs, config: FitConfig) -> list[dict[str, Any]]:
-    """Return the answer of each variant of a fit: its name, the prediction, and its warnings."""
-    answers = []
-    for name, variant, keep in _variants(runs, config):
+def _sensitivity(table: RunTable, runs: Runs, config: FitConfig) -> list[Variant]:
+    """Return the answer of each variant of a fit, with its warnings."""
+    variants = []
+    for name, variant, selected in _variants(runs, config):
         try:
-            rows = RunTable([row for row, kept in zip(table.rows, keep, strict=True) if kept])
-            fitted = variant.fit(variant.runs(rows))
+            rows = list(itertools.compress(table.rows, selected))
+            fitted = variant.fit(variant.runs(RunTable(rows)))
             if config.predict:
-                at = _run_of(config.predict[0], table, variant)
+                run = _run_of(config.predict[0], table, variant)
             else:
                 compute = EXTRAPOLATION * runs.compute.max()
                 best = fitted.law.optimum(compute, sizes_of([fitted]))
-                at = float(best.size), float(best.samples), None
-            answer = _answer(fitted, *at, variant) | {"warnings": fitted.misfit()}
+                run = float(best.size), float(best.samples), None
+            answer = _answer(fitted, *run, variant)
+            variants.append(Variant(name=name, answer=answer, warnings=fitted.misfit()))
         except InputError as error:
-            answer = {"error": None, "lacking": "other runs", "reason": str(error), "warnings": []}
-        answers.append({"variant": name, **answer})
-    return answers
+            answer = Answer(error=None, lacking="other runs")
+            variants.append(Variant(name=name, answer=answer, reason=str(error)))
+    return variants
 
 
 def _variants(runs: Runs, config: FitConfig) -> Iterator[tuple[str, FitConfig, np.ndarray]]:
-    """Yield a name, a config and which runs to keep, for each variant of a fit."""
+    """Yield a name, a config and which runs it takes, for each variant of a fit."""
     every = np.ones(len(runs.error), bool)
     yield "as asked", config, every
     forms: tuple[Form, ...] = ("power", "saturating", "additive")
@@ -417,8 +426,11 @@ def family_of(row: run_table.Row, column: str) -> str:
     return text(row, column) or f"no {column}"
 
 
-def _compare(groups: Mapping[str, RunTable], config: FitConfig) -> dict[str, Any]:
+def _fit_families(table: RunTable, config: FitConfig, column: str) -> FitResult:
     """Fit every family of runs separately, and compare every pair."""
+    table.check(column)
+    groups = dict(sorted(table.groups(lambda row: family_of(row, column)).items()))
+    config = config.resolved([*groups.values()])
     families: dict[str, Fit] = {}
     warnings = []
     for seed, (name, members) in enumerate(groups.items()):
@@ -434,84 +446,22 @@ def _compare(groups: Mapping[str, RunTable], config: FitConfig) -> dict[str, Any
             + "."
         )
     pairs = []
-    for names in combinations(families, 2):
-        first, second = (families[name] for name in names)
-        alike = compare.paired(*(groups[x] for x in names), (first.runs.error, second.runs.error))
-        pairs.append(compare.as_json(names, compare.compare(first, second), alike))
-    return {
-        "compare": config.compare,
-        "families": {name: _law(fitted) for name, fitted in families.items()},
-        "pairs": pairs,
-        "warnings": warnings,
-    }
-
-
-# ------------------------------------------------------------------ for a terminal
-
-
-def describe(result: Mapping[str, Any]) -> str:
-    """Format the result of `fit` as text."""
-    law = f"{result['metric']}: {result['form']} law"
-    unit = f"; C in {result['compute_unit']}"
-    lines = [law + unit] if "families" in result else []
-    for name, family in result.get("families", {"": result}).items():
-        count = f"{len(family['points'])} points of {family['runs']} runs"
-        lines += [f"{name or law} through {count}{'' if name else unit}", *_lines_of_law(family)]
-    for pair in result.get("pairs", ()):
-        lines += compare.describe(pair)
-    if "hold_out" in result:
-        held = result["hold_out"]
-        lines.append(
-            f"held-out runs: {len(held['runs'])}, predicted from {held['fitted']} others, off by "
-            f"{held['mean_relative_error']:.1%} on average, {held['inside_interval']} inside the "
-            "95% interval"
+    for first, second in itertools.combinations(families, 2):
+        errors = families[first].runs.error, families[second].runs.error
+        pairs.append(
+            FamilyPair(
+                families=(first, second),
+                comparison=compare.compare(families[first], families[second]),
+                paired=compare.paired(groups[first], groups[second], errors),
+            )
         )
-        for x in held["runs"][:10]:
-            score, form = ("score" in x, ".1%" if "score" in x else ".4g")
-            measured = format(1 - x["measured"] if score else x["measured"], form)
-            of = f"{x['model']}@{short(x['samples'])}"
-            lines.append(f"  {of}: {_in_words(x)}, measured {measured}")
-    for wanted, prediction in result.get("predictions", {}).items():
-        lines.append(f"{wanted}: {_in_words(prediction)}")
-    if "sensitivity" in result:
-        lines.append("the same answer by other ways to fit:")
-    for x in result.get("sensitivity", ()):
-        mark = "; MISFITS or leaves out points" if x["warnings"] else ""
-        lines.append(f"  {x['variant']:25} {_in_words(x)}{mark}")
-    written = (*result.get("plots", ()), *result.get("files", ()))
-    lines += [f"written: {path}" for path in written]
-    lines += [f"warning: {line}" for line in result["warnings"]]
-    return "\n".join([*lines, *map(describe, result.get("also", ()))])
-
-
-def _lines_of_law(family: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name, parameter in family["parameters"].items():
-        line = f"  {name:13} "
-        if (lacking := parameter["lacking"]) is None:
-            line += f"{parameter['value']:<10.4g} {_interval(parameter['interval'], '.4g')}"
-        elif lacking.startswith("runs"):
-            line += f"not determined; it takes {lacking}"
-        else:
-            line += f"not determined {_interval(parameter['interval'], '.4g')}; it takes {lacking}"
-        lines.append(line)
-    if best := family.get("best_batch"):
-        value = f"{best['value']:.3g} {_interval(best['interval'], '.3g')}"
-        lines.append(f"  best batch size for {short(best['samples'])} pairs: {value}")
-    if "optimal" in family:
-        exponent = family["optimal"]["size_exponent"]
-        value = f"{exponent['value']:.2f} {_interval(exponent['interval'], '.2f')}"
-        lines.append(f"  best division of compute: N grows as C^{value}")
-    return lines
-
-
-def _interval(interval: Sequence[float], form: str) -> str:
-    low, high = interval
-    return f"(95%: {low:{form}} to {high:{form}})"
-
-
-def _in_words(prediction: Mapping[str, Any]) -> str:
-    if prediction["error"] is None:
-        return f"not determined; it takes {prediction['lacking']}"
-    name, form = ("score", ".1%") if "score" in prediction else ("error", ".4g")
-    return f"{prediction[name]:{form}} {_interval(prediction[f'{name}_interval'], form)}"
+    return FitResult(
+        metric=config.metric,
+        form=str(config.form),
+        procedure=config.procedure,
+        compute_unit=AXES[config.against][1],
+        laws={name: _law(fitted) for name, fitted in families.items()},
+        warnings=warnings,
+        compare=column,
+        pairs=pairs,
+    )

@@ -19,7 +19,8 @@ from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
-from clip_jax.scaling.fit import FitConfig, describe, family_of, fit
+from clip_jax.scaling.fit import FitConfig, family_of, fit
+from clip_jax.scaling.fit_result import describe
 from clip_jax.scaling.queue import workers
 from clip_jax.scaling.run_table import Row, RunTable, Selection, is_score, number, short, text
 from clip_jax.scaling.uncertainty import Form, Procedure, fit_law
@@ -192,21 +193,22 @@ def _laws(
         return [], [str(error)]
     laws, column = [], config.compare
     families = table.groups(lambda row: family_of(row, column) if column else config.metric)
-    for name, family in result.get("families", {config.metric: result}).items():
-        curve = [[x["compute"], x["error"], *x["interval"]] for x in family["curve"]]
-        meaning = ALL if result["form"] in ("power", "saturating") else DIVIDED
-        lacking = {x: at["lacking"] for x, at in family["parameters"].items() if at["lacking"]}
+    for family, law in result.laws.items():
+        name = family or config.metric
+        meaning = BEST
+        if result.procedure == "all":
+            meaning = ALL if result.form in ("power", "saturating") else DIVIDED
         laws.append(
             {
                 "name": name,
-                "curve": curve,
+                "curve": [[point.compute, point.error, *point.interval] for point in law.curve],
                 "models": _models(families[name], config),
-                "meaning": meaning if result["procedure"] == "all" else BEST,
-                "lacking": lacking,
+                "meaning": meaning,
+                "lacking": {x: at.lacking for x, at in law.parameters.items() if at.lacking},
             }
         )
-        for row, off in zip(families[name].rows, family["residuals"], strict=True):
-            by_row[id(row)]["off"] = off
+        for row, residual in zip(families[name].rows, law.residuals, strict=True):
+            by_row[id(row)]["off"] = residual
     return laws, describe(result).splitlines()
 
 

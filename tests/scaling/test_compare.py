@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from clip_jax.scaling import compare
-from clip_jax.scaling.compare import Comparison, as_json, describe, paired
+from clip_jax.scaling.compare import Comparison, FamilyPair, Paired, describe, paired
 from clip_jax.scaling.laws import Law, Runs
 from clip_jax.scaling.run_table import RunTable
 from clip_jax.scaling.uncertainty import Form, fit_law
@@ -34,6 +34,10 @@ def compared(laws: tuple[Law, Law], forms: tuple[Form, Form], noise: float = 0.0
         for i, (form, runs) in enumerate(zip(forms, made, strict=True))
     )
     return compare.compare(first, second)
+
+
+def pair_of(result: Comparison, alike: Paired | None = None) -> FamilyPair:
+    return FamilyPair(families=("A", "B"), comparison=result, paired=alike)
 
 
 def hold_their_estimates(result: Comparison) -> bool:
@@ -90,7 +94,7 @@ def test_two_crossings_inside_the_data():
     assert hold_their_estimates(result)
     assert inside[0].better != inside[1].better
     assert [x.better for x in result.segments] == [1, None, 0, None, 1]
-    text = "\n".join(describe(as_json(("A", "B"), result, None)))
+    text = "\n".join(describe(pair_of(result)))
     assert text.count("the laws cross at") == len(result.crossings)
 
 
@@ -105,7 +109,7 @@ def test_no_crossing():
     for at in result.ratios:
         assert at.low < 1.2 < at.high
         assert at.share == 0
-    text = "\n".join(describe(as_json(("A", "B"), result, None)))
+    text = "\n".join(describe(pair_of(result)))
     assert "from 3e+06 to 3e+12: A is better" in text
     assert "the laws do not cross in this range; in 0% of draws they do" in text
 
@@ -119,7 +123,7 @@ def test_a_crossing_outside_the_data_is_marked_as_extrapolated():
     assert crossing.low < 1e13 < crossing.high
     assert result.segments[0].better == 0
     assert 1 not in [x.better for x in result.segments]
-    text = "\n".join(describe(as_json(("A", "B"), result, None)))
+    text = "\n".join(describe(pair_of(result)))
     assert "above it B is better; EXTRAPOLATED, not all have runs around it" in text
     assert "the laws do not cross in this range" in text
     far = law("power", -0.13, 5.0 * 1e15**0.02)
@@ -130,11 +134,12 @@ def test_laws_that_cannot_be_told_apart_are_not():
     """An interval that is open on both sides is null in JSON, and said to be not determined."""
     result = compared((POWER, POWER), ("power", "power"), noise=0.1)
     assert [x.better for x in result.segments] == [None]
-    values = json.loads(json.dumps(as_json(("A", "B"), result, None), allow_nan=False))
+    pair = pair_of(result)
+    values = json.loads(json.dumps(pair.to_json(), allow_nan=False))
     for crossing, x in zip(values["crossings"], result.crossings, strict=True):
         assert (crossing["low"] is None) == (x.low == 0)
         assert (crossing["high"] is None) == math.isinf(x.high)
-    assert "not determined which is better" in "\n".join(describe(values))
+    assert "not determined which is better" in "\n".join(describe(pair))
 
 
 def test_families_without_a_common_range():
@@ -149,7 +154,7 @@ def test_families_without_a_common_range():
     assert (result.segments, result.ratios, result.share) == ([], [], 0)
     assert not any(x.inside for x in result.crossings)
     assert hold_their_estimates(result)
-    text = "\n".join(describe(as_json(("A", "B"), result, None)))
+    text = "\n".join(describe(pair_of(result)))
     assert "no compute at which both have runs; what follows is extrapolated" in text
     assert "do not cross in this range" not in text
 
@@ -200,7 +205,7 @@ def test_matching_runs_of_unequal_compute_are_said_to_be():
     assert (unequal.pairs, unequal.unequal) == (12, 3)
     assert unequal.compute == pytest.approx(2 ** (3 / 12))
     result = Comparison([], [], [], 0.0)
-    text = "\n".join(describe(as_json(("A", "B"), result, unequal)))
+    text = "\n".join(describe(pair_of(result, unequal)))
     assert "in 12 pairs of matching runs: +5.65% error" in text
     assert "3 differ in compute, B has 1.19 times as much on average" in text
     # Without a count of FLOPs, compute is size times samples.

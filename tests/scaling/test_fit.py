@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from clip_jax.errors import InputError
-from clip_jax.scaling.fit import PUBLISHED, FitCommand, FitConfig, describe, fit, fit_file
+from clip_jax.scaling.fit import PUBLISHED, FitCommand, FitConfig, fit, fit_file
+from clip_jax.scaling.fit_result import FitResult, describe
 from clip_jax.scaling.run_table import RunTable, read
 from clip_jax.serialize import to_json
 from tests.scaling.conftest import POINTS
@@ -21,9 +22,9 @@ LAION = FitConfig(where=("upstream_dataset=LAION*",), procedure="cherti", draws=
 OURS = FitConfig(metric="error", metric_is="error", draws=100)
 
 
-def strict(result: dict[str, Any]) -> dict[str, Any]:
+def strict(result: FitResult) -> dict[str, Any]:
     """A result as JSON without NaN and infinities."""
-    return json.loads(json.dumps(result, allow_nan=False))
+    return json.loads(json.dumps(result.to_json(), allow_nan=False))
 
 
 def test_the_eight_published_fits_to_four_digits(tmp_path: Path):
@@ -48,16 +49,18 @@ def test_the_eight_published_fits_to_four_digits(tmp_path: Path):
             for models, (alpha, beta) in laws.items():
                 data, procedure = ("LAION*", "cherti") if models == "LAION" else ("CLIP-WIT", "all")
                 config: Any = {"metric": metric, "procedure": procedure, "draws": 100}
-                law = fit(table, FitConfig(where=(f"{column}={data}",), form="power", **config))
-                assert round(law["alpha"], 4) == alpha
-                assert float(f"{law['beta']:.4g}") == beta
+                where = (f"{column}={data}",)
+                law: Any = fit(table, FitConfig(where=where, form="power", **config)).law
+                assert round(law.alpha, 4) == alpha
+                assert float(f"{law.beta:.4g}") == beta
 
 
 def test_the_published_procedures_predictions_and_files(tmp_path: Path):
     predict = ("ViT-H-14@68B", "ViT-g-14@34B", "ViT-bigG-14@68B", "ViT-B-32@100K", "ViT-H-14@1000B")
     hold_out = ("gmacs_per_sample>=150",)
     config = replace(LAION, predict=predict, hold_out=hold_out, plot=tmp_path / "plots" / "all")
-    result = strict(fit(TABLE, config))
+    fitted = fit(TABLE, config)
+    result = strict(fitted)
     assert (round(result["alpha"], 4), round(result["beta"], 3)) == (-0.1114, 5.858)
     assert (len(result["points"]), result["irreducible_error"]) == (5, None)
     scores = [round(100 * p["score"], 1) for p in result["predictions"].values()][:3]
@@ -72,7 +75,7 @@ def test_the_published_procedures_predictions_and_files(tmp_path: Path):
     assert all(Path(p).stat().st_size > 10_000 for p in result["plots"])
     (far,) = result["warnings"]
     assert far.startswith("ViT-H-14@1000B has 29 times the compute of the largest run")
-    text = describe(result)
+    text = describe(fitted)
     assert "power law through 5 points of 29 runs" in text
     assert "ViT-H-14@68B: 79.7% (95%: " in text
 
@@ -81,7 +84,8 @@ def test_the_largest_models_are_predicted_from_the_others():
     """By the default form, from the runs on LAION-2B."""
     config = FitConfig(where=("upstream_dataset=LAION-2B",), evaluated=50_000, draws=100)
     for held, model in (("arch=ViT-H-14", "ViT-H-14"), ("arch=ViT-g-14", "ViT-g-14")):
-        result = strict(fit(TABLE, replace(config, hold_out=(held,))))
+        fitted = fit(TABLE, replace(config, hold_out=(held,)))
+        result = strict(fitted)
         assert result["form"] == "additive"
         (run,) = result["hold_out"]["runs"]
         low, high = run["error_interval"]
@@ -89,7 +93,7 @@ def test_the_largest_models_are_predicted_from_the_others():
         assert high - low < 0.06
         assert run["error"] == pytest.approx(run["measured"], rel=0.01)
         assert (run["model"], result["hold_out"]["inside_interval"]) == (model, 1)
-        assert f"  {model}@" in describe(result)
+        assert f"  {model}@" in describe(fitted)
     # Two sizes say nothing about a third, so there is nothing to test.
     table = table_of(measured(KNOWN["additive"], 0, 0.01, 3, 6))
     with pytest.raises(InputError, match="nothing to predict: of 18 runs, 6 are held out"):
@@ -98,7 +102,8 @@ def test_the_largest_models_are_predicted_from_the_others():
 
 def test_families_are_compared_from_one_table():
     config = FitConfig(where=LAION.where, compare="upstream_dataset", draws=100)
-    result = strict(fit(TABLE, config))
+    fitted = fit(TABLE, config)
+    result = strict(fitted)
     assert set(result["families"]) == {"LAION-2B", "LAION-400M", "LAION-80M"}
     assert result["form"] == "additive"
     for family in result["families"].values():
@@ -115,12 +120,12 @@ def test_families_are_compared_from_one_table():
     assert small["segments"][-1]["better"] == 0
     assert small["ratios"][1]["low"] > 1.2
     assert small["paired"]["pairs"] == 9  # B/32, B/16 and L/14 at 3B, 13B and 34B
-    text = describe(result)
+    text = describe(fitted)
     assert "LAION-80M compared with LAION-2B:" in text
     assert "3e+12: LAION-2B is better" in text
     assert "in 9 pairs of matching runs: +24.7" in text
     few = fit(TABLE, replace(config, where=(), form="saturating"))
-    assert few["warnings"][0].startswith("CLIP-WIT is left out: 3 points cannot determine")
+    assert few.warnings[0].startswith("CLIP-WIT is left out: 3 points cannot determine")
     assert "irreducible   not determined (95%: 0 to" in describe(few)
 
 
@@ -128,7 +133,8 @@ def test_one_or_two_sizes_state_nothing_about_size():
     law = KNOWN["additive"]
     predict = ("m30@100B", "ViT-B-32@1B")
     table = table_of(measured(law, 0, 0.01, 1, 6))
-    result = strict(fit(table, replace(OURS, form="additive", predict=predict)))
+    fitted = fit(table, replace(OURS, form="additive", predict=predict))
+    result = strict(fitted)
     for name in ("size_alpha", "size_scale", "irreducible"):
         parameter = result["parameters"][name]
         assert (parameter["value"], parameter["lacking"]) == (
@@ -139,37 +145,40 @@ def test_one_or_two_sizes_state_nothing_about_size():
     same, other = result["predictions"].values()
     assert same["error"] == pytest.approx(law(30.0, 1e11), rel=0.05)
     assert (other["error"], other["lacking"]) == (None, "runs of at least three model sizes")
-    text = describe(result)
+    text = describe(fitted)
     assert "size_alpha    not determined; it takes runs of at least three model sizes" in text
     assert "ViT-B-32@1B: not determined; it takes runs of at least three model sizes" in text
     # By default a table of two sizes gets a law of compute.
-    assert fit(table_of(measured(law, 0, 0.01, 2, 6)), OURS)["form"] == "power"
-    assert fit(table_of(measured(law, 0, 0.01, 3, 6)), OURS)["form"] == "additive"
+    assert fit(table_of(measured(law, 0, 0.01, 2, 6)), OURS).form == "power"
+    assert fit(table_of(measured(law, 0, 0.01, 3, 6)), OURS).form == "additive"
 
 
 def test_what_a_law_takes_besides_is_a_column():
     law = KNOWN["repeated"]
     table = table_of(measured(law, noise=0.001))
     config = replace(OURS, form="repeated", predict=("m300@100M", "m300@100M/1M"))
-    result = strict(fit(table, config))
+    fitted = fit(table, config)
+    result = strict(fitted)
     assert result["parameters"]["fade"]["value"] == pytest.approx(15, rel=0.05)
     new, again = (x["error"] for x in result["predictions"].values())
     assert new == pytest.approx(law(300.0, 1e8), rel=0.01)
     assert again == pytest.approx(law(300.0, 1e8, 1e6), rel=0.01)
     assert result["optimal"]["size_exponent"]["value"] == pytest.approx(0.3 / 0.8, rel=0.03)
-    assert "best division of compute: N grows as C^0.3" in describe(result)
+    assert "best division of compute: N grows as C^0.3" in describe(fitted)
     with pytest.raises(InputError, match="no column 'global_batch'"):
         fit(table, replace(config, form="batched"))
     rows = table_of(measured(KNOWN["batched"], noise=0.001)).rows
     batches = RunTable([row | {"global_batch": row["unique_samples"]} for row in rows])
-    result = strict(fit(batches, replace(OURS, form="batched")))
+    fitted = fit(batches, replace(OURS, form="batched"))
+    result = strict(fitted)
     best = result["best_batch"]
     assert best["value"] == pytest.approx(0.02 * best["samples"] ** 0.5, rel=0.05)
     assert best["interval"][0] < best["value"] < best["interval"][1]
-    assert "best batch size for" in describe(result)
+    assert "best batch size for" in describe(fitted)
     # The same batch everywhere: nothing about batches is stated.
     alike = RunTable([row for row in batches.rows if row["global_batch"] == 1e4])
-    result = strict(fit(alike, replace(OURS, form="batched", predict=("m300@1B", "m300@1B/10K"))))
+    fitted = fit(alike, replace(OURS, form="batched", predict=("m300@1B", "m300@1B/10K")))
+    result = strict(fitted)
     best, same = (x["error"] for x in result["predictions"].values())
     assert (best, same) == (None, pytest.approx(KNOWN["batched"](300.0, 1e9, 1e4), rel=0.01))
     assert "best_batch" not in result
@@ -192,7 +201,7 @@ def test_the_axis_of_a_law_may_be_samples_hours_or_flops():
         for name in ("compute", "samples", "hours", *FLOPS)
     }
     for name, law in laws.items():
-        assert law["alpha"] == pytest.approx(laws["compute"]["alpha"])
+        assert law.law.alpha == pytest.approx(laws["compute"].law.alpha)
         assert (
             describe(law)
             .splitlines()[0]
@@ -206,11 +215,11 @@ def test_the_axis_of_a_law_may_be_samples_hours_or_flops():
                 }[name]
             )
         )
-    assert laws["hours"]["points"][0]["compute"] == pytest.approx(1)
-    assert laws["samples"]["points"][0]["compute"] == pytest.approx(1e6)
+    assert laws["hours"].law.points[0].compute == pytest.approx(1)
+    assert laws["samples"].law.points[0].compute == pytest.approx(1e6)
     predicted = fit(table, replace(OURS, against="samples", form="power", predict=("m30@1B",)))
-    error = predicted["predictions"]["m30@1B"]["error"]
-    assert error == pytest.approx(KNOWN["power"](30.0, 1e9), rel=0.02)
+    error: Any = predicted.predictions["m30@1B"].answer.error
+    assert error.value == pytest.approx(KNOWN["power"](30.0, 1e9), rel=0.02)
     with pytest.raises(InputError, match="a law of compute or samples, not of hours"):
         fit(table, replace(OURS, against="hours", predict=("m30@1B",)))
 
@@ -221,25 +230,26 @@ def test_seeds_checkpoints_and_evaluated_images_count():
         row | {"seed": i % 4, "name": f"r{i // 8}"} for i, row in enumerate(table_of(runs).rows)
     ]
     plain = fit(RunTable(rows), replace(OURS, form="power"))
-    assert (len(plain["points"]), plain["runs"], len(plain["residuals"])) == (10, 40, 40)
+    assert (len(plain.law.points), plain.law.runs, len(plain.law.residuals)) == (10, 40, 40)
     assert "through 10 points of 40 runs" in describe(plain)
     apart = RunTable([row | {"lr": 1e-3 * (1 + i % 2)} for i, row in enumerate(rows)])
-    assert len(fit(apart, replace(OURS, form="power"))["points"]) == 20
+    assert len(fit(apart, replace(OURS, form="power")).law.points) == 20
     many = RunTable([row | {"lr": i} for row in rows for i in range(10)])
     widths = []
     for table, run in ((RunTable(rows), None), (many, "name"), (many, None)):
-        law = fit(table, replace(OURS, form="power", run=run))
-        low, high = law["parameters"]["alpha"]["interval"]
+        law = fit(table, replace(OURS, form="power", run=run)).law
+        low, high = law.parameters["alpha"].interval
         widths.append(high - low)
     assert widths[2] < 0.6 * widths[0]
     assert widths[1] > 1.2 * widths[2]
-    scores = RunTable([row | {"acc": 1 - x} for row in rows if (x := float(row["error"])) < 1])
+    table = RunTable([row | {"acc": 1 - x} for row in rows if (x := float(row["error"])) < 1])
     wide, narrow = (
-        fit(scores, FitConfig(metric="acc", form="power", evaluated=x, predict=("m30@1B",)))
+        fit(table, FitConfig(metric="acc", form="power", evaluated=x, predict=("m30@1B",)))
         for x in (20, None)
     )
-    ends = [x["predictions"]["m30@1B"]["score_interval"] for x in (wide, narrow)]
-    assert ends[0][1] - ends[0][0] > 1.5 * (ends[1][1] - ends[1][0])
+    scores: list[Any] = [x.predictions["m30@1B"].answer.metric for x in (wide, narrow)]
+    (wide_low, wide_high), (low, high) = (score.interval for score in scores)
+    assert wide_high - wide_low > 1.5 * (high - low)
 
 
 def test_sensitivity_is_the_answer_by_other_ways_to_fit():
@@ -249,32 +259,34 @@ def test_sensitivity_is_the_answer_by_other_ways_to_fit():
         sensitivity=True,
         draws=100,
     )
-    result = strict(fit(TABLE, config))
+    fitted = fit(TABLE, config)
+    result = strict(fitted)
     by = {x["variant"]: x for x in result["sensitivity"]}
     assert by["as asked"]["score"] == result["predictions"]["ViT-L-14@12.8B"]["score"]
     for bins in (3, 5, 10, 30):
         assert by[f"cherti, {bins} bins"]["score"] == pytest.approx(0.735, abs=0.015)
     assert by["without ViT-B-32"]["score"] != by["as asked"]["score"]
     assert {"form power", "form saturating", "frontier", "laion"} < set(by)
-    text = describe(result)
+    text = describe(fitted)
     assert "the same answer by other ways to fit:" in text
     misfits = [name for name, x in by.items() if x["warnings"]]
     assert text.count("MISFITS or leaves out points") == len(misfits)
     # Without a run to predict: the best division of ten times the largest compute.
     table = table_of(measured(KNOWN["additive"], 0, 0.01, 3, 4))
-    result = strict(fit(table, replace(OURS, sensitivity=True)))
+    fitted = fit(table, replace(OURS, sensitivity=True))
+    result = strict(fitted)
     by = {x["variant"]: x for x in result["sensitivity"]}
     assert by["as asked"]["error"] < min(x["error"] for x in result["points"])
     assert by["without m3"]["error"] is None  # two sizes say nothing about a third
-    assert "without m3                not determined" in describe(result)
+    assert "without m3                not determined" in describe(fitted)
 
 
 def test_a_data_set_that_the_law_ignores_is_a_misfit():
     """Runs on 80M, 400M and 2B pairs differ by 25%; those on one set do not."""
     config = FitConfig(where=LAION.where, draws=100)
-    (warning,) = fit(TABLE, config)["warnings"]
+    (warning,) = fit(TABLE, config).warnings
     assert "depend on the size, the samples or other settings of the runs" in warning
-    assert fit(TABLE, replace(config, where=("upstream_dataset=LAION-2B",)))["warnings"] == []
+    assert fit(TABLE, replace(config, where=("upstream_dataset=LAION-2B",))).warnings == []
 
 
 def test_more_metrics_and_files_by_one_command(tmp_path: Path):
@@ -286,13 +298,14 @@ def test_more_metrics_and_files_by_one_command(tmp_path: Path):
         also=("imagenetv2_acc1", "vtab_acc1"),
         output=tmp_path / "paper",
     )
-    result = strict(fit_file(command))
+    fitted = fit_file(command)
+    result = strict(fitted)
     assert [x["metric"] for x in result["also"]] == ["imagenetv2_acc1", "vtab_acc1"]
     assert result["also"][0] == strict(fit(TABLE, replace(command, metric="imagenetv2_acc1")))
     assert sorted(x.name for x in tmp_path.iterdir()) == sorted(
         Path(x).name for x in result["files"]
     )
-    text = describe(result)
+    text = describe(fitted)
     for metric in ("imagenet1k_acc1", "imagenetv2_acc1", "vtab_acc1"):
         assert f"{metric}: power law through" in text
 
@@ -318,12 +331,13 @@ def test_degenerate_tables_have_valid_json_or_an_error(form: Any):
             runs = runs._replace(error=rising)
         config = replace(OURS, form=form, predict=("m30@10B", "ViT-B-32@1B"), sensitivity=True)
         try:
-            result = strict(fit(table_of(runs), config))
+            fitted = fit(table_of(runs), config)
+            result = strict(fitted)
         except InputError:
             continue
         answers += 1
         assert to_json(result) == json.dumps(result)
-        assert describe(result)
+        assert describe(fitted)
     assert answers >= 3
 
 
@@ -355,7 +369,8 @@ def test_wrong_use_is_told(changes: dict, message: str):
 def test_losses_are_errors_by_their_names():
     rows = table_of(measured(KNOWN["power"], 0, 0.01, 1, 8)).rows
     table = RunTable([row | {"info_nce": row["error"]} for row in rows])
-    assert fit(table, FitConfig(metric="info_nce"))["alpha"] == pytest.approx(-0.11, abs=0.01)
+    law = fit(table, FitConfig(metric="info_nce")).law
+    assert law.alpha == pytest.approx(-0.11, abs=0.01)
     values = np.array([row["error"] for row in rows])
     assert values.min() < 1  # such that it could be taken for an accuracy
 

@@ -2,11 +2,13 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clip_jax.scaling import papers, run_table
 from clip_jax.scaling.fit import FitConfig, family_of, fit
+from clip_jax.scaling.fit_result import Parameter
 from clip_jax.scaling.laws import LAWS
 from tests.scaling.conftest import POINTS
 
@@ -30,10 +32,11 @@ def test_the_files_hold_runs_points_band_and_parameters(tmp_path: Path):
     compute, off = (
         np.array([float(row[x]) for row in rows(runs)]) for x in ("compute", "residual")
     )
-    law = result["beta"] * compute ** result["alpha"]
+    parameters: Any = result.law
+    law = parameters.beta * compute**parameters.alpha
     np.testing.assert_allclose(error / law - 1, off, atol=1e-9)
     assert len(error) == 29
-    assert float(rows(points)[0]["error"]) == result["points"][0]["error"]
+    assert float(rows(points)[0]["error"]) == result.law.points[0].error
     last = rows(curve)[-1]
     assert float(last["low"]) < float(last["error"]) < float(last["high"])
     text = Path(tex).read_text()
@@ -49,9 +52,9 @@ def test_each_family_has_its_lines_and_its_name_is_escaped(tmp_path: Path):
     assert {row["family"] for row in rows(files[0])} == {*families}
     assert {row["family"] for row in rows(files[2])} == {*families}
     assert {name for kind in LAWS.values() for name in kind.names()} <= {*papers.SYMBOLS}
-    law = {"parameters": {"fade": {"value": 2.5e7, "interval": [1e6, 3.25e-9]}}}
-    unknown = {"parameters": {"fade": {"value": None, "interval": [0.1, 1e9]}}}
-    lines = papers.latex({"50% of A_1 & B": law, "C": unknown}).splitlines()
+    fade = Parameter(2.5e7, (1e6, 3.25e-9), None)
+    unknown = Parameter(None, (0.1, 1e9), "other runs")
+    lines = papers.latex({"50% of A_1 & B": {"fade": fade}, "C": {"fade": unknown}}).splitlines()
     assert lines[2] == r"Runs & $R$ \\"
     value = r"$2.5 \times 10^{7}$ $[1 \times 10^{6}, 3.25 \times 10^{-9}]$"
     assert lines[4] == rf"50\% of A\_1 \& B & {value} \\"
