@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from clip_jax.convert.settings import Settings, Table, by_table, read_json
-from clip_jax.convert.state_dict import Rules
+from clip_jax.convert.state_dict import Convention
 from clip_jax.convert.target import Inexpressible
 from clip_jax.convert.tokenizer_files import missing
 from clip_jax.convert.tokenizer_settings import CONFIG_NAME
@@ -16,35 +16,40 @@ from clip_jax.models.text import TokenizerConfig
 
 # ------------------------------------------------------------------ names of tensors
 
-_NAMES: Rules = (
-    (r"^text/token_embedding$", "text/embeddings/word_embeddings/weight"),
-    (r"^text/positional_embedding$", "text/embeddings/position_embeddings/weight"),
-    (r"^text/type_embedding$", "text/embeddings/token_type_embeddings/weight"),
-    (r"^text/ln_pre/", "text/embeddings/LayerNorm/"),
-    (r"^text/transformer/resblocks/", "text/encoder/layer/{}/"),
-    (r"^(text/.*)/attn/in_proj/", r"\1/attention/self/[query,key,value]/"),
-    (r"^(text/.*)/attn/out_proj/", r"\1/attention/output/dense/"),
-    (r"^(text/.*)/ln_1/", r"\1/attention/output/LayerNorm/"),
-    (r"^(text/.*)/mlp/c_fc/", r"\1/intermediate/dense/"),
-    (r"^(text/.*)/mlp/c_proj/", r"\1/output/dense/"),
-    (r"^(text/.*)/ln_2/", r"\1/output/LayerNorm/"),
+_TOWER = Convention(
+    names=(
+        (r"^text/token_embedding$", "text/embeddings/word_embeddings/weight"),
+        (r"^text/positional_embedding$", "text/embeddings/position_embeddings/weight"),
+        (r"^text/type_embedding$", "text/embeddings/token_type_embeddings/weight"),
+        (r"^text/ln_pre/", "text/embeddings/LayerNorm/"),
+        (r"^text/transformer/resblocks/", "text/encoder/layer/{}/"),
+        (r"^(text/.*)/attn/in_proj/", r"\1/attention/self/[query,key,value]/"),
+        (r"^(text/.*)/attn/out_proj/", r"\1/attention/output/dense/"),
+        (r"^(text/.*)/ln_1/", r"\1/attention/output/LayerNorm/"),
+        (r"^(text/.*)/mlp/c_fc/", r"\1/intermediate/dense/"),
+        (r"^(text/.*)/mlp/c_proj/", r"\1/output/dense/"),
+        (r"^(text/.*)/ln_2/", r"\1/output/LayerNorm/"),
+    ),
+    axes=((r"^text/(text_projection|projection_hidden/kernel)$", "E D -> D E"),),
 )
-AXES: Rules = ((r"^text/(text_projection|projection_hidden/kernel)$", "E D -> D E"),)
-_CLASSES: Rules = (
-    (r"^text/text_projection$", "text_projection/weight"),
-    (r"^text/ln_final/", "text_model/pre_LN/"),
-    (r"^text/projection_hidden/", "text_model/transformation/"),
+_CLASSES = Convention(
+    names=(
+        (r"^text/text_projection$", "text_projection/weight"),
+        (r"^text/ln_final/", "text_model/pre_LN/"),
+        (r"^text/projection_hidden/", "text_model/transformation/"),
+    ),
 )
 
 
-def open_clip_names(text: BertConfig) -> Rules:
+def open_clip_convention(text: BertConfig) -> Convention:
     """Return open_clip's names, without the tower's prefix."""
     last = "proj/2" if text.head == "mlp" else "proj"
-    return (
-        *_NAMES,
-        (r"^text/text_projection$", f"text/{last}/weight"),
-        (r"^text/projection_hidden/", "text/proj/0/"),
-        (r"^text/(embeddings|encoder)/", r"text/transformer/\1/"),
+    return _TOWER + Convention(
+        names=(
+            (r"^text/text_projection$", f"text/{last}/weight"),
+            (r"^text/projection_hidden/", "text/proj/0/"),
+            (r"^text/(embeddings|encoder)/", r"text/transformer/\1/"),
+        ),
     )
 
 
@@ -121,8 +126,8 @@ class ModelClass(NamedTuple):
         return {theirs: (ours, getattr(self.text, ours)) for theirs, ours in _SETTINGS.items()}
 
     @property
-    def names(self) -> Rules:
-        return (*_NAMES, *_CLASSES, (r"^text/", f"{self.prefix}/"))
+    def convention(self) -> Convention:
+        return _TOWER + _CLASSES + Convention(names=((r"^text/", f"{self.prefix}/"),))
 
 
 FIXED = ("head", "pool", "first_position")

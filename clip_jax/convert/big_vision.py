@@ -18,8 +18,8 @@ from clip_jax.convert import open_clip, tokenizer_files, verify
 from clip_jax.convert.hugging_face import SIGLIP_ASSUMPTIONS, check_siglip
 from clip_jax.convert.open_clip_config import model_cfg
 from clip_jax.convert.state_dict import (
+    Convention,
     Row,
-    Rules,
     check_floating,
     from_params,
     table,
@@ -50,50 +50,55 @@ _SIGLIP2_WORDS = 256_000  # vocabulary size; transformers resizes such models' i
 
 
 _ATTENTION = "MultiHeadDotProductAttention_0"
-_NAMES: Rules = (  # below `params/`, for stacked blocks
-    (r"^visual/conv1/", "img/embedding/"),
-    (r"^visual/positional_embedding", "img/pos_embedding"),
-    (r"^visual/transformer/resblocks/", "img/Transformer/encoderblock/"),
-    (r"^visual/ln_post/", "img/Transformer/encoder_norm/"),
-    (r"^visual/attn_pool/", "img/MAPHead_0/"),
-    (r"/latent$", "/probe"),
-    (r"/q/", f"/{_ATTENTION}/query/"),
-    (r"/kv/", f"/{_ATTENTION}/[key,value]/"),
-    (r"/proj/", f"/{_ATTENTION}/out/"),
-    (r"/norm/", "/LayerNorm_0/"),
-    (r"^text/token_embedding", "txt/Embed_0/embedding"),
-    (r"^text/positional_embedding", "txt/pos_embedding"),
-    (r"^text/transformer/resblocks/", "txt/Encoder_0/encoderblock/"),
-    (r"^text/ln_final/", "txt/Encoder_0/encoder_norm/"),
-    (r"^text/text_projection$", "txt/head/kernel"),
-    (r"^text/text_projection_bias", "txt/head/bias"),
-    (r"/ln_1/", "/LayerNorm_0/"),
-    (r"/ln_2/", "/LayerNorm_1/"),
-    (r"/attn/in_proj/", f"/{_ATTENTION}/[query,key,value]/"),
-    (r"/attn/out_proj/", f"/{_ATTENTION}/out/"),
-    (r"/mlp/c_fc/", "/MlpBlock_0/Dense_0/"),
-    (r"/mlp/c_proj/", "/MlpBlock_0/Dense_1/"),
-    (r"^logit_scale", "t"),
-    (r"^logit_bias", "b"),
+# Names are below `params/`, for stacked blocks.
+_CONVENTION = Convention(
+    names=(
+        (r"^visual/conv1/", "img/embedding/"),
+        (r"^visual/positional_embedding", "img/pos_embedding"),
+        (r"^visual/transformer/resblocks/", "img/Transformer/encoderblock/"),
+        (r"^visual/ln_post/", "img/Transformer/encoder_norm/"),
+        (r"^visual/attn_pool/", "img/MAPHead_0/"),
+        (r"/latent$", "/probe"),
+        (r"/q/", f"/{_ATTENTION}/query/"),
+        (r"/kv/", f"/{_ATTENTION}/[key,value]/"),
+        (r"/proj/", f"/{_ATTENTION}/out/"),
+        (r"/norm/", "/LayerNorm_0/"),
+        (r"^text/token_embedding", "txt/Embed_0/embedding"),
+        (r"^text/positional_embedding", "txt/pos_embedding"),
+        (r"^text/transformer/resblocks/", "txt/Encoder_0/encoderblock/"),
+        (r"^text/ln_final/", "txt/Encoder_0/encoder_norm/"),
+        (r"^text/text_projection$", "txt/head/kernel"),
+        (r"^text/text_projection_bias", "txt/head/bias"),
+        (r"/ln_1/", "/LayerNorm_0/"),
+        (r"/ln_2/", "/LayerNorm_1/"),
+        (r"/attn/in_proj/", f"/{_ATTENTION}/[query,key,value]/"),
+        (r"/attn/out_proj/", f"/{_ATTENTION}/out/"),
+        (r"/mlp/c_fc/", "/MlpBlock_0/Dense_0/"),
+        (r"/mlp/c_proj/", "/MlpBlock_0/Dense_1/"),
+        (r"^logit_scale", "t"),
+        (r"^logit_bias", "b"),
+    ),
+    axes=(
+        (r"positional_embedding$", "1 L D -> L D"),
+        (r"/in_proj/kernel$", "S Z D N K -> Z D S N K"),
+        (r"/in_proj/bias$", "S Z N K -> Z S N K"),
+        (r"/kv/kernel$", "S D N K -> D S N K"),
+        (r"/kv/bias$", "S N K -> S N K"),
+        (r"^logit_", "1 -> "),
+    ),
 )
-_AXES: Rules = (
-    (r"positional_embedding$", "1 L D -> L D"),
-    (r"/in_proj/kernel$", "S Z D N K -> Z D S N K"),
-    (r"/in_proj/bias$", "S Z N K -> Z S N K"),
-    (r"/kv/kernel$", "S D N K -> D S N K"),
-    (r"/kv/bias$", "S N K -> S N K"),
-    (r"^logit_", "1 -> "),
-)
-_NAFLEX_AXES: Rules = (
-    (r"^visual/conv1/kernel$", "(P Q C) D -> P Q C D"),
-    (r"^visual/positional_embedding$", "H W D -> (H W) D"),
+_NAFLEX = Convention(
+    axes=(
+        (r"^visual/conv1/kernel$", "(P Q C) D -> P Q C D"),
+        (r"^visual/positional_embedding$", "H W D -> (H W) D"),
+    ),
 )
 
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
     is_naflex = isinstance(config.vision.image_spec, NaFlex)
-    return table(config, _NAMES, [*(_NAFLEX_AXES if is_naflex else ()), *_AXES])
+    return table(config, _NAFLEX + _CONVENTION if is_naflex else _CONVENTION)
 
 
 def read(tensors: Tensors, source: str) -> Weights:

@@ -17,10 +17,9 @@ import numpy as np
 from clip_jax.convert import bert, image_processor, tips, tokenizer_files, verify
 from clip_jax.convert.settings import Settings, Table, by_table, count_of, read_json, write_json
 from clip_jax.convert.state_dict import (
-    TORCH_AXES,
-    TORCH_NAMES,
+    TORCH,
+    Convention,
     Row,
-    Rules,
     check_floating,
     from_params,
     table,
@@ -60,30 +59,33 @@ _LEGACY_EOS = 2  # a wrong id in old configurations; Hugging Face reads it as "a
 # ------------------------------------------------------------------ names of tensors
 
 _TEXT_HEAD = "text_model.head"
-_NAMES: Rules = (
-    (r"^(visual|text)/transformer/resblocks/", r"\1/encoder/layers/{}/"),
-    (r"^visual/conv1/", "visual/embeddings/patch_embedding/"),
-    (r"^visual/class_embedding", "visual/embeddings/class_embedding"),
-    (r"^(visual|text)/positional_embedding", r"\1/embeddings/position_embedding/weight"),
-    (r"^text/token_embedding", "text/embeddings/token_embedding"),
-    (r"^visual/ln_pre/", "visual/pre_layrnorm/"),  # their spelling
-    (r"^visual/ln_post/", "visual/post_layernorm/"),
-    (r"^text/ln_final/", "text/final_layer_norm/"),
-    (r"/ln_([12])/", r"/layer_norm\1/"),
-    (r"/attn/in_proj/", "/self_attn/[q,k,v]_proj/"),
-    (r"/attn/out_proj/", "/self_attn/out_proj/"),
-    (r"/c_fc/", "/fc1/"),
-    (r"/c_proj/", "/fc2/"),
-    (r"attn_pool/latent", "head/probe"),
-    (r"attn_pool/(q|kv)/", r"head/attention/\1/"),
-    (r"attn_pool/proj/", "head/attention/out_proj/"),
-    (r"attn_pool/norm/", "head/layernorm/"),
-    (r"attn_pool/", "head/"),
-    (r"^visual/proj$", "visual_projection/weight"),
-    (r"^visual/", "vision_model/"),
+_TOWERS = Convention(
+    names=(
+        (r"^(visual|text)/transformer/resblocks/", r"\1/encoder/layers/{}/"),
+        (r"^visual/conv1/", "visual/embeddings/patch_embedding/"),
+        (r"^visual/class_embedding", "visual/embeddings/class_embedding"),
+        (r"^(visual|text)/positional_embedding", r"\1/embeddings/position_embedding/weight"),
+        (r"^text/token_embedding", "text/embeddings/token_embedding"),
+        (r"^visual/ln_pre/", "visual/pre_layrnorm/"),  # their spelling
+        (r"^visual/ln_post/", "visual/post_layernorm/"),
+        (r"^text/ln_final/", "text/final_layer_norm/"),
+        (r"/ln_([12])/", r"/layer_norm\1/"),
+        (r"/attn/in_proj/", "/self_attn/[q,k,v]_proj/"),
+        (r"/attn/out_proj/", "/self_attn/out_proj/"),
+        (r"/c_fc/", "/fc1/"),
+        (r"/c_proj/", "/fc2/"),
+        (r"attn_pool/latent", "head/probe"),
+        (r"attn_pool/(q|kv)/", r"head/attention/\1/"),
+        (r"attn_pool/proj/", "head/attention/out_proj/"),
+        (r"attn_pool/norm/", "head/layernorm/"),
+        (r"attn_pool/", "head/"),
+        (r"^visual/proj$", "visual_projection/weight"),
+        (r"^visual/", "vision_model/"),
+    ),
+    axes=((r"^visual/proj$|^text/text_projection$", "E D -> D E"),),
 )
-_AXES: Rules = ((r"^visual/proj$|^text/text_projection$", "E D -> D E"), *TORCH_AXES)
-_NAFLEX_AXES: Rules = ((r"^visual/conv1/kernel$", "D (P Q C) -> P Q C D"),)  # a linear layer
+_SIGLIP = Convention(axes=((r"^logit_", "1 -> "),))
+_NAFLEX = Convention(axes=((r"^visual/conv1/kernel$", "D (P Q C) -> P Q C D"),))  # a linear layer
 
 
 def _is_naflex(config: CLIPConfig) -> bool:
@@ -93,23 +95,23 @@ def _is_naflex(config: CLIPConfig) -> bool:
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
     if isinstance(config.vision, TipsConfig):
-        return table(config, tips.NAMES, tips.AXES)
+        return table(config, tips.CONVENTION)
     if isinstance(config.text, BertConfig):
-        own = bert.CLASSES[bert.class_of(config.text)].names
-        return table(config, [*own, *_NAMES, *TORCH_NAMES], [*bert.AXES, *_AXES])
+        model_class = bert.CLASSES[bert.class_of(config.text)]
+        return table(config, model_class.convention + _TOWERS + TORCH)
+    towers, projection = _TOWERS, "text_projection/"
     if config.vision.has_map_head:
-        flattened = _NAFLEX_AXES if _is_naflex(config) else ()
-        projection, axes = "text/head/", [(r"^logit_", "1 -> "), *flattened, *_AXES]
-    else:
-        projection, axes = "text_projection/", _AXES
-    names = [
-        *_NAMES,
-        (r"^text/text_projection$", f"{projection}weight"),
-        (r"^text/text_projection_bias$", f"{projection}bias"),
-        (r"^text/", "text_model/"),
-        *TORCH_NAMES,
-    ]
-    return table(config, names, axes)
+        towers, projection = _TOWERS + _SIGLIP, "text/head/"
+        if _is_naflex(config):
+            towers += _NAFLEX
+    text = Convention(
+        names=(
+            (r"^text/text_projection$", f"{projection}weight"),
+            (r"^text/text_projection_bias$", f"{projection}bias"),
+            (r"^text/", "text_model/"),
+        ),
+    )
+    return table(config, towers + text + TORCH)
 
 
 # ------------------------------------------------------------------ settings

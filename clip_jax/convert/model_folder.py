@@ -10,7 +10,7 @@ from typing import Any
 
 from clip_jax.convert import verify
 from clip_jax.convert.settings import read_json, write_json
-from clip_jax.convert.state_dict import flatten, table, to_params
+from clip_jax.convert.state_dict import Convention, flatten, table, to_params
 from clip_jax.convert.target import Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast, default_preprocess, with_vocabulary
@@ -104,7 +104,7 @@ def read(folder: Path) -> Weights:
     preprocess = {field: content[name] for field, name in _PREPROCESS.items() if name in content}
     weights = Weights(
         config=config,
-        params=to_params(table(config, (), ()), tensors, config, str(folder / WEIGHTS_NAME)),
+        params=to_params(table(config, Convention()), tensors, config, str(folder / WEIGHTS_NAME)),
         preprocess=from_dict(Preprocess, preprocess, str(path)),
     )
     for name, value in manifest(weights).items():

@@ -16,7 +16,7 @@ from clip_jax.convert.open_clip_config import (
     write_tokenizer,
 )
 from clip_jax.convert.settings import write_json
-from clip_jax.convert.state_dict import TORCH_AXES, Row, Rules, from_params, table, to_params
+from clip_jax.convert.state_dict import TORCH, Convention, Row, from_params, table, to_params
 from clip_jax.convert.target import Assumptions, Target, check_assumptions
 from clip_jax.convert.tensor_files import Tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
@@ -42,45 +42,51 @@ WEIGHTS_NAMES = (
     "pytorch_model.bin",
 )
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".npz")
-_PROJECTION: Rules = (
-    (r"text_projection$", "text_projection/weight"),
-    (r"text_projection_bias$", "text_projection/bias"),
+_PROJECTION = Convention(
+    names=(
+        (r"text_projection$", "text_projection/weight"),
+        (r"text_projection_bias$", "text_projection/bias"),
+    ),
+    axes=((r"text_projection$", "E D -> D E"),),
 )
 
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
     family = timm.family_of(config.vision)
-    names, axes = ([*family.names], [*family.axes]) if family else ([], [])
+    convention = family.convention if family else Convention()
     if isinstance(config.text, BertConfig):
-        names += bert.open_clip_names(config.text)
-        axes += bert.AXES
+        convention += bert.open_clip_convention(config.text)
     if config.text.projection_bias:
-        names += _PROJECTION
-        axes.append((r"text_projection$", "E D -> D E"))
-    names += [openai.FLAT_TEXT] if config.decoder is None else _decoder_names(config)
-    return table(config, [*names, *openai.NAMES], [*axes, *TORCH_AXES])
+        convention += _PROJECTION
+    if config.decoder is None:
+        return table(config, convention + openai.CONVENTION)
+    return table(config, convention + _decoder(config) + openai.BLOCKS + TORCH)
 
 
-def _decoder_names(config: CLIPConfig) -> Rules:
+def _decoder(config: CLIPConfig) -> Convention:
     is_mammut = isinstance(config.decoder, MaMMUTConfig)
     blocks = config.decoder.cross_every if isinstance(config.decoder, MaMMUTConfig) else 1
     is_fused = typing.cast(ViTConfig, config.vision).width == config.embed_dim
-    return [
-        # If all widths are the same, the attentional pool's projections are one tensor.
-        *([] if is_fused else _POOL),
-        (r"^text/class_embedding", "text/cls_emb"),
-        (r"^decoder/image_projection", "map_viz2txt_kv"),
-        (r"^decoder/vocab", "text/text" if is_mammut else "text_decoder/text"),
-        (r"^decoder/", "text_decoder/"),
-        (r"/transformer/layers/self_(\d+)/", rf"/resblocks.{{\1:{blocks}}}/"),
-        (r"/transformer/layers/cross/", "/cross_attn/{}/"),
-    ]
+    decoder = Convention(
+        names=(
+            (r"^text/class_embedding", "text/cls_emb"),
+            (r"^decoder/image_projection", "map_viz2txt_kv"),
+            (r"^decoder/vocab", "text/text" if is_mammut else "text_decoder/text"),
+            (r"^decoder/", "text_decoder/"),
+            (r"/transformer/layers/self_(\d+)/", rf"/resblocks.{{\1:{blocks}}}/"),
+            (r"/transformer/layers/cross/", "/cross_attn/{}/"),
+        ),
+    )
+    # If all widths are the same, the attentional pool's projections are one tensor.
+    return decoder if is_fused else _POOL + decoder
 
 
-_POOL: Rules = (
-    (r"attn_pool/attn/q/kernel", "attn_pool/attn/q_proj_weight"),
-    (r"attn_pool/attn/kv/kernel", "attn_pool/attn/[k,v]_proj_weight"),
+_POOL = Convention(
+    names=(
+        (r"attn_pool/attn/q/kernel", "attn_pool/attn/q_proj_weight"),
+        (r"attn_pool/attn/kv/kernel", "attn_pool/attn/[k,v]_proj_weight"),
+    ),
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.convert import verify
-from clip_jax.convert.state_dict import TORCH_NAMES, Row, Rules, from_params, table, to_params
+from clip_jax.convert.state_dict import TORCH, Convention, Row, from_params, table, to_params
 from clip_jax.convert.target import Assumptions, Target, assumed, check_assumptions
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
@@ -42,17 +42,19 @@ MASK = "attn_mask"  # the text tower's causal mask, which tracing saves
 POSITIONS = "position_ids"  # 0, 1, 2, … in old files of text towers of Hugging Face
 
 
-NAMES: Rules = (  # shared with open_clip, whose decoders keep `text.`
-    (r"^batch_stats/(.*)/", r"\1/running_"),
-    (r"resblocks/", "resblocks/{}/"),
-    *TORCH_NAMES,
+# Shared with open_clip, whose decoders keep `text.`
+BLOCKS = Convention(
+    names=(
+        (r"^batch_stats/(.*)/", r"\1/running_"),
+        (r"resblocks/", "resblocks/{}/"),
+    ),
 )
-FLAT_TEXT = (r"^text/", "")
+CONVENTION = Convention(names=((r"^text/", ""),)) + BLOCKS + TORCH
 
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
-    return table(config, [FLAT_TEXT, *NAMES])
+    return table(config, CONVENTION)
 
 
 def infer(tensors: Tensors, source: str, *, activation: Activation | None = None) -> CLIPConfig:

@@ -6,7 +6,7 @@ from typing import cast
 import numpy as np
 
 from clip_jax.convert import openai
-from clip_jax.convert.state_dict import Rules, table, to_params
+from clip_jax.convert.state_dict import Convention, table, to_params
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import Weights, count_blocks, default_preprocess, shape_of
 from clip_jax.data.images import Preprocess
@@ -15,14 +15,15 @@ from clip_jax.models import zoo
 from clip_jax.models.rotary import RotaryConfig
 
 PROBE = "visual.attn_pool.probe"  # a tensor by which the files are recognised
-NAMES: Rules = (
-    openai.FLAT_TEXT,
-    (r"attn_pool/latent", "attn_pool/probe"),
-    (r"attn_pool/(q|kv)/", r"attn_pool/attn/\1/"),
-    (r"attn_pool/proj/", "attn_pool/attn/out_proj/"),
-    (r"attn_pool/norm/", "attn_pool/layernorm/"),
-    *openai.NAMES,
+_POOL = Convention(
+    names=(
+        (r"attn_pool/latent", "attn_pool/probe"),
+        (r"attn_pool/(q|kv)/", r"attn_pool/attn/\1/"),
+        (r"attn_pool/proj/", "attn_pool/attn/out_proj/"),
+        (r"attn_pool/norm/", "attn_pool/layernorm/"),
+    ),
 )
+CONVENTION = _POOL + openai.CONVENTION
 
 
 def read(tensors: Tensors, source: str) -> Weights:
@@ -36,7 +37,7 @@ def read(tensors: Tensors, source: str) -> Weights:
         raise InputError(f"{source}: no published PE core has width {width} and depth {depth}.")
     config = sizes[width, depth]
     bare = replace(config, vision=replace(cast(RotaryConfig, config.vision), projection_bias=False))
-    params = to_params(table(bare, NAMES), openai.without_bookkeeping(tensors), bare, source)
+    params = to_params(table(bare, CONVENTION), openai.without_bookkeeping(tensors), bare, source)
     params["visual"]["proj_bias"] = np.zeros_like(params["visual"]["proj"][0])
     like = Preprocess(interpolation="bilinear", resize_mode="squash")
     return Weights(config=config, params=params, preprocess=default_preprocess(config, like))

@@ -1,12 +1,12 @@
 """Convert parameters by a table of our paths, their tensors' names, and the order of axes.
 
-A format has two lists of rules that generate the table of any architecture: for the names, and for
-the axes.
+A format has a `Convention`, whose rules generate the table of any architecture.
 """
 
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,22 +22,41 @@ _SHOWN = 10  # most tensors that an error lists
 Shape = tuple[int, ...]
 Rules = Sequence[tuple[str, str]]  # a regular expression and its replacement
 
-# The last rules for PyTorch's names, and those for its axes; S is query, key and value.
-TORCH_NAMES: Rules = (
-    (r"token_embedding$", "token_embedding/weight"),
-    (r"/(kernel|scale)$", "/weight"),
-    (r"/in_proj/", "/in_proj_"),
-    (r"/(attn|attention)/(q|kv)/(\w+)$", r"/\1/in_proj_\3.\2"),
-    ("/", "."),
-)
-TORCH_AXES: Rules = (
-    (r"/(conv\d|downsample/0)/kernel$", "D C P Q -> P Q C D"),
-    (r"/(in_proj|kv)/kernel$", "(S N K) D -> D S N K"),
-    (r"/(in_proj|kv)/bias$", "(S N K) -> S N K"),
-    (r"/(q|[qkv]_proj)/kernel$", "(N K) D -> D N K"),
-    (r"/(q|[qkv]_proj)/bias$", "(N K) -> N K"),
-    (r"/(out_proj|attnpool/c_proj|attn_pool/proj)/kernel$", "D (N K) -> N K D"),
-    (r"/mlp/\w+/kernel$", "F D -> D F"),
+
+@dataclass(frozen=True)
+class Convention:
+    """How a format names our parameters, and the order of their axes.
+
+    All rules of `names`, in order, turn our path into their name; `[q,k]` in it means several
+    tensors. The first rule of `axes` that matches our path gives the order of axes. In a sum, the
+    rules of the first summand come first.
+    """
+
+    names: Rules = ()
+    axes: Rules = ()
+
+    def __add__(self, other: "Convention") -> "Convention":
+        return Convention((*self.names, *other.names), (*self.axes, *other.axes))
+
+
+# The last summand of PyTorch's formats; S is query, key and value.
+TORCH = Convention(
+    names=(
+        (r"token_embedding$", "token_embedding/weight"),
+        (r"/(kernel|scale)$", "/weight"),
+        (r"/in_proj/", "/in_proj_"),
+        (r"/(attn|attention)/(q|kv)/(\w+)$", r"/\1/in_proj_\3.\2"),
+        ("/", "."),
+    ),
+    axes=(
+        (r"/(conv\d|downsample/0)/kernel$", "D C P Q -> P Q C D"),
+        (r"/(in_proj|kv)/kernel$", "(S N K) D -> D S N K"),
+        (r"/(in_proj|kv)/bias$", "(S N K) -> S N K"),
+        (r"/(q|[qkv]_proj)/kernel$", "(N K) D -> D N K"),
+        (r"/(q|[qkv]_proj)/bias$", "(N K) -> N K"),
+        (r"/(out_proj|attnpool/c_proj|attn_pool/proj)/kernel$", "D (N K) -> N K D"),
+        (r"/mlp/\w+/kernel$", "F D -> D F"),
+    ),
 )
 _BLOCK = re.compile(r"\{(\d*):?(\d*)\}")
 _AXIS = re.compile(r"\(([^)]*)\)|(\S+)")  # a group of axes, or one
@@ -102,20 +121,16 @@ class Row(NamedTuple):
         return list(array) if len(self.names) > 1 else [array]
 
 
-def table(config: CLIPConfig, names: Rules, axes: Rules = TORCH_AXES) -> list[Row]:
-    """Return a row for each parameter of an architecture.
-
-    All rules of `names`, in order, turn our path into their name; `[q,k]` in it means several
-    tensors. The first rule of `axes` that matches our path gives the order of axes.
-    """
+def table(config: CLIPConfig, convention: Convention) -> list[Row]:
+    """Return a row for each parameter of an architecture."""
     rows = []
     for path in param_shapes(config):
         name = path
-        for pattern, replacement in names:
+        for pattern, replacement in convention.names:
             name = re.sub(pattern, replacement, name)
         several = _SEVERAL.search(name)
         parts = several[1].split(",") if several else [""]
-        moves = next((moves for pattern, moves in axes if re.search(pattern, path)), "")
+        moves = next((moves for pattern, moves in convention.axes if re.search(pattern, path)), "")
         if several:
             moves = moves.replace("(S ", "S (")
         rows.append(Row(path, tuple(_SEVERAL.sub(part, name) for part in parts), moves))

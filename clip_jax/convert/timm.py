@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
-from clip_jax.convert.state_dict import Rules
+from clip_jax.convert.state_dict import Convention
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import Vision
@@ -69,64 +69,72 @@ class Family(NamedTuple):
 
     fits: Callable[[Any], bool]  # whether a tower belongs to it
     head: tuple[str, str | None]  # timm_pool and timm_proj
-    names: Rules
-    axes: Rules
+    convention: Convention
     free: tuple[str, ...] = ()  # fields that a name does not determine
 
 
-NAMES: Rules = (
-    (r"^visual/conv1/", "visual/trunk/patch_embed/proj/"),
-    (r"^visual/class_embedding", "visual/trunk/cls_token"),
-    (r"^visual/positional_embedding", "visual/trunk/pos_embed"),
-    (r"^visual/ln_pre/", "visual/trunk/norm_pre/"),
-    (r"^visual/ln_post/", "visual/trunk/norm/"),
-    (r"^visual/attn_pool/", "visual/trunk/attn_pool/"),
-    (r"^visual/proj$", "visual/trunk/head/weight"),
-    (r"^visual/proj_bias$", "visual/trunk/head/bias"),
-    (r"^visual/transformer/resblocks/", "visual/trunk/blocks/{}/"),
-    (r"(trunk/.*)/ln_([12])/", r"\1/norm\2/"),
-    (r"(trunk/.*)/ls_([12])/gamma", r"\1/gamma_\2"),
-    (r"(trunk/.*)/in_proj/", r"\1/qkv/"),
-    (r"(trunk/.*)/out_proj/", r"\1/proj/"),
-    (r"(trunk/.*)/ln/", r"\1/norm/"),
-    (r"(trunk/.*)/c_fc/", r"\1/fc1/"),
-    (r"(trunk/.*)/c_proj/", r"\1/fc2/"),
+_VIT = Convention(
+    names=(
+        (r"^visual/conv1/", "visual/trunk/patch_embed/proj/"),
+        (r"^visual/class_embedding", "visual/trunk/cls_token"),
+        (r"^visual/positional_embedding", "visual/trunk/pos_embed"),
+        (r"^visual/ln_pre/", "visual/trunk/norm_pre/"),
+        (r"^visual/ln_post/", "visual/trunk/norm/"),
+        (r"^visual/attn_pool/", "visual/trunk/attn_pool/"),
+        (r"^visual/proj$", "visual/trunk/head/weight"),
+        (r"^visual/proj_bias$", "visual/trunk/head/bias"),
+        (r"^visual/transformer/resblocks/", "visual/trunk/blocks/{}/"),
+        (r"(trunk/.*)/ln_([12])/", r"\1/norm\2/"),
+        (r"(trunk/.*)/ls_([12])/gamma", r"\1/gamma_\2"),
+        (r"(trunk/.*)/in_proj/", r"\1/qkv/"),
+        (r"(trunk/.*)/out_proj/", r"\1/proj/"),
+        (r"(trunk/.*)/ln/", r"\1/norm/"),
+        (r"(trunk/.*)/c_fc/", r"\1/fc1/"),
+        (r"(trunk/.*)/c_proj/", r"\1/fc2/"),
+    ),
+    axes=(
+        (r"^visual/class_embedding", "1 1 D -> D"),
+        (r"^visual/positional_embedding", "1 L D -> L D"),
+        (r"^visual/(proj|fc/kernel)$", "E D -> D E"),
+    ),
 )
-AXES: Rules = (
-    (r"^visual/class_embedding", "1 1 D -> D"),
-    (r"^visual/positional_embedding", "1 L D -> L D"),
-    (r"^visual/(proj|fc/kernel)$", "E D -> D E"),
+_NAFLEX = Convention(
+    names=(
+        (r"^visual/conv1/", "visual/trunk/embeds/proj/"),
+        (r"^visual/positional_embedding", "visual/trunk/embeds/pos_embed"),
+    ),
+    axes=(
+        (r"^visual/conv1/kernel", "D (P Q C) -> P Q C D"),
+        (r"^visual/positional_embedding", "1 H W D -> (H W) D"),
+    ),
 )
-_NAFLEX_NAMES: Rules = (
-    *NAMES,
-    (r"trunk/patch_embed/", "trunk/embeds/"),
-    (r"trunk/pos_", "trunk/embeds/pos_"),
+LAYER_SCALE = Convention(names=((r"/ls_([12])/gamma", r"/ls\1/gamma"),)) + _VIT
+_STEM = Convention(
+    names=((r"visual/conv1/(conv|bn)(\d)/", r"visual/trunk/patch_embed/backbone/\2/\1/"),)
 )
-_NAFLEX_AXES: Rules = (
-    (r"^visual/conv1/kernel", "D (P Q C) -> P Q C D"),
-    (r"^visual/positional_embedding", "1 H W D -> (H W) D"),
+_BIASES = Convention(names=((r"^visual/(.*)/in_proj/bias$", r"visual/\1/[q,v]_bias"),))
+_APART = Convention(
+    names=(
+        (r"^visual/(.*)/in_proj/kernel$", r"visual/\1/[q,k,v]_proj/kernel"),
+        (r"^visual/(.*)/in_proj/bias$", r"visual/\1/[q,v]_proj/bias"),
+        (r"^visual/(.*)/c_gate/", r"visual/\1/fc1_g/"),
+        (r"^visual/(.*)/c_fc/", r"visual/\1/fc1_x/"),
+    ),
 )
-_STEM: Rules = ((r"visual/conv1/(conv|bn)(\d)/", r"visual/trunk/patch_embed/backbone/\2/\1/"),)
-_BIASES: Rules = ((r"^visual/(.*)/in_proj/bias$", r"visual/\1/[q,v]_bias"),)
-_APART: Rules = (
-    (r"^visual/(.*)/in_proj/kernel$", r"visual/\1/[q,k,v]_proj/kernel"),
-    (r"^visual/(.*)/in_proj/bias$", r"visual/\1/[q,v]_proj/bias"),
-    (r"^visual/(.*)/c_gate/", r"visual/\1/fc1_g/"),
-    (r"^visual/(.*)/c_fc/", r"visual/\1/fc1_x/"),
+_CONVNEXT = Convention(
+    names=(
+        (r"^visual/conv0/", "visual/trunk/stem/0/"),
+        (r"^visual/ln0/", "visual/trunk/stem/1/"),
+        (r"^visual/ln(\d)/", r"visual/trunk/stages/\1/downsample/0/"),
+        (r"^visual/conv(\d)/", r"visual/trunk/stages/\1/downsample/1/"),
+        (r"^visual/stage(\d)/resblocks/", r"visual/trunk/stages/\1/blocks/{}/"),
+        (r"/conv/", "/conv_dw/"),
+        (r"/ls/gamma", "/gamma"),
+        (r"^visual/ln_post/", "visual/trunk/head/norm/"),
+        (r"^visual/fc/", "visual/head/mlp/fc1/"),
+    ),
+    axes=((r"/conv/kernel$", "D C P Q -> P Q C D"),),
 )
-_CONVNEXT: Rules = (
-    (r"^visual/conv0/", "visual/trunk/stem/0/"),
-    (r"^visual/ln0/", "visual/trunk/stem/1/"),
-    (r"^visual/ln(\d)/", r"visual/trunk/stages/\1/downsample/0/"),
-    (r"^visual/conv(\d)/", r"visual/trunk/stages/\1/downsample/1/"),
-    (r"^visual/stage(\d)/resblocks/", r"visual/trunk/stages/\1/blocks/{}/"),
-    (r"/conv/", "/conv_dw/"),
-    (r"/ls/gamma", "/gamma"),
-    (r"^visual/ln_post/", "visual/trunk/head/norm/"),
-    (r"^visual/fc/", "visual/head/mlp/fc1/"),
-)
-_DEPTHWISE: Rules = ((r"/conv/kernel$", "D C P Q -> P Q C D"), *AXES)
-LAYER_SCALE: Rules = ((r"/ls_([12])/gamma", r"/ls\1/gamma"), *NAMES)
 _MAP, _TOKEN = ("map", "none"), ("token", None)
 
 
@@ -135,21 +143,19 @@ def _is(kind: type, **fields: Any) -> Callable[[Any], bool]:
 
 
 def _convnext(head: str, projection: str) -> Family:
-    names = (*_CONVNEXT, (r"^visual/proj$", f"visual/head/{projection}/weight"), *NAMES)
-    free = ("image_size", "head")
-    return Family(_is(ConvNeXtConfig, head=head), ("", head), names, _DEPTHWISE, free)
+    projected = Convention(names=((r"^visual/proj$", f"visual/head/{projection}/weight"),))
+    convention = _CONVNEXT + projected + _VIT
+    return Family(_is(ConvNeXtConfig, head=head), ("", head), convention, ("image_size", "head"))
 
 
 FAMILIES = (
-    Family(_is(ViTConfig, pool="map", max_patches=None), _MAP, NAMES, AXES, ("activation",)),
-    Family(
-        _is(ViTConfig, pool="map"), _MAP, _NAFLEX_NAMES, _NAFLEX_AXES, ("activation", "max_patches")
-    ),
-    Family(_is(ViTConfig, projection_bias=True), _TOKEN, LAYER_SCALE, AXES),
-    Family(_is(ConvStemConfig), _TOKEN, (*_STEM, *LAYER_SCALE), AXES, ("batch_norm_group",)),
-    Family(_is(RotaryConfig, key_bias=True), ("map", None), NAMES, AXES),
-    Family(_is(RotaryConfig, activation="gelu"), _TOKEN, (*_BIASES, *NAMES), AXES),
-    Family(_is(RotaryConfig, activation="swiglu"), _TOKEN, (*_APART, *NAMES), AXES),
+    Family(_is(ViTConfig, pool="map", max_patches=None), _MAP, _VIT, ("activation",)),
+    Family(_is(ViTConfig, pool="map"), _MAP, _NAFLEX + _VIT, ("activation", "max_patches")),
+    Family(_is(ViTConfig, projection_bias=True), _TOKEN, LAYER_SCALE),
+    Family(_is(ConvStemConfig), _TOKEN, _STEM + LAYER_SCALE, ("batch_norm_group",)),
+    Family(_is(RotaryConfig, key_bias=True), ("map", None), _VIT),
+    Family(_is(RotaryConfig, activation="gelu"), _TOKEN, _BIASES + _VIT),
+    Family(_is(RotaryConfig, activation="swiglu"), _TOKEN, _APART + _VIT),
     _convnext("linear", "proj"),
     _convnext("mlp", "mlp/fc2"),
 )

@@ -4,7 +4,7 @@ import numpy as np
 
 from clip_jax.convert import timm
 from clip_jax.convert.settings import Settings, Table
-from clip_jax.convert.state_dict import TORCH_AXES, TORCH_NAMES, Rules
+from clip_jax.convert.state_dict import TORCH, Convention
 from clip_jax.convert.target import Assumptions, assumed
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import mlp_ratio
@@ -15,18 +15,21 @@ from clip_jax.models.tips import TipsConfig, TipsTextConfig
 MODEL_TYPE, _MASK = "tipsv2", "vision_encoder.mask_token"  # of pre-training
 _REGISTERS = "vision_encoder.register_tokens"  # empty without registers, and then not ours
 TEMPERATURE, INITIAL = "temperature", 0.005065968260169029  # published files lack it
-NAMES: Rules = (
-    (r"^visual/registers", "visual/trunk/register_tokens"),
-    *timm.LAYER_SCALE,
-    (r"^visual/trunk/", "vision_encoder/"),
-    (r"/fc1/", "/c_fc/"),
-    (r"/fc2/", "/c_proj/"),
-    (r"^text/", "text_encoder/"),
-    (r"resblocks/", "resblocks/{}/"),
-    (r"^logit_scale", TEMPERATURE),
-    *TORCH_NAMES,
+_REGISTER_TOKENS = Convention(
+    names=((r"^visual/registers", "visual/trunk/register_tokens"),),
+    axes=((r"^visual/registers", "1 L D -> L D"),),
 )
-AXES: Rules = ((r"^visual/registers", "1 L D -> L D"), *timm.AXES, *TORCH_AXES)
+_TOWERS = Convention(
+    names=(
+        (r"^visual/trunk/", "vision_encoder/"),
+        (r"/fc1/", "/c_fc/"),
+        (r"/fc2/", "/c_proj/"),
+        (r"^text/", "text_encoder/"),
+        (r"resblocks/", "resblocks/{}/"),
+        (r"^logit_scale", TEMPERATURE),
+    ),
+)
+CONVENTION = _REGISTER_TOKENS + timm.LAYER_SCALE + _TOWERS + TORCH
 IMAGE: Table = {
     "image_size": ("image_size", 448), "patch_size": ("patch_size", 14),
     "hidden_size": ("width", 768), "num_hidden_layers": ("depth", 12),

@@ -123,7 +123,9 @@ def test_pe_cores_own_file(tmp_path, monkeypatch):
     weights = random_weights(config)
     bare = replace(config, vision=replace(config.vision, projection_bias=False))
     visual = {x: y for x, y in weights.params["visual"].items() if x != "proj_bias"}
-    tensors = from_params(table(bare, perception_models.NAMES), weights.params | {"visual": visual})
+    tensors = from_params(
+        table(bare, perception_models.CONVENTION), weights.params | {"visual": visual}
+    )
     torch.save({x: torch.from_numpy(y.copy()) for x, y in tensors.items()}, tmp_path / "pe.pt")
     again = read_weights(tmp_path / "pe.pt")
     assert again.config.vision == config.vision
