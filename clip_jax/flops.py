@@ -27,7 +27,6 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig
 from clip_jax.models.layers import Operations
 from clip_jax.models.lora import adapted
-from clip_jax.models.vit import ViTConfig
 from clip_jax.optim.wrappers import TOWERS, Tower
 
 Convention = Literal["matmul", "laion", "fvcore"]
@@ -123,9 +122,9 @@ def _count(
     tokens = text.context_length
     is_dropped = training and "image" not in locked
     image = vision.operations(config.embed_dim, training=is_dropped)
-    if decoder is None or not isinstance(vision, ViTConfig):
+    if decoder is None:
         return image, text.operations(config.embed_dim, tokens), Operations()
-    seen = vision.caption_tokens(vision.kept_patches if is_dropped else vision.num_patches)
+    seen = vision.caption_tokens(training=is_dropped)
     return (
         image,
         decoder.text_operations(text, config.embed_dim, tokens),

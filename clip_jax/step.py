@@ -37,7 +37,6 @@ from clip_jax.models.clip import (
     split_batch_stats,
 )
 from clip_jax.models.lora import LoRAConfig
-from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import Muon, OptimConfig, Tower, make_optimizer, schedule
 from clip_jax.optim.wrappers import TOWERS, GuardState, capped
 from clip_jax.sharding import AnyMesh
@@ -221,7 +220,7 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
         "image": recipe.model.vision.image_spec.shapes(recipe.batch_size),
         "text": jax.ShapeDtypeStruct((recipe.batch_size, length), jnp.int32),
     }
-    if _drops_patches(recipe.model):
+    if recipe.model.vision.patch_dropout:
         batch["row"] = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
     for term in recipe.objective:
         batch |= term.inputs(recipe.model, recipe.batch_size)
@@ -230,10 +229,6 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
         jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh)
     )
     return replace(jax.tree.map(_placed, state, shardings), frozen=frozen), batch
-
-
-def _drops_patches(model: CLIPConfig) -> bool:
-    return isinstance(model.vision, ViTConfig) and model.vision.patch_dropout > 0
 
 
 def _placed(x: jax.ShapeDtypeStruct, on: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -312,7 +307,7 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
     fixed = {name: x for name, x in base_of(state).items() if not isinstance(x, dict)}
     inputs = {name: x for name, x in batch.items() if name != "learning_rate"}
     vision, key = recipe.model.vision, None
-    if _drops_patches(recipe.model):
+    if recipe.model.vision.patch_dropout:
         # Threefry, whatever the default: it gives the same keys under vmap.
         key = jax.random.fold_in(jax.random.key(recipe.seed, impl="threefry2x32"), state.step)
     context_of = functools.partial(context, model, mesh, state)

@@ -4,11 +4,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from einops import rearrange
 
 from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.tensor_files import Tensors
@@ -16,11 +13,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params
-from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.lora import LoRAConfig
-from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.tips import TipsConfig
-from clip_jax.models.vit import ViTConfig, resize_positions
 from clip_jax.optim import Tower
 
 DType = Literal["float32", "float16", "bfloat16"]  # dtype of tensors in files
@@ -62,7 +55,7 @@ def default_preprocess(config: CLIPConfig, like: Preprocess | None = None) -> Pr
     vision = config.vision
     size, mean, std = vision.image_size, config.image_mean, config.image_std
     preprocess = replace(like or Preprocess(), image_size=size, mean=mean, std=std)
-    if not isinstance(vision, ViTConfig) or vision.max_patches is None:
+    if not vision.is_naflex:
         return preprocess
     return replace(
         preprocess,
@@ -173,48 +166,20 @@ def with_input(
         return _with_tokens(weights, tokens)
     if image_size is None or (image_size == vision.image_size and not is_naflex):
         return weights
-    vision = replace(vision, image_size=image_size)
+    vision = vision.with_image_size(image_size)
     preprocess = replace(preprocess, image_size=image_size)
-    if isinstance(vision, ViTConfig) and is_naflex:
-        if image_size % vision.patch_size:
-            raise InputError(
-                f"image_size={image_size} is not a multiple of vision.patch_size="
-                f"{vision.patch_size}; a NaFlex model needs full patches. Choose another size."
-            )
-        vision = replace(vision, max_patches=None)
+    if is_naflex:
         preprocess = replace(preprocess, resize_mode="squash", max_patches=None, patch_size=None)
     config = replace(weights.config, vision=vision)
-    if isinstance(vision, ConvNeXtConfig) or vision.positions_path is None:
-        return replace(weights, config=config, preprocess=preprocess)
-    flat = flatten(weights.params)
-    before = np.asarray(flat[vision.positions_path])
-    extra, side = vision.extra_positions, vision.grid
-    old_side = math.isqrt(len(before) - extra)
-    if side != old_side:
-        grid = jnp.asarray(before[extra:].astype(np.float32))
-        if is_naflex:
-            grid = resize_positions(grid, jnp.array([[side, side]]), side * side)[0]
-        else:
-            grid = rearrange(grid, "(h w) D -> h w D", h=old_side)
-            method = "linear" if isinstance(vision, TipsConfig) else "cubic"
-            grid = jax.image.resize(grid, (side, side, grid.shape[-1]), method)
-            grid = rearrange(grid, "h w D -> (h w) D")
-        grid = np.asarray(grid).astype(before.dtype)
-        flat[vision.positions_path] = np.concatenate([before[:extra], grid])
-    params = unflatten(flat)
-    return replace(weights, config=config, preprocess=preprocess, params=params, adapters=None)
+    resized = replace(weights, config=config, preprocess=preprocess)
+    if vision.positions_path is None:
+        return resized
+    params = unflatten(vision.fit(flatten(weights.params), weights.config.vision))
+    return replace(resized, params=params, adapters=None)
 
 
 def _with_tokens(weights: Weights, tokens: int) -> Weights:
-    vision = weights.config.vision
-    if type(vision) is not ViTConfig:
-        kind = {ResNetConfig: "ResNet"}.get(type(vision), type(vision).__name__)
-        raise InputError(
-            f"tokens={tokens} needs a ViT as image tower (NaFlex), and this model has a {kind}, "
-            f"for {vision.image_size} pixels; omit it."
-        )
-    # Pixels beyond the last full patch, which a fixed resolution may have, are in no size.
-    vision = replace(vision, image_size=vision.grid * vision.patch_size, max_patches=tokens)
+    vision = weights.config.vision.with_max_patches(tokens)
     preprocess = replace(
         weights.preprocess,
         image_size=vision.image_size,

@@ -14,7 +14,6 @@ from einops import rearrange
 from clip_jax.errors import InputError
 from clip_jax.export.graph import Graph
 from clip_jax.export.patches import GRID, MASK
-from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.conv_stem import STEM, ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
@@ -22,7 +21,6 @@ from clip_jax.models.decoder import MaMMUTConfig
 from clip_jax.models.layers import BlockConfig, BlockInit, Layout
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
-from clip_jax.models.tips import TipsTextConfig
 from clip_jax.models.vit import ViTConfig
 
 Tables = tuple[np.ndarray, np.ndarray]  # cosines and sines of rotary positions
@@ -86,7 +84,7 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
             raise InputError(
                 f"text.pool={text.pool!r} has no form in ONNX; use --format stablehlo."
             )
-    if isinstance(text, BertConfig) and text.head != "linear":
+    if text.head != "linear":
         bias = graph.weight("text/projection_hidden/bias") if text.head == "norm" else None
         x = graph.linear(x, graph.weight("text/projection_hidden/kernel"), bias)
         x = graph.activation(x, "gelu") if text.head == "mlp" else x
@@ -139,14 +137,16 @@ def _at_full_length(graph: Graph, text: TextConfig, ids: str) -> str:
 
 def _embedded(graph: Graph, text: TextConfig, ids: str, length: str) -> str:
     """Look up token embeddings of ids [B, L] and add position embeddings."""
-    table, first = graph.number(graph.weight("text/token_embedding"), "text/token_embedding"), 0
+    table = graph.number(graph.weight("text/token_embedding"), "text/token_embedding")
     x = graph.op("Gather", table, ids, axis=0)
-    if isinstance(text, TipsTextConfig):
-        x, positions = graph.op("Mul", x, graph.number(text.token_scale)), text.sinusoids()
-    else:
+    if text.token_scale != 1:
+        x = graph.op("Mul", x, graph.number(text.token_scale))
+    positions = text.fixed_positions()
+    if positions is None:
         positions = graph.weight("text/positional_embedding")
-    if isinstance(text, BertConfig):
-        first, positions = text.first_position, positions + graph.weight("text/type_embedding")[0]
+    if text.has_token_types:
+        positions = positions + graph.weight("text/type_embedding")[0]
+    first = text.first_position
     positions = graph.number(positions[first : first + text.context_length])
     positions = graph.op("Slice", positions, graph.integers(0), length, graph.integers(0))
     return _norm(graph, text, "text/ln_pre", graph.op("Add", x, positions))

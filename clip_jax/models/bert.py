@@ -33,7 +33,8 @@ class BertConfig(TextConfig):
     pool: Pool = "mean"  # What becomes the embedding: mean, without padding, or the first token.
     activation: Activation = "gelu"  # MLP activation.
 
-    masks_padding = True
+    masks_padding = has_token_types = True
+    writes_captions = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

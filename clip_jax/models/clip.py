@@ -35,7 +35,8 @@ from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.tips import TipsConfig, TipsTextConfig
-from clip_jax.models.vit import ViT, ViTConfig
+from clip_jax.models.tower import TowerConfig
+from clip_jax.models.vit import ViTConfig
 
 Params = dict[str, Any]
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
@@ -78,7 +79,7 @@ class CLIPConfig:
         self.vision.check_width(self.embed_dim)
         self.text.check_width(self.embed_dim)
         if self.decoder is not None:
-            if not isinstance(self.vision, ViTConfig) or type(self.text) is not TextConfig:
+            if not (self.vision.has_tokens and self.text.writes_captions):
                 raise InputError(
                     "model.decoder needs a vision transformer, not a ResNet or a ConvNeXt, and a "
                     "TextConfig: choose others, or set model.decoder to None."
@@ -94,6 +95,28 @@ class CLIPConfig:
     def image_token_width(self) -> int:
         """Channels of the tokens that a decoder attends to."""
         return self.vision.pooled_width(self.embed_dim)
+
+    @property
+    def towers(self) -> dict[str, TowerConfig]:
+        """The towers and the decoder by their names in the parameter tree."""
+        towers: dict[str, TowerConfig] = {"visual": self.vision, "text": self.text}
+        return towers if self.decoder is None else towers | {"decoder": self.decoder}
+
+    def layers_from(self, path: str) -> int:
+        """Return the number of layers from that of a parameter to its tower's last, both included.
+
+        Parameters before the first layer have one more, those after the last 0; a stack has that of
+        its first layer.
+        """
+        name, _, inside = path.partition("/")
+        tower = self.towers.get(name)
+        layer = tower.layer_of(inside) if tower else None
+        if tower is None or layer is None:
+            return 0
+        count = tower.num_layers
+        if name == "text" and self.decoder is not None:
+            count = self.decoder.text_layers(count)
+        return count + 1 - layer
 
     def dimensions(self) -> dict[str, str]:
         """Return path → dimension names for every parameter; see `layers` for the names."""
@@ -180,7 +203,7 @@ class CLIP:
         inputs = as_dtype(images, self.config.dtype)
 
         def pooled(towers: Towers) -> tuple[Array, ImageTokens]:
-            visual = _vit(towers)
+            visual = _with_tokens(towers)
             return visual.pool_and_tokens(visual.tokens(inputs)[0])
 
         features, tokens = self._run(params, pooled)
@@ -268,9 +291,9 @@ class CLIP:
         inputs = as_dtype(images, self.config.dtype)
 
         def states(towers: Towers) -> Array:
-            visual = _vit(towers)
+            visual = _with_tokens(towers)
             compute = functools.partial(visual.tokens, inputs)
-            x, _ = split_tokens(_states_after(layer, visual.config.depth, compute))
+            x, _ = split_tokens(_states_after(layer, self.config.vision.num_layers, compute))
             return visual.ln_post(x) if norm else x
 
         return self._run(params, states).astype(jnp.float32)
@@ -286,7 +309,7 @@ class CLIP:
 
         def states(towers: Towers) -> Array:
             compute = functools.partial(towers.text.states, tokens)
-            x = _states_after(layer, self.config.text.depth, compute)
+            x = _states_after(layer, self.config.text.num_layers, compute)
             x = x[:, : tokens.shape[1]]  # without the class token
             if norm and "ln_final" not in params["text"]:
                 raise InputError("norm=True: this text tower has no norm after its last block.")
@@ -315,8 +338,9 @@ def parameters(config: CLIPConfig) -> dict[str, Any]:
     return {path_name(path): x for path, x in leaves}
 
 
-def _vit(towers: Towers) -> ViT:
-    if not isinstance(towers.visual, ViT):
+def _with_tokens(towers: Towers) -> Any:
+    """Return the image tower's module, which has the methods `tokens` and `pool_and_tokens`."""
+    if not towers.config.vision.has_tokens:
         raise InputError(
             "image tokens need a vision transformer, not a ResNet or a ConvNeXt: use a model with "
             "another vision."
@@ -341,7 +365,7 @@ def _outputs(
     writes, image_tokens, tokens = "caption_states" in needs, None, texts["text"]
     others = {f"text:{name}": x for name, x in texts.items() if name != "text"}
     if writes or of_image:
-        visual = _vit(towers)
+        visual = _with_tokens(towers)
         last, every = visual.tokens(pixels["image"], bool(of_image), keys, train)
         out["image"], image_tokens = visual.pool_and_tokens(last)
         out |= {name: cast(Array, every)[layer] for name, layer in of_image.items()}

@@ -31,6 +31,8 @@ class ConvStemConfig(ViTConfig):
     norm_epsilon: float = 1e-6  # Epsilon of LayerNorm.
 
     class_position = False
+    can_be_naflex = False
+    parts = (*ViTConfig.parts, ("norms", r"/bn\d/|batch_norm"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,8 @@
 """Image tower: ConvNeXt (arXiv:2201.03545), as in open_clip."""
 
 import functools
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,15 +13,14 @@ from jaxtyping import Array, Float, Key
 
 from clip_jax.errors import InputError
 from clip_jax.models import layers
-from clip_jax.models.images import Square
 from clip_jax.models.layers import Activation, LayerNorm, Layout, Operations, Remat, named, uniform
+from clip_jax.models.tower import ImageTowerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvNeXtConfig:
+class ConvNeXtConfig(ImageTowerConfig):
     """Image tower: ConvNeXt. The defaults are those of ConvNeXt-Base."""
 
-    image_size: int = 224  # Height and width of input images, in pixels.
     layers: tuple[int, int, int, int] = (3, 3, 27, 3)  # Blocks per stage.
     width: int = 128  # Channels of the first stage; each stage has twice as many as the one before.
     # What follows pooling. linear: a linear map. mlp: two linear maps around GELU.
@@ -28,12 +29,8 @@ class ConvNeXtConfig:
     norm_epsilon: float = 1e-6  # Epsilon of LayerNorm.
     layer_scale: float | None = 1e-6  # Initial gain of residual branches. None: no gains.
 
-    # Fields of other towers that are fixed here.
     pool = "mean"
-    has_map_head = False
-    extra_tokens = 0
-    batch_norm_group = 1
-    positions_path = None  # it has no position embeddings
+    parts = (("convolutions", r"/conv\d"),)
 
     def __post_init__(self) -> None:
         layers.check_sizes(self, "vision.", norm_epsilon="(0, inf)", layer_scale="(-inf, inf)")
@@ -44,31 +41,33 @@ class ConvNeXtConfig:
             )
 
     @property
-    def image_spec(self) -> Square:
-        return Square(self.image_size)
-
-    @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each stage."""
         return tuple(self.width * 2**stage for stage in range(4))
 
     @property
     def summary(self) -> str:
-        """The architecture in one line, for model cards."""
         return f"ConvNeXt of width {self.width}, layers {self.layers}, {self.activation}"
 
-    def check_width(self, embed_dim: int) -> None:
-        """Accept any number of dimensions of the embedding: a projection adapts them."""
+    @property
+    def num_layers(self) -> int:
+        return sum(self.layers)
+
+    @property
+    def first_layers(self) -> Mapping[str, int]:
+        """Each block is a layer; what is before a stage counts to its first block."""
+        numbers = {"conv0": 0, "ln0": 0, "stage0": 1}
+        for stage, below in enumerate(itertools.accumulate(self.layers[:-1]), 1):
+            numbers |= dict.fromkeys((f"conv{stage}", f"ln{stage}", f"stage{stage}"), below + 1)
+        return numbers
 
     def pooled_width(self, embed_dim: int) -> int:
-        """Channels before the projection."""
         return 2 * embed_dim if self.head == "mlp" else self.widths[-1]
 
     def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ConvNeXt":
         return ConvNeXt(self, embed_dim, remat, unroll, layout)
 
     def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
-        """Count the tower's operations for one image."""
         size, inputs, total = self.image_size // 4, 3 * 16, Operations()
         for stage, (depth, width) in enumerate(zip(self.layers, self.widths, strict=True)):
             if stage:

@@ -5,6 +5,7 @@ second time with a causal mask and cross-attention to the image. The configs bui
 the text tower that belongs to it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from clip_jax.models.attention import KV
 from clip_jax.models.images import ImageTokens, join_tokens, split_tokens
 from clip_jax.models.layers import BlockConfig, DType, Einsum, Init, LayerNorm, Operations, named
 from clip_jax.models.text import TextConfig, TextTransformer
+from clip_jax.models.tower import TowerConfig
 
 # Keys and values of image tokens, and the numbers of valid ones if images differ in these.
 ImageKV = KV | tuple[*KV, Int[Array, " B"]]
@@ -174,7 +176,7 @@ class Caption(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoCaConfig:
+class CoCaConfig(TowerConfig):
     """CoCa's caption decoder: layers with cross-attention to the image after the text tower."""
 
     depth: int = 12  # Number of layers: each is a causal and a cross-attention block.
@@ -204,6 +206,18 @@ class CoCaConfig:
         return TextTransformer(text, **options), CoCaDecoder(
             self, text, options["remat"], options["unroll"], options["layout"]
         )
+
+    @property
+    def num_layers(self) -> int:
+        return self.depth
+
+    @property
+    def first_layers(self) -> Mapping[str, int]:
+        return {"transformer": 1}
+
+    def text_layers(self, depth: int) -> int:
+        """Return the number of layers of a text tower of `depth` blocks."""
+        return depth
 
     def text_operations(self, text: TextConfig, embed_dim: int, tokens: int) -> Operations:
         """Count the operations of the text tower for one text."""
@@ -271,7 +285,7 @@ class CoCaDecoder(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaMMUTConfig:
+class MaMMUTConfig(TowerConfig):
     """MaMMUT's caption decoder: the text tower itself, causal and with cross-attention."""
 
     cross_every: int = 2  # Text blocks per cross-attention block, which follows the first.
@@ -295,6 +309,10 @@ class MaMMUTConfig:
         fields = (self.cross_every, self.first_mlp)
         tower = TextTransformer(text, **options, block=Layer, fields=fields, blocks=fields[0])
         return tower, MaMMUTDecoder(image_width, text.width, text.vocab_size)
+
+    def text_layers(self, depth: int) -> int:
+        """Return the number of layers, several blocks each, of a text tower of `depth` blocks."""
+        return depth // self.cross_every
 
     def text_operations(self, text: TextConfig, embed_dim: int, tokens: int) -> Operations:
         """Count the operations of the text tower for one text, without the image."""

@@ -58,6 +58,9 @@ class ImageSpec(Protocol):
     def shapes(self, batch_size: int) -> Images:
         """Return the arrays of a batch as `jax.ShapeDtypeStruct`s."""
 
+    def check(self, images: Images) -> None:
+        """Raise InputError unless images have this shape."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Square:

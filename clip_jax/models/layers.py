@@ -39,6 +39,14 @@ KEPT = {
     "attention": ("moments", "qkv", "attended"),  # 4; also the projection of attention's output
     "full": (),  # 0; recomputes everything
 }
+# Pattern of the names of these modules in a compiled step by the part of `plan` they belong to; the
+# first that matches counts. Towers add patterns for their own modules (`TowerConfig.parts`).
+PARTS = (
+    ("norms", r"/(ln_\w+|norm)/"),
+    ("projections", r"/(in_proj|out_proj)/(?!.*mlp)|/(q|kv|proj)/"),
+    ("MLP", r"/mlp/"),
+    ("attention", r"/attn"),
+)
 STACKS = ("resblocks", "layers")  # parameters of a `Transformer` of `Block` or of `decoder.Layer`
 # Ranges of the settings of models that memory and compilation depend on. Real models stay far
 # inside; a file with another size is refused before anything of that size is made.

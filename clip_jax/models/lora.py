@@ -20,7 +20,6 @@ from jaxtyping import Array
 from clip_jax.errors import InputError
 from clip_jax.models import layers
 from clip_jax.models.clip import CLIPConfig, Params, parameters
-from clip_jax.models.vit import ViTConfig
 
 PARTS = {1: ("",), 2: ("k", "v"), 3: ("q", "k", "v")}  # of a fused map, by their number
 _BARE = ("visual/proj", "text/text_projection")  # matrices without a module of their own
@@ -69,7 +68,7 @@ def linear_maps(model: CLIPConfig) -> tuple[Adapted, ...]:
     maps = []
     for path, box in parameters(model).items():
         axes = dict(zip(box.names, box.value.shape, strict=True))
-        is_convolution = "P" in axes and (not isinstance(model.vision, ViTConfig) or "O" in axes)
+        is_convolution = "P" in axes and (not model.vision.has_linear_patches or "O" in axes)
         if path not in _BARE and (not path.endswith("/kernel") or is_convolution):
             continue
         depth, parts = axes.pop("depth", None), axes.pop("S", 1)

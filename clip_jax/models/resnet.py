@@ -1,7 +1,7 @@
 """Image tower: a modified ResNet with attention pooling (CLIP paper, 2.4 and table 19)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,29 +14,31 @@ from jaxtyping import Array, Float, Key
 
 from clip_jax.errors import InputError
 from clip_jax.models import layers
-from clip_jax.models.images import Square
 from clip_jax.models.layers import Einsum, Init, Layout, Operations, Remat, named, uniform
+from clip_jax.models.tower import ImageTowerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResNetConfig:
+class ResNetConfig(ImageTowerConfig):
     """Image tower: a modified ResNet with attention pooling. The defaults are those of RN50.
 
     The activation is always ReLU; QuickGELU is the text tower's.
     """
 
-    image_size: int = 224  # Height and width of input images, in pixels.
     layers: tuple[int, int, int, int] = (3, 4, 6, 3)  # Bottleneck blocks per stage.
     width: int = 64  # Channels after the stem; the last stage has 32 × as many.
     num_heads: int = 32  # Number of attention heads of the pooling.
     batch_norm_group: int | None = None  # Samples normalised together in training. None: batch.
 
-    # Fields of ViTConfig that are fixed here.
     activation = "relu"
     pool = "attention"
-    has_map_head = False
-    extra_tokens = extra_positions = 1  # the mean, before the tokens of the map
-    positions_path = "visual/attnpool/positional_embedding"  # in the model's parameters
+    positions_path = "visual/attnpool/positional_embedding"
+    extra_positions = 1  # the mean's, before those of the map
+    parts = (
+        ("norms", r"/(bn\d|\w*bn)/|batch_norm"),
+        ("projections", r"/[qkv]_proj/"),
+        ("convolutions", r"/(layer\d|conv\d|downsample)"),
+    )
 
     def __post_init__(self) -> None:
         layers.check_sizes(self, "vision.", width="[2, 4096]")
@@ -50,10 +52,6 @@ class ResNetConfig:
                 f"32 × vision.width={self.width} must be a multiple of "
                 f"vision.num_heads={self.num_heads}; change one of them."
             )
-
-    @property
-    def image_spec(self) -> Square:
-        return Square(self.image_size)
 
     @property
     def output_width(self) -> int:
@@ -73,18 +71,25 @@ class ResNetConfig:
     @property
     def num_tokens(self) -> int:
         """Tokens of the attention pooling: the mean and every position of the last map."""
-        return self.grid**2 + self.extra_tokens
+        return self.grid**2 + self.extra_positions
+
+    @property
+    def num_layers(self) -> int:
+        return sum(self.layers)
+
+    @property
+    def first_layers(self) -> Mapping[str, int]:
+        """Each block is a layer."""
+        stages = enumerate(self.layers, 1)
+        blocks = [f"layer{stage}/{i}" for stage, depth in stages for i in range(depth)]
+        stem = [f"{kind}{i}" for kind in ("conv", "bn") for i in (1, 2, 3)]
+        return dict.fromkeys(stem, 0) | {name: i for i, name in enumerate(blocks, 1)}
 
     @property
     def summary(self) -> str:
-        """The architecture in one line, for model cards."""
         return f"ResNet of width {self.width}, layers {self.layers}"
 
-    def check_width(self, embed_dim: int) -> None:
-        """Accept any number of dimensions of the embedding: a projection adapts them."""
-
     def pooled_width(self, embed_dim: int) -> int:
-        """Channels before the projection."""
         return self.output_width
 
     def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> "ModifiedResNet":

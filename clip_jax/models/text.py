@@ -1,51 +1,29 @@
 """Text tower: a causal transformer, pooled at the end-of-text token (CLIP paper, 2.4)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError
 from clip_jax.models import layers
 from clip_jax.models.layers import Activation, BlockConfig, LayerNorm, Layout, Operations, named
+from clip_jax.models.tower import Cleaning as Cleaning
+from clip_jax.models.tower import TextTowerConfig
+from clip_jax.models.tower import TokenizerConfig as TokenizerConfig
 
 Pool = Literal["argmax", "eos", "last", "class_token", "mean", "first"]
-Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize", "clip"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Vocabulary and rules that turn texts into token ids; other rules give other ids."""
-
-    # Vocabulary. clip: OpenAI's bundled BPE with OpenAI's rules; otherwise the path of a
-    # tokenizer.json or a sentencepiece model, local or in a bucket. Empty: weights without one.
-    file: str = "clip"
-    # Cleaning before tokenization. lower: lower case. whitespace: repair mojibake and HTML, single
-    # spaces. punctuation: lower case, no ASCII punctuation (SigLIP in Hugging Face).
-    # canonicalize: repair, then punctuation (SigLIP in open_clip). clip: whitespace, then lower.
-    clean: Cleaning = "clip"
-    begin_id: int | None = None  # Token id before each text. None: none.
-    end_id: int | None = None  # Token id after each text. None: none.
-    pad_id: int = 0  # Token id that pads texts to the context length.
-    # Token id that becomes 0 wherever it is (open_clip's strip_sep_token, as in CLIPA). None: none.
-    zeroed_id: int | None = None
-    pad_side: Literal["right", "left"] = "right"  # Side of the padding.
-    # How texts that are too long are cut: before end_id (keep_end) or with it (drop_end).
-    cut: Literal["keep_end", "drop_end"] = "keep_end"
-
-    def __post_init__(self) -> None:
-        layers.check_sizes(self, "text.tokenizer.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(TextTowerConfig):
     """Text tower: a transformer. The defaults are those of OpenAI's ViT-B/32."""
 
-    context_length: int = 77  # Maximum tokens per text, begin and end of text included.
-    vocab_size: int = 49_408  # Number of token ids; the default is that of CLIP's BPE.
     width: int = 512  # Channels of the residual stream.
     depth: int = 12  # Number of transformer blocks.
     num_heads: int = 8  # Number of attention heads.
@@ -64,11 +42,13 @@ class TextConfig:
     projection_bias: bool = False  # Bias in the projection, as in SigLIP.
     activation: Activation = "quick_gelu"  # MLP activation; OpenAI has quick_gelu, open_clip gelu.
     norm_epsilon: float = 1e-5  # Epsilon of LayerNorm.
-    tokenizer: TokenizerConfig = TokenizerConfig()
 
-    # Fields of other towers that are fixed here.
-    masks_padding = False  # whether padding, on the right, is neither attended to nor pooled
-    learned_positions, token_scale = True, 1.0
+    # Settings of derived towers, fixed here.
+    token_scale = 1.0  # factor of token embeddings
+    first_position = 0  # row of a text's first token in the table of positions
+    has_token_types = False  # whether the embedding of the first token type is added to all tokens
+    head = "linear"  # what follows pooling
+    writes_captions = True
 
     def __post_init__(self) -> None:
         layers.check_sizes(self, "text.", norm_epsilon="(0, inf)")
@@ -100,30 +80,26 @@ class TextConfig:
         return not self.masks_padding and (not self.causal or self.pool not in ("argmax", "eos"))
 
     @property
-    def num_positions(self) -> int:
-        return self.context_length + self.has_class_token
-
-    @property
     def end_of_text_id(self) -> int:
         """The end-of-text id of CLIP's vocabulary: the highest, or `eos_token_id` with pool=eos."""
-        return self.eos_token_id if self.pool == "eos" else self.vocab_size - 1
+        return self.eos_token_id if self.pool == "eos" else super().end_of_text_id
 
     @property
-    def clip_vocab_size(self) -> int:
-        """Number of ids of CLIP's BPE, end of text included; the model may have more above."""
-        return self.end_of_text_id + 1
+    def num_layers(self) -> int:
+        return self.depth
 
     @property
-    def begin_id(self) -> int | None:
-        """The id before each text; in CLIP's vocabulary the last but one."""
-        own = self.tokenizer.file == "clip"
-        return self.clip_vocab_size - 2 if own else self.tokenizer.begin_id
+    def first_layers(self) -> Mapping[str, int]:
+        inputs = ("token_embedding", "positional_embedding", "type_embedding", "class_embedding")
+        return dict.fromkeys((*inputs, "ln_pre"), 0) | {"transformer": 1}
 
     @property
-    def end_id(self) -> int | None:
-        """The id after each text; in CLIP's vocabulary the last."""
-        own = self.tokenizer.file == "clip"
-        return self.clip_vocab_size - 1 if own else self.tokenizer.end_id
+    def attention_tokens(self) -> int:
+        return self.context_length + self.has_class_token
+
+    def fixed_positions(self) -> Float[np.ndarray, "L D"] | None:
+        """Return position embeddings that are computed; None: they are learned."""
+        return None
 
     @property
     def mlp_width(self) -> int:
@@ -189,7 +165,7 @@ class TextTransformer(nn.Module):
 
         self.token_embedding = normal("token_embedding", "- W", 0.02, c.vocab_size, c.width)
         positions = (c.num_positions, c.width)
-        if c.learned_positions:
+        if c.fixed_positions() is None:
             self.positional_embedding = normal("positional_embedding", "L -", 0.01, *positions)
         if c.has_class_token:
             self.class_embedding = normal("class_embedding", "-", 0.01, c.width)
@@ -260,7 +236,8 @@ class TextTransformer(nn.Module):
 
     def positions(self) -> Float[Array, "L D"]:
         """Return the position embeddings."""
-        return self.positional_embedding
+        computed = self.config.fixed_positions()
+        return self.positional_embedding if computed is None else jnp.asarray(computed)
 
     def pool(self, x: Float[Array, "B l D"], tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Pool the states, apply `ln_final`, and project."""

@@ -2,15 +2,13 @@
 with sinusoidal positions that is pooled by the mean of a text's tokens."""
 
 from dataclasses import dataclass
-from typing import Any, cast
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
-from clip_jax.models.text import Pool, TextConfig, TextTransformer
+from clip_jax.models.text import Pool, TextConfig
 from clip_jax.models.vit import ViTConfig
 
 
@@ -27,6 +25,9 @@ class TipsConfig(ViTConfig):
     activation: Activation = "gelu"  # MLP activation.
     norm_epsilon: float = 1e-6  # Epsilon of LayerNorm.
     layer_scale: float | None = 1.0  # Initial gain of residual branches. None: no gains.
+
+    resize_method = "linear"
+    can_be_naflex = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class TipsTextConfig(TextConfig):
     activation: Activation = "relu"  # MLP activation.
 
     masks_padding = True
-    learned_positions = False
+    writes_captions = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,19 +62,9 @@ class TipsTextConfig(TextConfig):
     def token_scale(self) -> float:
         return self.width**0.5
 
-    def module(self, **options: Any) -> "TipsText":
-        return TipsText(self, **options)
-
-    def sinusoids(self) -> Float[np.ndarray, "L D"]:
-        """Return the positions: sines, then cosines, of wavelengths from 2π to 20,000π."""
+    def fixed_positions(self) -> Float[np.ndarray, "L D"]:
+        """Return sines, then cosines, of wavelengths from 2π to 20,000π."""
         half = self.width // 2
         frequencies = np.exp(np.arange(half) * -np.log(10_000) / (half - 1))
         angles = np.arange(self.context_length)[:, None] * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
-
-
-class TipsText(TextTransformer):
-    """Text tower of TIPSv2."""
-
-    def positions(self) -> Float[Array, "L D"]:
-        return jnp.asarray(cast(TipsTextConfig, self.config).sinusoids())

@@ -1,8 +1,9 @@
 """Image tower: a vision transformer (CLIP paper, 2.4), also of any aspect ratio (NaFlex)."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +18,20 @@ from clip_jax.models.decoder import CrossAttention
 from clip_jax.models.images import (
     Images,
     ImageTokens,
-    NaFlex,
     Patches,
-    Square,
     join_tokens,
     split_tokens,
 )
 from clip_jax.models.layers import Activation, Einsum, LayerNorm, Layout, Operations, named, uniform
+from clip_jax.models.tower import Arrays, ImageTowerConfig
 
 Lengths = Int[Array, " B"] | None  # valid tokens of each image; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig:
+class ViTConfig(ImageTowerConfig):
     """Image tower: a vision transformer. The defaults are those of ViT-B/32."""
 
-    image_size: int = 224  # Height and width of input images, in pixels.
     patch_size: int = 32  # Height and width of a patch, in pixels.
     # Maximum number of patches of an image at its own aspect ratio (NaFlex); image_size is then
     # that of the position embeddings. None: square images of image_size.
@@ -56,12 +55,15 @@ class ViTConfig:
     layer_scale: float | None = None  # Initial gain of residual branches. None: no gains.
     patch_dropout: float = 0.0  # Fraction of patches dropped in training (FLIP).
 
-    # Fields of other towers that are fixed here.
-    positions_path = "visual/positional_embedding"  # in the model's parameters
+    # Settings of derived towers, fixed here.
     registers = 0  # learned tokens after the class token
     class_position = True  # whether the class token has a position embedding
-    inner_norm = False
-    batch_norm_group = 1
+    inner_norm = False  # norms before the last linear map of both branches of a block
+    can_be_naflex = True  # whether a tower for square images can take patches of other ratios
+
+    positions_path = "visual/positional_embedding"
+    has_tokens = has_linear_patches = True
+    parts = (("projections", r"/conv1/(?!.*mlp)"),)
 
     def __post_init__(self) -> None:
         layers.check_sizes(
@@ -90,12 +92,6 @@ class ViTConfig:
     @property
     def mlp_width(self) -> int:
         return int(self.width * self.mlp_ratio)
-
-    @property
-    def image_spec(self) -> Square | NaFlex:
-        if self.max_patches is None:
-            return Square(self.image_size)
-        return NaFlex(self.max_patches, self.patch_size)
 
     @property
     def head_width(self) -> int:
@@ -144,24 +140,71 @@ class ViTConfig:
 
     @property
     def summary(self) -> str:
-        """The architecture in one line, for model cards."""
         return (
             f"ViT of width {self.width}, depth {self.depth}, patches of {self.patch_size} pixels, "
             f"{self.activation}, {self.pool} pooling"
         )
 
-    def caption_tokens(self, patches: int) -> int:
-        """Return how many tokens a caption decoder attends to, given the number of patches."""
+    @property
+    def num_layers(self) -> int:
+        return self.depth
+
+    @property
+    def first_layers(self) -> Mapping[str, int]:
+        tokens = ("class_embedding", "registers", "positional_embedding")
+        return dict.fromkeys(("conv1", *tokens, "ln_pre"), 0) | {"transformer": 1}
+
+    @property
+    def attention_tokens(self) -> int:
+        return self.kept_patches + self.extra_tokens
+
+    def caption_tokens(self, *, training: bool = False) -> int:
         if self.pool == "queries":
             return self.pool_queries - 1
+        patches = self.kept_patches if training else self.num_patches
         return patches + (self.pool in ("map", "mean_all")) * self.extra_tokens
 
+    @property
+    def pads_caption_tokens(self) -> bool:
+        return self.is_naflex and self.pool != "queries"
+
     def pooled_width(self, embed_dim: int) -> int:
-        """Channels before the projection, and of the tokens that a caption decoder attends to."""
         return embed_dim if self.pool == "queries" else self.width
 
+    def unprojected(self, embed_dim: int, params: Arrays) -> tuple[Self, int, Arrays]:
+        """As the CLIP paper's linear probes: features before the projection."""
+        if not self.projection:
+            return self, embed_dim, params
+        tower = replace(self, projection=False, projection_bias=False)
+        return tower, self.width, {name: x for name, x in params.items() if "proj" not in name}
+
+    def with_max_patches(self, max_patches: int | None) -> Self:
+        if self.max_patches is not None or max_patches is None:
+            return replace(self, max_patches=max_patches)
+        if not self.can_be_naflex:
+            return super().with_max_patches(max_patches)
+        # Pixels beyond the last full patch, which a fixed resolution may have, are in no size.
+        size = self.grid * self.patch_size
+        return replace(self, image_size=size, max_patches=max_patches)
+
+    def with_patch_dropout(self, fraction: float) -> Self:
+        return replace(self, patch_dropout=fraction)
+
+    def with_image_size(self, image_size: int) -> Self:
+        if self.max_patches is not None and image_size % self.patch_size:
+            raise InputError(
+                f"image_size={image_size} is not a multiple of vision.patch_size="
+                f"{self.patch_size}; a NaFlex model needs full patches. Choose another size."
+            )
+        return replace(self, image_size=image_size, max_patches=None)
+
+    def resize_grid(self, grid: Float[np.ndarray, "N D"], side: int) -> Float[Any, "n D"]:
+        """Resize position embeddings; those of a NaFlex tower as it does for such an image."""
+        if self.max_patches is None:
+            return super().resize_grid(grid, side)
+        return resize_positions(jnp.asarray(grid), jnp.array([[side, side]]), side * side)[0]
+
     def check_width(self, embed_dim: int) -> None:
-        """Raise InputError unless embeddings can have `embed_dim` dimensions."""
         if not self.projection and self.width != embed_dim:
             raise InputError(
                 f"vision.projection=False needs vision.width={self.width} to equal "
@@ -203,7 +246,6 @@ class ViTConfig:
         )
 
     def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
-        """Count the tower's operations for one image, in training without dropped patches."""
         tokens = (self.kept_patches if training else self.num_patches) + self.extra_tokens
         projected = self.projection * self.pooled_width(embed_dim)
         # NaFlex resizes the position embeddings for each image by a matmul.

@@ -1,0 +1,285 @@
+"""What every tower answers: the base classes of the configs of image towers and of text towers.
+
+A tower is a frozen dataclass derived from `ImageTowerConfig` or `TextTowerConfig`, whose `module`
+returns its Flax module. The rest of the package asks these classes alone, so a new tower is one
+file. `module` and `operations` must be defined; every other answer has a default. A tower that has
+a setting of the list "fixed" defines it as a field or a property.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Float
+
+from clip_jax.errors import InputError
+from clip_jax.models import layers
+from clip_jax.models.images import NaFlex, Square
+from clip_jax.models.layers import Layout, Operations, Remat
+
+Arrays = dict[str, Any]  # path in the model's parameters, such as visual/proj → array
+Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize", "clip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """What both kinds of towers answer about their layers and parameters."""
+
+    # Part of a step, and the pattern of its modules' names, beside those of `layers.PARTS`; for the
+    # table of `plan`.
+    parts: ClassVar[tuple[tuple[str, str], ...]] = ()
+    activation = pool = "custom"  # conversion knows the values of the towers that formats have
+    num_heads = head_width = 1  # of the attention of `attention_tokens`
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers, which `optim.layer_decay` counts and `image_tokens` can select."""
+        return 0
+
+    @property
+    def first_layers(self) -> Mapping[str, int]:
+        """Path of a module in the tower → number of its layer, from 1; 0: before the first layer.
+
+        A stack, whose parameters have the dimension `depth`, has the number of its first layer.
+        Modules and parameters that are not listed come after the last layer.
+        """
+        return {}
+
+    def layer_of(self, path: str) -> int | None:
+        """Return the number of the layer of a parameter, a path below the tower's name.
+
+        0: before the first layer; None: after the last; of a stack: its first layer.
+        """
+        numbers, names = self.first_layers, path.split("/")
+        prefixes = ("/".join(names[:end]) for end in range(1, len(names) + 1))
+        return next((numbers[prefix] for prefix in prefixes if prefix in numbers), None)
+
+    @property
+    def attention_tokens(self) -> int | None:
+        """Tokens of each self-attention in training (`Layout.attend`); None: the tower has none."""
+        return None
+
+    def check_width(self, embed_dim: int) -> None:
+        """Raise InputError unless embeddings can have `embed_dim` dimensions; by default any."""
+
+    def onnx(self, graph: Any, inputs: str) -> str:
+        """Add the tower to an `export.graph.Graph`; return the name of its features [B, E].
+
+        `inputs` is the name of normalised pixels [B, 3, H, W], or of token ids [B, L]. A tower of
+        your own is exported to ONNX by means of this method.
+        """
+        name = type(self).__name__
+        raise InputError(
+            f"{name} has no form in ONNX: use --format stablehlo, or define {name}.onnx, which "
+            "adds the tower to a graph."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTowerConfig(TowerConfig):
+    """Base of image towers. The module embeds images by `(images, keys=None, *, train=False)`."""
+
+    image_size: int = 224  # Height and width of input images, in pixels.
+
+    # Settings of some towers, fixed for all others.
+    patch_size = 1  # pixels beyond the last full patch are ignored
+    patch_dropout = 0.0  # fraction of patches dropped in training, by keys of the batch's rows
+    num_patches = 0  # of an image, with padding; 0: the tower has no patches
+    has_map_head = False  # whether pooling has the parameters of SigLIP's "MAP" head
+    # Whether the module has `tokens`, `pool_and_tokens` and `ln_post` like `ViT`, which a caption
+    # decoder and losses of single tokens need.
+    has_tokens = False
+    # Whether kernels with the dimensions P and Q are `layers.Einsum` of patches, which can have
+    # low-rank adapters; convolutions cannot.
+    has_linear_patches = False
+    extra_positions = 0  # position embeddings before those of the grid
+    grid = 0  # rows and columns of position embeddings
+    resize_method = "cubic"  # how the grid is resized, in terms of `jax.image.resize`
+
+    @property
+    def max_patches(self) -> int | None:
+        """Most patches of an image at its own aspect ratio (NaFlex); None: images are square."""
+        return None
+
+    @property
+    def batch_norm_group(self) -> int | None:
+        """Samples normalised together in training; None: the batch; 1: there is no BatchNorm."""
+        return 1
+
+    @property
+    def positions_path(self) -> str | None:
+        """Path of position embeddings in the model's parameters; None: there are none."""
+        return None
+
+    def module(self, embed_dim: int, remat: Remat, unroll: int, layout: Layout) -> nn.Module:
+        """Return the Flax module, whose parameters have named dimensions (`layers.named`)."""
+        raise NotImplementedError
+
+    def operations(self, embed_dim: int, *, training: bool = False) -> Operations:
+        """Count the tower's operations for one image, in training without dropped patches."""
+        raise NotImplementedError
+
+    @property
+    def image_spec(self) -> Square | NaFlex:
+        """The shape of the tower's input."""
+        if self.max_patches is None:
+            return Square(self.image_size)
+        return NaFlex(self.max_patches, self.patch_size)
+
+    @property
+    def is_naflex(self) -> bool:
+        """Whether images are patches at their own aspect ratio."""
+        return self.max_patches is not None
+
+    @property
+    def summary(self) -> str:
+        """The architecture in one line, for model cards."""
+        return type(self).__name__
+
+    def pooled_width(self, embed_dim: int) -> int:
+        """Channels before the projection, and of the tokens that a caption decoder attends to."""
+        return embed_dim
+
+    def caption_tokens(self, *, training: bool = False) -> int:
+        """Return how many tokens a caption decoder attends to, in training without dropped ones."""
+        return 0
+
+    @property
+    def pads_caption_tokens(self) -> bool:
+        """Whether images differ in the number of valid tokens that a caption decoder attends to."""
+        return self.is_naflex
+
+    def unprojected(self, embed_dim: int, params: Arrays) -> tuple[Self, int, Arrays]:
+        """Return the tower for linear probes, the width of its features, and its parameters.
+
+        `params` are the tower's. By default features are embeddings.
+        """
+        return self, embed_dim, params
+
+    # ------------------------------------------------------------------ other sizes
+
+    def with_max_patches(self, max_patches: int | None) -> Self:
+        """Return the tower for images of at most this many patches (NaFlex); None: unchanged.
+
+        Raises InputError if the tower takes square images only.
+        """
+        if max_patches is None:
+            return self
+        kind = type(self).__name__.removesuffix("Config")
+        raise InputError(
+            f"tokens={max_patches} needs a ViT as image tower (NaFlex), and this model has a "
+            f"{kind}, for {self.image_size} pixels; omit it."
+        )
+
+    def with_patch_dropout(self, fraction: float) -> Self:
+        """Return the tower that drops this fraction of patches in training, if it can drop any."""
+        return self
+
+    def with_image_size(self, image_size: int) -> Self:
+        """Return the tower for square images of `image_size` pixels."""
+        return replace(self, image_size=image_size)
+
+    def fit(self, params: Arrays, before: Self) -> Arrays:
+        """Return the model's parameters for this tower, from those of the same at another size.
+
+        By default position embeddings are resized: a grid of a tower for square images as in
+        open_clip, antialiased; all others are kept.
+        """
+        if self.positions_path is None or self.grid == before.grid:
+            return params
+        table = np.asarray(params[self.positions_path])
+        first, grid = np.split(table, [self.extra_positions])
+        resized = np.asarray(before.resize_grid(grid.astype(np.float32), self.grid))
+        table = np.concatenate([first, resized.astype(table.dtype)])
+        return params | {self.positions_path: table}
+
+    def resize_grid(self, grid: Float[np.ndarray, "N D"], side: int) -> Float[Any, "n D"]:
+        """Resize a square grid of position embeddings to `side` rows and columns."""
+        x = rearrange(jnp.asarray(grid), "(h w) D -> h w D", h=self.grid)
+        x = jax.image.resize(x, (side, side, x.shape[-1]), self.resize_method)
+        return rearrange(x, "h w D -> (h w) D")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Vocabulary and rules that turn texts into token ids; other rules give other ids."""
+
+    # Vocabulary. clip: OpenAI's bundled BPE with OpenAI's rules; otherwise the path of a
+    # tokenizer.json or a sentencepiece model, local or in a bucket. Empty: weights without one.
+    file: str = "clip"
+    # Cleaning before tokenization. lower: lower case. whitespace: repair mojibake and HTML, single
+    # spaces. punctuation: lower case, no ASCII punctuation (SigLIP in Hugging Face).
+    # canonicalize: repair, then punctuation (SigLIP in open_clip). clip: whitespace, then lower.
+    clean: Cleaning = "clip"
+    begin_id: int | None = None  # Token id before each text. None: none.
+    end_id: int | None = None  # Token id after each text. None: none.
+    pad_id: int = 0  # Token id that pads texts to the context length.
+    # Token id that becomes 0 wherever it is (open_clip's strip_sep_token, as in CLIPA). None: none.
+    zeroed_id: int | None = None
+    pad_side: Literal["right", "left"] = "right"  # Side of the padding.
+    # How texts that are too long are cut: before end_id (keep_end) or with it (drop_end).
+    cut: Literal["keep_end", "drop_end"] = "keep_end"
+
+    def __post_init__(self) -> None:
+        layers.check_sizes(self, "text.tokenizer.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig(TowerConfig):
+    """Base of text towers. The module embeds token ids [B, L]."""
+
+    context_length: int = 77  # Maximum tokens per text, begin and end of text included.
+    vocab_size: int = 49_408  # Number of token ids; the default is that of CLIP's BPE.
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+    # Settings of some towers, fixed for all others.
+    masks_padding = False  # whether padding, on the right, is neither attended to nor pooled
+    has_class_token = (
+        False  # whether the embedding is the state of a learned token after the text's
+    )
+    writes_captions = False  # whether it is a `TextTransformer` that caption decoders can extend
+
+    def module(self, **options: Any) -> nn.Module:
+        """Return the Flax module with `embed_dim`, `dtype`, `remat`, `unroll` and `layout`."""
+        raise NotImplementedError
+
+    def operations(self, embed_dim: int, tokens: int) -> Operations:
+        """Count the tower's operations for one text of `tokens` tokens."""
+        raise NotImplementedError
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether a text's embedding depends on the id and the amount of its padding."""
+        return not self.masks_padding
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the table of position embeddings."""
+        return self.context_length + self.has_class_token
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The end-of-text id of CLIP's vocabulary."""
+        return self.vocab_size - 1
+
+    @property
+    def clip_vocab_size(self) -> int:
+        """Number of ids of CLIP's BPE, end of text included; the model may have more above."""
+        return self.end_of_text_id + 1
+
+    @property
+    def begin_id(self) -> int | None:
+        """The id before each text; in CLIP's vocabulary the last but one."""
+        is_clip = self.tokenizer.file == "clip"
+        return self.clip_vocab_size - 2 if is_clip else self.tokenizer.begin_id
+
+    @property
+    def end_id(self) -> int | None:
+        """The id after each text; in CLIP's vocabulary the last."""
+        is_clip = self.tokenizer.file == "clip"
+        return self.clip_vocab_size - 1 if is_clip else self.tokenizer.end_id
