@@ -80,7 +80,7 @@ def exact() -> None:
 
 
 def shapes_of_the_configs(topology: str) -> list[str]:
-    room = attention.VMEM_MIB[Topology.parse(topology).chip.name] * 2**20
+    room = Topology.parse(topology).chip.vmem_bytes
     files = [
         path for path in (ROOT / "configs").glob("*.py") if "def get_config" in path.read_text()
     ]
@@ -140,7 +140,7 @@ def cycles(topology: str, *shapes: str) -> None:
         jax.jit(both).lower(
             *(jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=single) for x in sizes)
         ).compile()
-        read = schedule.read(folder)
+        read = schedule.read(folder, where.chip.matrix_units)
         counts = [
             sum(x.cycles for name, x in read.items() if f"attention_{part}" in name)
             for part in ("forward", "backward")
@@ -205,8 +205,8 @@ def layers(topology: str, *shapes: str) -> None:
         folder = Path(DUMPED.name)
         function = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
         text = function.lower(x, kernels, x, array(rows, dtype=jnp.int32)).compile().as_text()
-        works = read(text, schedule.read(folder))
-        seconds = step_seconds(bounds(where.chip, works, ()))
+        works = read(text, schedule.read(folder, where.chip.matrix_units))
+        seconds = step_seconds(bounds(where.chip.device, works, ()))
         times = (seconds[name] for name in ("sequential_bound", "schedule_estimate"))
         gigabytes = sum(x.times * x.bytes for x in works) / 1e9
         print(shape, f"{gigabytes:.1f}", *(x and f"{1e3 * x:.1f}" for x in times), flush=True)

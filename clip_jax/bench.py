@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from clip_jax import flops, sharding
+from clip_jax.chips import find, peak_flops
 from clip_jax.clock import CLOCK
 from clip_jax.config import Config
 from clip_jax.config_files import with_weights
@@ -29,7 +30,6 @@ from clip_jax.display import say, table
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.objective import reads
 from clip_jax.metrics import bucket_rates, peak_memory
-from clip_jax.metrics.chips import find, peak_flops
 from clip_jax.models.images import NaFlex, valid_patches
 from clip_jax.pods import compile as pod
 from clip_jax.pods.plan import BOUNDS

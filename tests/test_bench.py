@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax import bench
+from clip_jax import bench, chips
 from clip_jax.bench import InputBench, describe_input, describe_step, measure_input
 from clip_jax.cli import commands
 from clip_jax.cli.commands import main
@@ -20,7 +20,6 @@ from clip_jax.data.images import read_crops
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
-from clip_jax.metrics.chips import chips
 from clip_jax.pods import compile as pod
 from clip_jax.pods.compile import Facts
 from clip_jax.pods.plan import BOUNDS
@@ -172,7 +171,7 @@ def test_a_step_is_measured_beside_its_plan(written, capsys):
 def test_a_plan_of_another_step_is_refused(changes, message, written):
     command = ["bench", "step", *QUICK_STEP, "--against-plan", written(**changes)]
     with (
-        mock.patch.object(bench, "find", autospec=True, return_value=chips()["TPU v5e"]),
+        mock.patch.object(bench, "find", autospec=True, return_value=chips.table()["TPU v5e"]),
         pytest.raises(InputError, match=message),
     ):
         commands._run(command)

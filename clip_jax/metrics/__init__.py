@@ -19,10 +19,10 @@ from etils import epath
 from PIL import Image
 
 from clip_jax import processes
+from clip_jax.chips import peak_flops
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.display import Display, results
 from clip_jax.errors import InputError
-from clip_jax.metrics.chips import peak_flops
 from clip_jax.serialize import to_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath

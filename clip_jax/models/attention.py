@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from clip_jax import chips
 from clip_jax.errors import InputError
 from clip_jax.models.short_attention import MAX_LENGTH, VMEM, vmem_bytes
 
@@ -28,16 +29,7 @@ class Rotation(NamedTuple):
     sin: Float[Array, "*B L K"]
 
 
-# VMEM of one core by JAX's name of the chip; earlier chips have 16 MiB.
-VMEM_MIB = {
-    "TPU v5 lite": 128,
-    "TPU v5e": 128,
-    "TPU v6 lite": 128,
-    "TPU v6e": 128,
-    "TPU v5": 64,
-    "TPU v5p": 64,
-    "TPU7x": 64,
-}
+_EARLY_VMEM = 16 << 20  # bytes in a core of TPUs that the table of chips leaves out
 _LANES = 128  # of a TPU's vector unit; splash needs head dims and lengths in multiples of it
 SPLASH_LENGTH = 577  # tokens; from here on splash reads less memory than XLA
 _BLOCK = 512  # most tokens in a block of splash
@@ -68,8 +60,10 @@ def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> 
 
 def vmem(device: Any) -> int:
     """Return the bytes of VMEM of a core; a device that interprets kernels has none to fill."""
-    is_tpu = getattr(device, "platform", "cpu") == "tpu"
-    return VMEM_MIB.get(device.device_kind, 16) << 20 if is_tpu else VMEM
+    if getattr(device, "platform", "cpu") != "tpu":
+        return VMEM
+    chip = chips.find(device.device_kind)
+    return _EARLY_VMEM if chip is None or chip.vmem_bytes is None else chip.vmem_bytes
 
 
 def check_short(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> None:

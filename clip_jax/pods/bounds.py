@@ -10,13 +10,10 @@ estimate of cycles, which is far too high for the vector unit; it leaves out col
 import math
 from collections.abc import Sequence
 
-from clip_jax.metrics.chips import Chip
+from clip_jax.chips import Chip
 from clip_jax.pods.collectives import Collective
 from clip_jax.pods.work import Work
 
-# Bytes/s between slices, per chip and direction. Google's pages on v5e and v6e state it per pod of
-# 256 chips (6.4 and 25.6 Tbit/s); for other chips it is not known.
-NETWORK = {"TPU v5e": 3.125e9, "TPU v6e": 12.5e9}
 LIMITS = ("compute", "memory", "interconnect", "network")  # resources that work at the same time
 
 
@@ -26,9 +23,9 @@ LIMITS = ("compute", "memory", "interconnect", "network")  # resources that work
 Seconds = dict[str, float | None]
 
 
-def times(chip: Chip, works: Sequence[Work], collectives: Sequence[Collective] = ()) -> Seconds:
+def times(device: Chip, works: Sequence[Work], collectives: Sequence[Collective] = ()) -> Seconds:
     """Divide work by a device's peaks, and add up its schedules. Asynchronous copies overlap."""
-    peak, bandwidth = chip.peak_flops / chip.devices, chip.hbm_bandwidth / chip.devices
+    peak, bandwidth = device.peak_flops, device.hbm_bandwidth
     memory = sum(x.times * x.bytes for x in works) / bandwidth
     compute = operations = schedule = cost_model = None
     if all(x.flops is not None for x in works):
@@ -36,11 +33,11 @@ def times(chip: Chip, works: Sequence[Work], collectives: Sequence[Collective] =
         shown = [x for x in works if not x.hidden]
         least = [x.times * max((x.flops or 0) / peak, x.bytes / bandwidth) for x in shown]
         operations = max(sum(least), memory)
-    if chip.clock and all(x.cycles is not None for x in works):
-        cost_model = sum(x.times * (x.cycles or 0) for x in works) / chip.clock
+    if device.clock and all(x.cycles is not None for x in works):
+        cost_model = sum(x.times * (x.cycles or 0) for x in works) / device.clock
         exposed = [x for x in collectives if not x.overlapped]
-        schedule = max(sum(x.times * seconds(chip, x) for x in works), memory)
-        schedule += sum(_links(chip, exposed))
+        schedule = max(sum(x.times * seconds(device, x) for x in works), memory)
+        schedule += sum(_links(device, exposed))
     return {
         "compute": compute,
         "memory": memory,
@@ -50,53 +47,53 @@ def times(chip: Chip, works: Sequence[Work], collectives: Sequence[Collective] =
     }
 
 
-def seconds(chip: Chip, x: Work) -> float:
+def seconds(device: Chip, x: Work) -> float:
     """Return the time of one execution by its schedule, and at least that of HBM and matrix unit.
 
     It is 0 for an operation beside which others run, and for collectives, which are timed by their
     links. Without a schedule, the cost model's cycles take its place.
     """
-    if x.hidden or x.part == "collectives" or not chip.clock:
+    if x.hidden or x.part == "collectives" or not device.clock:
         return 0.0
     cycles = x.schedule if x.schedule is not None else x.cycles or 0
     return max(
-        max(cycles, x.matrix) / chip.clock,
-        x.bytes / chip.hbm_bandwidth * chip.devices,
-        (x.flops or 0) / chip.peak_flops * chip.devices,
+        max(cycles, x.matrix) / device.clock,
+        x.bytes / device.hbm_bandwidth,
+        (x.flops or 0) / device.peak_flops,
     )
 
 
-def unscheduled(chip: Chip, works: Sequence[Work]) -> dict[str, float]:
+def unscheduled(device: Chip, works: Sequence[Work]) -> dict[str, float]:
     """Return the opcodes of operations without a schedule, and their seconds in the estimate."""
     result: dict[str, float] = {}
     for x in works:
-        if x.schedule is None and (time := x.times * seconds(chip, x)):
+        if x.schedule is None and (time := x.times * seconds(device, x)):
             result[x.opcode] = result.get(x.opcode, 0.0) + time
     return result
 
 
-def _links(chip: Chip, collectives: Sequence[Collective]) -> tuple[float, float]:
+def _links(device: Chip, collectives: Sequence[Collective]) -> tuple[float, float]:
     """Return the seconds of collectives on the links of a slice or node, and between these."""
-    inwards = (chip.interconnect_bandwidth or math.inf) / 2 / chip.devices
-    network = NETWORK.get(chip.name, math.inf) / chip.devices
+    inwards = (device.interconnect_bandwidth or math.inf) / 2
+    network = device.network_bandwidth or math.inf
     return (
         sum(x.received for x in collectives) / inwards,
         sum(x.received_from_slices for x in collectives) / network,
     )
 
 
-def bounds(chip: Chip, works: Sequence[Work], collectives: Sequence[Collective]) -> Seconds:
+def bounds(device: Chip, works: Sequence[Work], collectives: Sequence[Collective]) -> Seconds:
     """Bound the resources' times in a step, and estimate the step's.
 
     Args:
-      chip: its peaks; `interconnect_bandwidth` counts both directions, half of it inwards.
-      works: operations of one JAX device; a chip has `chip.devices` of them.
-      collectives: collectives of one device.
+      device: its peaks (`Chip.device`); half of `interconnect_bandwidth` is inwards.
+      works: its operations.
+      collectives: its collectives.
     """
-    links, network = _links(chip, collectives)
+    links, network = _links(device, collectives)
     between = any(x.received_from_slices for x in collectives)
-    return times(chip, works, collectives) | {
-        "interconnect": links if chip.interconnect_bandwidth else None,
+    return times(device, works, collectives) | {
+        "interconnect": links if device.interconnect_bandwidth else None,
         "network": (network or None) if between else 0,
     }
 
@@ -114,13 +111,16 @@ def step_seconds(seconds: Seconds) -> Seconds:
 
 
 def by_part(
-    chip: Chip, works: Sequence[Work], collectives: Sequence[Collective]
+    device: Chip, works: Sequence[Work], collectives: Sequence[Collective]
 ) -> dict[str, Seconds]:
     """Return the times of each part of a step, the longest first."""
     parts = {}
     for name in dict.fromkeys(x.part for x in works):
-        own = collectives if name == "collectives" else ()
-        parts[name] = times(chip, [x for x in works if x.part == name], own)
+        parts[name] = times(
+            device,
+            [x for x in works if x.part == name],
+            collectives if name == "collectives" else (),
+        )
     return dict(
         sorted(parts.items(), key=lambda item: -(item[1]["operations"] or item[1]["memory"] or 0))
     )

@@ -6,7 +6,6 @@ starts a process of its own, `python -m clip_jax.pods.compile`.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -144,17 +143,21 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     start = CLOCK.now()
     held, shards = held_bytes(program.state, program.batch), sharding.batch_shards(mesh)
     forms = [term.chosen_form(recipe.model, recipe.batch_size, shards) for term in recipe.objective]
-    compiler = TPU_COMPILER if request.topology.is_tpu else GPU_COMPILER
+    topology = request.topology
+    versions = installed("jax", *(TPU_COMPILER if topology.is_tpu else GPU_COMPILER))
+    if topology.chip.compiled_as != topology.family:
+        versions.append(f"compiled as {topology.compiled_as}")
     try:
         options = WITHOUT_A_CARD if devices[0].platform in ("gpu", "cuda") else {}
         lowered = program.step.lower(program.state, program.batch)
         compiled = lowered.compile(compiler_options=options)
-        text = compiled.as_text()
+        text, units = compiled.as_text(), topology.chip.matrix_units
+        schedules = schedule.read(folder, units) if folder and units else None
         known = {
             "fits": True,
             "peak_bytes": peak(compiled),
-            "works": tuple(read(text, schedule.read(folder) if folder else None)),
-            "collectives": tuple(collectives(text, mesh.shape, request.topology.islands)),
+            "works": tuple(read(text, schedules)),
+            "collectives": tuple(collectives(text, mesh.shape, topology.islands)),
         }
     except jax.errors.JaxRuntimeError as error:
         arguments = sum(held[name] for name in ("parameters", "optimizer", "terms", "batch"))
@@ -165,7 +168,7 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     return Facts(
         mesh=tuple(mesh.shape.values()),
         form=", ".join(filter(None, forms)),
-        versions=", ".join(installed("jax", *compiler)),
+        versions=", ".join(versions),
         compile_seconds=CLOCK.now() - start,
         attention=attention_of(recipe.model, devices[0], mesh.shape["tensor"]),
         loss=loss,
@@ -260,7 +263,7 @@ def peak(compiled: Any) -> int:
 
 def target(topology: Topology) -> str:
     """Read the description of a card that XLA needs to compile for it."""
-    name = f"{topology.family.lower()}.txtpb"
+    name = f"{topology.chip.compiled_as.lower()}.txtpb"
     return (resources.files("clip_jax") / "pods" / "gpus" / name).read_text()
 
 
@@ -282,11 +285,12 @@ def _devices(topology: Topology) -> list[jax.Device]:
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.dims in ((1, 1), (1, 1, 1)):  # libtpu knows hosts of four chips else
         options["chips_per_host_bounds"] = (1, 1, 1)
-    if topology.family == "v4":  # one JAX device per chip, as on real ones
-        options["chip_config_name"] = "megacore"
-    name = str(dataclasses.replace(topology, slices=1))
+    if topology.chip.libtpu_config:
+        options["chip_config_name"] = topology.chip.libtpu_config
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.compiled_as, **options
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"libtpu has no --topology {topology}: {error}") from error
 

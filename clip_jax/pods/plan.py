@@ -29,7 +29,7 @@ from clip_jax.pods import compile as pod
 from clip_jax.pods.bounds import Seconds, bounds, by_part, step_seconds, unscheduled
 from clip_jax.pods.collectives import Collective
 from clip_jax.pods.compile import GPU_COMPILER, TPU_COMPILER, Facts, Request
-from clip_jax.pods.topology import NODE, Topology
+from clip_jax.pods.topology import Topology
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.step import Recipe
 from clip_jax.storage import files
@@ -236,7 +236,7 @@ def usable_bytes(topology: Topology) -> float:
     """Return how much memory of one device a run may use, in bytes."""
     if topology.is_tpu:
         # The compiler's own limit, 15.75 GiB on a v5e, exceeds the nominal 16 GB of the chip.
-        return topology.chip.hbm_bytes / topology.chip.devices
+        return topology.chip.device.hbm_bytes
     return GPU_SHARE * pod.memory_of_card(topology)
 
 
@@ -245,21 +245,21 @@ def assess(
 ) -> Plan:
     """Compute memory, step times, MFU bounds, hours and price from the compiler's facts, by default
     of all steps at the config's own recipe."""
-    topology, chip = config.topology, config.topology.chip
+    topology, device = config.topology, config.topology.chip.device
     recipe, steps = recipe or config.recipe, steps or config.steps
     vision, share = recipe.model.vision, 1.0
     if isinstance(vision, ViTConfig) and isinstance(vision.image_spec, NaFlex):
         share = config.valid_share or valid_share(vision.image_spec)
     counts = flops.of_step(recipe)
     model_flops = counts.total
-    peak_flops = topology.devices * chip.peak_flops / chip.devices
+    peak_flops = topology.devices * device.peak_flops
     entries = ("parameters", "optimizer", *["terms"] * bool(facts.terms), "batch", "loss")
     sizes = {name: getattr(facts, name) for name in entries}
     rest = facts.peak_bytes - sum(sizes.values())
     seconds, parts, times = {}, {}, dict.fromkeys(BOUNDS)
     if is_fitting := facts.fits and facts.peak_bytes <= usable_bytes(topology):
-        seconds = bounds(chip, facts.works, facts.collectives)
-        parts = by_part(chip, facts.works, facts.collectives)
+        seconds = bounds(device, facts.works, facts.collectives)
+        parts = by_part(device, facts.works, facts.collectives)
         for values in (seconds, *parts.values()) if not config.schedules else ():
             values["schedule"] = None
         times = step_seconds(seconds)
@@ -268,8 +268,7 @@ def assess(
     known = {BOUNDS[name][0]: x for name, x in mfus.items() if x and name != "cost_model"}
     mfu, mfu_source = min((x, name) for name, x in ({"assumed": config.mfu} | known).items())
     hours = steps * model_flops / (peak_flops * mfu) / 3600
-    devices_of_host = 4 * chip.devices if topology.is_tpu else NODE
-    hosts = max(1, topology.devices / devices_of_host)
+    hosts = max(1, topology.devices / topology.devices_per_host)
     return Plan(
         name=str(topology),
         fits=is_fitting,
@@ -299,13 +298,12 @@ def assess(
         mfu_source=mfu_source,
         hours=hours,
         images_per_second_per_host=steps * recipe.batch_size / (hours * 3600) / hosts,
-        price=config.chip_hour_price
-        and hours * config.chip_hour_price * topology.devices / chip.devices,
+        price=config.chip_hour_price and hours * config.chip_hour_price * topology.chips,
         versions=facts.versions,
         compile_seconds=facts.compile_seconds,
         tokens=getattr(vision, "num_patches", None),
         attention=dict(facts.attention),
-        unscheduled=unscheduled(chip, facts.works) if is_fitting and config.schedules else {},
+        unscheduled=unscheduled(device, facts.works) if is_fitting and config.schedules else {},
         valid_share=share,
         teacher_flops_per_step=counts.teacher,
         teacher_hours=hours * counts.teacher / model_flops,

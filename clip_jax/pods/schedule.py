@@ -16,14 +16,13 @@ _LIMIT = re.compile(r"scmp\.ge\.s32\.totalorder %(\w+), (\d+) /\* loop exit test
 # Increment of a loop counter: its next value, the step (> 1 if unrolled) and its value.
 _STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+), %(\w+)")
 _MATMUL = re.compile(r" vmatmul\.(\S+)")  # multiplies 8 rows of a register, or 16 packed ones
-_UNITS = 4  # matrix units of a core, v4 to 7x; each takes a row of operands per cycle
 
 
 class Schedule(NamedTuple):
     """Cycles of one operation on one core."""
 
     cycles: int
-    matrix: int = 0  # of these, cycles in which the matrix units are busy, if all four share them
+    matrix: int = 0  # of these, cycles in which the matrix units are busy, if all share them
 
 
 def dump(folder: str) -> str:
@@ -34,20 +33,20 @@ def dump(folder: str) -> str:
     )
 
 
-def read(folder: Path) -> dict[str, Schedule]:
+def read(folder: Path, matrix_units: int) -> dict[str, Schedule]:
     """Return the schedules in a folder by the names of their HLO instructions.
 
     A schedule with a loop whose length it does not state is left out.
     """
     counted = {
-        match[1]: count(path.read_text())
+        match[1]: count(path.read_text(), matrix_units)
         for path in sorted(folder.glob("*-final_bundles.txt"))
         if (match := _FILE.fullmatch(path.stem)) and path.stat().st_size
     }
     return {name: schedule for name, schedule in counted.items() if schedule}
 
 
-def count(text: str) -> Schedule | None:
+def count(text: str, matrix_units: int) -> Schedule | None:
     """Add up the bundles, times the iterations of their loops; None if these are not known.
 
     All branches count as taken. Iterations of the outermost loop that only start or end copies do
@@ -85,7 +84,7 @@ def count(text: str) -> Schedule | None:
     for loop in range(1, len(turns)):
         turns[loop] *= turns[around[loop]]
     total = sum(x * times for x, times in zip(bundles, turns, strict=True))
-    matrix = sum(x * times for x, times in zip(rows, turns, strict=True)) / _UNITS
+    matrix = sum(x * times for x, times in zip(rows, turns, strict=True)) / matrix_units
     return None if math.isnan(total) else Schedule(int(total), int(matrix))
 
 

@@ -5,41 +5,30 @@ import math
 import re
 from dataclasses import dataclass
 
+from clip_jax.chips import Chip, table
 from clip_jax.errors import InputError
-from clip_jax.metrics import chips
 
-# Name of a family -> name of its chip in chip_specs.csv. TPU families have libtpu's names.
-TPUS = {
-    "v3": "TPU v3",
-    "v4": "TPU v4",
-    "v5e": "TPU v5e",
-    "v5p": "TPU v5p",
-    "v6e": "TPU v6e",
-    "tpu7x": "TPU v7x",
-}
-GPUS = {
-    "A100": "A100 SXM 80GB",
-    "A100-40GB": "A100 SXM 40GB",
-    "H100": "H100 SXM",
-    "H200": "H200 SXM",
-    "B200": "B200 SXM",
-}
-NODE = 8  # GPUs per node, joined by NVLink
+
+@functools.cache
+def families() -> dict[str, Chip]:
+    """Return the chips that can be planned for, by their names in `--topology`."""
+    return {chip.topology: chip for chip in table().values() if chip.topology}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
     """A TPU slice, several slices, or GPUs."""
 
-    family: str  # a key of TPUS or GPUS
+    family: str  # a key of `families`
     dims: tuple[int, ...]  # chips along each axis of a slice, or the number of GPUs
     slices: int = 1  # TPU slices, joined along the data axis by the data-centre network
 
     def __post_init__(self) -> None:
         if self.slices < 1 or (self.slices > 1 and not self.is_tpu):
             raise InputError(f"slices={self.slices} must be 1 for GPUs, at least 1 for TPUs.")
-        if not self.is_tpu and self.devices > NODE and self.devices % NODE:
-            raise InputError(f"topology {self}: above {NODE} GPUs, use a multiple of {NODE}.")
+        node = self.chip.chips_per_host
+        if not self.is_tpu and self.devices > node and self.devices % node:
+            raise InputError(f"topology {self}: above {node} GPUs, use a multiple of {node}.")
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
@@ -47,34 +36,55 @@ class Topology:
         match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)(?:/slices=(\d+))?", text)
         family, size, slices = match.groups() if match else ("", "0", None)
         dims = tuple(int(x) for x in size.split("x"))
-        known = {name.lower(): name for name in (*TPUS, *GPUS)}
-        name = known.get(family.lower(), "")
-        if not all(dims) or len(dims) not in ((2, 3) if name in TPUS else (1,)) or not name:
+        chip = {name.lower(): chip for name, chip in families().items()}.get(family.lower())
+        axes = (2, 3) if chip and chip.platform == "tpu" else (1,)
+        if chip is None or not all(dims) or len(dims) not in axes:
+            tpus, gpus = (
+                ", ".join(name for name, chip in families().items() if chip.platform == platform)
+                for platform in ("tpu", "gpu")
+            )
             raise InputError(
                 f"topology {text!r} is not known; set --topology to a TPU slice such as "
-                f"v5e:16x16, v5p:4x4x8 or v5e:16x16/slices=2 (families {', '.join(TPUS)}) or GPUs "
-                f"such as H100:64 ({', '.join(GPUS)})."
+                f"v5e:16x16, v5p:4x4x8 or v5e:16x16/slices=2 (families {tpus}) or GPUs "
+                f"such as H100:64 ({gpus})."
             )
-        return cls(family=name, dims=dims, slices=int(slices or 1))
+        return cls(family=chip.topology, dims=dims, slices=int(slices or 1))
 
     def __str__(self) -> str:
-        slices = f"/slices={self.slices}" if self.slices > 1 else ""
-        return f"{self.family}:{'x'.join(map(str, self.dims))}{slices}"
+        return self._named(self.family, self.slices)
+
+    def _named(self, family: str, slices: int) -> str:
+        size = "x".join(map(str, self.dims))
+        return f"{family}:{size}" + (f"/slices={slices}" if slices > 1 else "")
+
+    @property
+    def compiled_as(self) -> str:
+        """Return the name of one slice by which the compiler knows it."""
+        return self._named(self.chip.compiled_as, slices=1)
 
     @property
     def is_tpu(self) -> bool:
-        return self.family in TPUS
+        return self.chip.platform == "tpu"
 
-    @functools.cached_property
-    def chip(self) -> chips.Chip:
-        return chips.chips()[(TPUS | GPUS)[self.family]]
+    @property
+    def chip(self) -> Chip:
+        return families()[self.family]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.dims) * self.slices
 
     @property
     def devices(self) -> int:
         """Number of JAX devices; a chip may have several."""
-        return math.prod(self.dims) * self.slices * self.chip.devices
+        return self.chips * self.chip.devices
+
+    @property
+    def devices_per_host(self) -> int:
+        """Number of JAX devices on a host of a TPU slice, or joined by NVLink."""
+        return self.chip.chips_per_host * self.chip.devices
 
     @property
     def islands(self) -> int:
         """Number of groups of consecutive devices that only the slower network joins."""
-        return self.slices if self.is_tpu else -(-self.devices // NODE)
+        return self.slices if self.is_tpu else -(-self.devices // self.devices_per_host)

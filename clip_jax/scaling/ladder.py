@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from clip_jax import flops, processes
+from clip_jax import chips, flops, processes
 from clip_jax.checkpoints.resume import branch_point, check_resumable
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
@@ -27,7 +27,6 @@ from clip_jax.config_files import complete, run_file, with_order
 from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.losses import TermConfig
 from clip_jax.losses.objective import fitting
-from clip_jax.metrics import chips
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.scaling import jobs
@@ -44,16 +43,16 @@ from clip_jax.storage.json_files import read_json
 class HardwareConfig:
     """Hardware that trains a point, to estimate its hours."""
 
-    chip: str = "TPU v5e"  # Name in chip_specs.csv, or any name with peak_flops.
+    chip: str = "TPU v5e"  # Name in chips.csv, or any name with peak_flops.
     chips: int = 1  # Number of chips that train one point together.
     mfu: float = 0.4  # Assumed MFU (0 to 1); `clip-jax plan` and `bench` have better figures.
     peak_flops: float | None = None  # FLOP/s of one chip. None: its dense bf16 peak in the table.
     start_seconds: float = 0.0  # Seconds per point for start, compilation and evaluation.
 
     def __post_init__(self) -> None:
-        if self.peak_flops is None and self.chip not in chips.chips():
+        if self.peak_flops is None and self.chip not in chips.table():
             raise InputError(
-                f"hardware.chip={self.chip!r} is not one of {', '.join(chips.chips())}; use one of "
+                f"hardware.chip={self.chip!r} is not one of {', '.join(chips.table())}; use one of "
                 "these, or set hardware.peak_flops."
             )
         check_ranges(
@@ -67,7 +66,7 @@ class HardwareConfig:
 
     def hours(self, training_flops: float) -> float:
         """Estimate the hours of one point; nothing else converts FLOPs to time."""
-        peak = self.peak_flops or chips.chips()[self.chip].peak_flops
+        peak = self.peak_flops or chips.table()[self.chip].peak_flops
         seconds = training_flops / (self.chips * peak * self.mfu) + self.start_seconds
         return seconds / 3600
 

@@ -186,7 +186,7 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
         "learning_rate": rate,
         "topology": str(config.topology),
         "mfu": config.mfu,
-        "hours": chip_hours * config.topology.chip.devices / config.topology.devices,
+        "hours": chip_hours / config.topology.chips,
         "chip_hours": chip_hours,
         "price": price and chip_hours * price,
         "options": options,

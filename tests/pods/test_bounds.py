@@ -2,12 +2,12 @@
 
 import pytest
 
-from clip_jax.metrics.chips import chips
+from clip_jax import chips
 from clip_jax.pods.bounds import bounds, by_part, step_seconds, unscheduled
 from clip_jax.pods.collectives import Collective
 from clip_jax.pods.work import Work
 
-V5E = chips()["TPU v5e"]
+V5E = chips.table()["TPU v5e"]
 SECOND = {"flops": V5E.peak_flops, "bytes": int(V5E.hbm_bandwidth)}  # of either, alone
 CYCLES = 1_500_000_000  # of a second
 
@@ -103,4 +103,4 @@ def test_the_network_between_slices_bounds_a_step_where_it_is_known():
     slow = [collective(0, between=3_125 * 10**6, overlapped=True)]
     assert step_seconds(bounds(V5E, [work()], slow))["bound"] == pytest.approx(1)
     assert bounds(V5E, [work()], [])["network"] == 0
-    assert bounds(chips()["TPU v4"], [work()], slow)["network"] is None
+    assert bounds(chips.table()["TPU v4"], [work()], slow)["network"] is None

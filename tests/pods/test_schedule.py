@@ -29,7 +29,7 @@ CYCLES = 2 + 4 * (2 + 3 * 2 + 1) + 1
 
 def test_bundles_count_as_often_as_their_loop_runs(tmp_path):
     """The matrix units, four of a core, each take a row per cycle."""
-    assert schedule.count(TEXT) == (CYCLES, 4 * 3 * (16 + 8 + 8) // 4)
+    assert schedule.count(TEXT, 4) == (CYCLES, 4 * 3 * (16 + 8 + 8) // 4)
     assert CYCLES == 39
     (tmp_path / "17-my_kernel.3-72-final_bundles.txt").write_text(TEXT)
     (tmp_path / "17-copy.1-72-final_bundles.txt").write_text("     0   :  { %s1 = smov 0 }\n")
@@ -37,7 +37,7 @@ def test_bundles_count_as_often_as_their_loop_runs(tmp_path):
     (tmp_path / "17-unknown.4-72-final_bundles.txt").write_text(
         TEXT.replace("%s5, 6 ", "%s5, %s6 ")
     )
-    schedules = {name: x.cycles for name, x in schedule.read(tmp_path).items()}
+    schedules = {name: x.cycles for name, x in schedule.read(tmp_path, 4).items()}
     assert schedules == {"my_kernel.3": CYCLES, "copy.1": 1}
 
 
@@ -52,13 +52,13 @@ def test_bundles_count_as_often_as_their_loop_runs(tmp_path):
 )
 def test_turns_that_only_copy_are_those_that_the_body_tests_for(old, new, turns):
     assert old in TEXT
-    [cycles, _] = schedule.count(TEXT.replace(old, new)) or (0, 0)
+    [cycles, _] = schedule.count(TEXT.replace(old, new), 4) or (0, 0)
     assert cycles == 2 + turns * (2 + 3 * 2 + 1) + 1
 
 
 def test_a_loop_may_end_late_or_be_of_unknown_length():
     """Its end may stand behind a bundle of the one around it."""
     late = "   0x6   : > { %s8 = smov 0 }\n   0x7   : >> { %v3 = vpop.f32 }\n   0x6 PF:"
-    assert schedule.count(TEXT.replace("   0x6 PF:", late)) == (CYCLES + 4 * (1 + 3), 96)
-    assert schedule.count("     0 LB:  { %s1 = smov 0 }\n") == (1, 0)  # not a loop of its own
-    assert schedule.count(TEXT.replace("%s5, 6 ", "%s5, %s6 ")) is None
+    assert schedule.count(TEXT.replace("   0x6 PF:", late), 4) == (CYCLES + 4 * (1 + 3), 96)
+    assert schedule.count("     0 LB:  { %s1 = smov 0 }\n", 4) == (1, 0)  # not a loop of its own
+    assert schedule.count(TEXT.replace("%s5, 6 ", "%s5, %s6 "), 4) is None

@@ -1,9 +1,14 @@
 """Names of pods."""
 
+import dataclasses
+from unittest import mock
+
 import pytest
 
+from clip_jax import chips
 from clip_jax.pods import compile as pod
-from clip_jax.pods.topology import GPUS, Topology
+from clip_jax.pods import topology as names
+from clip_jax.pods.topology import Topology, families
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,14 @@ def test_what_is_none_is_refused(name):
         Topology.parse(name)
 
 
-@pytest.mark.parametrize("family", GPUS)
-def test_every_gpu_is_described_to_the_compiler(family):
-    topology = Topology.parse(f"{family}:8")
+def test_a_chip_that_the_compiler_lacks_is_compiled_as_another():
+    newest = dataclasses.replace(chips.table()["TPU v6e"], name="TPU v99", topology="v99")
+    with mock.patch.object(names, "families", autospec=True, return_value={"v99": newest}):
+        topology = Topology.parse("v99:2x4/slices=2")
+        assert (str(topology), topology.compiled_as) == ("v99:2x4/slices=2", "v6e:2x4")
+
+
+@pytest.mark.parametrize("chip", [x for x in families().values() if x.platform == "gpu"])
+def test_every_gpu_is_described_to_the_compiler(chip):
+    topology = Topology.parse(f"{chip.topology}:8")
     assert pod.memory_of_card(topology) == pytest.approx(topology.chip.hbm_bytes, rel=0.08)
