@@ -25,7 +25,6 @@ from clip_jax.metrics import profile_range
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import ImageSpec
 from clip_jax.models.lora import LoRAConfig
-from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig, Tower
 from clip_jax.processes import ProcessesConfig
 from clip_jax.sharding import MeshConfig
@@ -102,8 +101,7 @@ class Config:
                 f"{self.accumulation} × {group or 1} (model.vision.batch_norm_group)."
             )
         if self.lengths is not None:
-            is_naflex = isinstance(vision, ViTConfig) and vision.max_patches is not None
-            if not is_naflex or self.double_batch_at:
+            if vision.max_patches is None or self.double_batch_at:
                 raise InputError(
                     "lengths needs a NaFlex model and no double_batch_at: set "
                     "--model.vision.max-patches to the default number of patches, or remove "
@@ -139,11 +137,11 @@ class Config:
     def batches(self) -> BatchPlan:
         """The size and image shape of every batch of the run."""
         vision = self.model.vision
-        if self.lengths is None or not isinstance(vision, ViTConfig):
+        if self.lengths is None:
             return doubling(self.batch_size, vision.image_spec, self.double_batch_at)
 
         def spec_of(patches: int | None) -> ImageSpec:
-            return replace(vision, max_patches=patches).image_spec
+            return vision.with_max_patches(patches).image_spec
 
         patches, seed = vision.num_patches, self.data.seed
         return self.lengths.plan(self.batch_size, patches, spec_of, self.steps, seed)
@@ -169,10 +167,8 @@ class Config:
 
     def recipe_of(self, kind: BatchKind) -> Recipe:
         """Return the recipe of the updates that take one kind of batches."""
-        model = self.model
-        if isinstance(model.vision, ViTConfig):
-            vision = replace(model.vision, max_patches=kind.max_patches)
-            model = replace(model, vision=vision)
+        vision = self.model.vision.with_max_patches(kind.max_patches)
+        model = replace(self.model, vision=vision)
         return replace(self.recipe, batch_size=kind.pairs, model=model)
 
     def variants(self) -> list[tuple[int, Recipe]]:

@@ -24,7 +24,6 @@ from clip_jax.errors import InputError, naming
 from clip_jax.losses import ClassifierConfig, DistillationConfig
 from clip_jax.losses.pairs import Pairwise
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.vit import ViTConfig
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -104,9 +103,8 @@ def with_weights(config: AnyConfig) -> AnyConfig:
         own = {name: getattr(model, name) for name in ("dtype", "remat", "unroll", "attention")}
         initial, preprocess = read(config.init_from, "init_from")
         model = replace(initial, **own)
-        if isinstance(model.vision, ViTConfig) and isinstance(config.model.vision, ViTConfig):
-            dropout = config.model.vision.patch_dropout
-            model = replace(model, vision=replace(model.vision, patch_dropout=dropout))
+        dropout = config.model.vision.patch_dropout
+        model = replace(model, vision=model.vision.with_patch_dropout(dropout))
         if {x.needs_bias for x in config.objective if isinstance(x, Pairwise)} == {False}:
             model = replace(model, init_logit_bias=None)
     objective = tuple(map(complete, config.objective))

@@ -19,7 +19,6 @@ from clip_jax.evals import prompts
 from clip_jax.evals.ranks import NotFinite, check_finite
 from clip_jax.models.clip import CLIP, Params, l2_normalize
 from clip_jax.models.images import Images
-from clip_jax.models.vit import ViTConfig
 from clip_jax.storage.files import AnyPath
 
 
@@ -133,12 +132,9 @@ def embed_for_probe(model: CLIP, params: Params, images: Images) -> Float[Array,
     """Embed images for a linear probe as the CLIP paper does: a ViT's features before the
     projection, or a ResNet's embeddings, neither of them normalised."""
     config = model.config
-    if isinstance(config.vision, ViTConfig) and config.vision.projection:
-        vision = replace(config.vision, projection=False, projection_bias=False)
-        model = replace(model, config=replace(config, embed_dim=vision.width, vision=vision))
-        visual = {name: x for name, x in params["visual"].items() if "proj" not in name}
-        params = {**params, "visual": visual}
-    return embed_images(model, params, images, normalize=False)
+    vision, width, visual = config.vision.unprojected(config.embed_dim, params["visual"])
+    model = replace(model, config=replace(config, embed_dim=width, vision=vision))
+    return embed_images(model, {**params, "visual": visual}, images, normalize=False)
 
 
 @runtime_checkable

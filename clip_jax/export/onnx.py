@@ -4,7 +4,7 @@ import importlib.util
 import string
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,11 +18,9 @@ from clip_jax.errors import InputError
 from clip_jax.export import patches
 from clip_jax.export.graph import INLINE_BYTES, Graph
 from clip_jax.export.towers import caption_logits, image_tower, text_tower
-from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import Images, NaFlex, Patches
 from clip_jax.models.text import TextConfig
-from clip_jax.models.vit import ViTConfig
 
 # Texts that --verify tokenizes: cases, signs, and more words than any context has.
 TEXTS = ("A photo of a CAT.", "snake_case, it's 42 O'Clock!", "Naïve CAFÉ: e-mail", "x " * 2_000)
@@ -157,8 +155,10 @@ def _write_beside(
     own_padding = config.text.sees_padding
     if layout == "immich":
         own, words = is_open_clips_own(config.text), dict[str, Any]()
-        is_bert, length = isinstance(config.text, BertConfig), config.text.context_length
-        words |= {"context_length": length} if is_bert else text_cfg(config.text)
+        if config.text.has_token_types:  # a BERT, which open_clip describes by a model of the hub
+            words["context_length"] = config.text.context_length
+        else:
+            words |= text_cfg(config.text)
         if not own:  # tokenizer.json cleans: immich does not lower case, and joins at underscores
             words["tokenizer_kwargs"] = {"clean": "whitespace"}
         vision = {"image_size": config.vision.image_size}
@@ -175,8 +175,7 @@ def _write_beside(
     kind, size = "siglip" if siglip else "clip", {"image_size": config.vision.image_size}
     if isinstance(spec, NaFlex):
         kind = "siglip2"
-        grid = cast(ViTConfig, config.vision).grid
-        size = {"num_patches": grid**2, "patch_size": spec.patch_size}
+        size = {"num_patches": config.vision.grid**2, "patch_size": spec.patch_size}
     content = {
         "architectures": ["CLIPModel" if kind == "clip" else f"{kind.title()}Model"],
         "model_type": kind,

@@ -114,9 +114,7 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
     length = model.config.text.context_length
     empty = jax.eval_shape(lambda: model.empty_cache(1, length))
     # Keys and values, and how many of them are valid where images differ in it.
-    vision = model.config.vision
-    padded = isinstance(vision.image_spec, NaFlex) and vision.pool != "queries"
-    image = (0,) * (3 if padded else 2)
+    image = (0,) * (3 if model.config.vision.pads_caption_tokens else 2)
     kept = jax.tree.structure(
         empty._replace(decoder=[layer._replace(image=image) for layer in empty.decoder])
     )

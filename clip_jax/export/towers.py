@@ -5,6 +5,7 @@ unrolled; BatchNorm's running statistics are folded into the convolutions before
 have no KV cache: all tokens are computed again for each new one.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from clip_jax.models.decoder import MaMMUTConfig
 from clip_jax.models.layers import BlockConfig, BlockInit, Layout
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
+from clip_jax.models.tower import ImageTowerConfig, TowerConfig
 from clip_jax.models.vit import ViTConfig
 
 Tables = tuple[np.ndarray, np.ndarray]  # cosines and sines of rotary positions
@@ -32,23 +34,34 @@ def image_tower(graph: Graph, config: CLIPConfig, pixels: str) -> str:
 
     Returns features [B, E] in float32, not normalised.
     """
-    x, vision = graph.computed(pixels), config.vision
-    if isinstance(vision, ResNetConfig):
-        return graph.exact(_resnet(graph, vision, x))
-    if isinstance(vision, ConvNeXtConfig):
-        x = _convnext(graph, vision, x)
-    else:
-        x, _ = _vit(graph, vision, x)
-    if graph.has("visual/proj"):
-        x = graph.linear(x, graph.weight("visual/proj"))
-    if graph.has("visual/proj_bias"):
-        x = graph.op("Add", x, graph.number(graph.weight("visual/proj_bias")))
-    return graph.exact(x)
+    return graph.exact(_features(config.vision, graph, graph.computed(pixels)))
 
 
 def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
     """Embed token ids [B, L]; returns features [B, E] in float32, not normalised."""
-    text = config.text
+    return graph.exact(_features(config.text, graph, ids))
+
+
+@functools.singledispatch
+def _features(tower: TowerConfig, graph: Graph, inputs: str) -> str:
+    """Embed normalised pixels, or token ids; each family has its function below."""
+    return tower.onnx(graph, inputs)
+
+
+def _project(graph: Graph, x: str) -> str:
+    """Add an image tower's projection, if it has one."""
+    if graph.has("visual/proj"):
+        x = graph.linear(x, graph.weight("visual/proj"))
+    if graph.has("visual/proj_bias"):
+        x = graph.op("Add", x, graph.number(graph.weight("visual/proj_bias")))
+    return x
+
+
+# ------------------------------------------------------------------ texts
+
+
+@_features.register
+def _(text: TextConfig, graph: Graph, ids: str) -> str:
     if text.sees_padding:
         ids = _at_full_length(graph, text, ids)
     length = graph.op("Shape", ids, start=1, end=2)
@@ -92,7 +105,7 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
         x = graph.linear(x, graph.weight("text/text_projection"))
     if text.projection_bias:
         x = graph.op("Add", x, graph.number(graph.weight("text/text_projection_bias")))
-    return graph.exact(x)
+    return x
 
 
 def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> str:
@@ -101,9 +114,9 @@ def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> s
     Inputs are normalised pixels as for `image_tower`, and ids [B, L], the begin token first.
     """
     text, vision = config.text, config.vision
-    if config.decoder is None or not isinstance(vision, ViTConfig):
-        raise ValueError("the model has no decoder that attends to a vision transformer's tokens")
-    image, seen = _vit(graph, vision, graph.computed(pixels), tokens=True)
+    if config.decoder is None:
+        raise ValueError("the model has no decoder")
+    image, seen = _caption_tokens(vision, graph, graph.computed(pixels))
     length = graph.op("Shape", ids, start=1, end=2)
     mask = causal = _causal_mask(graph, text, length)
     x = _embedded(graph, text, ids, length)
@@ -119,9 +132,6 @@ def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> s
         x = _stack(graph, text, "text", x, mask)
     x = _norm(graph, text, f"{tower}/ln_final", _stack(graph, text, tower, x, causal, image, seen))
     return graph.exact(graph.linear(x, graph.weight("decoder/vocab_projection")))
-
-
-# ------------------------------------------------------------------ texts
 
 
 def _at_full_length(graph: Graph, text: TextConfig, ids: str) -> str:
@@ -288,6 +298,24 @@ def _mlp(graph: Graph, c: BlockConfig, x: str, path: str, layer: int | None = No
 
 
 # ------------------------------------------------------------------ vision transformers
+
+
+@_features.register
+def _(vision: ViTConfig, graph: Graph, x: str) -> str:
+    return _project(graph, _vit(graph, vision, x)[0])
+
+
+@functools.singledispatch
+def _caption_tokens(vision: ImageTowerConfig, graph: Graph, x: str) -> tuple[str, str | None]:
+    """Return the tokens that a decoder attends to, and the additive mask of their padding."""
+    raise InputError(
+        f"captions of a {type(vision).__name__} have no form in ONNX; use --format stablehlo."
+    )
+
+
+@_caption_tokens.register
+def _(vision: ViTConfig, graph: Graph, x: str) -> tuple[str, str | None]:
+    return _vit(graph, vision, x, tokens=True)
 
 
 def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> tuple[str, str | None]:
@@ -459,9 +487,8 @@ def _query_pool(graph: Graph, config: ViTConfig, x: str, mask: str | None) -> st
 # ------------------------------------------------------------------ ConvNeXts
 
 
-def _convnext(graph: Graph, config: ConvNeXtConfig, x: str) -> str:
-    """Add the tower up to its projection."""
-
+@_features.register
+def _(config: ConvNeXtConfig, graph: Graph, x: str) -> str:
     def last(x: str) -> str:  # channels, for norms and linear maps
         return graph.op("Transpose", x, perm=[0, 2, 3, 1])
 
@@ -491,13 +518,16 @@ def _convnext(graph: Graph, config: ConvNeXtConfig, x: str) -> str:
             y = _scaled(graph, y, f"visual/{path}/ls/gamma", layer)
             x = graph.op("Add", x, first(y))
     x = norm(graph.op("ReduceMean", x, graph.integers(2, 3), keepdims=0), "ln_post")
-    return graph.activation(graph.dense(x, "visual/fc"), "gelu") if config.head == "mlp" else x
+    if config.head == "mlp":
+        x = graph.activation(graph.dense(x, "visual/fc"), "gelu")
+    return _project(graph, x)
 
 
 # ------------------------------------------------------------------ ResNets
 
 
-def _resnet(graph: Graph, config: ResNetConfig, x: str) -> str:
+@_features.register
+def _(config: ResNetConfig, graph: Graph, x: str) -> str:
     for name, norm, stride in (("conv1", "bn1", 2), ("conv2", "bn2", 1), ("conv3", "bn3", 1)):
         x = graph.op("Relu", _conv(graph, x, f"visual/{name}", f"visual/{norm}", stride))
     x = _avg_pool(graph, x, 2)

@@ -310,6 +310,10 @@ class MaMMUTConfig(TowerConfig):
         tower = TextTransformer(text, **options, block=Layer, fields=fields, blocks=fields[0])
         return tower, MaMMUTDecoder(image_width, text.width, text.vocab_size)
 
+    @property
+    def first_layers(self) -> Mapping[str, int]:
+        return {}
+
     def text_layers(self, depth: int) -> int:
         """Return the number of layers, several blocks each, of a text tower of `depth` blocks."""
         return depth // self.cross_every

@@ -6,7 +6,7 @@ file. `module` and `operations` must be defined; every other answer has a defaul
 a setting of the list "fixed" defines it as a field or a property.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -48,7 +48,11 @@ class TowerConfig:
         A stack, whose parameters have the dimension `depth`, has the number of its first layer.
         Modules and parameters that are not listed come after the last layer.
         """
-        return {}
+        name = type(self).__name__
+        raise InputError(
+            f"{name} does not say which layer a parameter belongs to: set optim.layer_decay=1, or "
+            f"define {name}.first_layers and num_layers."
+        )
 
     def layer_of(self, path: str) -> int | None:
         """Return the number of the layer of a parameter, a path below the tower's name.
@@ -78,6 +82,14 @@ class TowerConfig:
             f"{name} has no form in ONNX: use --format stablehlo, or define {name}.onnx, which "
             "adds the tower to a graph."
         )
+
+
+def parts_of(towers: Iterable[TowerConfig] = ()) -> dict[str, str]:
+    """Return the parts of a step with these towers: name → pattern of its modules' names."""
+    patterns: dict[str, list[str]] = {}
+    for part, pattern in (*layers.PARTS, *(x for tower in towers for x in tower.parts)):
+        patterns.setdefault(part, []).append(pattern)
+    return {part: "|".join(dict.fromkeys(alike)) for part, alike in patterns.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

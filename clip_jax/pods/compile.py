@@ -27,8 +27,8 @@ from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
 from clip_jax.losses.objective import total
 from clip_jax.models import attention
-from clip_jax.models.clip import CLIPConfig, Text, path_name
-from clip_jax.models.vit import ViTConfig
+from clip_jax.models.clip import CLIPConfig, path_name
+from clip_jax.models.tower import parts_of
 from clip_jax.pods import schedule
 from clip_jax.pods.collectives import Collective, collectives
 from clip_jax.pods.topology import Topology
@@ -140,6 +140,8 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
     """
     recipe, mesh = request.recipe, sharding.make_mesh(request.mesh, devices)
     program = Program(recipe, mesh)
+    frozen = [x.config for term in recipe.objective for x in term.frozen().values()]
+    parts = parts_of(x for model in (recipe.model, *frozen) for x in model.towers.values())
     start = CLOCK.now()
     held, shards = held_bytes(program.state, program.batch), sharding.batch_shards(mesh)
     forms = [term.chosen_form(recipe.model, recipe.batch_size, shards) for term in recipe.objective]
@@ -156,7 +158,7 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
         known = {
             "fits": True,
             "peak_bytes": peak(compiled),
-            "works": tuple(read(text, schedules)),
+            "works": tuple(read(text, schedules, parts)),
             "collectives": tuple(collectives(text, mesh.shape, topology.islands)),
         }
     except jax.errors.JaxRuntimeError as error:
@@ -179,18 +181,16 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
 
 def attention_of(model: CLIPConfig, device: Any, tensor: int) -> tuple[tuple[str, str], ...]:
     """Return the backend of each tower's attention in training; convolutions have none."""
-    sizes: dict[str, tuple[int, ViTConfig | Text]] = {}
-    if isinstance(model.vision, ViTConfig):
-        sizes["image"] = model.vision.kept_patches + model.vision.extra_tokens, model.vision
-    sizes["text"] = model.text.context_length + model.text.has_class_token, model.text
-
-    def backend(tokens: int, tower: ViTConfig | Text) -> str:
-        if model.attention != "auto":
-            return model.attention
-        heads = tower.num_heads // tensor
-        return attention.choose(device, tokens, heads, tower.head_width, model.dtype)
-
-    return tuple((name, backend(*size)) for name, size in sizes.items())
+    backends = []
+    for name, tower in (("image", model.vision), ("text", model.text)):
+        if tower.attention_tokens is None:
+            continue
+        backend = model.attention
+        if backend == "auto":
+            size = (tower.attention_tokens, tower.num_heads // tensor, tower.head_width)
+            backend = attention.choose(device, *size, model.dtype)
+        backends.append((name, backend))
+    return tuple(backends)
 
 
 def needed_bytes(message: str, held: int) -> int | None:

@@ -24,7 +24,6 @@ from clip_jax.display import say
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import NaFlex
 from clip_jax.models.layers import Remat
-from clip_jax.models.vit import ViTConfig
 from clip_jax.pods import compile as pod
 from clip_jax.pods.bounds import Seconds, bounds, by_part, step_seconds, unscheduled
 from clip_jax.pods.collectives import Collective
@@ -248,7 +247,7 @@ def assess(
     topology, device = config.topology, config.topology.chip.device
     recipe, steps = recipe or config.recipe, steps or config.steps
     vision, share = recipe.model.vision, 1.0
-    if isinstance(vision, ViTConfig) and isinstance(vision.image_spec, NaFlex):
+    if isinstance(vision.image_spec, NaFlex):
         share = config.valid_share or valid_share(vision.image_spec)
     counts = flops.of_step(recipe)
     model_flops = counts.total
@@ -301,7 +300,7 @@ def assess(
         price=config.chip_hour_price and hours * config.chip_hour_price * topology.chips,
         versions=facts.versions,
         compile_seconds=facts.compile_seconds,
-        tokens=getattr(vision, "num_patches", None),
+        tokens=vision.num_patches or None,
         attention=dict(facts.attention),
         unscheduled=unscheduled(device, facts.works) if is_fitting and config.schedules else {},
         valid_share=share,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clip_jax.models.tower import parts_of
 from clip_jax.pods import hlo
 from clip_jax.pods.collectives import KINDS
 from clip_jax.pods.hlo import Computation, Instruction, Shape, numbers, search
@@ -59,13 +60,19 @@ class Work:
     hidden: bool = False  # asynchronous: its bytes move while other operations compute
 
 
-def read(text: str, schedules: Mapping[str, Schedule] | None = None) -> list[Work]:
+def read(
+    text: str,
+    schedules: Mapping[str, Schedule] | None = None,
+    parts: Mapping[str, str] | None = None,
+) -> list[Work]:
     """List the operations of a step.
 
     Args:
       text: optimised HLO, `compiled.as_text()`.
       schedules: by name of the instruction. The compiler compiles equal operations once; those
         of the same kind, arrays and estimate are taken as equal.
+      parts: names of the parts of a step, and patterns of their modules' names, by default those
+        of the common layers (see `tower.parts_of`).
     """
     computations, entry = hlo.parse(text)
     pieces = [
@@ -80,6 +87,7 @@ def read(text: str, schedules: Mapping[str, Schedule] | None = None) -> list[Wor
         for visit, x in pieces
         if schedules and x.name in schedules
     }
+    patterns = (parts_of() if parts is None else dict(parts)) | _OTHER_PARTS
     works = []
     for visit, x in pieces:
         schedule = equal.get(_program(x, visit.computation))
@@ -87,7 +95,7 @@ def read(text: str, schedules: Mapping[str, Schedule] | None = None) -> list[Wor
             Work(
                 name=x.name,
                 opcode=x.opcode,
-                part=part_of(x, visit.source),
+                part=part_of(x, patterns, visit.source),
                 times=visit.times,
                 flops=count_flops(x, visit.computation, computations),
                 bytes=_traffic(x, visit.computation, computations),
@@ -101,7 +109,7 @@ def read(text: str, schedules: Mapping[str, Schedule] | None = None) -> list[Wor
     return works
 
 
-def part_of(x: Instruction, caller: str = "") -> str:
+def part_of(x: Instruction, patterns: Mapping[str, str], caller: str = "") -> str:
     """Return the part of the step that an instruction belongs to, by its modules' names."""
     source = x.source or caller
     if x.opcode.removesuffix("-start") in KINDS:
@@ -109,22 +117,15 @@ def part_of(x: Instruction, caller: str = "") -> str:
     moves = x.opcode.startswith("copy") or x.opcode == "slice-start"
     if moves or source.endswith("dynamic_update_slice"):  # what a scan saves
         return "copies"
-    for part, pattern in _PARTS:
-        if re.search(pattern, source):
-            return part
-    return "unnamed"
+    matching = (part for part, pattern in patterns.items() if re.search(pattern, source))
+    return next(matching, "unnamed")
 
 
-_PARTS = (
-    ("norms", r"/(ln_\w+|norm|bn\d|\w*bn)/|batch_norm"),
-    ("projections", r"/(in_proj|out_proj|conv1|[qkv]_proj|c_proj_pool)/(?!.*mlp)|/(q|kv|proj)/"),
-    ("MLP", r"/mlp/"),
-    ("attention", r"/attn|attn_pool|attnpool"),
-    ("convolutions", r"/(layer\d|conv\d|downsample)"),
-    ("towers, else", r"/(visual|text)|Towers\."),
-    ("loss", r"jvp\("),
-    ("optimizer", r"jit\("),
-)
+_OTHER_PARTS = {  # what belongs to no part of a tower
+    "towers, else": r"/(visual|text)|Towers\.",
+    "loss": r"jvp\(",
+    "optimizer": r"jit\(",
+}
 
 
 def _target(x: Instruction) -> str:
