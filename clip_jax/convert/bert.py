@@ -1,18 +1,25 @@
 """Text towers BERT, RoBERTa and XLM-RoBERTa, in open_clip and in AltCLIP and ChineseCLIP."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-from clip_jax.convert.settings import Settings, Table, by_table, read_json
+from clip_jax.convert import hugging_face_clip, hugging_face_family
+from clip_jax.convert.hugging_face_family import IMAGE, Family
+from clip_jax.convert.settings import Settings, Table, by_table, count_of, read_json
 from clip_jax.convert.state_dict import Convention
-from clip_jax.convert.target import Inexpressible
+from clip_jax.convert.target import Assumptions
+from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.tokenizer_files import missing
 from clip_jax.convert.tokenizer_settings import CONFIG_NAME
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.bert import BertConfig
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TokenizerConfig
+from clip_jax.models.vit import ViTConfig
 
 # ------------------------------------------------------------------ names of tensors
 
@@ -113,24 +120,6 @@ def write_open_clip(text: BertConfig) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ transformers' own classes
 
-
-class ModelClass(NamedTuple):
-    """A class of transformers with this text tower."""
-
-    name: str
-    prefix: str  # of the tower's tensors
-    text: BertConfig  # its defaults; in the fields `FIXED` it has no other values
-
-    @property
-    def table(self) -> Table:
-        return {theirs: (ours, getattr(self.text, ours)) for theirs, ours in _SETTINGS.items()}
-
-    @property
-    def convention(self) -> Convention:
-        return _TOWER + _CLASSES + Convention(names=((r"^text/", f"{self.prefix}/"),))
-
-
-FIXED = ("head", "pool", "first_position")
 _SETTINGS = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -141,30 +130,28 @@ _SETTINGS = {
     "type_vocab_size": "token_types",
     "layer_norm_eps": "norm_epsilon",
 }
-_CHINESE = _text("ChineseCLIP-ViT-B-16", vocab_size=30_522)
-CLASSES = {
-    "altclip": ModelClass("AltCLIPModel", "text_model/roberta", _text("AltCLIP")),
-    "chinese_clip": ModelClass("ChineseCLIPModel", "text_model", _CHINESE),
-}
+_FIXED = ("head", "pool", "first_position")  # fields in which a class has no other values
 
 
-def class_of(text: BertConfig) -> str:
-    """Return the model type of the class with such a text tower. Raises InputError if none has."""
-    for kind, each in CLASSES.items():
-        if all(getattr(each.text, name) == getattr(text, name) for name in FIXED):
-            return kind
-    raise Inexpressible(
-        f"transformers has no CLIP with text.head={text.head!r}, text.pool={text.pool!r}, "
-        f"text.first_position={text.first_position}"
-    )
+def _table(default: BertConfig) -> Table:
+    return {theirs: (ours, getattr(default, ours)) for theirs, ours in _SETTINGS.items()}
 
 
-def settings(text: Any, embed_dim: int) -> dict[str, Any]:
-    """Return `text_config` without the activation. Raises InputError if no class has the tower."""
-    ids, own = text.tokenizer, by_table(CLASSES[class_of(text)].table, text)
-    special = {"bos": ids.begin_id, "eos": ids.end_id, "pad": ids.pad_id}
-    projected = {"project_dim": embed_dim} if text.head == "norm" else {}
-    return own | projected | {f"{name}_token_id": number for name, number in special.items()}
+def _read(content: dict[str, Any], path: Path, default: BertConfig) -> CLIPConfig:
+    image, words = hugging_face_family.sections(content, path)
+    embed_dim = count_of(content.get("projection_dim", 512), f"{path}: projection_dim")
+    vision = hugging_face_family.tower_fields(image, IMAGE, "quick_gelu")
+    fields = hugging_face_family.tower_fields(words, _table(default), "gelu")
+    needed = {"project_dim": embed_dim, "pad_token_id": default.first_position - 1}
+    for name, value in needed.items() if default.head == "norm" else ():
+        if (other := words.get(name, value, int)) != value:
+            raise InputError(
+                f"{path}: text_config.{name}={other} is not supported; it must be {value}."
+            )
+    lengths = [default.context_length, fields["num_positions"] - default.first_position]
+    text = replace(default, **fields, context_length=min(lengths + _longest(path.parent)))
+    text = replace(text, tokenizer=ids(words, text))
+    return CLIPConfig(embed_dim=embed_dim, vision=ViTConfig(**vision), text=text)
 
 
 def ids(section: Settings, text: BertConfig) -> TokenizerConfig:
@@ -188,8 +175,66 @@ def ids(section: Settings, text: BertConfig) -> TokenizerConfig:
     return replace(rules, **{names[name]: number for name, number in numbers.items()})
 
 
-def context_length(folder: Path, text: BertConfig) -> int:
-    """Return the length of texts that a folder's tokenizer file names, at most the default."""
+def _longest(folder: Path) -> list[int]:
+    """Return the length of texts that a folder's tokenizer file names, if it names one."""
     path = folder / CONFIG_NAME
     length = read_json(path).get("model_max_length") if path.exists() else None
-    return min(length, text.context_length) if type(length) is int else text.context_length
+    return [length] if type(length) is int else []
+
+
+def _write(config: CLIPConfig, model_type: str) -> dict[str, Any]:
+    text = cast(BertConfig, config.text)
+    rules = text.tokenizer
+    words = {
+        **by_table(_table(text), text),
+        **({"project_dim": config.embed_dim} if text.head == "norm" else {}),
+        "bos_token_id": rules.begin_id,
+        "eos_token_id": rules.end_id,
+        "pad_token_id": rules.pad_id,
+        "hidden_act": hugging_face_family.activation_name(text),
+    }
+    vision = hugging_face_family.tower_settings(IMAGE, config.vision)
+    return hugging_face_clip.projected(model_type, vision, words, config.embed_dim)
+
+
+def _family(
+    name: str,
+    model_type: str,
+    prefix: str,
+    default: BertConfig,
+    from_file: Callable[[Tensors, Settings, str], Tensors] = lambda tensors, *_: tensors,
+) -> Family:
+    """Return the row of a class, whose text tower has this default and this prefix of tensors."""
+    tower = Convention(names=((r"^text/", f"{prefix}/"),))
+    assumptions: Assumptions = {
+        **hugging_face_clip.IMAGE_ASSUMPTIONS,
+        "text": BertConfig,
+        "only_tower": None,
+        **{f"text.{field}": getattr(default, field) for field in _FIXED},
+    }
+
+    def fits(config: CLIPConfig) -> bool:
+        text = config.text
+        return isinstance(text, BertConfig) and (text.head == "norm") == (default.head == "norm")
+
+    return Family(
+        name=name,
+        model_type=model_type,
+        fits=fits,
+        assumptions=lambda weights: assumptions,
+        convention=_TOWER + _CLASSES + tower + hugging_face_family.convention("text_projection"),
+        read=functools.partial(_read, default=default),
+        write=functools.partial(_write, model_type=model_type),
+        from_file=from_file,
+    )
+
+
+def _renamed(tensors: Tensors, *_: Any) -> Tensors:
+    """Return the tensors with the names that transformers wrote before its version 5."""
+    old = "vision_model.encoder.layer."
+    return {name.replace(old, "vision_model.encoder.layers."): x for name, x in tensors.items()}
+
+
+_CHINESE = _text("ChineseCLIP-ViT-B-16", vocab_size=30_522)
+ALTCLIP = _family("AltCLIP", "altclip", "text_model/roberta", _text("AltCLIP"), _renamed)
+CHINESE_CLIP = _family("ChineseCLIP", "chinese_clip", "text_model", _CHINESE)

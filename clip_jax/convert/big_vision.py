@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.convert import open_clip, tokenizer_files, verify
-from clip_jax.convert.hugging_face import SIGLIP_ASSUMPTIONS, check_siglip
+from clip_jax.convert import open_clip, siglip, tokenizer_files, verify
 from clip_jax.convert.open_clip_config import model_cfg
 from clip_jax.convert.state_dict import (
     Convention,
@@ -25,7 +24,7 @@ from clip_jax.convert.state_dict import (
     table,
     to_params,
 )
-from clip_jax.convert.target import Target, fixed
+from clip_jax.convert.target import Target, check_assumptions, fixed
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
     DType,
@@ -163,13 +162,13 @@ def infer(arrays: Tensors, source: str) -> CLIPConfig:
         patch_size=patch,
         max_patches=side**2 if naflex else None,
         **_tower(arrays, "img/Transformer/encoderblock", width, source),
-        **fixed(SIGLIP_ASSUMPTIONS | _ACTIVATIONS, "vision"),
+        **fixed(siglip.ASSUMPTIONS | _ACTIVATIONS, "vision"),
     )
     text = TextConfig(
         context_length=shape_of(arrays, "txt/pos_embedding", 3, source)[1],
         vocab_size=vocab,
         **_tower(arrays, "txt/Encoder_0/encoderblock", text_width, source),
-        **fixed(SIGLIP_ASSUMPTIONS | _ACTIVATIONS, "text"),
+        **fixed(siglip.ASSUMPTIONS | _ACTIVATIONS, "text"),
         projection=projection,
         projection_bias=projection,
     )
@@ -195,7 +194,8 @@ def _tower(arrays: Tensors, blocks: str, width: int, source: str) -> dict[str, A
 
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the arrays under big_vision's names. Raises InputError if it lacks the model."""
-    check_siglip(weights, "big_vision's SigLIP", _ACTIVATIONS)
+    assumptions = siglip.assumptions(weights) | _ACTIVATIONS
+    check_assumptions(weights, "big_vision's SigLIP", assumptions)
     tensors = from_params(rows(weights.config), weights.params)
     return {f"{_ROOT}{name}": cast(x, dtype) for name, x in tensors.items()}
 

@@ -36,13 +36,15 @@ def check_assumptions(
 
     Without `advice` it is Inexpressible.
 
-    Fields are those of `CLIPConfig`, or below `preprocess.`; `reasons` are added to the message.
+    Fields are those of `CLIPConfig`, below `preprocess.`, or `only_tower`; `reasons` are added to
+    the message.
     """
     problems: dict[str, str] = {}
     for field, expected in assumptions.items():
         if field.partition(".")[0] in problems:  # another kind of tower: skip its fields
             continue
-        root = weights if field.startswith("preprocess.") else weights.config
+        is_of_config = field.partition(".")[0] not in ("preprocess", "only_tower")
+        root = weights.config if is_of_config else weights
         try:
             value = operator.attrgetter(field)(root)
         except AttributeError:

@@ -1,18 +1,23 @@
 """Special ids of a BERT tower whose folder has no vocabulary."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
 from clip_jax.convert import bert
 from clip_jax.convert.settings import Settings
 from clip_jax.errors import InputError
+from clip_jax.models import zoo
+from clip_jax.models.bert import BertConfig
+
+_ARCHITECTURES = {"altclip": "AltCLIP", "chinese_clip": "ChineseCLIP-ViT-B-16"}
 
 
 def ids(kind, vocab_size, **settings):
     section = Settings({"vocab_size": vocab_size, **settings}, "config.json: text_config")
     fields = section.fields({"vocab_size": ("vocab_size", 1)})
-    tower = bert.CLASSES[kind].text
+    tower = cast(BertConfig, zoo.get(_ARCHITECTURES[kind]).text)
     rules = bert.ids(section, replace(tower, **fields))
     return rules.begin_id, rules.end_id, rules.pad_id
 
