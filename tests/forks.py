@@ -26,7 +26,7 @@ from pathlib import Path
 MODULES = (
     *("cli.commands", "train", "inference.evaluate", "inference.predict", "convert.conversion"),
     *("prepare.writer", "bench"),
-    *("scaling.ladder", "scaling.fit", "scaling.plots"),
+    *("scaling.climb", "scaling.fit", "scaling.plots"),
 )
 OTHERS = ("sklearn.datasets", "matplotlib.pyplot", "tensorboardX")
 IN_TURN = ("train", "evaluate", "predict", "convert", "average", "export", "embed", "search")

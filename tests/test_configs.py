@@ -13,7 +13,8 @@ from clip_jax.evals import evaluator
 from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.losses import ClassifierConfig
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.scaling.ladder import grid, load_ladder
+from clip_jax.scaling.grid import grid
+from clip_jax.scaling.ladder import load_ladder
 from clip_jax.step import Program
 from tests.conftest import ROOT
 

@@ -24,14 +24,14 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.pods.plan import PlanConfig
 from clip_jax.pods.topology import Topology
 from clip_jax.prepare.layout import PrepareConfig
-from clip_jax.scaling import fit, html_report, ladder, run_table
+from clip_jax.scaling import climb, fit, html_report, ladder, run_table
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.serve.service import ServeConfig
 
 COMMANDS = (
     Config, evaluate.EvaluateConfig, predict.PredictConfig, embed.EmbedConfig,
     search.SearchConfig, DemoConfig, ConvertConfig, PrepareConfig, PlanConfig,
-    run_table.CollectConfig, fit.FitConfig, ladder.LadderCommand, ladder.LadderConfig,
+    run_table.CollectConfig, fit.FitConfig, climb.LadderCommand, ladder.LadderConfig,
     html_report.ReportConfig, bench.InputBench, bench.StepBench, ExportConfig, ServeConfig,
     average.AverageConfig,
 )  # fmt: skip

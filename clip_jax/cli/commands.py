@@ -267,8 +267,8 @@ def scale(args: Sequence[str]) -> int:
 
 
 def _ladder(args: Sequence[str]) -> int:
+    from clip_jax.scaling.climb import LadderCommand, climb
     from clip_jax.scaling.jobs import Stopped
-    from clip_jax.scaling.ladder import LadderCommand, climb
 
     config, as_json = arguments.read(LadderCommand, args, ("spec",), scale, "scale ladder")
     show = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)

@@ -9,8 +9,8 @@ from unittest import mock
 from clip_jax.checkpoints.claim import LEASE_SECONDS
 from clip_jax.processes import Position
 from clip_jax.scaling import jobs
+from clip_jax.scaling.climb import LadderCommand, climb
 from clip_jax.scaling.html_report import ReportConfig, report
-from clip_jax.scaling.ladder import LadderCommand, climb
 from clip_jax.scaling.queue import Job, Queue, workers
 from clip_jax.storage import files
 from tests.clock import HandClock

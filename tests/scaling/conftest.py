@@ -13,7 +13,8 @@ from clip_jax.config_files import load_config
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.scaling import html_report, planning
 from clip_jax.scaling.fit import FitConfig
-from clip_jax.scaling.ladder import BranchesConfig, LadderConfig, grid
+from clip_jax.scaling.grid import grid
+from clip_jax.scaling.ladder import BranchesConfig, LadderConfig
 from clip_jax.scaling.run_table import CollectConfig, collect
 from clip_jax.serialize import to_dict
 from tests.conftest import ROOT, tiny_digits

@@ -13,7 +13,7 @@ from clip_jax.losses import CaptionConfig
 from clip_jax.models import zoo
 from clip_jax.scaling import run_table
 from clip_jax.scaling.fit import FitConfig, fit
-from clip_jax.scaling.ladder import Point
+from clip_jax.scaling.grid import Point
 from clip_jax.scaling.run_table import CollectConfig, collect
 from clip_jax.serialize import to_dict
 from tests.conftest import COCA
