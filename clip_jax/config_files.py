@@ -22,7 +22,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import classes_of, open_source
 from clip_jax.errors import InputError, naming
 from clip_jax.losses import ClassifierConfig, DistillationConfig
-from clip_jax.losses.pairs import Pairwise
+from clip_jax.losses.contrastive import Contrastive
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage import files
@@ -105,7 +105,7 @@ def with_weights(config: AnyConfig) -> AnyConfig:
         model = replace(initial, **own)
         dropout = config.model.vision.patch_dropout
         model = replace(model, vision=model.vision.with_patch_dropout(dropout))
-        if {x.needs_bias for x in config.objective if isinstance(x, Pairwise)} == {False}:
+        if {x.needs_bias for x in config.objective if isinstance(x, Contrastive)} == {False}:
             model = replace(model, init_logit_bias=None)
     objective = tuple(map(complete, config.objective))
     return replace(config, model=model, preprocess=preprocess, objective=objective)

@@ -3,7 +3,12 @@
 from clip_jax.losses.accumulation import cached_value_and_grad
 from clip_jax.losses.caption import CaptionConfig, caption_loss, count_labels
 from clip_jax.losses.classifier import ClassifierConfig
-from clip_jax.losses.contrastive import choose_form, contrastive_loss, devices_per_slice
+from clip_jax.losses.contrastive import (
+    Contrastive,
+    choose_form,
+    contrastive_loss,
+    devices_per_slice,
+)
 from clip_jax.losses.distillation import DistillationConfig, LiveTeacher, StoredTeacher
 from clip_jax.losses.objective import Axes, Context, Frozen, Objective, Term
 from clip_jax.losses.same_caption import caption_ids
@@ -18,6 +23,7 @@ __all__ = [
     "CaptionConfig",
     "ClassifierConfig",
     "Context",
+    "Contrastive",
     "DistillationConfig",
     "Frozen",
     "LiveTeacher",

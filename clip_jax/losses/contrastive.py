@@ -1,29 +1,105 @@
 """Contrastive losses over all pairs of the global batch, in forms for any batch size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from clip_jax.errors import InputError
-from clip_jax.losses.forms import dense
-from clip_jax.losses.objective import Context, Result
-from clip_jax.losses.pairs import Form, Pairwise, Side
+from clip_jax.errors import InputError, check_ranges
+from clip_jax.losses.forms import PairLoss, dense
+from clip_jax.losses.objective import Context, Result, Term
+from clip_jax.losses.pairs import Pairs, Precision, Side
 from clip_jax.losses.same_caption import caption_ids as number_captions
 from clip_jax.losses.streamed import Route, streamed
+from clip_jax.losses.sums import Statistics, Sums, common_sums, with_ties
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.inputs import Input, LabelInput, TextInput
+
+Form = Literal["auto", "dense", "blocked", "ring"]
+Captions = Literal["true", "synthetic", "both"]
+TEXTS = {"true": {"text": "text"}, "synthetic": {"synthetic": "text:synthetic"}}
+TEXTS["both"] = TEXTS["true"] | TEXTS["synthetic"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrastive(Pairwise):
-    """A loss that compares all images with all texts."""
+class Contrastive(Term):
+    """A loss of the similarity matrix of all images and texts of the global batch.
+
+    A subclass defines the loss as a function of statistics of each row (image) and each column
+    (text), and the dense, blocked and ring forms follow. With c_ij the cosine of image i and text
+    j, s the factor `scale` and b the `bias` of the logits s · c_ij + b, it defines
+
+    - `sums(scale, bias)`: the statistics that it accumulates, each under a name. `Max(values)` is
+      the maximum over a row of any function of its pairs; `SumOf(values)`, `Count` and `Ties` are
+      sums; `ExpSum(of, factor)` is Σ_j exp(factor · (v_ij − max_j v_ij)), relative to the `Max`
+      of the name `of`, and so never overflows. `values` take a block of `Pairs`, whose rows and
+      columns are any images and texts, and return one number for each pair, [R, C].
+    - `losses(image, text, scale, bias)`: the losses of the images and texts, from their statistics
+      [B] by name. The loss is the mean of the array, or the sum of the means of several.
+    - `gradient(pairs, image, text, scale, bias)`: d Σ losses / d logits of a block, if it is known
+      in closed form. Otherwise JAX derives it: sums over blocks have sums of derivatives.
+
+    Besides its own statistics, every loss has `top` = max_j c_ij, `ties` (how many pairs reach it),
+    `positive` = Σ c_ij over the positive pairs, `exp_sum` = Σ_j exp(s · (c_ij − top)), and `count`,
+    the number of valid pairs. If a row may have any number of positive pairs, `positives` counts
+    them, and `hits` counts those that reach `top`. What a loss does not use, XLA removes.
+
+    As an example, the loss of a margin m to the hardest negative (VSE++, Faghri et al. 2018,
+    arXiv:1707.05612, equation 6) is
+
+        def sums(self, scale, bias):
+            def negatives(pairs):
+                return jnp.where(pairs.positive, MASKED, pairs.cosine)
+
+            return {"hardest": Max(negatives, has_gradient=True)}
+
+        def losses(self, image, text, scale, bias):
+            def hinge(x):
+                return jax.nn.relu(self.margin + x["hardest"] - x["positive"])
+
+            return hinge(image) + hinge(text)
+    """
 
     name: ClassVar[str] = "contrastive"
+    needs_bias: ClassVar[bool] = False  # whether the loss takes the model's logit_bias
+    teachers: ClassVar[tuple[Any, ...]] = ()  # models whose similarities are targets
+    # Numbers of first channels whose cosines are `Pairs.prefixes` (Matryoshka embeddings).
+    widths: ClassVar[tuple[int, ...]] = ()
+
+    # Captions that images are compared with. both: the sum of a loss with true and a loss with
+    # synthetic captions; metrics are those of the true ones.
+    captions: Captions = "true"
+    form: Form = "auto"  # Form of the computation; all give the same loss, auto chooses by size.
+    block_size: int = 512  # Number of texts compared at once by the forms blocked and ring.
+    budget_mib: int = 256  # MiB that auto allows for logits (dense) or embeddings (blocked).
+    precision: Precision = "highest"  # Matmul precision of similarities; TPUs' default is bfloat16.
+    # Exclude pairs with the same caption from the negatives, and from the teachers' targets.
+    mask_same_caption: bool = False
+    mask_same_class: bool = False  # Exclude pairs of one class instead; needs class folders.
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            f"{type(self).__name__}.",
+            weight="[0, inf)",
+            block_size="[1, inf)",
+            budget_mib="[0, inf)",
+        )
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The inputs with the captions of the loss, and the names of their outputs."""
+        return TEXTS[self.captions]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The embeddings of synthetic captions, if the loss compares them."""
+        return tuple(name for name in self.texts.values() if name != "text")
 
     def check(self, model: CLIPConfig) -> None:
         """Raise InputError if the loss takes a bias that the model does not have."""
@@ -32,6 +108,34 @@ class Contrastive(Pairwise):
                 f"{type(self).__name__} needs a logit_bias, but the model has none: "
                 "set model.init_logit_bias (SigLIP: -10) or choose a softmax loss."
             )
+
+    def reads(self, model: CLIPConfig) -> dict[str, Input]:
+        """Return the synthetic captions and the classes, if the loss compares them."""
+        inputs: dict[str, Input] = {"class": LabelInput()} if self.mask_same_class else {}
+        return inputs | {
+            name: TextInput(model.text, synthetic=True) for name in self.texts if name != "text"
+        }
+
+    def sums(self, scale: Float[Array, ""], bias: Float[Array, ""]) -> Sums:
+        """Return what the loss accumulates over rows and columns, by name."""
+        return {}
+
+    def losses(
+        self, image: Statistics, text: Statistics, scale: Float[Array, ""], bias: Float[Array, ""]
+    ) -> Any:
+        """Return the losses from the statistics of all images and all texts, [B] or several [B]."""
+        raise NotImplementedError
+
+    def gradient(
+        self,
+        pairs: Pairs,
+        image: Statistics,
+        text: Statistics,
+        scale: Float[Array, ""],
+        bias: Float[Array, ""],
+    ) -> Float[Array, "R C"]:
+        """Return d Σ losses / d logits on a block. JAX derives it if a subclass does not."""
+        raise NotImplementedError
 
     def loss(self, x: Context) -> Result:
         """Compute the loss of the global batch."""
@@ -43,7 +147,7 @@ class Contrastive(Pairwise):
             ]
             ids = number_captions(x.inputs[name]) if self.mask_same_caption else None
             ids = x.inputs["class"] if self.mask_same_class else ids
-            own = contrastive_loss(
+            result = contrastive_loss(
                 self,
                 x.outputs["image"],
                 x.outputs[output],
@@ -54,13 +158,14 @@ class Contrastive(Pairwise):
                 mesh=x.mesh,
                 axes=x.axes.rows,
             )
-            results.append(own)
+            results.append(result)
         (loss, metrics), *others = results
         return sum((value for value, _ in others), start=loss), metrics
 
     def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:
         """Count similarities and their two gradients, less one per locked tower, and teachers'."""
-        width = model.embed_dim * (3 - len(set(locked))) + sum(x.embed_dim for x in self.teachers)
+        trained = (model.embed_dim + sum(self.widths)) * (3 - len(set(locked)))
+        width = trained + sum(x.embed_dim for x in self.teachers)
         return batch_size * batch_size * width * len(self.texts)
 
     def chosen_form(self, model: CLIPConfig, batch_size: int, shards: int) -> Form:
@@ -72,26 +177,32 @@ class Contrastive(Pairwise):
 def contrastive_loss(
     config: Contrastive,
     image_features: Float[Array, "B E"],
-    text_features: Float[Array, "B E"],
+    text_features: Float[Array, "C E"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""] | None = None,
     *,
-    teachers: Sequence[tuple[Float[Array, "B _"], Float[Array, "B _"]]] = (),
+    ids: tuple[Int[Array, " B"], Int[Array, " C"]] | None = None,
+    teachers: Sequence[tuple[Float[Array, "B _"], Float[Array, "C _"]]] = (),
+    inputs: tuple[Mapping[str, Array], Mapping[str, Array]] = ({}, {}),
     caption_ids: Int[Array, " B"] | None = None,
     mesh: Mesh | None = None,
     axes: tuple[str, ...] = (),
 ) -> Result:
     """Compute loss and metrics of L2-normalised embeddings; pair i is row i of both.
 
+    With `ids` of images and texts, those of the same id are positive pairs instead: each image may
+    have several texts, each text several images, and C may differ from B.
+
     Embeddings are global arrays whose first dim is sharded over the mesh axes `axes` (none: one
     device). `logit_scale` is the factor itself, not its logarithm. The softmax ignores
     `logit_bias`, which cancels in it; the sigmoid needs it. `teachers` has the embeddings of
-    images and texts by each teacher, as in `Side`; they get no gradient. `caption_ids` (see
+    images and texts by each teacher, as in `Side`, and `inputs` more arrays of each image and each
+    text, such as weights, which the loss finds in `Pairs`; they get no gradient. `caption_ids` (see
     `same_caption`) or the classes are required by a mask and ignored without. Metrics:
     `image_to_text_accuracy` and `text_to_image_accuracy`, top 1 in the batch, where k-fold ties
     count 1/k.
 
-    Raises InputError if B is not a multiple of the number of shards.
+    Raises InputError if B or C is not a multiple of the number of shards.
     """
     if not config.needs_bias:
         logit_bias = jnp.zeros_like(logit_scale)
@@ -99,28 +210,48 @@ def contrastive_loss(
         raise ValueError(f"{type(config).__name__} needs logit_bias, but got None.")
     if config.mask_same_caption and caption_ids is None:
         raise ValueError("mask_same_caption=True needs caption_ids, but got None.")
-    batch = len(image_features)
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
-    if batch % shards:
-        raise InputError(
-            f"A batch of {batch} does not divide into {shards} shards (mesh axes {axes}): "
-            "change batch_size or the mesh."
-        )
-    index = jnp.arange(batch)
-    ids = caption_ids if config.mask_same_caption or config.mask_same_class else None
+    for size in (len(image_features), len(text_features)):
+        if size % shards:
+            raise InputError(
+                f"A batch of {size} does not divide into {shards} shards (mesh axes {axes}): "
+                "change batch_size or the mesh."
+            )
+    index = jnp.arange(len(image_features))
+    image_ids, text_ids = ids or (index, index)
+    masks = caption_ids if config.mask_same_caption or config.mask_same_class else None
     of_images, of_texts = (
         tuple(jax.lax.stop_gradient(pair[i]) for pair in teachers) for i in (0, 1)
     )
-    image = Side(image_features, index, ids, of_images)
-    text = Side(text_features, index, ids, of_texts)
+    image = Side(image_features, image_ids, masks, of_images, inputs[0])
+    text = Side(text_features, text_ids, masks, of_texts, inputs[1])
     mesh = mesh if shards > 1 else None
     widths = [x.shape[1] for x in of_texts]
+    batch = max(len(image_features), len(text_features))
     form = choose_form(config, batch, image_features.shape[1], shards, widths)
+    loss = _pair_loss(config, one_to_one=ids is None)
     if form == "dense":
-        return dense(config, image, text, logit_scale, logit_bias, mesh, axes)
+        return dense(loss, image, text, logit_scale, logit_bias, mesh, axes)
     ring = 1 if form == "blocked" or mesh is None else devices_per_slice(mesh, axes)
     route = Route(axes, shards, ring)
-    return streamed(config, image, text, logit_scale, logit_bias, mesh, route)
+    return streamed(loss, image, text, logit_scale, logit_bias, mesh, route)
+
+
+def _pair_loss(config: Contrastive, one_to_one: bool) -> PairLoss:
+    """Return the functions of a loss, whose closed gradient is that of one text for each image."""
+
+    def sums(scale: Array, bias: Array) -> Sums:
+        return with_ties(common_sums(scale, one_to_one) | config.sums(scale, bias))
+
+    is_closed = one_to_one and type(config).gradient is not Contrastive.gradient
+    return PairLoss(
+        sums=sums,
+        losses=config.losses,
+        gradient=config.gradient if is_closed else None,
+        precision=config.precision,
+        widths=config.widths,
+        block_size=config.block_size,
+    )
 
 
 def choose_form(

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.contrastive import Contrastive
 from clip_jax.losses.objective import Context, Frozen, Outputs, Result
-from clip_jax.losses.pairs import Pairs, Statistics
+from clip_jax.losses.pairs import Pairs
+from clip_jax.losses.sums import Block, Max, Statistics, Sum, SumOf, Sums
 from clip_jax.models.clip import CLIPConfig, l2_normalize
 from clip_jax.models.inputs import ImageInput, Input, StoredInput, TextInput
 from clip_jax.models.layers import DType
@@ -70,6 +71,27 @@ class StoredTeacher:
     def has_logit_bias(self) -> bool:
         """Whether the bias of its logits is known."""
         return self.logit_bias != 0
+
+
+@dataclass(frozen=True)
+class TeacherSum(Sum):
+    """Σ w and Σ w · (cosine − top), where w = exp(logit − maximum) of one teacher's logits."""
+
+    of: str  # the maximum's name
+
+    def start(self, zero: Float[Array, " B"]) -> tuple[Array, Array]:
+        return zero, zero
+
+    def summands(self, name: str, block: Block) -> tuple[Array, Array]:
+        weights = jnp.exp(block.below[self.of])
+        return weights, weights * block.below["top"]
+
+    def rebase(
+        self, total: tuple[Array, Array], old: Statistics, new: Statistics
+    ) -> tuple[Array, Array]:
+        factor = jnp.exp(old[self.of] - new[self.of])
+        weights, below = total
+        return factor * weights, factor * (below + weights * (old["top"] - new["top"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,23 +220,31 @@ class DistillationConfig(Contrastive):
         width = sum(x.embed_dim for x in self.teachers) if self.features_weight else 0
         return pairs + 3 * batch_size * model.embed_dim * width * (1 + len(self.texts))
 
-    def summand(
-        self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
-    ) -> Float[Array, "R C"]:
-        """Return what `Statistics.summand_sum` adds up: a sigmoid's loss of every pair."""
-        logits, p = scale * pairs.cosine + bias, _probability(pairs)
-        if self.similarity == "soft_label_sigmoid":
-            return jax.nn.softplus(logits) - p * logits
-        return jax.nn.softplus((1 - 2 * p) * logits)
+    def sums(self, scale: Float[Array, ""], bias: Float[Array, ""]) -> Sums:
+        """Return a sigmoid's loss of all pairs of an image, and each teacher's softmax."""
+
+        def losses(pairs: Pairs) -> Float[Array, "R C"]:
+            logits, p = scale * pairs.cosine + bias, _probability(pairs)
+            if self.similarity == "soft_label_sigmoid":
+                return jax.nn.softplus(logits) - p * logits
+            return jax.nn.softplus((1 - 2 * p) * logits)
+
+        def logits_of(i: int) -> Max:
+            return Max(lambda pairs: pairs.teachers[i])
+
+        count = len(self.teachers)
+        tops = {f"teacher{i}_top": logits_of(i) for i in range(count)}
+        sums = {f"teacher{i}": TeacherSum(f"teacher{i}_top") for i in range(count)}
+        return {"losses": SumOf(losses)} | tops | sums
 
     def losses(
-        self, image: Statistics, text: Statistics, scale: Float[Array, ""]
+        self, image: Statistics, text: Statistics, scale: Float[Array, ""], bias: Float[Array, ""]
     ) -> Float[Array, " B"]:
         """Return the loss of each pair from the statistics of its image and its text."""
         if self.similarity != "softmax":
-            return image.summand_sum
-        log_sum = (jnp.log(image.exp_sum) + jnp.log(text.exp_sum)) / 2
-        sums = image.teacher_sums + text.teacher_sums
+            return image["losses"]
+        log_sum = (jnp.log(image["exp_sum"]) + jnp.log(text["exp_sum"])) / 2
+        sums = [x[f"teacher{i}"] for x in (image, text) for i in range(len(self.teachers))]
         return log_sum - scale * sum(below / total for total, below in sums) / len(sums)
 
     def gradient(
@@ -234,10 +264,11 @@ class DistillationConfig(Contrastive):
         gradient = jnp.zeros_like(pairs.cosine)
         for axis, side in ((1, image), (0, text)):
             x = jax.tree.map(functools.partial(jnp.expand_dims, axis=axis), side)
-            gradient += jnp.exp(scale * (pairs.cosine - x.top)) / x.exp_sum
-            targets = zip(pairs.teachers, x.teacher_tops, x.teacher_sums, strict=True)
-            for logits, top, (total, _) in targets:
-                gradient -= jnp.exp(logits - top) / (len(pairs.teachers) * total)
+            gradient += jnp.exp(scale * (pairs.cosine - x["top"])) / x["exp_sum"]
+            for i, logits in enumerate(pairs.teachers):
+                total, _ = x[f"teacher{i}"]
+                weights = jnp.exp(logits - x[f"teacher{i}_top"])
+                gradient -= weights / (len(pairs.teachers) * total)
         return gradient / 2
 
     def _names(self, model: CLIPConfig) -> dict[Input, str]:

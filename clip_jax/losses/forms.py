@@ -1,27 +1,54 @@
 """The dense form of the losses, and the last step of every form."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from clip_jax.losses.objective import Result
-from clip_jax.losses.pairs import Pairs, Pairwise, Side, Statistics, accuracy, compare, summarise
+from clip_jax.losses.pairs import Pairs, Precision, Side, compare
+from clip_jax.losses.sums import Statistics, Sums, accuracy, evaluate, summarise
 
 
-def conclude(
-    config: Pairwise, image: Statistics, text: Statistics, scale: Float[Array, ""]
-) -> Result:
-    """Average loss and accuracies over pairs, from the statistics of their images and texts."""
-    metrics = {
-        "image_to_text_accuracy": accuracy(image).mean(),
-        "text_to_image_accuracy": accuracy(text).mean(),
-    }
-    return config.losses(image, text, scale).mean(), jax.lax.stop_gradient(metrics)
+@dataclass(frozen=True)
+class PairLoss:
+    """What a form computes; `Contrastive` documents the functions."""
+
+    sums: Callable[[Float[Array, ""], Float[Array, ""]], Sums]  # of scale and bias
+    losses: Callable[..., Any]
+    gradient: Callable[..., Float[Array, "R C"]] | None  # None: JAX derives it
+    precision: Precision
+    widths: tuple[int, ...]
+    block_size: int
+
+    def compare(self, image: Side, text: Side) -> Pairs:
+        """Compare every image with every text."""
+        return compare(image, text, self.precision, self.widths)
+
+    def value(
+        self, image: Statistics, text: Statistics, scale: Float[Array, ""], bias: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        """Average each array of losses, and add the averages."""
+        first, *others = jax.tree.leaves(self.losses(image, text, scale, bias))
+        return sum((x.mean() for x in others), start=first.mean())
+
+    def conclude(
+        self, image: Statistics, text: Statistics, scale: Float[Array, ""], bias: Float[Array, ""]
+    ) -> Result:
+        """Return loss and accuracies from the statistics of all images and texts."""
+        metrics = {
+            "image_to_text_accuracy": accuracy(image).mean(),
+            "text_to_image_accuracy": accuracy(text).mean(),
+        }
+        return self.value(image, text, scale, bias), jax.lax.stop_gradient(metrics)
 
 
 def dense(
-    config: Pairwise,
+    loss: PairLoss,
     image: Side,
     text: Side,
     scale: Float[Array, ""],
@@ -40,14 +67,18 @@ def dense(
 
     def local(image: Side, text: Side) -> Pairs:
         features, teachers = jax.tree.map(gather, (text.features, text.teachers))
-        return compare(image, text._replace(features=features, teachers=teachers), config.precision)
+        return loss.compare(image, text._replace(features=features, teachers=teachers))
 
     if mesh is None:
-        pairs = compare(image, text, config.precision)
+        pairs = loss.compare(image, text)
     else:
-        rows = P(axes)
-        sides = rows, Side._make((rows, P(), P(), rows))
-        pairs = jax.shard_map(local, mesh=mesh, in_specs=sides, out_specs=rows)(image, text)
-    summands = config.summand(pairs, scale, bias)
-    rows, columns = summarise(pairs, summands, scale, 1), summarise(pairs, summands, scale, 0)
-    return conclude(config, rows, columns, scale)
+        rows: Any = P(axes)
+        all_texts: Any = P()
+        of_text = Side(rows, all_texts, all_texts, teachers=rows, inputs=all_texts)
+        of_pairs = Pairs(*[rows] * len(Pairs._fields))._replace(text=all_texts)
+        compare = jax.shard_map(local, mesh=mesh, in_specs=(rows, of_text), out_specs=of_pairs)
+        pairs = compare(image, text)
+    sums = loss.sums(scale, bias)
+    values = evaluate(sums, pairs)
+    rows, columns = summarise(sums, pairs, values, 1), summarise(sums, pairs, values, 0)
+    return loss.conclude(rows, columns, scale, bias)

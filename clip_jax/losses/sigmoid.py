@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from clip_jax.errors import check_ranges
 from clip_jax.losses.contrastive import Contrastive
-from clip_jax.losses.pairs import Pairs, Statistics
+from clip_jax.losses.pairs import Pairs
+from clip_jax.losses.sums import Statistics, SumOf, Sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +26,21 @@ class SigmoidConfig(Contrastive):
         super().__post_init__()
         check_ranges(self, "SigmoidConfig.", label_smoothing="[0, 1)")
 
-    def summand(
-        self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
-    ) -> Float[Array, "R C"]:
-        """Return what `Statistics.summand_sum` adds up: the loss of every pair."""
-        logits = scale * pairs.cosine + bias
-        signed = jnp.where(pairs.positive, logits, -logits)
-        return jax.nn.softplus(-signed) + self.label_smoothing / 2 * signed
+    def sums(self, scale: Float[Array, ""], bias: Float[Array, ""]) -> Sums:
+        """Return the sum of the losses of all pairs of an image."""
+
+        def losses(pairs: Pairs) -> Float[Array, "R C"]:
+            logits = scale * pairs.cosine + bias
+            signed = jnp.where(pairs.positive, logits, -logits)
+            return jax.nn.softplus(-signed) + self.label_smoothing / 2 * signed
+
+        return {"losses": SumOf(losses)}
 
     def losses(
-        self, image: Statistics, text: Statistics, scale: Float[Array, ""]
+        self, image: Statistics, text: Statistics, scale: Float[Array, ""], bias: Float[Array, ""]
     ) -> Float[Array, " B"]:
         """Return the loss of each image with all texts; the text's statistics add nothing."""
-        return image.summand_sum
+        return image["losses"]
 
     def gradient(
         self,

@@ -1,6 +1,7 @@
 """InfoNCE: softmax over the global batch, both ways (Radford et al. 2021, figure 3)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ from jaxtyping import Array, Float
 
 from clip_jax.errors import check_ranges
 from clip_jax.losses.contrastive import Contrastive
-from clip_jax.losses.pairs import Pairs, Statistics
+from clip_jax.losses.pairs import Pairs
+from clip_jax.losses.sums import Statistics, SumOf, Sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,23 +23,28 @@ class SoftmaxConfig(Contrastive):
         super().__post_init__()
         check_ranges(self, "SoftmaxConfig.", label_smoothing="[0, 1)")
 
-    def summand(
-        self, pairs: Pairs, scale: Float[Array, ""], bias: Float[Array, ""]
-    ) -> Float[Array, "R C"]:
-        """Return what `Statistics.summand_sum` adds up: the cosines, for label smoothing."""
-        return pairs.cosine
+    def sums(self, scale: Float[Array, ""], bias: Float[Array, ""]) -> Sums:
+        """Return the sum of the cosines, for label smoothing."""
+        return {"cosines": SumOf(lambda pairs: pairs.cosine)}
 
     def losses(
-        self, image: Statistics, text: Statistics, scale: Float[Array, ""]
-    ) -> Float[Array, " B"]:
-        """Return the loss of each pair from the statistics of its image and its text."""
-        return (self._cross_entropy(image, scale) + self._cross_entropy(text, scale)) / 2
+        self, image: Statistics, text: Statistics, scale: Float[Array, ""], bias: Float[Array, ""]
+    ) -> Any:
+        """Return the loss of each pair, or halves of those of each image and each text."""
+        of_image, of_text = self._cross_entropy(image, scale), self._cross_entropy(text, scale)
+        if "positives" in image:
+            return of_image / 2, of_text / 2
+        return (of_image + of_text) / 2
 
     def _cross_entropy(self, x: Statistics, scale: Float[Array, ""]) -> Float[Array, " B"]:
-        loss = scale * (x.top - x.positive) + jnp.log(x.exp_sum)
+        """Return the cross-entropy with a target that the positive pairs share equally."""
+        positive = x["positive"]
+        if "positives" in x:
+            positive /= jnp.maximum(x["positives"], 1)
+        loss = scale * (x["top"] - positive) + jnp.log(x["exp_sum"])
         if self.label_smoothing:
-            loss += self.label_smoothing * scale * (x.positive - x.summand_sum / x.count)
-        return loss
+            loss += self.label_smoothing * scale * (positive - x["cosines"] / x["count"])
+        return jnp.where(x["positives"] > 0, loss, 0) if "positives" in x else loss
 
     def gradient(
         self,
@@ -48,12 +55,12 @@ class SoftmaxConfig(Contrastive):
         bias: Float[Array, ""],
     ) -> Float[Array, "R C"]:
         """Return d Σ losses / d logits on a block: predicted minus target probabilities."""
-        image = jax.tree.map(lambda field: field[:, None], image)
-        text = jax.tree.map(lambda field: field[None, :], text)
-        predicted = jnp.exp(scale * (pairs.cosine - image.top)) / image.exp_sum
-        predicted += jnp.exp(scale * (pairs.cosine - text.top)) / text.exp_sum
+        image = jax.tree.map(lambda x: x[:, None], image)
+        text = jax.tree.map(lambda x: x[None, :], text)
+        predicted = jnp.exp(scale * (pairs.cosine - image["top"])) / image["exp_sum"]
+        predicted += jnp.exp(scale * (pairs.cosine - text["top"])) / text["exp_sum"]
         target = 2 * (1 - self.label_smoothing) * pairs.positive
         if self.label_smoothing:
-            even = 1 / image.count + 1 / text.count
+            even = 1 / image["count"] + 1 / text["count"]
             target += self.label_smoothing * jnp.where(pairs.valid, even, 0)
         return (predicted - target) / 2

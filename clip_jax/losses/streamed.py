@@ -7,7 +7,7 @@ passed around a ring of devices with their statistics or, in the backward pass, 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,19 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from clip_jax.losses.forms import conclude
+from clip_jax.losses.forms import PairLoss
 from clip_jax.losses.objective import Result
-from clip_jax.losses.pairs import (
-    Pairwise,
-    Side,
+from clip_jax.losses.pairs import Side
+from clip_jax.losses.sums import (
     Statistics,
-    compare,
+    Sums,
+    contribution,
+    evaluate,
+    maxima,
     merge,
-    nothing,
+    merge_all,
     rebase,
+    start,
     summarise,
 )
 
@@ -63,7 +66,7 @@ class Route:
             return x
         return lax.psum_scatter(x, self.axes, axis_index_groups=self.groups, tiled=True)
 
-    def merge_home(self, x: Statistics, scale: Float[Array, ""]) -> Statistics:
+    def merge_home(self, sums: Sums, x: Statistics) -> Statistics:
         """`sum_home` for statistics."""
         if self.ring == self.shards:
             return x
@@ -72,10 +75,7 @@ class Route:
             a = a.reshape(self.shards // self.ring, -1)
             return lax.all_to_all(a, self.axes, 0, 0, axis_index_groups=self.groups, tiled=True)
 
-        x = jax.tree.map(exchange, x)
-        tops = jax.tree.map(lambda a: a.max(0), x[:2])
-        sums = jax.tree.map(lambda a: a.sum(0), rebase(x, tops, scale)[2:])
-        return Statistics(*tops, *sums)
+        return merge_all(sums, jax.tree.map(exchange, x))
 
     def mean(self, x: Any) -> Any:
         """Average over all devices."""
@@ -122,8 +122,16 @@ def by_blocks(visit: Visit, size: int) -> Visit:
     return visit_all
 
 
+class Gradients(NamedTuple):
+    """Derivatives of the loss, in which blocks are added up."""
+
+    image: Float[Array, "b E"]
+    scale: Float[Array, ""]
+    bias: Float[Array, ""]
+
+
 def streamed(
-    config: Pairwise,
+    loss: PairLoss,
     image: Side,
     text: Side,
     scale: Float[Array, ""],
@@ -132,44 +140,8 @@ def streamed(
     route: Route,
 ) -> Result:
     """Compute the loss in memory that grows with B; the backward pass visits all blocks again."""
-    batch = len(image.index)
-
-    def local_forward(image: Side, text: Side, scale: Array, bias: Array) -> tuple[Result, Any]:
-        def visit(rows: Statistics, text: Side, columns: Statistics) -> tuple[Any, Any]:
-            pairs = compare(image, text, config.precision)
-            summands = config.summand(pairs, scale, bias)
-            rows = merge(rows, summarise(pairs, summands, scale, 1), scale)
-            return rows, merge(columns, summarise(pairs, summands, scale, 0), scale)
-
-        texts = route.gather(text)
-        rows, columns = nothing(image), nothing(texts)
-        rows, columns = route.around(by_blocks(visit, config.block_size), rows, texts, columns)
-        columns = route.merge_home(columns, scale)
-        return route.mean(conclude(config, rows, columns, scale)), (rows, columns)
-
-    def local_backward(
-        image: Side, text: Side, scale: Array, bias: Array, rows: Statistics, columns: Statistics
-    ) -> tuple[Array, Array, Array, Array]:
-        def visit(sums: Any, texts: Any, d_text: Array) -> tuple[Any, Array]:
-            d_image, d_scale, d_bias = sums
-            text, columns = texts
-            pairs = compare(image, text, config.precision)
-            d_logits = config.gradient(pairs, rows, columns, scale, bias)
-            d_image += jnp.einsum("RC,CE->RE", d_logits, text.features, precision=config.precision)
-            d_text += jnp.einsum("RC,RE->CE", d_logits, image.features, precision=config.precision)
-            d_scale += (d_logits * pairs.cosine).sum()
-            return (d_image, d_scale, d_bias + d_logits.sum()), d_text
-
-        texts = route.gather((text, columns))
-        sums = (jnp.zeros_like(image.features), jnp.zeros_like(scale), jnp.zeros_like(bias))
-        d_text = jnp.zeros_like(texts[0].features)
-        sums, d_text = route.around(by_blocks(visit, config.block_size), sums, texts, d_text)
-        d_image, d_scale, d_bias = sums
-        d_image, d_text = d_image * scale / batch, route.sum_home(d_text) * scale / batch
-        d_scale, d_bias = route.mean((d_scale, d_bias))
-        return d_image, d_text, d_scale / len(image.index), d_bias / len(image.index)
-
-    forward, backward = local_forward, local_backward
+    forward = functools.partial(_forward, loss, route)
+    backward = functools.partial(_derived if loss.gradient is None else _analytical, loss, route)
     if mesh is not None:
         # The replicated results come from a psum, which check_vma need not verify: nothing
         # differentiates through these maps, whose derivative is `backward`.
@@ -179,24 +151,126 @@ def streamed(
         rows = P(route.axes)
         sides = (rows, rows, P(), P())
         # Outside a jit, a shard_map that leaves other axes automatic needs its own.
-        forward = jax.jit(shard(local_forward, in_specs=sides, out_specs=(P(), rows)))
-        backward = jax.jit(shard(local_backward, in_specs=(*sides, rows, rows), out_specs=sides))
+        forward = jax.jit(shard(forward, in_specs=sides, out_specs=(P(), rows)))
+        backward = jax.jit(shard(backward, in_specs=(*sides, rows, rows), out_specs=sides))
 
     # The custom derivative is outside the shard_map. Inside it, the cotangent of the replicated
     # loss would reach each device divided by their number.
     @jax.custom_vjp
-    def loss(image: Side, text: Side, scale: Array, bias: Array) -> Result:
+    def value(image: Side, text: Side, scale: Array, bias: Array) -> Result:
         return forward(image, text, scale, bias)[0]
 
-    def loss_fwd(*inputs: Any) -> tuple[Result, Any]:
+    def value_fwd(*inputs: Any) -> tuple[Result, Any]:
         result, statistics = forward(*inputs)
         return result, (*inputs, *statistics)
 
-    def loss_bwd(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
+    def value_bwd(residuals: Any, cotangent: Any) -> tuple[Any, ...]:
         d_loss, _ = cotangent  # the metrics have no gradient
         d_image, d_text, d_scale, d_bias = (d_loss * d for d in backward(*residuals))
-        none: Any = None  # integers and teachers have no gradient
-        return Side(d_image, *[none] * 3), Side(d_text, *[none] * 3), d_scale, d_bias
+        none: Any = None  # integers, teachers and inputs have no gradient
+        others = [none] * (len(Side._fields) - 1)
+        return Side(d_image, *others), Side(d_text, *others), d_scale, d_bias
 
-    loss.defvjp(loss_fwd, loss_bwd)
-    return loss(image, text, scale, bias)
+    value.defvjp(value_fwd, value_bwd)
+    return value(image, text, scale, bias)
+
+
+def _forward(
+    loss: PairLoss, route: Route, image: Side, text: Side, scale: Array, bias: Array
+) -> tuple[Result, tuple[Statistics, Statistics]]:
+    """Return loss and metrics, and the statistics of this device's images and texts."""
+    sums = loss.sums(scale, bias)
+
+    def visit(rows: Statistics, text: Side, columns: Statistics) -> tuple[Any, Any]:
+        pairs = loss.compare(image, text)
+        values = evaluate(sums, pairs)
+        rows = merge(sums, rows, summarise(sums, pairs, values, 1))
+        return rows, merge(sums, columns, summarise(sums, pairs, values, 0))
+
+    texts = route.gather(text)
+    rows, columns = start(sums, image), start(sums, texts)
+    rows, columns = route.around(by_blocks(visit, loss.block_size), rows, texts, columns)
+    columns = route.merge_home(sums, columns)
+    return route.mean(loss.conclude(rows, columns, scale, bias)), (rows, columns)
+
+
+def _analytical(
+    loss: PairLoss,
+    route: Route,
+    image: Side,
+    text: Side,
+    scale: Array,
+    bias: Array,
+    rows: Statistics,
+    columns: Statistics,
+) -> tuple[Array, Array, Array, Array]:
+    """Return the derivatives by the embeddings, scale and bias from those by the logits."""
+    gradient: Any = loss.gradient
+
+    def visit(sums: Gradients, texts: Any, d_text: Array) -> tuple[Gradients, Array]:
+        text, columns = texts
+        pairs = loss.compare(image, text)
+        d_logits = gradient(pairs, rows, columns, scale, bias)
+        d_image = jnp.einsum("RC,CE->RE", d_logits, text.features, precision=loss.precision)
+        d_text += jnp.einsum("RC,RE->CE", d_logits, image.features, precision=loss.precision)
+        d_scale = (d_logits * pairs.cosine).sum()
+        return jax.tree.map(jnp.add, sums, Gradients(d_image, d_scale, d_logits.sum())), d_text
+
+    texts = route.gather((text, columns))
+    zeros = jax.tree.map(jnp.zeros_like, Gradients(image.features, scale, bias))
+    d_text = jnp.zeros_like(texts[0].features)
+    sums, d_text = route.around(by_blocks(visit, loss.block_size), zeros, texts, d_text)
+    local, batch = len(image.ids), len(image.ids) * route.shards
+    d_image, d_text = sums.image * scale / batch, route.sum_home(d_text) * scale / batch
+    d_scale, d_bias = route.mean((sums.scale, sums.bias))
+    return d_image, d_text, d_scale / local, d_bias / local
+
+
+def _derived(
+    loss: PairLoss,
+    route: Route,
+    image: Side,
+    text: Side,
+    scale: Array,
+    bias: Array,
+    rows: Statistics,
+    columns: Statistics,
+) -> tuple[Array, Array, Array, Array]:
+    """Return the derivatives by the embeddings, scale and bias, which JAX derives.
+
+    With L the loss, S the statistics and s those of a block, dL/dx = ∂L/∂S · Σ ∂s/∂x + ∂L/∂x.
+    """
+
+    def value(rows: Statistics, columns: Statistics, scale: Array, bias: Array) -> Array:
+        # Sums relative to a maximum that has a gradient depend on it.
+        sums = loss.sums(scale, bias)
+        moved = [
+            rebase(sums, x | jax.lax.stop_gradient(tops), tops)
+            for x in (rows, columns)
+            for tops in [{name: x[name] for name in maxima(sums)}]
+        ]
+        return loss.value(*moved, scale, bias)
+
+    d_rows, d_columns, *d_scalars = jax.grad(value, (0, 1, 2, 3))(rows, columns, scale, bias)
+
+    def visit(sums: Gradients, texts: Any, d_text: Array) -> tuple[Gradients, Array]:
+        text, columns, d_columns = texts
+
+        def of_block(a: Array, b: Array, scale: Array, bias: Array) -> list[Statistics]:
+            pairs = loss.compare(image._replace(features=a), text._replace(features=b))
+            entries = loss.sums(scale, bias)
+            return [contribution(entries, pairs, x, y) for x, y in ((rows, 1), (columns, 0))]
+
+        added, pull_back = jax.vjp(of_block, image.features, text.features, scale, bias)
+        cotangents = [
+            {name: d[name] for name in x} for x, d in zip(added, (d_rows, d_columns), strict=True)
+        ]
+        d_image, d_block, d_scale, d_bias = pull_back(cotangents)
+        return jax.tree.map(jnp.add, sums, Gradients(d_image, d_scale, d_bias)), d_text + d_block
+
+    texts = route.gather((text, columns, d_columns))
+    begin = Gradients(jnp.zeros_like(image.features), *d_scalars)
+    d_text = jnp.zeros_like(texts[0].features)
+    sums, d_text = route.around(by_blocks(visit, loss.block_size), begin, texts, d_text)
+    d_scale, d_bias = route.mean((sums.scale, sums.bias))
+    return sums.image / route.shards, route.sum_home(d_text) / route.shards, d_scale, d_bias

@@ -93,8 +93,9 @@ def scaled(teachers: Any, with_bias: bool) -> list[tuple[Any, Any]]:
     ]
 
 
-def config_of(similarity: Any, **options: Any) -> DistillationConfig:
-    return DistillationConfig(teachers=(), similarity=similarity, **options)
+def config_of(similarity: Any, count: int = 1, **options: Any) -> DistillationConfig:
+    teachers = tuple(StoredTeacher(embed_dim=width) for width, _, _ in TEACHERS[:count])
+    return DistillationConfig(teachers=teachers, similarity=similarity, **options)
 
 
 # Each form of each loss with one, two and three teachers; each form on each number of devices.
@@ -133,7 +134,7 @@ def test_equals_the_definition(
         slices = mock.create_autospec(devices_per_slice, return_value=2)
         monkeypatch.setattr(contrastive, "devices_per_slice", slices)
     form = form.split()[0].replace("rings", "ring")
-    config = config_of(similarity, form=form, block_size=block_size, **options)
+    config = config_of(similarity, count, form=form, block_size=block_size, **options)
     on = make_mesh(
         MESHES.get(mesh, MeshConfig()), jax.devices()[: int(mesh) if len(mesh) < 2 else 8]
     )

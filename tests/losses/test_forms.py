@@ -15,6 +15,7 @@ from clip_jax.losses import (
     DistillationConfig,
     SigmoidConfig,
     SoftmaxConfig,
+    StoredTeacher,
     cached_value_and_grad,
     caption_ids,
     choose_form,
@@ -85,7 +86,9 @@ def test_only_embeddings_and_vectors_are_gathered_and_memory_is_linear(
     teachers = [
         (jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=rows),) * 2 for width in widths
     ]
-    config = (DistillationConfig if teachers else SoftmaxConfig)(form=form, block_size=12)
+    options = {"form": form, "block_size": 12}
+    stored = tuple(StoredTeacher(embed_dim=width) for width in widths)
+    config = DistillationConfig(teachers=stored, **options) if stored else SoftmaxConfig(**options)
 
     def loss(image: Any, text: Any, scale: Any, teachers: Any) -> Any:
         return contrastive_loss(config, image, text, scale, teachers=teachers, mesh=mesh, axes=AXES)
