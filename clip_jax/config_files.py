@@ -5,16 +5,13 @@ A config file is Python with `get_config() -> Config`, or the `config.json` of a
 
 import ast
 import contextlib
-import importlib.util
 import json
-import os
 import re
-import traceback
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from clip_jax import parts
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.config import Config
 from clip_jax.convert.formats import read_weights
@@ -54,6 +51,7 @@ def load_config(path: str | Path) -> Config:
 
 def of_run(content: Any, where: str = "config") -> Config:
     """Read the content of a run's `config.json`, which an older version may have written."""
+    parts.check(content, where)
     return from_dict(Config, upgrade(content) if isinstance(content, dict) else content, where)
 
 
@@ -126,8 +124,12 @@ def lab_note(path: Path) -> dict[str, str]:
     """Return what a config file's docstring says: `about`, its first line, and, if it has these
     paragraphs, `Hardware` and `Expected`."""
     note = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    parts = re.findall(r"^(Hardware|Expected): (.*?)(?=^[A-Z]\w+: |\n\n|\Z)", note, re.M | re.S)
-    return {"about": note.partition("\n")[0]} | {label: " ".join(x.split()) for label, x in parts}
+    paragraphs = re.findall(
+        r"^(Hardware|Expected): (.*?)(?=^[A-Z]\w+: |\n\n|\Z)", note, re.M | re.S
+    )
+    return {"about": note.partition("\n")[0]} | {
+        label: " ".join(x.split()) for label, x in paragraphs
+    }
 
 
 def run_file(path: Path, function: str, kind: type) -> Any:
@@ -141,12 +143,8 @@ def run_file(path: Path, function: str, kind: type) -> Any:
         if str(path) not in bundled:
             raise InputError(f"no config file at {path}; bundled are {', '.join(bundled)}.")
         path = bundled[str(path)]
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path} is not a Python file; it must define {function}().")
-    module = importlib.util.module_from_spec(spec)
-    with _blamed_on(path):
-        spec.loader.exec_module(module)
+    module = parts.run_file(path)
+    with parts.blamed_on(path):
         if function not in vars(module):
             raise InputError(
                 f"the file must define {function}() -> {kind.__name__}; see configs/ for examples."
@@ -157,23 +155,3 @@ def run_file(path: Path, function: str, kind: type) -> Any:
             f"{function}() in {path} must return a {kind.__name__}, not {type(made).__name__}."
         )
     return made
-
-
-@contextlib.contextmanager
-def _blamed_on(path: Path) -> Generator[None]:
-    """Turn errors of a user's file into InputErrors with the line; bugs of this package pass."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        frames, file = traceback.extract_tb(error.__traceback__), os.path.abspath(path)
-        lines = [frame.lineno for frame in frames if frame.filename == file]
-        if isinstance(error, SyntaxError) and error.filename == file:
-            lines.append(error.lineno)
-        last = Path(frames[-1].filename)
-        is_ours = Path(__file__).parent in last.parents and last != Path(__file__)
-        is_input = isinstance(error, InputError)
-        if is_ours and not is_input:
-            raise
-        where = f"{path}:{lines[-1]}" if lines else str(path)
-        what = "" if is_input else f"{type(error).__name__}: "
-        raise InputError(f"{where}: {what}{getattr(error, 'msg', error)}") from error

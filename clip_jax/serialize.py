@@ -6,15 +6,21 @@ import types
 import typing
 from typing import Any, Literal
 
+from clip_jax import parts
 from clip_jax.errors import InputError
 from clip_jax.storage.files import as_path
 
 
 def to_dict(config: Any) -> Any:
-    """Convert nested dataclasses to JSON values; each has its `type`, as fields may be unions."""
+    """Convert nested dataclasses to JSON values; each has its `type`, as fields may be unions.
+
+    A user's part also has `import`: what to pass to `--import` where the file is read.
+    """
     if dataclasses.is_dataclass(config):
         values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"type": type(config).__name__, **values}
+        module = parts.origin(type(config))
+        record = {"type": type(config).__name__} | ({"import": module} if module else {})
+        return record | values
     if isinstance(config, list | tuple):
         return [to_dict(x) for x in config]
     if isinstance(config, bool | int | float | str | None):
@@ -65,10 +71,11 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
             f"{where} is {data!r:.200}; it must be an object with {kind.__name__}'s fields."
         )
     data = dict(data)
+    data.pop("import", None)
     name = data.pop("type", kind.__name__)
     if name != kind.__name__:
         raise InputError(f"{where}.type is {name!r:.200}; it must be {kind.__name__!r}.")
-    hints = typing.get_type_hints(kind)
+    hints = {name: parts.opened(hint) for name, hint in typing.get_type_hints(kind).items()}
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(data) - set(fields)):
         raise InputError(
@@ -90,6 +97,7 @@ def _read_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
         by_name = {k.__name__: k for k in kinds if dataclasses.is_dataclass(k)}
         name = data.get("type")
         if not isinstance(name, str) or name not in by_name:
+            parts.check(data, where)
             raise InputError(f"{where}.type is {name!r:.200}; it must be one of {sorted(by_name)}.")
         return from_dict(by_name[name], data, where)
     errors = []

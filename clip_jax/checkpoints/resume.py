@@ -22,6 +22,7 @@ RESUMABLE = (
     *("data.workers", "data.threads", "data.prefetch", "data.read_ahead_mib"),
     *("model.attention", "model.remat", "model.unroll", "objective.*.chunk_size"),
     "objective.*.teachers.*.weights",  # a checkpoint has the hash of the weights themselves
+    "*.import",  # what `--import` was passed for a user's part: a file may have moved
 )
 # Settings that a branch may change, too: no earlier update depends on them.
 BRANCHABLE = (

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from clip_jax import processes
+from clip_jax import parts, processes
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json, recover_json
 
@@ -54,10 +54,12 @@ def is_renamed(path: str) -> tuple[bool, str | None]:
 
 
 def read_run_config(workdir: AnyPath, *, recover: bool = False) -> dict[str, Any]:
-    """Read a run's `config.json`; {} if there is none. Raises InputError if it is damaged.
+    """Read a run's `config.json`; {} if there is none. Raises InputError if it is damaged, or needs
+    users' modules that were not imported.
 
     With `recover`, a damaged one counts as missing, and a copy of it is kept.
     """
     path = workdir / "config.json"
     config = recover_json(path, saves=processes.is_lead()) if recover else read_json(path)
+    parts.check(config, path)
     return upgrade(config) if config else {}

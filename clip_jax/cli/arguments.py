@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FunctionType, NoneType
 from typing import Any
 
+from clip_jax import parts
 from clip_jax.errors import InputError
 
 # Training options of open_clip, transformers and others, and their counterparts here.
@@ -68,6 +69,25 @@ The options are the fields of the components that CONFIG chooses. To choose othe
 (clip-jax configs NAME > mine.py); docs/reference/settings lists the fields of each:"""
 
 
+def without_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split off each `--import MODULE`; return the modules and the other arguments."""
+    modules: list[str] = []
+    others: list[str] = []
+    values = iter(args)
+    for arg in values:
+        flag, equals, value = arg.partition("=")
+        if flag != "--import":
+            others.append(arg)
+            continue
+        value = value if equals else next(values, "")
+        if not value or value.startswith("-"):
+            raise InputError(
+                f"--import {value}: it needs a module; pass its name or the path of a .py file."
+            )
+        modules.append(value)
+    return modules, others
+
+
 def leading(args: Sequence[str]) -> list[str]:
     """Return the arguments before the first flag."""
     return list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
@@ -113,6 +133,7 @@ def read_run(
 def _choices(kind: type, prefix: str = "") -> Iterator[str]:
     """Yield the fields, nested ones included, that take one of several dataclasses."""
     for name, hint in typing.get_type_hints(kind).items():
+        hint = parts.opened(hint)
         while typing.get_origin(hint) is tuple:
             hint = typing.get_args(hint)[0]
         kinds = [x for x in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(x)]
@@ -142,7 +163,8 @@ def parse(
     is_help = bool({"-h", "--help"} & set(args))
     about = f"\n\n{about}" if "--help-all" in args else ""
     try:
-        with _shortened(names, verb) if names and is_help else contextlib.nullcontext():
+        shown = _shortened(names, verb) if names and is_help else contextlib.nullcontext()
+        with shown, parts.fields_opened(kind):
             return tyro.cli(
                 kind,
                 registry=registry,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clip_jax import parts
 from clip_jax.cli import arguments
 from clip_jax.display import say
 from clip_jax.errors import InputError
@@ -35,6 +36,8 @@ commands:
 {commands}
 
 `clip-jax COMMAND --help` lists the options that are used most, `--help-all` all of them.
+`--import MODULE`, before or after COMMAND, makes the losses, towers, data sources, evaluators,
+optimizers and tokenizers of your own module known (repeat it for several modules).
 """
 
 SCALE_USAGE = """\
@@ -445,6 +448,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Sequence[str]) -> int:
+    modules, args = arguments.without_imports(args)
+    for module in modules:
+        parts.load(module)
     if not args or args[0] in ("-h", "--help"):
         listing = "\n".join(
             f"  {name:<12} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()

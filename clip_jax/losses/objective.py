@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.inputs import Input, shapes_of
+from clip_jax.parts import Part
 
 Inputs = dict[str, Any]  # the batch by name: "image", "text", and further inputs of terms
 Outputs = dict[str, Float[Array, "B ..."]]
@@ -68,7 +69,7 @@ class Context:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Term:
+class Term(Part):
     """One term of an objective; a subclass defines the methods that it needs.
 
     `needs` names outputs of the towers in addition to the L2-normalised embeddings `image` and

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clip_jax import sharding
+from clip_jax import parts, sharding
 from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
 from clip_jax.losses.objective import total
@@ -94,6 +94,7 @@ def compile_step(request: Request) -> Facts:
             f"planning for {request.topology} needs the compiler {names[0]}, which is not "
             f"installed (no device is needed): pip install 'clip-jax-pods[{extra}]'."
         )
+    content = to_dict(request)
     quiet = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
     with tempfile.TemporaryDirectory() as folder:
         flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
@@ -109,8 +110,8 @@ def compile_step(request: Request) -> Facts:
             }
         )
         done = subprocess.run(
-            [sys.executable, "-m", "clip_jax.pods.compile", folder],
-            input=json.dumps(to_dict(request)),
+            [sys.executable, "-m", "clip_jax.pods.compile", folder, *parts.needed(content)],
+            input=json.dumps(content),
             capture_output=True,
             text=True,
             env=environment,
@@ -296,7 +297,12 @@ def _devices(topology: Topology) -> list[jax.Device]:
 
 
 def main() -> None:
-    """Read a request from standard input and write the facts to standard output."""
+    """Read a request from standard input and write the facts to standard output.
+
+    The arguments are a folder for schedules, and the modules of users' parts.
+    """
+    for module in sys.argv[2:]:
+        parts.load(module)
     request = from_dict(Request, json.load(sys.stdin))
     try:
         result = to_dict(facts(request, _devices(request.topology), Path(sys.argv[1])))

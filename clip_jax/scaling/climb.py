@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clip_jax import flops, processes
+from clip_jax import flops, parts, processes
 from clip_jax.config_files import with_order
 from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.scaling import jobs
@@ -175,11 +175,12 @@ def _job(point: Point, group: processes.Position) -> Job:
     remote = files.is_remote(workdir)
     directory = files.beside(workdir, "ladder") if remote else Path(workdir)
     config = with_order(point.config, workdir)  # an earlier start's order
-    content = json.dumps(to_dict(config), indent=1)
+    values = to_dict(config)
+    content = json.dumps(values, indent=1)
     for path in {workdir / "config.json", directory / "config.json"}:  # only one on a disk
         if not (path.exists() and path.read_text() == content):  # others may be training it
             files.write_whole(path, content)
-    train = [sys.executable, "-m", "clip_jax", "train"]
+    train = [sys.executable, "-m", "clip_jax", *parts.flags(values), "train"]
     return Job(
         name=point.name,
         command=[*train, f"{directory}/config.json", "--workdir", str(workdir)],

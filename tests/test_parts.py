@@ -1,0 +1,193 @@
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from clip_jax import parts
+from clip_jax.checkpoints.run_config import read_run_config
+from clip_jax.cli import arguments, commands
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
+from clip_jax.convert import run
+from clip_jax.errors import InputError
+from clip_jax.losses import SoftmaxConfig
+from clip_jax.serialize import from_dict, to_dict
+from tests.conftest import DIGITS
+
+LOSS = """
+from dataclasses import dataclass
+from clip_jax.losses import SoftmaxConfig
+
+@dataclass(frozen=True, kw_only=True)
+class {name}(SoftmaxConfig):
+    \"\"\"Softmax of a sharper temperature.\"\"\"
+
+    factor: float = 2.0  # Factor on the logit scale.
+"""
+
+
+@pytest.fixture(autouse=True)
+def imported(tmp_path, monkeypatch):
+    """Work in a folder of its own, and forget afterwards what was imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = {*sys.modules}
+    with mock.patch.dict(parts._NAMES):
+        yield
+    new = {*sys.modules} - before
+    for kind in parts.of_users():
+        if kind.__module__ in new:
+            kind.__name__ = f"_{kind.__name__}"  # no part of a later test
+    for name in new:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def write(name: str, file: str) -> Path:
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(LOSS.format(name=name))
+    return path
+
+
+def config_with(module: str, name: str) -> Config:
+    loss = getattr(sys.modules[module], name)()
+    return dataclasses.replace(load_config(DIGITS), objective=(loss,))
+
+
+def test_a_class_of_an_imported_file_has_flags_and_help_and_is_read_and_written(capsys):
+    write("Sharp", "sharp_loss.py")
+    Path("run.py").write_text(
+        "import dataclasses\nfrom clip_jax.config_files import load_config\n"
+        "from sharp_loss import Sharp\n"
+        f"def get_config():\n    run = load_config({str(DIGITS)!r})\n"
+        "    return dataclasses.replace(run, objective=(Sharp(),))\n"
+    )
+    args = ["--import", "sharp_loss.py", "run.py", "--objective.0.factor", "3"]
+    modules, args = arguments.without_imports(args)
+    for module in modules:
+        parts.load(module)
+    config = arguments.read_run(Config, args, commands.train, "train")
+    assert dataclasses.asdict(config.objective[0])["factor"] == 3
+    written = json.loads(json.dumps(to_dict(config)))
+    assert written["objective"][0]["import"] == "sharp_loss.py"
+    assert parts.flags(written) == ["--import", "sharp_loss.py"]
+    assert from_dict(Config, written) == config
+    with pytest.raises(SystemExit):
+        arguments.read_run(Config, ["run.py", "--help-all"], commands.train, "train")
+    shown = capsys.readouterr().out
+    assert "--objective.0.factor" in shown
+    assert "Factor on the logit scale." in shown
+    assert re.search(r"objective: .*\| Sharp\n", shown)
+    assert "Sharp" not in str(Config.__annotations__)  # the parser's types last as long as it does
+
+
+def test_a_module_of_the_working_directory_is_recorded_by_its_name():
+    write("Bright", "bright_parts/losses.py")
+    Path("bright_parts/__init__.py").write_text("from bright_parts import losses\n")
+    parts.load("bright_parts")
+    written = to_dict(config_with("bright_parts.losses", "Bright"))
+    assert parts.needed(written) == ("bright_parts",)
+
+
+def test_an_entry_point_is_a_short_name():
+    write("Brief", "brief_parts.py")
+    entry = metadata.EntryPoint("brief", "brief_parts", parts.GROUP)
+    with mock.patch.object(metadata, "entry_points", autospec=True, return_value=(entry,)):
+        parts.load("brief")
+    assert parts.needed(to_dict(config_with("brief_parts", "Brief"))) == ("brief",)
+
+
+def test_an_import_in_python_is_enough():
+    write("Plain", "plain_parts.py")
+    sys.path.append(".")
+    __import__("plain_parts")
+    config = config_with("plain_parts", "Plain")
+    assert from_dict(Config, to_dict(config)) == config
+    assert parts.needed(to_dict(config)) == ("plain_parts",)
+
+
+def readers(workdir: Path):
+    yield lambda: load_config(workdir / "config.json")
+    yield lambda: read_run_config(workdir)
+    yield lambda: run.read_config(workdir)
+
+
+def test_readers_of_a_run_name_the_import_and_import_nothing():
+    write("Lost", "lost_parts.py")
+    parts.load("lost_parts.py")
+    written = to_dict(config_with("lost_parts", "Lost"))
+    Path("config.json").write_text(json.dumps(written).replace("lost_parts", "gone_parts"))
+    written["objective"][0]["type"] = "Never"
+    (workdir := Path("never")).mkdir()
+    (workdir / "config.json").write_text(json.dumps(written))
+    Path("gone_parts.py").write_text("raise SystemExit('a file of a run ran code')")
+    for read in readers(workdir):
+        with pytest.raises(InputError, match=r"needs Never, which lost_parts.py does not define"):
+            read()
+    parts._NAMES.clear()
+    for read in readers(workdir):
+        with pytest.raises(
+            InputError, match=r"needs Never of lost_parts.py, not imported: .*"
+        ) as e:
+            read()
+        assert "config.json" in str(e.value)
+        assert "Pass --import lost_parts.py" in str(e.value)
+    # The class is known; what the module is called now is no obstacle.
+    assert load_config("config.json").objective[0] == config_with("lost_parts", "Lost").objective[0]
+    assert "gone_parts" not in sys.modules
+
+
+def test_two_classes_of_one_name_are_an_error():
+    write("Twice", "first_twice.py")
+    write("Twice", "second_twice.py")
+    parts.load("first_twice.py")
+    written = to_dict(config_with("first_twice", "Twice"))
+    parts.load("second_twice.py")
+    with pytest.raises(InputError, match="second_twice and first_twice both define Twice"):
+        from_dict(Config, written)
+
+
+def test_a_class_with_the_name_of_a_built_in_one_is_an_error():
+    write("SoftmaxConfig", "taken_parts.py")
+    parts.load("taken_parts.py")
+    with pytest.raises(InputError, match=r"taken_parts and clip_jax.* both define SoftmaxConfig"):
+        parts.opened(tuple[SoftmaxConfig | None, ...])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent_parts", None, "there is no module 'absent_parts'"),
+        ("absent_parts.py", None, "absent_parts.py is not a Python file"),
+        ("broken_parts.py", "x = 1\nraise KeyError('y')", "broken_parts.py:2: KeyError: 'y'"),
+        ("broken_parts", "import absent_thing", "broken_parts.py:1: .*absent_thing"),
+        ("json.py", "", "a module 'json' was imported already"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(name, content, message):
+    if content is not None:
+        Path(f"{name.removesuffix('.py')}.py").write_text(content)
+    with pytest.raises(InputError, match=message):
+        parts.load(name)
+
+
+def test_the_flag_is_taken_out_of_any_position():
+    args = ["--import", "a", "plan", "x.py", "--import=b.py", "--json", "--import", "c"]
+    assert arguments.without_imports(args) == (["a", "b.py", "c"], ["plan", "x.py", "--json"])
+    for wrong in (["--import"], ["--import", "--json"], ["--import="]):
+        with pytest.raises(InputError, match="it needs a module"):
+            arguments.without_imports(wrong)
+
+
+def test_the_command_line_imports_before_it_does_anything(capsys):
+    with mock.patch.object(parts, "load", autospec=True) as load, contextlib.suppress(SystemExit):
+        assert commands.main(["--import", "x.py", "--version"]) == 0
+    assert load.call_args_list == [mock.call("x.py")]
+    assert capsys.readouterr().out.strip()
