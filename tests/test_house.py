@@ -106,7 +106,7 @@ def test_the_package_is_read_from_a_short_list_of_subjects():
     modules = list(PACKAGE.glob("*.py"))
     folders = [path.parent for path in PACKAGE.glob("*/__init__.py")]
     assert len(modules) <= 18
-    assert len(modules) + len(folders) <= 32
+    assert len(modules) + len(folders) <= 33
 
 
 def test_no_function_is_longer_than_80_lines():
