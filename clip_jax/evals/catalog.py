@@ -1,7 +1,8 @@
 """The data sets that --dataset accepts: the CLIP paper's (tables 9 and 11), each with its class
-names and metric; ARO and SugarCrepe; multilingual ones; and one's own, as KIND:PATH.
+names and metric; ARO and SugarCrepe; multilingual ones; the bundled digits; and one's own, as
+KIND:PATH.
 
-A named data set is searched for under one root: CLIP_benchmark's WebDataset layout
+Any other named data set is searched for under one root: CLIP_benchmark's WebDataset layout
 (`NAME/test/*.tar`, or `wds_NAME`), a folder of classes (`NAME/test/CLASS/` or `NAME/CLASS/`),
 or a prepared TFDS builder (`TFDS_NAME/[config/]VERSION/dataset_info.json`).
 """
@@ -29,6 +30,7 @@ from clip_jax.evals.datasets import (
     Translated,
     images_beside,
     open_captions,
+    open_digits,
     open_folder,
     open_tfds,
     open_webdataset,
@@ -70,7 +72,8 @@ _CAPTIONS = {  # multilingual captions, and where to get them
     "crossmodal3600": "google.github.io/crossmodal-3600",
 }
 ROWS = {row.name: row for row in SUITE}
-_NAMES = (*ROWS, languages.BABEL, *_CAPTIONS)
+_DIGITS = "digits"  # bundled
+_NAMES = (*ROWS, languages.BABEL, *_CAPTIONS, _DIGITS)
 _KINDS = ("folder", "webdataset", "languages")
 
 
@@ -158,6 +161,8 @@ def _check_is_test(name: str, split: Split) -> None:
 
 
 def _open_named(name: str, root: AnyPath, codes: Sequence[str], split: Split) -> Data:
+    if name == _DIGITS:
+        return open_digits(split)
     if name in ROWS:
         return open_data_set(ROWS[name], root, split)
     _check_is_test(name, split)

@@ -290,6 +290,7 @@ def checked(path: AnyPath, layout: str) -> Generator[None]:
         raise InputError(f"{path} is not in {layout} ({error!r}).") from error
 
 
+_DIGITS_SIZE = 16  # pixels, as in configs/digits.py
 # Those of the digits' captions that write the number in words.
 _DIGITS_TEMPLATES = (
     "{c}",
@@ -300,19 +301,20 @@ _DIGITS_TEMPLATES = (
 )
 
 
-def open_digits(
-    config: digits.DigitsConfig, split: Split, *, per_number: int, image_size: int
-) -> Labelled:
-    """Draw the bundled digits as labelled images, every number a class.
+def open_digits(split: Split) -> Labelled:
+    """Draw the bundled digits as labelled images: numbers of two digits, every number a class.
 
     Training and validation images are by the training writers, test images by the held-out ones.
     Probes are fitted to every number, also to those that the model has not seen in training.
     """
-    numbers = list(range(10**config.digits))
-    hands = "held out" if split == "test" else "training"
-    count = 2 * per_number if split != "test" else per_number
-    images, labels = digits.evaluation_set(config, numbers, count, image_size, hands)
-    if split != "test":
+    config, per_number = digits.DigitsConfig(), 20
+    numbers = range(10**config.digits)
+    if split == "test":
+        images, labels = digits.evaluation_set(config, numbers, per_number, _DIGITS_SIZE)
+    else:
+        images, labels = digits.evaluation_set(
+            config, numbers, 2 * per_number, _DIGITS_SIZE, "training"
+        )
         mine = np.arange(len(labels)) % 2 == (split == "train")
         images, labels = images[mine], labels[mine]
     names = [digits.number_words(number, config.digits) for number in numbers]

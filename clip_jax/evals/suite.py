@@ -25,10 +25,10 @@ class SuiteConfig:
     """Data sets and tasks of an evaluation."""
 
     # Data sets to evaluate: names from the CLIP paper; aro_relation, aro_attribution, sugar_crepe;
-    # the multilingual babel_imagenet, xtd10, xtd200, flickr30k-200, crossmodal3600; or your own, as
-    # folder:PATH (one folder per class, optionally below train/, val/ and test/), webdataset:PATH
-    # (tars in CLIP_benchmark's layout) or languages:PATH (captions in several languages). Empty:
-    # all that are in data_dir, but for multilingual ones.
+    # the multilingual babel_imagenet, xtd10, xtd200, flickr30k-200, crossmodal3600; the bundled
+    # digits; or your own, as folder:PATH (one folder per class, optionally below train/, val/ and
+    # test/), webdataset:PATH (tars in CLIP_benchmark's layout) or languages:PATH (captions in
+    # several languages). Empty: all that are in data_dir, but for multilingual ones.
     dataset: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()  # Language codes, as the data set writes them. Empty: all.
     data_dir: str = "data"  # Folder of the named data sets: a path or a bucket's URL.

@@ -1,6 +1,5 @@
 """`clip-jax evaluate MODEL`: run the evaluators of training, or data sets, on saved weights."""
 
-import functools
 import itertools
 import json
 from dataclasses import dataclass, field, fields, replace
@@ -10,9 +9,9 @@ from clip_jax import processes, sharding
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.config import Config
 from clip_jax.config_files import of_run
+from clip_jax.data.digits import DigitsConfig
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.catalog import data_sets
-from clip_jax.evals.datasets import open_digits
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.evaluator import (
     Encoder,
@@ -28,21 +27,18 @@ from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import content_of, parse
 
-_DIGITS = DigitsEvalConfig(per_number=100)
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SuiteConfig):
-    """Evaluate a model by its run's evaluators, on the bundled digits, or on other data sets."""
+    """Evaluate a model by its run's evaluators or on data sets."""
 
     # Run directory, model folder, or weights in another format. RUN is the newest checkpoint of a
     # run, RUN@20000 that of a step, RUN@best the best.
     model: AnyPath
-    # Evaluators. run: those of the run's config, changed by the options used here; digits: the
-    # bundled digits data set; clip: the CLIP paper's data sets. None: clip with --dataset or
-    # --data-dir, else run if the run has evaluators and --digits is not used, else digits.
-    suite: Literal["run", "digits", "clip"] | None = None
-    digits: DigitsEvalConfig = _DIGITS  # Settings of --suite digits.
+    # Evaluators. run: those of the run's config, changed by the options used here; clip: the CLIP
+    # paper's data sets. None: clip with --dataset or --data-dir, else run. A model without
+    # evaluators is measured on the bundled digits, as `clip-jax train digits` does.
+    suite: Literal["run", "clip"] | None = None
     dtype: DType | None = None  # Data type of the computation. None: a run's own, else float32.
     # Patches per image of a NaFlex model (sequence length). None: the model's own.
     tokens: int | None = None
@@ -86,49 +82,28 @@ class Evaluators:
     """Evaluators of a command, created once for any number of checkpoints."""
 
     def __init__(self, config: EvaluateConfig, run: Config | None) -> None:
-        suite = _suite(config, run)
         self._config = config
-        self._evaluators: list[Evaluator] = []
-        self._tasks_on_digits: tuple[str, ...] = ()
-        if suite == "run":
-            self._evaluators = [x.make() for x in _of_run(config, run)]
-        elif suite == "clip":
+        self._evaluators: list[Evaluator]
+        if _suite(config, run) == "clip":
             opened = data_sets(config.dataset, config.data_dir, config.languages)
             memory = SuiteEvalConfig.memory_mib << 20 if config.watch else 0
             self._evaluators = [SuiteEvaluator(config, opened, memory=memory)]
         else:
-            self._digits = _digits(config, run)
-            if "zero-shot" in config.tasks:
-                self._evaluators = [self._digits.make()]
-            # Only as a data set do the digits use templates and write pictures.
-            with_zero_shot = config.templates or config.output
-            self._tasks_on_digits = tuple(
-                task for task in config.tasks if task != "zero-shot" or with_zero_shot
-            )
+            self._evaluators = [evaluator.make() for evaluator in _of_run(config, run)]
 
     def run(self, encoder: Encoder, output: AnyPath | None) -> dict[str, float | int]:
         """Evaluate one model; write tables and pictures to `output`."""
-        config, evaluators, values = self._config, self._evaluators, {}
-        if self._tasks_on_digits:
-            open_split = functools.partial(
-                open_digits,
-                self._digits.source,
-                per_number=self._digits.per_number,
-                image_size=encoder.model.config.vision.image_spec.side,
-            )
-            as_suite = replace(config, tasks=self._tasks_on_digits)
-            evaluators = [*evaluators, SuiteEvaluator(as_suite, {"digits": open_split})]
-        folders = folders_of(evaluators, output)
-        for evaluator, folder in zip(evaluators, folders, strict=True):
+        values: dict[str, float | int] = {}
+        folders = folders_of(self._evaluators, output)
+        for evaluator, folder in zip(self._evaluators, folders, strict=True):
             rows = evaluator.run(encoder, folder)
             for _, of_data_set in itertools.groupby(rows, lambda row: row[0].partition("/")[0]):
                 values |= length_of(encoder.preprocess) | dict(of_data_set)
                 if output and processes.is_lead():
                     files.write_whole(output / "result.json", json.dumps(values, indent=1))
         if not values:
-            raise InputError(
-                f"nothing could be measured with --tasks {' '.join(config.tasks)}; choose others."
-            )
+            tasks = " ".join(self._config.tasks)
+            raise InputError(f"nothing could be measured with --tasks {tasks}; choose others.")
         return values
 
 
@@ -149,11 +124,11 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
     return model.encoder(mesh, config.model.name)
 
 
-def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits", "clip"]:
+def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "clip"]:
     if config.suite == "run" and not (run and run.evals):
         raise InputError(
             f"--suite run: {config.model} is no run with evaluators (evals in its config); use "
-            "--suite digits, --suite clip or --dataset."
+            "--suite clip or --dataset."
         )
     if config.suite:
         return config.suite
@@ -163,18 +138,7 @@ def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "digits
     if run is None and (split_name(config.model)[0] / "checkpoints").is_dir():
         raise InputError(
             f"{config.model} is a run whose config.json cannot be read, so its evaluators are "
-            "unknown; use --suite digits, --suite clip or --dataset."
-        )
-    if config.digits != _DIGITS or not (run and run.evals):
-        return "digits"
-    untaken = _options(config).keys() - {name for own in run.evals for name in vars(own)}
-    if untaken and any(isinstance(own, DigitsEvalConfig) for own in run.evals):
-        return "digits"
-    if untaken:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(untaken))
-        raise InputError(
-            f"{flags}: the evaluators of {config.model} have no such option; use --suite digits, "
-            "--suite clip or --dataset."
+            "unknown; use --suite clip or --dataset."
         )
     return "run"
 
@@ -187,28 +151,24 @@ def _options(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _of_run(config: EvaluateConfig, run: Config | None) -> list[Any]:
-    """Return a run's evaluators, changed by the options of the command that they have."""
+    """Return a run's evaluators, changed by the options of the command that they have.
+
+    A model without evaluators has that of the bundled digits, with the numbers of its run if it
+    was trained on digits. Raises InputError for an option that no evaluator has.
+    """
+    source = run.data.source if run else None
+    usual = DigitsEvalConfig(source=source if isinstance(source, DigitsConfig) else DigitsConfig())
+    evaluators = (run.evals if run else ()) or (usual,)
     options = _options(config)
+    if ignored := options.keys() - {name for evaluator in evaluators for name in vars(evaluator)}:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(ignored))
+        raise InputError(
+            f"{flags}: the evaluators of {config.model} have no such option; use --suite clip or "
+            "--dataset, such as --dataset digits."
+        )
     changed = [
-        replace(own, **{name: options[name] for name in options.keys() & vars(own).keys()})
-        for own in (run.evals if run else ())
+        replace(evaluator, **{name: x for name, x in options.items() if hasattr(evaluator, name)})
+        for evaluator in evaluators
     ]
     check_distinct(changed)
     return changed
-
-
-def _digits(config: EvaluateConfig, run: Config | None) -> DigitsEvalConfig:
-    """Return the evaluator of digits, by default on the run's numbers; warn if they differ."""
-    digits = config.digits
-    own = [x.source for x in (run.evals if run else ()) if isinstance(x, DigitsEvalConfig)]
-    if own and digits == _DIGITS:
-        digits = replace(digits, source=own[0])
-    for name in ("digits", "split_seed"):
-        measured = getattr(digits.source, name)
-        learned = getattr(run.data.source, name, measured) if run else measured
-        if learned != measured:
-            processes.say_once(
-                f"the run was trained with data.source.{name}={learned}, this evaluation has "
-                f"--digits.source.{name.replace('_', '-')} {measured}"
-            )
-    return digits

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from clip_jax.data.digits import DigitsConfig
+from clip_jax.data.digits import DigitsConfig, evaluation_set
 from clip_jax.data.images import decode
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import (
@@ -98,14 +98,16 @@ def test_splits_lie_in_a_folder_or_are_it(tmp_path):
 
 
 def test_the_digits_are_a_data_set():
-    config = DigitsConfig(digits=1)
+    """Test images are those that a run's evaluator draws."""
+    splits = {split: open_digits(split) for split in ("train", "validation", "test")}
     images = set()
-    for split in ("train", "validation", "test"):
-        data = open_digits(config, split, per_number=2, image_size=12)
-        assert list(data.names[:3]) == ["zero", "one", "two"]
-        assert sorted(label for _, label in data) == sorted(2 * list(range(10)))
+    for data in splits.values():
+        assert list(data.names[:3]) == ["zero zero", "zero one", "zero two"]
+        assert [label for _, label in data] == data.labels == sorted(20 * list(range(100)))
         images |= {image.tobytes() for image, _ in data}
-    assert len(images) == 60
+    assert len(images) == 3 * 2_000
+    drawn, _ = evaluation_set(DigitsConfig(), [42], 20, 16)
+    np.testing.assert_array_equal(drawn, [splits["test"].load(840 + i)[0] for i in range(20)])
 
 
 COUNTS = [10, 3, 7]  # images of each class

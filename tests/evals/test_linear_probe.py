@@ -10,10 +10,10 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from clip_jax.data.digits import DigitsConfig
+from clip_jax.data.digits import DigitsConfig, evaluation_set, number_words
 from clip_jax.errors import InputError
 from clip_jax.evals import linear_probe as probe
-from clip_jax.evals.datasets import Captioned, Labelled, Missing, open_digits
+from clip_jax.evals.datasets import Captioned, Labelled, Missing
 from clip_jax.evals.ranks import NotFinite
 from clip_jax.evals.reader import Splits
 from clip_jax.models.clip import CLIP
@@ -119,7 +119,20 @@ def encoder():
 
 @functools.cache
 def drawn_digits(split):
-    return open_digits(DigitsConfig(digits=1), split, per_number=20, image_size=16)
+    if split == "test":
+        images, labels = evaluation_set(DigitsConfig(digits=1), range(10), 20, 16)
+    else:
+        images, labels = evaluation_set(DigitsConfig(digits=1), range(10), 40, 16, "training")
+        chosen = slice(int(split == "train"), None, 2)
+        images, labels = images[chosen], labels[chosen]
+    names = [number_words(number, 1) for number in range(10)]
+    return Labelled(
+        len(labels),
+        lambda i: (images[i], int(labels[i])),
+        names,
+        ["{c}", "a handwritten {c}"],
+        labels.tolist(),
+    )
 
 
 SPLITS = ("train", "validation", "test")

@@ -29,7 +29,7 @@ from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.evals.zero_shot import classify, multi_label, zero_shot
 from clip_jax.inference.evaluate import (
     EvaluateConfig,
-    _digits,
+    Evaluators,
     _of_run,
     _suite,
     config_of_run,
@@ -149,17 +149,21 @@ def test_every_task_on_a_folder_with_splits(evaluate, data, tmp_path, monkeypatc
 
 
 def test_the_digits_take_every_task(evaluate, tmp_path):
-    few = ["--digits.per-number", 1, "--digits.source.digits", 1]
+    few = ["--dataset", "digits", "--images", 100]
     tasks = ["--tasks", "zero-shot", "neighbours"]
     values, _ = evaluate(*few, *tasks, "--output", tmp_path)
-    assert {
-        "zero_shot/seen/top1",
-        "digits/acc1",
-        "digits/templates/gain",
-        "digits/neighbours/acc1",
-    } <= values.keys()
-    for name in ("predictions.png", "digits/confusion.png", "results.md"):
+    assert {"digits/acc1", "digits/templates/gain", "digits/neighbours/acc1"} <= values.keys()
+    for name in ("digits/confusion.png", "results.md"):
         assert (tmp_path / name).exists()
+
+
+def test_a_model_without_evaluators_has_those_of_a_run_on_digits(evaluate, model, tmp_path):
+    """One name, one number: the same images as in training."""
+    values, _ = evaluate("--output", tmp_path)
+    run = Config(evals=(DigitsEvalConfig(),))
+    assert values == Evaluators(EvaluateConfig(model=model), run).run(encoder_on(mesh_of(1)), None)
+    assert "zero_shot/seen/top1" in values
+    assert (tmp_path / "predictions.png").exists()
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +193,15 @@ def test_features_that_overflow_are_counted_and_measure_nothing(
     "args",
     [
         ["--dataset", "flickr30k", "--data-dir", "DATA"],
-        ["--suite", "digits", "--digits.per-number", "1"],
+        [],
+        ["--dataset", "digits", "--images", "100"],
         ["--suite", "clip", "--data-dir", "DATA"],
     ],
 )
 def test_no_evaluator_measures_what_is_not_finite(args, overflowing, data, capsys):
     args = [str(data) if x == "DATA" else x for x in args]
     assert main(["evaluate", str(overflowing), *args]) == 2
-    assert re.search(r"\d+ of \d+ rows of .* are not finite", capsys.readouterr().err)
+    assert re.search(r"[\d,]+ of [\d,]+ rows of .* are not finite", capsys.readouterr().err)
 
 
 def test_a_task_without_its_split_is_named_and_the_others_run(evaluate, model, data, capsys):
@@ -315,7 +320,8 @@ def test_a_model_is_evaluated_beside_the_original(evaluate, model, data, tmp_pat
         (["--dataset", "folder:."], "has no test split; put it in"),
         (["--dataset", "webdataset:nowhere"], "there are no tars in nowhere/test"),
         (["--dataset", "cifar10"], "cifar10 is not in data: "),
-        (["--templates", "nowhere.txt"], "nowhere.txt cannot be read as text"),
+        (["--dataset", "digits", "--templates", "no.txt"], "no.txt cannot be read as text"),
+        (["--tasks", "probe"], "--tasks: the evaluators of .* have no such option; use .* digits"),
         (["--suite", "clip", "--data-dir", "."], f"none of the suite's {len(SUITE)} data sets"),
         (["--suite", "run"], "is no run with evaluators"),
     ],
@@ -324,22 +330,20 @@ def test_wrong_use_is_explained(args, says, model, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train").mkdir()
     assert main(["evaluate", str(model), *args]) == 2
-    assert says in capsys.readouterr().err
+    assert re.search(says, capsys.readouterr().err)
 
 
-def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, capsys):
+def test_options_count_more_than_what_the_run_has(model, tmp_path):
     assert config_of_run(model) is None  # whose config.json is a model's
-    run = Config(evals=(DigitsEvalConfig(),), data=DataConfig(source=DigitsConfig(digits=4)))
+    run = Config(evals=(DigitsEvalConfig(),))
     pairs = Config(evals=(PairsEvalConfig(),))
     ask = functools.partial(EvaluateConfig, model=tmp_path)
-    asked = ask(digits=DigitsEvalConfig(per_number=1))
     for config, of, suite in (
         (ask(), run, "run"),
-        (asked, run, "digits"),
-        (ask(), None, "digits"),
-        (ask(tasks=("neighbours",)), run, "digits"),
+        (ask(), None, "run"),
+        (ask(dataset=("digits",)), run, "clip"),
         (ask(data_dir="here"), run, "clip"),
-        (ask(images=9, suite="digits"), pairs, "digits"),
+        (ask(images=9, suite="clip"), pairs, "clip"),
     ):
         assert _suite(config, of) == suite
     own = Config(evals=(PairsEvalConfig(), SuiteEvalConfig()))
@@ -348,12 +352,10 @@ def test_what_is_asked_for_counts_more_than_what_the_run_has(model, tmp_path, ca
     with pytest.raises(InputError, match=r"evals\.0 and evals\.1 both measure"):
         _of_run(ask(tasks=("neighbours",)), Config(evals=tasks))
     with pytest.raises(InputError, match=r"--images: the evaluators of .* have no such option"):
-        _suite(ask(images=9), pairs)
-    _digits(asked, Config(data=DataConfig(source=DigitsConfig(digits=2))))
-    assert not capsys.readouterr().err
-    _digits(asked, run)
-    says = "data.source.digits=4, this evaluation has --digits.source.dig"
-    assert says in capsys.readouterr().err
+        _of_run(ask(images=9), pairs)
+    source = DigitsConfig(digits=4)
+    (digits,) = _of_run(ask(), Config(data=DataConfig(source=source), evals=()))
+    assert digits == DigitsEvalConfig(source=source)
     for wrong in ({"shots": (0,)}, {"images": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EvaluateConfig(model=tmp_path, **wrong)

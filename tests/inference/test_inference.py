@@ -200,11 +200,11 @@ def test_captions_and_pairs_are_retrieved_at_any_length(folder, tmp_path, run):
 
 
 def test_the_digits_and_a_watched_run_name_their_length(folder, run):
-    """Digits are drawn at the largest square; a watcher evaluates at the length asked for."""
-    digits = ["--suite", "digits", "--digits.source.digits", 1, "--digits.per-number", 2]
+    """A watcher evaluates at the length that its option sets."""
+    digits = ["--dataset", "digits", "--images", 100]
     own = run("evaluate", folder / "run", *digits, "--tasks", "zero-shot", "neighbours")
     assert own["tokens"] == OWN
-    assert "digits/neighbours/acc1" in own
+    assert {"digits/acc1", "digits/neighbours/acc1"} <= own.keys()
     watched = run("evaluate", folder / "run", *digits, "--tokens", OTHER, "--watch")
     assert watched["tokens"] == OTHER
     last = rows(folder / "run", WATCHED)[-1]
