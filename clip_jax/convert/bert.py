@@ -10,7 +10,7 @@ from clip_jax.convert import hugging_face_clip, hugging_face_family
 from clip_jax.convert.hugging_face_family import IMAGE, Family
 from clip_jax.convert.settings import Settings, Table, by_table, count_of, read_json
 from clip_jax.convert.state_dict import Convention
-from clip_jax.convert.target import Assumptions
+from clip_jax.convert.target import Assumptions, Inexpressible
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.tokenizer_files import missing
 from clip_jax.convert.tokenizer_settings import CONFIG_NAME
@@ -99,14 +99,14 @@ def read_open_clip(section: Settings) -> BertConfig:
 
 
 def write_open_clip(text: BertConfig) -> dict[str, Any]:
-    """Return open_clip's settings. Raises InputError unless the sizes are a published model's."""
+    """Return open_clip's settings. Raises Inexpressible if no published model has the sizes."""
     free = {x: getattr(text, x) for x in ("context_length", "pool", "head", "tokenizer")}
     name = next((name for name, known in KNOWN.items() if replace(known, **free) == text), None)
     if name is None:
-        raise InputError(
+        raise Inexpressible(
             "open_clip builds BERT only by the names of published models, and no one has "
             f"text.width={text.width}, text.depth={text.depth}, text.vocab_size={text.vocab_size} "
-            f"and the other settings of this one (known are {', '.join(KNOWN)}); use --to clip-jax."
+            f"and the other settings of this one (known are {', '.join(KNOWN)})"
         )
     poolers = {ours: theirs for theirs, ours in _POOLERS.items()}
     return {

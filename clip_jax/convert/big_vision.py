@@ -192,10 +192,15 @@ def _tower(arrays: Tensors, blocks: str, width: int, source: str) -> dict[str, A
     return {**sizes, "norm_epsilon": 1e-6}
 
 
-def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
-    """Return the arrays under big_vision's names. Raises InputError if it lacks the model."""
+def check(weights: Weights) -> None:
+    """Raise Inexpressible if big_vision's SigLIP cannot be such a model."""
     assumptions = siglip.assumptions(weights) | _ACTIVATIONS
     check_assumptions(weights, "big_vision's SigLIP", assumptions)
+
+
+def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
+    """Return the arrays under big_vision's names. Raises Inexpressible if it lacks the model."""
+    check(weights)
     tensors = from_params(rows(weights.config), weights.params)
     return {f"{_ROOT}{name}": cast(x, dtype) for name, x in tensors.items()}
 
@@ -233,4 +238,4 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
         return verify.torch_outputs(model.encode_image, model.encode_text, model, inputs)
 
 
-TARGET = Target(write=write, reference="open_clip", outputs=_outputs, check=to_tensors)
+TARGET = Target(write=write, reference="open_clip", outputs=_outputs, check=check)

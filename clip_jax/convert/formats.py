@@ -259,7 +259,7 @@ def write_weights(
         try:
             target.write(weights, partial, dtype=dtype)
         except Inexpressible as error:
-            raise InputError(f"{error}; choose --to {_others(weights)}.") from error
+            raise InputError(f"{error}{_advice(weights, bool(error.remedy))}") from error
         if target.names and weights.head is not None:
             texts = {name: json.dumps(getattr(weights.head, name)) for name in Head._fields[:2]}
             write_safetensors(partial / HEAD_NAME, {"kernel": weights.head.kernel}, texts)
@@ -270,14 +270,27 @@ def write_weights(
         files.remove(path / name)
 
 
-def _others(weights: Weights) -> str:
-    """Return the formats of folders that can express a model, for advice."""
-    able = []
-    for name in ("open-clip", "hugging-face", "clip-jax"):
-        with contextlib.suppress(InputError):
-            TARGETS[name].check(weights)
-            able.append(name)
-    return " or ".join(able)
+def able_formats(weights: Weights) -> list[Format]:
+    """Return the formats that can express a model, without writing it."""
+    able: list[Format] = []
+    for name, target in TARGETS.items():
+        if weights.only_tower is None or target.has_single_towers:
+            with contextlib.suppress(InputError):
+                target.check(weights)
+                able.append(name)
+    return able
+
+
+def _advice(weights: Weights, has_remedy: bool) -> str:
+    """Return the end of an error about a format that cannot express a model: what can be done."""
+    able = able_formats(weights)
+    if not able:
+        return "; one tower alone can start a run, by --init-from and --init-towers."
+    if able == ["clip-jax"] and not has_remedy:
+        return "; no other library's format can express it, so choose --to clip-jax."
+    *names, last = able
+    choice = f"{', '.join(names)} or {last}" if names else last
+    return f"{', or' if has_remedy else ';'} choose --to {choice}."
 
 
 def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = None) -> Verification:

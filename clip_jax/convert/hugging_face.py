@@ -154,12 +154,12 @@ _REASONS = {"only_tower": "of transformers' classes, only CLIP's have one for ea
 
 
 def check(weights: Weights) -> None:
-    """Raise InputError if transformers' model and processor cannot express the model."""
-    family, advice = family_of(weights.config), ""
-    if weights.only_tower:
-        advice = "one tower alone can start a run, too, by --init-from and --init-towers."
+    """Raise Inexpressible if transformers' model and processor cannot express the model."""
+    family = family_of(weights.config)
     name = f"Hugging Face's {family.class_name}"
-    check_assumptions(weights, name, family.assumptions(weights), advice, _REASONS)
+    check_assumptions(weights, name, family.assumptions(weights), _REASONS)
+    if weights.only_tower != "image":
+        tokenizer_files.check(weights.config.text)
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
@@ -232,6 +232,7 @@ TARGET = Target(
     outputs=outputs,
     rounded=_rounded,
     check=check,
+    has_single_towers=True,
     names=("config.json", WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
     use="`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`. Of a NaFlex model, "
     "`AutoImageProcessor` and `AutoTokenizer`: `AutoProcessor` always makes 256 patches of 16 "

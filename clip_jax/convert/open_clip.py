@@ -9,6 +9,7 @@ from typing import Any
 from clip_jax.convert import bert, openai, timm, verify
 from clip_jax.convert.open_clip_config import (
     CONFIG_NAME,
+    check_tokenizer,
     is_custom,
     model_cfg,
     preprocess_cfg,
@@ -17,7 +18,7 @@ from clip_jax.convert.open_clip_config import (
 )
 from clip_jax.convert.settings import write_json
 from clip_jax.convert.state_dict import TORCH, Convention, Row, from_params, table, to_params
-from clip_jax.convert.target import Assumptions, Target, check_assumptions
+from clip_jax.convert.target import Assumptions, Inexpressible, Target, check_assumptions
 from clip_jax.convert.tensor_files import Tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
@@ -128,9 +129,9 @@ def read(
     if config.decoder is None:
         weights = _flat_names(weights)
     else:
-        advice = "only these settings are supported."
-        like = Weights(config=config, params={})
-        check_assumptions(like, f"{config_path}: open_clip", _DECODERS_TEXT, advice)
+        check_assumptions(
+            Weights(config=config, params={}), f"{config_path}: open_clip", _DECODERS_TEXT
+        )
     for name in ("logit_scale", "logit_bias"):  # one value, of shape [] or [1]
         if name in weights and weights[name].size == 1:
             weights[name] = weights[name].reshape(())
@@ -216,7 +217,7 @@ _REASONS = {
 def as_computed(weights: Weights) -> Weights:
     """Return the model as open_clip will compute it, with the activation of its timm name.
 
-    Raises InputError if timm has no tower of these sizes.
+    Raises Inexpressible if timm has no tower of these sizes.
     """
     vision = weights.config.vision
     family = timm.family_of(vision)
@@ -228,17 +229,8 @@ def as_computed(weights: Weights) -> Weights:
 
 
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
-    """Return the state dict under open_clip's names. Raises InputError if it has no such model."""
-    assumptions = _assumptions(weights.config)
-    check_assumptions(weights, "open_clip's own towers", assumptions, reasons=_REASONS)
-    ours, theirs = (w.config.vision.activation for w in (weights, as_computed(weights)))
-    if ours != theirs:
-        raise InputError(
-            f"open_clip would compute the image tower with {theirs}, as the tower's name in timm "
-            f"fixes it, and this model has {ours}. Use --accept-activation to write it "
-            "nevertheless, as in open_clip's released folders, and measure the difference, or use "
-            "--to hugging-face or clip-jax."
-        )
+    """Return the state dict under open_clip's names. Raises Inexpressible as `check` does."""
+    _check_towers(weights)
     tensors = from_params(rows(weights.config), weights.params)
     if is_custom(weights.config) and weights.config.decoder is None:
         towers = {n for n in tensors if not n.startswith(("visual.", "logit_"))}
@@ -246,10 +238,24 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     return {n: cast(x, dtype) for n, x in tensors.items()} | openai.counters(tensors)
 
 
+def _check_towers(weights: Weights) -> None:
+    assumptions = _assumptions(weights.config)
+    check_assumptions(weights, "open_clip's own towers", assumptions, _REASONS)
+    ours, theirs = (w.config.vision.activation for w in (weights, as_computed(weights)))
+    if ours != theirs:
+        raise Inexpressible(
+            f"open_clip would compute the image tower with {theirs}, as the tower's name in timm "
+            f"fixes it, and this model has {ours}",
+            "use --accept-activation to write it nevertheless, as in open_clip's released folders, "
+            "and measure the difference",
+        )
+
+
 def check(weights: Weights) -> None:
-    """Raise InputError if open_clip has no such model."""
-    to_tensors(weights)
+    """Raise Inexpressible if open_clip has no such model."""
+    _check_towers(weights)
     model_cfg(weights)
+    check_tokenizer(weights.config.text)
 
 
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:

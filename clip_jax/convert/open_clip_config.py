@@ -336,6 +336,12 @@ def write_tokenizer(folder: Path, text: Text) -> None:
         tokenizer_files.write(folder, text, text.tokenizer.clean in _CLEANING.values())
 
 
+def check_tokenizer(text: Text) -> None:
+    """Raise Inexpressible if neither open_clip nor transformers has such a tokenizer."""
+    if not is_open_clips_own(text):
+        tokenizer_files.check(text, text.tokenizer.clean in _CLEANING.values())
+
+
 def model_cfg(weights: Weights) -> dict[str, Any]:
     """Return the settings of a model in open_clip's configuration."""
     config, text = weights.config, weights.config.text

@@ -14,7 +14,7 @@ import numpy as np
 
 from clip_jax.convert import verify
 from clip_jax.convert.state_dict import TORCH, Convention, Row, from_params, table, to_params
-from clip_jax.convert.target import Assumptions, Target, assumed, check_assumptions
+from clip_jax.convert.target import Assumptions, Inexpressible, Target, assumed, check_assumptions
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import (
     DType,
@@ -28,7 +28,7 @@ from clip_jax.convert.weights import (
     square_side,
 )
 from clip_jax.data.images import Preprocess
-from clip_jax.errors import InputError, needing
+from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
@@ -190,15 +190,26 @@ _KEPT_FLOAT32 = re.compile(
 )
 
 
+def _check_model(weights: Weights) -> None:
+    check_assumptions(weights, "OpenAI's format", _assumptions(weights.config))
+
+
+def check(weights: Weights) -> None:
+    """Raise Inexpressible if the archive cannot express the model, or PyTorch cannot write it."""
+    _check_model(weights)
+    if importlib.util.find_spec("torch") is None:
+        raise Inexpressible("writing OpenAI's .pt needs PyTorch", "install it (pip install torch)")
+
+
 def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     """Return the state dict under OpenAI's names, with the buffers of the released files.
 
     With `dtype` "float16", the same tensors are float16 as in OpenAI's files: matrices,
     convolutions and their biases, not norms and embeddings. None keeps each array's dtype. Raises
-    InputError if the format cannot express the model.
+    Inexpressible if the format cannot express the model.
     """
+    _check_model(weights)
     config = weights.config
-    check_assumptions(weights, "OpenAI's format", _assumptions(config))
     tensors = from_params(rows(config), weights.params)
     for name, array in tensors.items():
         kept = dtype == "float16" and _KEPT_FLOAT32.fullmatch(name)
@@ -224,12 +235,9 @@ def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
     The archive has weights and no program: `clip.load(path)` builds its own model from them, but
     `clip.load(path, jit=True)` has nothing to run. This is the only function that needs torch.
     """
+    check(weights)
     tensors = to_tensors(weights, dtype)
-    with needing(
-        "writing OpenAI's .pt needs PyTorch: pip install torch, or use --to open-clip or "
-        "hugging-face, which do not need it."
-    ):
-        import torch
+    import torch
 
     root = torch.nn.Module()
     for name, array in tensors.items():
@@ -273,5 +281,5 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
 
 
 TARGET = Target(
-    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded, check=to_tensors
+    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded, check=check
 )

@@ -20,7 +20,7 @@ import numpy as np
 from clip_jax.convert import hugging_face, verify
 from clip_jax.convert.settings import Settings, number_of, read_json, write_json
 from clip_jax.convert.state_dict import check_floating, flatten, from_params, to_params
-from clip_jax.convert.target import Target
+from clip_jax.convert.target import Inexpressible, Target
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import Adapters, DType, Weights, cast
 from clip_jax.errors import InputError, naming
@@ -61,23 +61,31 @@ _VALUES = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 
 def _adapters(weights: Weights) -> Adapters:
     if weights.adapters is None:
-        raise InputError("--to peft needs a run that trains `lora`, and its own image size.")
+        raise Inexpressible("--to peft needs a run that trains `lora`, and its own image size")
     return weights.adapters
 
 
-def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
-    """Write a run's adapters. Raises InputError if the model has none, or PEFT cannot have them."""
-    own = _adapters(weights)
+def check(weights: Weights) -> None:
+    """Raise Inexpressible if the model has no adapters, or PEFT cannot have them."""
+    settings = _adapters(weights).lora
     hugging_face.check(weights)
+    rows = {row.ours: row for row in hugging_face.rows(weights.config)}
+    for each in lora.adapted(weights.config, settings):
+        is_pooling = rows[each.kernel].names[0].startswith(_POOLING)
+        if is_pooling or each.kernel == "visual/conv1/kernel":
+            raise Inexpressible(
+                f"PEFT cannot have adapters of {each.kernel}", "leave it out of lora.targets"
+            )
+
+
+def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
+    """Write a run's adapters. Raises Inexpressible as `check` does."""
+    check(weights)
+    own = _adapters(weights)
     rows = {row.ours: row for row in hugging_face.rows(weights.config)}
     flat, tensors, rank = flatten(own.params), {}, own.lora.rank
     for each in lora.adapted(weights.config, own.lora):
         row, blocks, parts = rows[each.kernel], math.prod(each.depth), sum(each.chosen)
-        if row.names[0].startswith(_POOLING) or each.kernel == "visual/conv1/kernel":
-            raise InputError(
-                f"PEFT cannot have adapters of {each.kernel}: leave it out of "
-                "lora.targets, or convert to hugging-face, which merges them."
-            )
         a, b = (np.asarray(flat[f"{each.prefix}lora_{name}"]) for name in "ab")
         a, b = a.reshape(blocks, -1, parts, rank), b.reshape(blocks, parts, rank, -1)
         for block in range(blocks):
@@ -179,7 +187,7 @@ TARGET = Target(
     reference="peft",
     outputs=_outputs,
     rounded=_rounded,
-    check=_adapters,
+    check=check,
     names=(CONFIG_NAME, WEIGHTS_NAME),
     use="`peft.PeftModel.from_pretrained(BASE, FOLDER)`, where BASE is transformers' model of the "
     "weights at `base_model_name_or_path`. If these are no Hugging Face folder, write one by "

@@ -22,19 +22,23 @@ Assumptions = dict[str, Any]
 
 
 class Inexpressible(InputError):
-    """A model that a format cannot express; `formats.write_weights` adds which formats can."""
+    """A model that a format cannot express; `formats.write_weights` adds which formats can.
+
+    `remedy` is what else can be done.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+        self.remedy = remedy
 
 
 def check_assumptions(
     weights: Weights,
     name: str,
     assumptions: Assumptions,
-    advice: str = "",
     reasons: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise InputError, which lists what a format called `name` cannot express, if anything.
-
-    Without `advice` it is Inexpressible.
+    """Raise Inexpressible, which lists what a format called `name` cannot express, if anything.
 
     Fields are those of `CLIPConfig`, below `preprocess.`, or `only_tower`; `reasons` are added to
     the message.
@@ -57,8 +61,7 @@ def check_assumptions(
         problems[field] = f"{field}={_shown(value)} (needs {needed}{reason})"
     if problems:
         listed = ", ".join(problems.values())
-        message = f"{name} cannot express this model's {listed}"
-        raise InputError(f"{message}; {advice}") if advice else Inexpressible(message)
+        raise Inexpressible(f"{name} cannot express this model's {listed}")
 
 
 def _shown(value: Any) -> str:
@@ -98,7 +101,8 @@ class Target:
 
     write: Callable[..., None]  # of weights and a path; `dtype=None` keeps each array's
     reference: str  # reference implementation for --verify
-    check: Callable[[Weights], Any]  # raises InputError if the format cannot express a model
+    check: Callable[[Weights], Any]  # raises Inexpressible if the format cannot express a model
+    has_single_towers: bool = False  # whether it can express one tower of a model alone
     outputs: Callable[[Weights, Path, Inputs], Outputs]  # its outputs for the model at a path
     rounded: Callable[[Weights, DType | None], Params] = rounded  # the weights it uses
     # Returns the model as the library will compute it, if the format cannot express its activation.

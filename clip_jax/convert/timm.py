@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from clip_jax.convert.state_dict import Convention
+from clip_jax.convert.target import Inexpressible
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
 from clip_jax.models.clip import Vision
@@ -195,7 +196,7 @@ def tower(name: str, head: tuple[str, str | None], size: int, where: str) -> Vis
 def name_of(vision: Vision) -> str:
     """Return timm's name of the tower with these sizes, whatever its free fields.
 
-    Raises InputError if timm has no such tower.
+    Raises Inexpressible if timm has no such tower.
     """
     family = family_of(vision)
     for name, known in TOWERS.items():
@@ -209,10 +210,8 @@ def name_of(vision: Vision) -> str:
     size = f"{vision.image_size} pixels"
     if isinstance(vision, ViTConfig) and vision.max_patches is not None:
         size = f"NaFlex with {vision.grid} x {vision.grid} positions"
-    others = "hugging-face or clip-jax" if vision.has_map_head else "clip-jax"
-    raise InputError(
-        "open_clip builds such towers only by timm's names, and none is a "
-        f"{vision.summary}, {size}; use --to {others}."
+    raise Inexpressible(
+        f"open_clip builds such towers only by timm's names, and none is a {vision.summary}, {size}"
     )
 
 

@@ -13,6 +13,7 @@ from tokenizers.models import BPE, Unigram
 
 from clip_jax.convert import tokenizer_settings
 from clip_jax.convert.settings import MAX_JSON, read_json, write_json
+from clip_jax.convert.target import Inexpressible
 from clip_jax.convert.tokenizer_settings import CLIP_PIECES, CONFIG_NAME, TokenizerSettings
 from clip_jax.data.tokenizers import json_file, sentence_piece
 from clip_jax.data.tokenizers.clip_bpe import END_OF_TEXT, START_OF_TEXT, WORD_END, ClipTokenizer
@@ -131,15 +132,11 @@ def write(
     With `cleaned`, its input is already cleaned; with `as_json`, a sentencepiece model becomes a
     `tokenizer.json`, the only format of some readers. Hugging Face repairs no mojibake and
     unescapes no HTML. `own_padding` is that of `write_clip_tokenizer`.
-    Raises InputError for a sentencepiece model with rules that no class of transformers has.
+    Raises Inexpressible as `check` does.
     """
     config = text.tokenizer
+    check(text, cleaned, as_json)
     if config.file == "clip":
-        if not cleaned and config.clean != "clip":
-            raise InputError(
-                f"transformers has CLIP's BPE only with text.tokenizer.clean='clip', not "
-                f"{config.clean!r}; use --to open-clip or clip-jax."
-            )
         write_clip_tokenizer(folder, text, own_padding)
         return
     if not config.file:
@@ -160,25 +157,36 @@ def write(
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         settings |= _write_json(folder, tokenizer, config, cleaned)
     else:
-        settings |= _write_siglip(folder, data, config, cleaned)
+        settings |= _write_siglip(folder, data, config)
     write_json(folder / CONFIG_NAME, settings)
 
 
-def _write_siglip(
-    folder: Path, data: bytes, config: TokenizerConfig, cleaned: bool
-) -> dict[str, Any]:
+def check(text: TextConfig, cleaned: bool = False, as_json: bool = False) -> None:
+    """Raise Inexpressible if no tokenizer of transformers has a model's rules; see `write`."""
+    config = text.tokenizer
+    if config.file == "clip" and not cleaned and config.clean != "clip":
+        raise Inexpressible(
+            "transformers has CLIP's BPE only with text.tokenizer.clean='clip', not "
+            f"{config.clean!r}"
+        )
+    if config.file in ("", "clip") or as_json or is_json(read_vocabulary(config.file)):
+        return
     fits = config.clean == "punctuation" or (cleaned and config.clean == "canonicalize")
     if not fits or config.begin_id is not None or config.end_id is None:
-        raise InputError(
+        raise Inexpressible(
             f"{config.file} with text.tokenizer.clean={config.clean!r}, begin_id="
             f"{config.begin_id}, end_id={config.end_id} is not supported by transformers for a "
-            "sentencepiece model (SiglipTokenizer: punctuation, None, an id); use --to clip-jax."
+            "sentencepiece model (SiglipTokenizer: punctuation, None, an id)"
         )
-    model = sentence_piece.load(config.file)
+
+
+def _write_siglip(folder: Path, data: bytes, config: TokenizerConfig) -> dict[str, Any]:
+    model, end = sentence_piece.load(config.file), config.end_id
+    assert end is not None  # as `check` has seen
     write_whole(folder / SIGLIP_NAME, data)
     return {
         "tokenizer_class": "SiglipTokenizer",
-        "eos_token": model.id_to_piece(config.end_id),
+        "eos_token": model.id_to_piece(end),
         "pad_token": model.id_to_piece(config.pad_id),
         "unk_token": model.id_to_piece(model.unk_id()),
         "do_lower_case": True,

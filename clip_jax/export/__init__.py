@@ -10,6 +10,7 @@ import numpy as np
 from clip_jax.convert import card
 from clip_jax.convert.conversion import check_free
 from clip_jax.convert.formats import read_weights
+from clip_jax.convert.target import Inexpressible
 from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import DType, Weights
 from clip_jax.errors import InputError
@@ -104,14 +105,20 @@ def export(config: ExportConfig) -> Verification | None:
             if config.format == "stablehlo":
                 stablehlo.write(weights, partial, dtype=config.dtype)
             else:
-                onnx.write(
-                    weights, partial, config.layout, dtype=config.dtype, normalize=config.normalize
-                )
+                _write_onnx(weights, partial, config)
         card.write(config.output, config.model, weights, _use(config, weights.config))
     if not (config.verify or config.existing):
         return None
     with files.local(config.output) as here:
         return verify(config, weights, here)
+
+
+def _write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> None:
+    dtype, normalize = config.dtype, config.normalize
+    try:
+        onnx.write(weights, folder, config.layout, dtype=dtype, normalize=normalize)
+    except Inexpressible as error:  # of a tokenizer
+        raise InputError(f"{error}; use --format stablehlo.") from error
 
 
 def verify(config: ExportConfig, weights: Weights, folder: Path) -> Verification:

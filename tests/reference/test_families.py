@@ -568,14 +568,14 @@ def test_transformers_other_settings(tmp_path, name, section, change, message):
             "openai": r"vision=RotaryConfig \(needs ViTConfig or ResNetConfig\)",
             "hugging-face": r"CLIPModel.*vision=RotaryConfig \(needs ViTConfig\).*--to clip-jax",
             "big-vision": r"vision=RotaryConfig \(needs ViTConfig\)",
-            "open-clip": r"only by timm's names.*patches of 16 pixels.*; use --to clip-jax",
+            "open-clip": r"only by timm's names.*patches of 16 pixels.*; .*choose --to clip-jax",
         }),
         ("MobileCLIP-B", {
             "openai": r"vision=ConvStemConfig", "hugging-face": r"vision=ConvStemConfig",
         }),
         ("convnext_base", {
             "openai": r"vision=ConvNeXtConfig", "hugging-face": r"vision=ConvNeXtConfig",
-            "open-clip": r"none is a ConvNeXt.*64 pixels; use --to clip-jax",
+            "open-clip": r"none is a ConvNeXt.*64 pixels; .*choose --to clip-jax",
         }),
         ("roberta-ViT-B-32", {
             "openai": r"text=BertConfig \(needs TextConfig\)",
