@@ -34,7 +34,7 @@ def make(teacher: str) -> Plan:
 
 
 def bound(x: Plan, name: str) -> str:
-    seconds, mfu = x.step_seconds[name], x.mfus[name]
+    seconds, mfu = x.speed.step_seconds[name], x.speed.mfus[name]
     return f"{1e3 * seconds:.0f} ({100 * mfu:.1f})" if seconds and mfu else ""
 
 
@@ -48,13 +48,14 @@ def main() -> None:
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     for teacher in args.teachers:
         x = make(teacher)
-        each, share = x.per_billion_pairs(), x.teacher_flops_per_step / x.model_flops_per_step
+        each = x.per_billion_pairs()
+        share = x.speed.teacher_flops_per_step / x.speed.model_flops_per_step
         cells = (
             teacher,
-            f"{x.bytes_per_device['total'] / 1e9:.1f} of {x.hbm_bytes / 1e9:.0f}"
-            + (" (too much)" * (not x.fits)),
-            f"{x.frozen_bytes / 1e6:.0f}",
-            f"{x.model_flops_per_step:.3g} ({100 * share:.0f})",
+            f"{x.memory.bytes_per_device['total'] / 1e9:.1f} of {x.memory.hbm_bytes / 1e9:.0f}"
+            + (" (too much)" * (not x.memory.fits)),
+            f"{x.memory.frozen_bytes / 1e6:.0f}",
+            f"{x.speed.model_flops_per_step:.3g} ({100 * share:.0f})",
             bound(x, "bound"),
             bound(x, "sequential_bound"),
             f"{each['hours']:.2f}",

@@ -54,7 +54,7 @@ def make(row: str, attention: str) -> Plan:
 
 
 def bound(x: Plan, name: str) -> str:
-    seconds, mfu = x.step_seconds[name], x.mfus[name]
+    seconds, mfu = x.speed.step_seconds[name], x.speed.mfus[name]
     return f"{1e3 * seconds:.0f} ({100 * mfu:.1f})" if seconds and mfu else ""
 
 
@@ -68,16 +68,16 @@ def main() -> None:
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     for row in args.rows:
         x, (name, patches) = make(row, args.attention), row.split(":")[:2]
-        mfu = x.mfus["bound"]
+        mfu = x.speed.mfus["bound"]
         cells = (
             f"{name}, {patches}",
             f"{x.batch_size:,}",
-            f"{x.bytes_per_device['total'] / 1e9:.1f} of {x.hbm_bytes / 1e9:.0f}"
-            + (" (too much)" * (not x.fits)),
+            f"{x.memory.bytes_per_device['total'] / 1e9:.1f} of {x.memory.hbm_bytes / 1e9:.0f}"
+            + (" (too much)" * (not x.memory.fits)),
             x.attention.get("image", ""),
             bound(x, "bound"),
             bound(x, "sequential_bound"),
-            f"{100 * mfu * x.valid_share:.1f}" if mfu else "",
+            f"{100 * mfu * x.speed.valid_share:.1f}" if mfu else "",
             f"{x.compile_seconds:.0f}",
         )
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -90,16 +90,23 @@ def milliseconds(x: float | None) -> str:
 def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
     """Return a row of each table."""
     peak, parameters, optimizer = (
-        x.bytes_per_device[part] / 1e9 for part in ("total", "parameters", "optimizer")
+        x.memory.bytes_per_device[part] / 1e9 for part in ("total", "parameters", "optimizer")
     )
-    memory = f"{peak:.1f} of {x.hbm_bytes / 1e9:.0f}" + " (too much)" * (not x.fits)
+    memory = f"{peak:.1f} of {x.memory.hbm_bytes / 1e9:.0f}" + " (too much)" * (not x.memory.fits)
     times = {
-        name: f"{milliseconds(value)} ({100 * (x.mfus[name] or 0):.0f})" if value else ""
-        for name, value in x.step_seconds.items()
+        name: f"{milliseconds(value)} ({100 * (x.speed.mfus[name] or 0):.0f})" if value else ""
+        for name, value in x.speed.step_seconds.items()
     }
-    limits = [milliseconds(x.seconds.get(part)) for part in ("compute", "memory", "interconnect")]
-    parts = [x.seconds_by_part.get("collectives", {}).get("schedule"), sum(x.unscheduled.values())]
-    shares = [f"{100 * (y or 0) / (x.seconds.get('schedule') or math.inf):.1f}" for y in parts]
+    limits = [
+        milliseconds(x.speed.seconds.get(part)) for part in ("compute", "memory", "interconnect")
+    ]
+    parts = [
+        x.speed.seconds_by_part.get("collectives", {}).get("schedule"),
+        sum(x.speed.unscheduled.values()),
+    ]
+    shares = [
+        f"{100 * (y or 0) / (x.speed.seconds.get('schedule') or math.inf):.1f}" for y in parts
+    ]
     return (
         (
             label,
@@ -109,14 +116,14 @@ def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
             times["sequential_bound"],
             times["schedule_estimate"],
             times["cost_model"],
-            f"{x.hours:,.{0 if x.hours >= 5 else 2}f}",
-            f"{x.price or 0:,.0f}",
+            f"{x.cost.hours:,.{0 if x.cost.hours >= 5 else 2}f}",
+            f"{x.cost.price or 0:,.0f}",
         ),
-        (label, f"{x.gigabytes:,.0f}", *limits, f"{100 * (x.mfus['bound'] or 0):.0f}"),
+        (label, f"{x.speed.gigabytes:,.0f}", *limits, f"{100 * (x.speed.mfus['bound'] or 0):.0f}"),
         (
             label,
             *shares,
-            f"{x.model_flops_per_step / x.devices / 1e12:.1f}",
+            f"{x.speed.model_flops_per_step / x.devices / 1e12:.1f}",
             f"{x.compile_seconds:.0f}",
         ),
         (

@@ -27,7 +27,8 @@ from clip_jax.models.layers import Layout
 from clip_jax.models.short_attention import short
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of the axis sizes alone
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")  # of a mesh, in the order of its devices
+BATCH_AXES = AXES[:2]
 ROWS = 256  # default number of rows per batch, over all devices
 DIMENSIONS = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"}
 # A token embedding is sharded along its width: a vocabulary of 901,629, say, does not divide.
@@ -43,7 +44,7 @@ class MeshConfig:
     tensor: int = 1  # Tensor parallelism: attention heads and MLP channels are sharded.
 
     def __post_init__(self) -> None:
-        check_ranges(self, "mesh.", **dict.fromkeys(("data", "fsdp", "tensor"), "[-1, inf)"))
+        check_ranges(self, "mesh.", **dict.fromkeys(AXES, "[-1, inf)"))
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes or sizes.count(-1) > 1:
             raise InputError(
@@ -85,7 +86,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             devices,
             allow_split_physical_axes=True,
         )
-    return Mesh(array, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_shards(mesh: AnyMesh) -> int:

@@ -6,6 +6,7 @@ starts a process of its own, `python -m clip_jax.pods.compile`.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -14,16 +15,18 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from clip_jax import parts, sharding
+from clip_jax import parts, processes, sharding
 from clip_jax.clock import CLOCK
+from clip_jax.display import say
 from clip_jax.errors import InputError
 from clip_jax.losses.objective import total
 from clip_jax.models import attention
@@ -36,10 +39,13 @@ from clip_jax.pods.work import Work, read
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Program, Recipe, State, base_of, context, encode
+from clip_jax.storage import files
+from clip_jax.storage.json_files import read_json
 
 # Distributions that compile for TPUs and for GPUs.
 TPU_COMPILER = ("libtpu",)
 GPU_COMPILER = ("jax-cuda13-plugin", "nvidia-cudnn-cu13")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", *TPU_COMPILER, *GPU_COMPILER)
 # Autotuning needs a card, and Triton's matmuls need autotuning: both are off.
 WITHOUT_A_CARD = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
@@ -83,6 +89,32 @@ class Facts:
             if work.target and work.flops != 0:
                 kernels[work.target] += work.times
         return dict(kernels)
+
+
+Compile = Callable[[Request], Facts]
+
+
+def compiling(folder: Path | None = None) -> Compile:
+    """Return a compile function with a cache on disk, per code, compilers and flags. The folder is
+    by default in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = folder or home / "clip_jax/plan"
+    flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
+    program = " ".join([processes.code_version(), *installed(*LIBRARIES), *flags])
+
+    def cached(request: Request) -> Facts:
+        values = to_dict(request)
+        key = hashlib.sha256(f"{json.dumps(values)} {program}".encode()).hexdigest()[:24]
+        path = folder / f"{key}.json"
+        if path.is_file():
+            return from_dict(Facts, read_json(path, "facts", advice="Delete it.")["facts"])
+        say(f"compiling for {request.topology} (takes a few minutes) ...")
+        facts = compile_step(request)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, json.dumps({"request": values, "facts": to_dict(facts)}))
+        return facts
+
+    return cached
 
 
 def compile_step(request: Request) -> Facts:
@@ -262,18 +294,6 @@ def peak(compiled: Any) -> int:
     return compiled.memory_analysis().peak_memory_in_bytes
 
 
-def target(topology: Topology) -> str:
-    """Read the description of a card that XLA needs to compile for it."""
-    name = f"{topology.chip.compiled_as.lower()}.txtpb"
-    return (resources.files("clip_jax") / "pods" / "gpus" / name).read_text()
-
-
-def memory_of_card(topology: Topology) -> int:
-    """Return the memory of a GPU in bytes."""
-    [size] = re.findall(r"device_memory_size: (\d+)", target(topology))
-    return int(size)
-
-
 def _devices(topology: Topology) -> list[jax.Device]:
     from jax.experimental import topologies
 
@@ -281,7 +301,7 @@ def _devices(topology: Topology) -> list[jax.Device]:
         nodes = topology.islands
         shape = f"1x{nodes}x{topology.devices // nodes}"
         return topologies.get_topology_desc(
-            platform="cuda", target_config=target(topology), topology=shape
+            platform="cuda", target_config=topology.card, topology=shape
         ).devices
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.dims in ((1, 1), (1, 1, 1)):  # libtpu knows hosts of four chips else

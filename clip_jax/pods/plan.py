@@ -6,10 +6,6 @@ collectives are read from the result; times are bounds at the chips' peaks, and 
 """
 
 import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,22 +13,20 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from clip_jax import flops, processes, sharding
+from clip_jax import flops, sharding
 from clip_jax.config import Config
 from clip_jax.config_files import with_weights
 from clip_jax.display import say
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import NaFlex
 from clip_jax.models.layers import Remat
+from clip_jax.pods import bounds
 from clip_jax.pods import compile as pod
-from clip_jax.pods.bounds import Seconds, bounds, by_part, step_seconds, unscheduled
+from clip_jax.pods.bounds import Seconds
 from clip_jax.pods.collectives import Collective
-from clip_jax.pods.compile import GPU_COMPILER, TPU_COMPILER, Facts, Request
+from clip_jax.pods.compile import Compile, Facts, Request
 from clip_jax.pods.topology import Topology
-from clip_jax.serialize import from_dict, to_dict
 from clip_jax.step import Recipe
-from clip_jax.storage import files
-from clip_jax.storage.json_files import read_json
 
 COMPILES = 8  # maximum number of compilations of --fit
 REMAT: tuple[Remat, ...] = ("none", "hidden", "residual", "attention", "full")  # cheapest first
@@ -44,9 +38,6 @@ BOUNDS = {
     "schedule_estimate": ("schedule estimate", "≈"),
     "cost_model": ("XLA's cost model", "≈"),
 }
-GPU_SHARE = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION's default: share of a card that JAX takes
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", *TPU_COMPILER, *GPU_COMPILER)
-Compile = Callable[[Request], Facts]
 AsText = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
     metavar="NAME:SIZE[/slices=N]",
@@ -83,22 +74,22 @@ class PlanConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Memory, time and cost of one config on one pod."""
+class Memory:
+    """Memory of one device."""
 
-    name: str  # name of the topology
     fits: bool
-    devices: int
-    mesh: dict[str, int]
-    batch_size: int
-    remat: str
-    form: str  # form of the loss
-    optimizer: str
-    hbm_bytes: float  # memory of one device that a run may use
-    is_gpu: bool
+    hbm_bytes: float  # that a run may use
     bytes_per_device: dict[str, int]  # by part, and the total
     token_embedding_bytes: dict[str, int]  # its part of parameters and optimizer
+    frozen_bytes: int  # parameters of frozen models, a part of the terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """FLOPs, traffic and time of a step."""
+
     model_flops_per_step: int  # of all devices, without recomputation, with the teachers'
+    teacher_flops_per_step: int  # forward passes of frozen models
     collectives: tuple[Collective, ...]
     calls: dict[str, int]  # calls of kernels and libraries per step, by name
     seconds: Seconds  # of a step at the chips' peaks; empty if it does not fit
@@ -106,48 +97,72 @@ class Plan:
     gigabytes: float  # HBM traffic of one device per step, padding included
     step_seconds: Seconds  # by name in `BOUNDS`; None: not known
     mfus: dict[str, float | None]  # MFU at each of these
+    unscheduled: dict[str, float]  # see `bounds`
+    valid_share: float  # share of patches that are not padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Time and price of a run."""
+
     steps: int
     mfu: float  # for hours and price
     mfu_source: str  # what this MFU is: assumed, or the label of the lowest bound or estimate
     hours: float
-    images_per_second_per_host: float  # to read and decode
+    teacher_hours: float  # the share of frozen models in the hours
     price: float | None
+    images_per_second_per_host: float  # to read and decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A step of one config on one pod: what is compiled, its memory and speed, the run's cost."""
+
+    name: str  # name of the topology
+    is_gpu: bool
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    remat: str
+    form: str  # form of the loss
+    optimizer: str
+    tokens: int | None  # patches of an image, padding included; None: no ViT
+    attention: dict[str, str]  # backend by tower
     versions: str
     compile_seconds: float
+    memory: Memory
+    speed: Speed
+    cost: Cost
     fit_compiles: int = 0  # compilations that --fit needed
-    tokens: int | None = None  # patches of an image, padding included; None: no ViT
-    attention: dict[str, str] = dataclasses.field(default_factory=dict)  # backend by tower
-    unscheduled: dict[str, float] = dataclasses.field(default_factory=dict)  # see `bounds`
-    valid_share: float = 1.0  # share of patches that are not padding
     lengths: tuple["Plan", ...] = ()  # of each batch size and length, if the run has several
-    teacher_flops_per_step: int = 0  # forward passes of frozen models
-    teacher_hours: float = 0.0  # their share of the hours
-    frozen_bytes: int = 0  # parameters of frozen models on one device, a part of the terms
 
     def per_billion_pairs(self) -> dict[str, float | None]:
         """Return hours and price of 1B pairs, with and without the teachers' FLOPs at this MFU."""
-        billions = sum(x.steps * x.batch_size for x in self.lengths or (self,)) / 1e9
-        hours, price = self.hours / billions, self.price and self.price / billions
-        own = 1 - self.teacher_hours / self.hours
+        billions = sum(x.cost.steps * x.batch_size for x in self.lengths or (self,)) / 1e9
+        hours, price = self.cost.hours / billions, self.cost.price and self.cost.price / billions
+        without_teacher = 1 - self.cost.teacher_hours / self.cost.hours
         return {
             "hours": hours,
             "price": price,
-            "hours_without_teacher": own * hours,
-            "price_without_teacher": price and own * price,
+            "hours_without_teacher": without_teacher * hours,
+            "price_without_teacher": price and without_teacher * price,
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields, with bounds of the step flattened, and FLOPs per device."""
+        """Return all fields in one object, whose names are released, and what follows from them."""
         values = dataclasses.asdict(dataclasses.replace(self, lengths=()))
-        values["lengths"] = [x.to_json() for x in self.lengths]
-        values |= {f"valid_mfu_{k}": x and x * self.valid_share for k, x in self.mfus.items()}
-        for prefix, field in (("step_seconds", "step_seconds"), ("mfu", "mfus")):
-            values |= {f"{prefix}_{name}": value for name, value in values.pop(field).items()}
+        for part in ("memory", "speed", "cost"):
+            values |= values.pop(part)
+        mfus, speed = values.pop("mfus"), self.speed
+        values |= {f"step_seconds_{name}": x for name, x in values.pop("step_seconds").items()}
+        values |= {f"mfu_{name}": x for name, x in mfus.items()}
+        values |= {f"valid_mfu_{name}": x and x * speed.valid_share for name, x in mfus.items()}
         for collective in values["collectives"]:
             del collective["source"], collective["arrays"]
         return values | {
-            "model_flops_per_step_per_device": self.model_flops_per_step / self.devices,
-            "teacher_share_of_flops": self.teacher_flops_per_step / self.model_flops_per_step,
+            "lengths": [x.to_json() for x in self.lengths],
+            "model_flops_per_step_per_device": speed.model_flops_per_step / self.devices,
+            "teacher_share_of_flops": speed.teacher_flops_per_step / speed.model_flops_per_step,
             "per_billion_pairs": self.per_billion_pairs(),
         }
 
@@ -165,9 +180,10 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
         config = dataclasses.replace(config, batch_size=largest, steps=steps, double_batch_at=())
     if config.fit and config.lengths:  # find the batch at which the longest sequences fit
         longest = config.recipe_of(max(config.batches.kinds, key=lambda x: x.max_patches or 0))
-        own = {"model": longest.model, "batch_size": longest.batch_size}
-        config = dataclasses.replace(config, lengths=None, **own)
-    compile_ = compile_ or compiling(config)
+        config = dataclasses.replace(
+            config, lengths=None, model=longest.model, batch_size=longest.batch_size
+        )
+    compile_ = compile_ or pod.compiling(config.cache)
     first = fit(config, compile_) if config.fit else run(config, compile_)
     return [first, *(run(_variant(config, text), compile_) for text in config.compare)]
 
@@ -184,18 +200,18 @@ def run(config: PlanConfig, compile_: Compile) -> Plan:
     ]
     if len(plans) == 1:
         return plans[0]
-    worst = max(plans, key=lambda x: (not x.fits, x.bytes_per_device["total"]))
-    hours = sum(x.hours for x in plans)
-    return dataclasses.replace(
-        worst,
-        steps=sum(x.steps for x in plans),
+    worst = max(plans, key=lambda x: (not x.memory.fits, x.memory.bytes_per_device["total"]))
+    hours = sum(x.cost.hours for x in plans)
+    cost = dataclasses.replace(
+        worst.cost,
+        steps=sum(x.cost.steps for x in plans),
         hours=hours,
-        teacher_hours=sum(x.teacher_hours for x in plans),
-        price=worst.price and worst.price * hours / worst.hours,
-        images_per_second_per_host=max(x.images_per_second_per_host for x in plans),
-        compile_seconds=sum(x.compile_seconds for x in plans),
-        lengths=tuple(plans),
+        teacher_hours=sum(x.cost.teacher_hours for x in plans),
+        price=worst.cost.price and worst.cost.price * hours / worst.cost.hours,
+        images_per_second_per_host=max(x.cost.images_per_second_per_host for x in plans),
     )
+    seconds = sum(x.compile_seconds for x in plans)
+    return dataclasses.replace(worst, cost=cost, compile_seconds=seconds, lengths=tuple(plans))
 
 
 def request(config: PlanConfig, recipe: Recipe | None = None) -> Request:
@@ -220,7 +236,7 @@ def _variant(config: PlanConfig, text: str) -> PlanConfig:
         axis, _, value = change.partition("=")
         if axis == "slices" and value.isdigit():
             name += f"/{change}"
-        elif axis in ("data", "fsdp", "tensor") and value.lstrip("-").isdigit():
+        elif axis in sharding.AXES and value.lstrip("-").isdigit():
             sizes[axis] = int(value)
         else:
             raise InputError(
@@ -231,82 +247,101 @@ def _variant(config: PlanConfig, text: str) -> PlanConfig:
     return dataclasses.replace(config, topology=Topology.parse(name), mesh=mesh)
 
 
-def usable_bytes(topology: Topology) -> float:
-    """Return how much memory of one device a run may use, in bytes."""
-    if topology.is_tpu:
-        # The compiler's own limit, 15.75 GiB on a v5e, exceeds the nominal 16 GB of the chip.
-        return topology.chip.device.hbm_bytes
-    return GPU_SHARE * pod.memory_of_card(topology)
-
-
 def assess(
     config: PlanConfig, facts: Facts, recipe: Recipe | None = None, steps: int | None = None
 ) -> Plan:
     """Compute memory, step times, MFU bounds, hours and price from the compiler's facts, by default
     of all steps at the config's own recipe."""
-    topology, device = config.topology, config.topology.chip.device
+    topology = config.topology
     recipe, steps = recipe or config.recipe, steps or config.steps
-    vision, share = recipe.model.vision, 1.0
-    if isinstance(vision.image_spec, NaFlex):
-        share = config.valid_share or valid_share(vision.image_spec)
-    counts = flops.of_step(recipe)
-    model_flops = counts.total
-    peak_flops = topology.devices * device.peak_flops
-    entries = ("parameters", "optimizer", *["terms"] * bool(facts.terms), "batch", "loss")
-    sizes = {name: getattr(facts, name) for name in entries}
-    rest = facts.peak_bytes - sum(sizes.values())
-    seconds, parts, times = {}, {}, dict.fromkeys(BOUNDS)
-    if is_fitting := facts.fits and facts.peak_bytes <= usable_bytes(topology):
-        seconds = bounds(device, facts.works, facts.collectives)
-        parts = by_part(device, facts.works, facts.collectives)
-        for values in (seconds, *parts.values()) if not config.schedules else ():
-            values["schedule"] = None
-        times = step_seconds(seconds)
-    mfus = {name: x and model_flops / (peak_flops * x) for name, x in times.items()}
-    # XLA's cost model is left out: it is too high by far for operations of the vector unit.
-    known = {BOUNDS[name][0]: x for name, x in mfus.items() if x and name != "cost_model"}
-    mfu, mfu_source = min((x, name) for name, x in ({"assumed": config.mfu} | known).items())
-    hours = steps * model_flops / (peak_flops * mfu) / 3600
-    hosts = max(1, topology.devices / topology.devices_per_host)
+    memory = _memory(facts, topology)
+    speed = _speed(config, facts, recipe, fits=memory.fits)
     return Plan(
         name=str(topology),
-        fits=is_fitting,
+        is_gpu=not topology.is_tpu,
         devices=topology.devices,
-        mesh=dict(zip(("data", "fsdp", "tensor"), facts.mesh, strict=True)),
+        mesh=dict(zip(sharding.AXES, facts.mesh, strict=True)),
         batch_size=recipe.batch_size,
         remat=recipe.model.remat,
         form=facts.form,
         optimizer=type(config.optim.optimizer).__name__,
-        hbm_bytes=usable_bytes(topology),
-        is_gpu=not topology.is_tpu,
+        tokens=recipe.model.vision.num_patches or None,
+        attention=dict(facts.attention),
+        versions=facts.versions,
+        compile_seconds=facts.compile_seconds,
+        memory=memory,
+        speed=speed,
+        cost=_cost(config, speed, steps, steps * recipe.batch_size),
+    )
+
+
+def _memory(facts: Facts, topology: Topology) -> Memory:
+    entries = ("parameters", "optimizer", *["terms"] * bool(facts.terms), "batch", "loss")
+    sizes = {name: getattr(facts, name) for name in entries}
+    rest = facts.peak_bytes - sum(sizes.values())
+    return Memory(
+        fits=facts.fits and facts.peak_bytes <= topology.usable_bytes,
+        hbm_bytes=topology.usable_bytes,
         bytes_per_device=sizes | {"activations and workspace": rest, "total": facts.peak_bytes},
         token_embedding_bytes={
             "parameters": facts.token_embedding,
             "optimizer": facts.token_embedding_optimizer,
         },
-        model_flops_per_step=model_flops,
+        frozen_bytes=facts.frozen,
+    )
+
+
+def _speed(config: PlanConfig, facts: Facts, recipe: Recipe, *, fits: bool) -> Speed:
+    """Compute times and MFUs of a step; unknown ones if it does not fit."""
+    topology, device = config.topology, config.topology.chip.device
+    flops_of_step = flops.of_step(recipe)
+    seconds, parts, times, unscheduled = {}, {}, dict.fromkeys(BOUNDS), {}
+    if fits:
+        seconds = bounds.bounds(device, facts.works, facts.collectives)
+        parts = bounds.by_part(device, facts.works, facts.collectives)
+        if config.schedules:
+            unscheduled = bounds.unscheduled(device, facts.works)
+        else:
+            for values in (seconds, *parts.values()):
+                values["schedule"] = None
+        times = bounds.step_seconds(seconds)
+    peak_flops = topology.devices * device.peak_flops
+    vision, share = recipe.model.vision, 1.0
+    if isinstance(vision.image_spec, NaFlex):
+        share = config.valid_share or valid_share(vision.image_spec)
+    return Speed(
+        model_flops_per_step=flops_of_step.total,
+        teacher_flops_per_step=flops_of_step.teacher,
         collectives=facts.collectives,
         calls=facts.calls(),
         seconds=seconds,
         seconds_by_part=parts,
         gigabytes=sum(x.times * x.bytes for x in facts.works) / 1e9,
         step_seconds=times,
-        mfus=mfus,
+        mfus={name: x and flops_of_step.total / (peak_flops * x) for name, x in times.items()},
+        unscheduled=unscheduled,
+        valid_share=share,
+    )
+
+
+def _cost(config: PlanConfig, speed: Speed, steps: int, pairs: int) -> Cost:
+    """Compute hours and price at the assumed MFU, or at the lowest bound or estimate if lower."""
+    topology = config.topology
+    mfus = {"assumed": config.mfu}
+    # XLA's cost model is left out: it is too high by far for operations of the vector unit.
+    mfus |= {BOUNDS[name][0]: x for name, x in speed.mfus.items() if x and name != "cost_model"}
+    mfu, mfu_source = min((x, name) for name, x in mfus.items())
+    peak_flops = topology.devices * topology.chip.device.peak_flops
+    hours = steps * speed.model_flops_per_step / (peak_flops * mfu) / 3600
+    hosts = max(1, topology.devices / topology.devices_per_host)
+    return Cost(
         steps=steps,
         mfu=mfu,
         mfu_source=mfu_source,
         hours=hours,
-        images_per_second_per_host=steps * recipe.batch_size / (hours * 3600) / hosts,
+        teacher_hours=hours * speed.teacher_flops_per_step / speed.model_flops_per_step,
         price=config.chip_hour_price and hours * config.chip_hour_price * topology.chips,
-        versions=facts.versions,
-        compile_seconds=facts.compile_seconds,
-        tokens=vision.num_patches or None,
-        attention=dict(facts.attention),
-        unscheduled=unscheduled(device, facts.works) if is_fitting and config.schedules else {},
-        valid_share=share,
-        teacher_flops_per_step=counts.teacher,
-        teacher_hours=hours * counts.teacher / model_flops,
-        frozen_bytes=facts.frozen,
+        images_per_second_per_host=pairs / (hours * 3600) / hosts,
     )
 
 
@@ -344,22 +379,22 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
     wanted = max(config.batch_size // shards, 1)
     for remat in REMAT:
         assessed = attempt(remat, wanted)
-        if assessed.fits:
+        if assessed.memory.fits:
             break
-    best = assessed if assessed.fits else None
+    best = assessed if assessed.memory.fits else None
     low, high = (wanted, None) if best else (0, wanted)  # fits, does not fit
     while left and (high is None or high - low > max(8, low // 16)):
-        size = assessed.bytes_per_device
+        size = assessed.memory.bytes_per_device
         fixed = size["parameters"] + size["optimizer"] + size.get("terms", 0)
         each = max(size["total"] - fixed, 1) / (assessed.batch_size // shards)
-        guess = int((assessed.hbm_bytes - fixed) / each) // 8 * 8
+        guess = int((assessed.memory.hbm_bytes - fixed) / each) // 8 * 8
         guess = max(guess, low + max(8, low // 64 * 8))  # memory is not quite linear in the batch
         if high and guess >= high:
             guess = (low + high) // 2 // 8 * 8 or (low + high) // 2
             if not low < guess < high:
                 break
         assessed = attempt(remat, guess)
-        if assessed.fits:
+        if assessed.memory.fits:
             low, best = guess, assessed
         else:
             high = guess
@@ -370,25 +405,3 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
         chosen = dataclasses.replace(config, model=model, batch_size=best.batch_size)
         best = assess(chosen, compile_(request(chosen)))
     return dataclasses.replace(best, fit_compiles=COMPILES - left)
-
-
-def compiling(config: PlanConfig) -> Compile:
-    """Return a compile function with a cache on disk, per code, compilers and flags."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = config.cache or home / "clip_jax/plan"
-    flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
-    program = " ".join([processes.code_version(), *pod.installed(*LIBRARIES), *flags])
-
-    def cached(request: Request) -> Facts:
-        values = to_dict(request)
-        key = hashlib.sha256(f"{json.dumps(values)} {program}".encode()).hexdigest()[:24]
-        path = folder / f"{key}.json"
-        if path.is_file():
-            return from_dict(Facts, read_json(path, "facts", advice="Delete it.")["facts"])
-        say(f"compiling for {request.topology} (takes a few minutes) ...")
-        facts = pod.compile_step(request)
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, json.dumps({"request": values, "facts": to_dict(facts)}))
-        return facts
-
-    return cached

@@ -4,9 +4,12 @@ import functools
 import math
 import re
 from dataclasses import dataclass
+from importlib import resources
 
 from clip_jax.chips import Chip, table
 from clip_jax.errors import InputError
+
+GPU_SHARE = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION's default: share of a card that JAX takes
 
 
 @functools.cache
@@ -69,6 +72,21 @@ class Topology:
     @property
     def chip(self) -> Chip:
         return families()[self.family]
+
+    @property
+    def card(self) -> str:
+        """Return the description of a GPU that XLA needs to compile for it."""
+        name = f"{self.chip.compiled_as.lower()}.txtpb"
+        return (resources.files("clip_jax") / "pods" / "gpus" / name).read_text()
+
+    @property
+    def usable_bytes(self) -> float:
+        """Return how much memory of one device a run may use, in bytes."""
+        if self.is_tpu:
+            # The compiler's own limit, 15.75 GiB on a v5e, exceeds the nominal 16 GB of the chip.
+            return self.chip.device.hbm_bytes
+        [size] = re.findall(r"device_memory_size: (\d+)", self.card)
+        return GPU_SHARE * int(size)
 
     @property
     def chips(self) -> int:

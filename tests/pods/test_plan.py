@@ -116,29 +116,31 @@ def test_bytes_of_parameters_optimizer_and_batch_are_those_of_a_run(kind, table)
 
 def test_times_bound_the_step_and_price_the_run():
     planned: Any = assess(CONFIG, facts(planning.request(CONFIG)))
-    assert planned.seconds["memory"] == pytest.approx(0.01)
-    assert planned.seconds["interconnect"] == pytest.approx(2e9 / 200e9)  # 400 GB/s, half inwards
-    steps = planned.step_seconds
-    assert steps["bound"] == steps["sequential_bound"] == planned.seconds["memory"]
+    seconds = planned.speed.seconds
+    assert seconds["memory"] == pytest.approx(0.01)
+    assert seconds["interconnect"] == pytest.approx(2e9 / 200e9)  # 400 GB/s, half inwards
+    steps = planned.speed.step_seconds
+    assert steps["bound"] == steps["sequential_bound"] == seconds["memory"]
     assert steps["cost_model"] == pytest.approx(2 * 3e6 / 1.5e9)
     assert steps["schedule_estimate"] == pytest.approx(0.01 + 0.01)  # nothing overlaps the gathers
-    assert planned.unscheduled == pytest.approx({"fusion": 0.01})
+    assert planned.speed.unscheduled == pytest.approx({"fusion": 0.01})
     total = flops.training(TINY, CONFIG.batch_size).total
     seconds = planned.to_json()["step_seconds_schedule_estimate"]
     mfu = planned.to_json()["mfu_schedule_estimate"]
-    assert mfu == planned.mfu == pytest.approx(total / (256 * 197e12 * seconds))
-    assert planned.mfu_source == "schedule estimate"
+    assert mfu == planned.cost.mfu == pytest.approx(total / (256 * 197e12 * seconds))
+    assert planned.cost.mfu_source == "schedule estimate"
     quick: Any = assess(
         dataclasses.replace(CONFIG, schedules=False), facts(planning.request(CONFIG))
     )
-    assert (quick.step_seconds["schedule_estimate"], quick.unscheduled) == (None, {})
+    assert (quick.speed.step_seconds["schedule_estimate"], quick.speed.unscheduled) == (None, {})
     assert "schedule estimate: not known" in describe(quick)
     assumed = assess(dataclasses.replace(CONFIG, mfu=1e-9), facts(planning.request(CONFIG)))
-    assert (assumed.mfu, assumed.mfu_source) == (1e-9, "assumed")
-    assert planned.hours == pytest.approx(1_000 * seconds / 3600)
-    assert planned.price == pytest.approx(planned.hours * 256 * 1.2)
-    assert sum(planned.bytes_per_device.values()) == 2 * planned.bytes_per_device["total"]
-    assert "terms" not in planned.bytes_per_device
+    assert (assumed.cost.mfu, assumed.cost.mfu_source) == (1e-9, "assumed")
+    assert planned.cost.hours == pytest.approx(1_000 * seconds / 3600)
+    assert planned.cost.price == pytest.approx(planned.cost.hours * 256 * 1.2)
+    size = planned.memory.bytes_per_device
+    assert sum(size.values()) == 2 * size["total"]
+    assert "terms" not in size
     average = dataclasses.replace(facts(planning.request(CONFIG)), terms=3 << 20)
     assert re.findall(r"terms .* ([\d.]+)", describe(assess(CONFIG, average))) == ["3.0"]
     text = describe(planned)
@@ -147,7 +149,8 @@ def test_times_bound_the_step_and_price_the_run():
     assert re.findall(r"token embedding .* ([\d.]+)", text) == ["7.0", "14.0"]
     for words in ("fits", "optimizer, AdamW", "the loss compiled alone", "minus the above"):
         assert words in text
-    text = describe(dataclasses.replace(planned, images_per_second_per_host=7_000))
+    cost = dataclasses.replace(planned.cost, images_per_second_per_host=7_000)
+    text = describe(dataclasses.replace(planned, cost=cost))
     assert "490 MB/s in 116.8 requests/s" in text
 
 
@@ -160,10 +163,10 @@ def test_a_price_is_per_chip_where_a_chip_is_two_devices(topology: str, chips: i
     planned: Any = assess(config, facts(planning.request(config), pair=2**20))
     total = 1_000 * flops.training(TINY, CONFIG.batch_size).total
     hours = total / (chips * pod.chip.peak_flops * 1e-9) / 3600
-    assert planned.hours == pytest.approx(hours)
-    assert planned.price == pytest.approx(hours * chips * 1.2)
+    assert planned.cost.hours == pytest.approx(hours)
+    assert planned.cost.price == pytest.approx(hours * chips * 1.2)
     per_host = 1_000 * CONFIG.batch_size / (hours * 3600) / (chips / 4)
-    assert planned.images_per_second_per_host == pytest.approx(per_host)
+    assert planned.cost.images_per_second_per_host == pytest.approx(per_host)
 
 
 class Teacher(Term):
@@ -182,14 +185,14 @@ def test_a_frozen_teachers_memory_flops_and_price():
     planned: Any = assess(CONFIG, known, recipe)
     alone = assess(CONFIG, known)
     forward = flops.forward(TINY)
-    assert planned.teacher_flops_per_step == 2_048 * (forward.image + 2 * forward.text)
-    own = planned.model_flops_per_step - planned.teacher_flops_per_step
-    assert own == alone.model_flops_per_step
+    assert planned.speed.teacher_flops_per_step == 2_048 * (forward.image + 2 * forward.text)
+    student = planned.speed.model_flops_per_step - planned.speed.teacher_flops_per_step
+    assert student == alone.speed.model_flops_per_step
     printed: Any = planned.to_json()
     share = printed["teacher_share_of_flops"]
-    assert share == planned.teacher_flops_per_step / planned.model_flops_per_step
+    assert share == planned.speed.teacher_flops_per_step / planned.speed.model_flops_per_step
     each = printed["per_billion_pairs"]
-    assert each["price"] == pytest.approx(planned.price / (1_000 * 2_048 / 1e9))
+    assert each["price"] == pytest.approx(planned.cost.price / (1_000 * 2_048 / 1e9))
     assert each["hours_without_teacher"] == pytest.approx((1 - share) * each["hours"])
     assert each["price_without_teacher"] == pytest.approx((1 - share) * each["price"])
     text = describe(planned)
@@ -234,13 +237,13 @@ def test_fit_finds_the_cheapest_remat_and_the_largest_batch(batch, pair, remat, 
         assert plan.fit_compiles == len(tried)
         assert len(requests) == len(tried) + 1  # only the result is compiled with schedules
     assert plan.remat == remat
-    assert plan.fits == (largest is not None)
+    assert plan.memory.fits == (largest is not None)
     assert largest is None or plan.batch_size // 256 == pytest.approx(largest, rel=0.07)
 
 
 def test_a_batch_that_doubles_is_planned_at_its_largest_with_as_many_pairs():
     (largest,) = plan(dataclasses.replace(CONFIG, double_batch_at=(500,)), facts)
-    assert (largest.batch_size, largest.steps) == (4_096, 750)
+    assert (largest.batch_size, largest.cost.steps) == (4_096, 750)
 
 
 def by_length(request: Request) -> Facts:
@@ -264,35 +267,36 @@ def test_a_run_of_several_lengths_is_planned_at_each():
     rows = {(x.tokens, x.batch_size): x for x in planned.lengths}
     assert set(rows) == {(n, 2_048) for n in (128, 256, 576, 784)} | {(1_024, 1_024)}
     assert len(planned.lengths) == 6  # also with a fixed resolution of 256 patches
-    assert sum(x.steps for x in planned.lengths) == planned.steps == 1_000
+    assert sum(x.cost.steps for x in planned.lengths) == planned.cost.steps == 1_000
     assert planned.tokens == 784  # eight pairs per device; the longest come by four
-    assert planned.hours == pytest.approx(sum(x.hours for x in planned.lengths))
-    assert planned.price == pytest.approx(planned.hours * 256 * 1.2)
+    assert planned.cost.hours == pytest.approx(sum(x.cost.hours for x in planned.lengths))
+    assert planned.cost.price == pytest.approx(planned.cost.hours * 256 * 1.2)
     shorter = {x.attention["image"] for x in planned.lengths if x.tokens != 1_024}
     assert shorter == {"short"}
     assert rows[1_024, 1_024].attention["image"] == "splash"  # with the class token 1,025 tokens
     for x in planned.lengths:
-        is_fixed = x.valid_share == 1
+        is_fixed = x.speed.valid_share == 1
         tower = dataclasses.replace(WIDE, max_patches=None if is_fixed else x.tokens)
         model = dataclasses.replace(NAFLEX.model, vision=tower)
-        assert x.model_flops_per_step == flops.training(model, x.batch_size).total
+        assert x.speed.model_flops_per_step == flops.training(model, x.batch_size).total
     printed: Any = planned.to_json()
     assert [x["tokens"] for x in printed["lengths"]] == [x.tokens for x in planned.lengths]
     share = printed["valid_share"]
     assert printed["valid_mfu_bound"] == pytest.approx(share * printed["mfu_bound"])
-    [own] = plan(dataclasses.replace(NAFLEX, valid_share=0.5), by_length)
-    assert {x.valid_share for x in own.lengths} == {0.5, 1.0}  # no padding at a fixed resolution
+    [padded] = plan(dataclasses.replace(NAFLEX, valid_share=0.5), by_length)
+    shares = {x.speed.valid_share for x in padded.lengths}
+    assert shares == {0.5, 1.0}  # no padding at a fixed resolution
     text = describe(planned)
     for words in ("padded", "784", "attention of the image tower, 784 patches: short"):
         assert words in text
     [larger] = plan(dataclasses.replace(NAFLEX, batch_size=8_192), by_length)
-    assert not larger.fits  # since one length does not
-    assert {x.fits for x in larger.lengths} == {True, False}
+    assert not larger.memory.fits  # since one length does not
+    assert {x.memory.fits for x in larger.lengths} == {True, False}
 
 
 def test_fit_finds_the_batch_of_the_longest_sequences():
     [fitted] = plan(dataclasses.replace(NAFLEX, fit=True), by_length)
-    assert (fitted.fits, fitted.tokens, fitted.remat) == (True, 1_024, "none")
+    assert (fitted.memory.fits, fitted.tokens, fitted.remat) == (True, 1_024, "none")
     # Memory of 15.75 GiB, 1 GiB of it in use, holds 14 pairs of 1 GiB; the run has 4 per device.
     assert 8 <= fitted.batch_size // 256 <= 14
 
@@ -329,11 +333,11 @@ def test_a_step_may_take_a_chips_memory_or_what_jax_takes_of_a_gpus(topology, mo
     known = dataclasses.replace(facts(planning.request(config)), fits=True)
     for size, fits in [(most - 0.1e9, True), (most + 0.1e9, False)]:
         plan = assess(config, dataclasses.replace(known, peak_bytes=int(size)))
-        assert plan.fits == fits
-    assert plan.mfus["bound"] is None
+        assert plan.memory.fits == fits
+    assert plan.speed.mfus["bound"] is None
     text = describe(plan)
     assert "DOES NOT FIT" in text
-    assert plan.seconds == {}
+    assert plan.speed.seconds == {}
     assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in text) == (topology == "H100:8")
 
 
@@ -356,7 +360,7 @@ def test_a_step_is_compiled_once_for_the_same_code(tmp_path, monkeypatch):
     with mock.patch.object(pod, "compile_step", autospec=True, side_effect=facts) as compile_step:
         config = dataclasses.replace(CONFIG, cache=tmp_path)
         first, again = plan(config), plan(dataclasses.replace(config, chip_hour_price=2.0))
-        assert first[0].bytes_per_device == again[0].bytes_per_device
+        assert first[0].memory == again[0].memory
         assert compile_step.call_count == 1
         plan(dataclasses.replace(config, batch_size=4_096))
         plan(dataclasses.replace(config, steps=5))  # which the schedule has as constants
@@ -382,12 +386,25 @@ def test_without_the_compiler_the_command_says_how_to_get_it(
     assert f"pip install 'clip-jax-pods{extra}'" in capsys.readouterr().err
 
 
+RELEASED = """
+attention batch_size bytes_per_device calls collectives compile_seconds devices fit_compiles
+fits form frozen_bytes gigabytes hbm_bytes hours images_per_second_per_host is_gpu lengths
+mesh mfu mfu_bound mfu_cost_model mfu_schedule_estimate mfu_sequential_bound mfu_source
+model_flops_per_step model_flops_per_step_per_device name optimizer per_billion_pairs price
+remat seconds seconds_by_part step_seconds_bound step_seconds_cost_model
+step_seconds_schedule_estimate step_seconds_sequential_bound steps teacher_flops_per_step
+teacher_hours teacher_share_of_flops token_embedding_bytes tokens unscheduled
+valid_mfu_bound valid_mfu_cost_model valid_mfu_schedule_estimate valid_mfu_sequential_bound
+valid_share versions
+"""
+
+
 def test_the_command_prints_one_object(tmp_path, capsys):
     args = ["plan", str(DIGITS), "--topology", "v5e:2x4", "--cache", str(tmp_path), "--json"]
     with mock.patch.object(pod, "compile_step", autospec=True, side_effect=facts):
         assert main([*args, "--compare", "v6e:2x4"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert {"fits", "model_flops_per_step", "mfu_bound", "step_seconds_bound"} <= printed.keys()
+    assert printed.keys() == {*RELEASED.split(), "compared"}
     assert printed["bytes_per_device"]["total"] == sum(printed["bytes_per_device"].values()) / 2
     assert len(printed["compared"]) == 1
     assert not {"source", "arrays"} & printed["collectives"][0].keys()
