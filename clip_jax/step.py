@@ -95,6 +95,10 @@ class Recipe:
         model = self.model.dimensions()
         return own | {name: dims for name, dims in names.items() if name not in model}
 
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """Build the optimizer of everything that is trained."""
+        return make_optimizer(self.optim, self.dimensions(), self.model.layers_from)
+
     def complete(self, state: "State", params: Params) -> Params:
         """Return the model's parameters, given those that are trained."""
         if self.lora is None:
@@ -115,7 +119,7 @@ class Program:
         self.state, self.batch = shapes(recipe, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         self._learning_rate = schedule(recipe.optim, recipe.steps)
-        optimizer = make_optimizer(recipe.optim, recipe.dimensions())
+        optimizer = recipe.optimizer()
         self._init = jax.jit(
             functools.partial(init_state, recipe=recipe, optimizer=optimizer),
             out_shardings=replace(shardings, frozen={}),
@@ -198,7 +202,7 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     """
     sharding.check_batch_size(recipe.batch_size, mesh)
     names = recipe.dimensions()
-    optimizer = make_optimizer(recipe.optim, names)
+    optimizer = recipe.optimizer()
     state = jax.eval_shape(functools.partial(init_state, jax.random.key(0), recipe, optimizer))
     params = sharding.param_shardings(recipe.model, state.params, mesh, names)
     shardings = State(
@@ -325,7 +329,7 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
         encode_chunk, compare, towers, scalars, inputs, recipe.accumulation, group_size=group or 1
     )
     grads, metrics = result.params | result.others, result.aux
-    optimizer = make_optimizer(optim, recipe.dimensions())
+    optimizer = recipe.optimizer()
     updates, opt_state = optimizer.update(
         grads, state.opt_state, trainable, learning_rate=batch["learning_rate"]
     )

@@ -158,12 +158,15 @@ def decay_mask(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
 
 
-def make_optimizer(config: OptimConfig, rows: Rows) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimConfig, rows: Rows, layers_from: wrappers.LayersFrom = lambda path: 0
+) -> optax.GradientTransformationExtraArgs:
     """Build the gradient transformation: optional clipping, the optimizer, decay, learning rates.
 
     Optional wrappers lock towers, average the weights and skip updates. `update` takes the step's
     `learning_rate`, so that the compiled step is independent of the schedule. `rows` name the
-    dimensions of every parameter (`CLIPConfig.dimensions`).
+    dimensions of every parameter (`CLIPConfig.dimensions`), and `layers_from` counts the layers
+    from a parameter's to its tower's last.
     """
     moments = {"b1": config.b1, "b2": config.b2}
     adam = functools.partial(
@@ -191,7 +194,8 @@ def make_optimizer(config: OptimConfig, rows: Rows) -> optax.GradientTransformat
     if scales != (1.0, 1.0):
         optimizer = optax.chain(optimizer, wrappers.scale_towers(*scales))
     if config.layer_decay < 1:
-        optimizer = optax.chain(optimizer, wrappers.scale_layers(config.layer_decay, rows))
+        by_layer = wrappers.scale_layers(config.layer_decay, rows, layers_from)
+        optimizer = optax.chain(optimizer, by_layer)
     if config.locked:
         optimizer = wrappers.lock(optimizer, config.locked)
     if config.ema_decay is not None:

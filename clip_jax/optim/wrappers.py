@@ -1,7 +1,7 @@
 """Wrappers of an optimizer: learning rates by tower and layer, locks, averages, skipped updates."""
 
 import math
-import re
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -16,12 +16,8 @@ Tower = Literal["image", "text"]
 TOWERS = {"image": "visual", "text": "text"}  # their names in the parameter tree
 USUAL_DECAY = 0.99  # decay rate of the running mean of gradient norms
 USUAL_UPDATES = 100  # number of updates before a gradient norm can count as unusual
-# Parameters before a tower's first layer.
-INPUTS = frozenset(
-    {"token_embedding", "positional_embedding", "type_embedding", "class_embedding", "registers"}
-    | {"ln_pre"}
-)
-STEM = frozenset({"conv1", "conv2", "conv3", "bn1", "bn2", "bn3"})
+# The number of layers from a parameter's to its tower's last (`CLIPConfig.layers_from`).
+LayersFrom = Callable[[str], int]
 
 
 def descend() -> optax.GradientTransformationExtraArgs:
@@ -52,50 +48,24 @@ def scale_towers(image: float, text: float) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def scale_layers(decay: float, rows: Rows) -> optax.GradientTransformation:
+def scale_layers(decay: float, rows: Rows, layers_from: LayersFrom) -> optax.GradientTransformation:
     """Multiply updates by decay^n: n is 0 after a tower's last layer, 1 in the last, and so on.
 
     Parameters before the first layer (embeddings, patches, a ResNet's stem) count as one more
-    layer. The layers of a ResNet and of a ConvNeXt are its blocks; what is before a stage of a
-    ConvNeXt counts to its first block. Parameters of no tower are unchanged.
+    layer. Parameters of no tower are unchanged.
     """
-    blocks = sorted({block for path in rows if (block := _block(path))})
+
+    def scaled(path: tuple[Any, ...], x: Array) -> Array:
+        name = path_name(path)
+        layers: Any = layers_from(name)
+        if layers and rows[name].startswith("depth"):
+            layers = layers - jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+        return decay**layers * x
 
     def update(updates: Any, _: Any) -> Any:
-        leaves = jax.tree_util.tree_leaves_with_path(updates)
-        stacks: dict[str, dict[str, int]] = {}  # of each tower: the depth of each stack of layers
-        for path, x in leaves:
-            if rows[path_name(path)].startswith("depth"):
-                stacks.setdefault(path[0].key, {})[path[1].key] = len(x)
-
-        def scaled(path: tuple[Any, ...], x: Array) -> Array:
-            name = path_name(path)
-            tower, *inside = name.split("/")
-            own = stacks.get(tower, {})
-            depth = sum(own.values()) or len(blocks)
-            stage = re.sub(r"^(conv|ln)(?=\d)", "stage", inside[0]) if inside else ""
-            below = sum(size for stack, size in own.items() if stack < stage)
-            if rows[name].startswith("depth"):
-                above = depth - below - jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
-            elif stage in own:
-                above = depth - below + (stage == "stage0")
-            elif block := _block(name):
-                above = depth - blocks.index(block)
-            elif inside and inside[0] in INPUTS | STEM:
-                above = depth + 1
-            else:
-                above = 0
-            return decay**above * x
-
         return jax.tree_util.tree_map_with_path(scaled, updates)
 
     return optax.stateless(update)
-
-
-def _block(path: str) -> tuple[int, int] | None:
-    """Return stage and block of a ResNet's parameter, such as `visual/layer2/3/conv1/kernel`."""
-    match = re.match(r"visual/layer(\d+)/(\d+)/", path)
-    return match and (int(match[1]), int(match[2]))
 
 
 def lock(

@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from clip_jax.convert.state_dict import unflatten
 from clip_jax.errors import InputError
 from clip_jax.models import lora, zoo
+from clip_jax.models.clip import CLIPConfig, parameters
 from clip_jax.optim import (
     LAMB,
     Adafactor,
@@ -22,9 +24,7 @@ from clip_jax.optim import (
     schedule,
 )
 from clip_jax.optim.wrappers import averaged, capped, scale_layers
-from clip_jax.sharding import path_name
 from tests.conftest import TINY, by_path
-from tests.optim.conftest import names_only
 
 SCHEDULED = OptimConfig(learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
 PLAIN = {"learning_rate": 0.1, "warmup_steps": 0, "weight_decay": 0.0}
@@ -120,17 +120,24 @@ def test_the_average_is_of_logit_scales_that_are_capped(start, more):
     assert "logit_scale" not in capped({"visual": {}}, 100.0)
 
 
+def rates_of(config: CLIPConfig) -> dict[str, np.ndarray]:
+    """Return the learning rates of a model's parameters, where each layer's are half the next's."""
+    rows = config.dimensions()
+
+    def ones(path: str) -> np.ndarray:  # one number, of a stack one for each layer
+        sizes = zip(rows[path].split(), parameters(config)[path].value.shape, strict=True)
+        return np.ones([size if name == "depth" else 1 for name, size in sizes], np.float32)
+
+    updates = unflatten({path: ones(path) for path in rows})
+    scaled, _ = scale_layers(0.5, rows, config.layers_from).update(updates, optax.EmptyState())
+    assert jax.tree.map(np.shape, scaled) == jax.tree.map(np.shape, updates)
+    return {path: np.ravel(x) for path, x in by_path(scaled).items()}
+
+
 @pytest.mark.parametrize("name", ["ViT-B/32", "RN50", "convnext_base"])
 def test_layers_have_rates_that_rise_towards_the_end(name):
-    """Twelve layers below one another; of RN50, sixteen blocks; of ConvNeXt, 4 × 12."""
-    config = zoo.get(name)
-    rows, thin = config.dimensions(), names_only(config)
-    thin = jax.tree_util.tree_map_with_path(
-        lambda path, x: x.repeat(12, 0) if rows[path_name(path)].startswith("depth") else x, thin
-    )
-    scaled, _ = scale_layers(0.5, rows).update(thin, optax.EmptyState())
-    assert jax.tree.map(np.shape, scaled) == jax.tree.map(np.shape, thin)
-    rates = {path_name(p): np.ravel(x) for p, x in jax.tree_util.tree_leaves_with_path(scaled)}
+    """Layers of a transformer are its blocks, and so are those of a ResNet and a ConvNeXt."""
+    rates = rates_of(zoo.get(name))
     expected = {
         "logit_scale": 1,
         "text/ln_final/scale": 1,
@@ -147,15 +154,14 @@ def test_layers_have_rates_that_rise_towards_the_end(name):
             "visual/attnpool/c_proj/kernel": 1,
         }
     elif name == "convnext_base":
-        last = 0.5 ** np.arange(12, 0, -1)
         expected |= {
-            "visual/conv0/kernel": 0.5**49,
-            "visual/ln0/bias": 0.5**49,
-            "visual/stage0/resblocks/conv/bias": last * 0.5**36,
-            "visual/ln2/scale": 0.5**24,
-            "visual/conv2/bias": 0.5**24,
-            "visual/stage2/resblocks/ls/gamma": last * 0.5**12,
-            "visual/stage3/resblocks/ln/scale": last,
+            "visual/conv0/kernel": 0.5**37,
+            "visual/ln0/bias": 0.5**37,
+            "visual/stage0/resblocks/conv/bias": 0.5 ** np.arange(36, 33, -1),
+            "visual/ln2/scale": 0.5**30,
+            "visual/conv2/bias": 0.5**30,
+            "visual/stage2/resblocks/ls/gamma": 0.5 ** np.arange(30, 3, -1),
+            "visual/stage3/resblocks/ln/scale": 0.5 ** np.arange(3, 0, -1),
             "visual/ln_post/scale": 1,
         }
     else:
@@ -166,14 +172,22 @@ def test_layers_have_rates_that_rise_towards_the_end(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [("TIPSv2-B-14", "visual/registers"), ("AltCLIP", "text/type_embedding")]
+    ("name", "path", "layers"),
+    [("TIPSv2-B-14", "visual/registers", 12), ("AltCLIP", "text/type_embedding", 24)],
 )
-def test_what_is_before_the_first_layer_has_the_lowest_rate(name, path):
-    """One layer, so that its depth is 1 here."""
-    rows, thin = zoo.get(name).dimensions(), names_only(zoo.get(name))
-    scaled, _ = scale_layers(0.5, rows).update(thin, optax.EmptyState())
-    rates = {path_name(p): np.ravel(x) for p, x in jax.tree_util.tree_leaves_with_path(scaled)}
-    assert rates[path] == 0.5**2
+def test_what_is_before_the_first_layer_has_the_lowest_rate(name, path, layers):
+    assert rates_of(zoo.get(name))[path] == 0.5 ** (layers + 1)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("coca_ViT-B-32", 12), ("mammut_ViT-B-32", 6)])
+def test_a_decoder_has_layers_of_its_own_or_those_of_the_text_tower(name, layers):
+    """MaMMUT's text tower has two blocks in each layer, and its decoder projections alone."""
+    rates, tower = rates_of(zoo.get(name)), "decoder" if name.startswith("coca") else "text"
+    expected = 0.5 ** np.arange(layers, 0, -1)
+    path = f"{tower}/transformer/layers/cross/attn/q/bias"
+    np.testing.assert_array_equal(rates[path], expected)
+    assert rates["text/token_embedding"] == 0.5 ** ((layers if tower == "text" else 12) + 1)
+    assert rates["decoder/vocab_projection"] == 1
 
 
 def test_a_locked_tower_keeps_its_weights_and_takes_no_memory():
@@ -193,7 +207,7 @@ def test_adapters_have_the_learning_rates_of_their_layer_and_tower(kind):
 
     def updates(**options):
         config = OptimConfig(**PLAIN | options, optimizer=kind)
-        optimizer = make_optimizer(config, rows)
+        optimizer = make_optimizer(config, rows, TINY.layers_from)
         grads = jax.tree.map(lambda x: x + 1, params)
         result, _ = optimizer.update(grads, optimizer.init(params), params, learning_rate=0.1)
         return by_path(result)
