@@ -309,7 +309,7 @@ def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = No
     if params is not weights.params:
         exact = our_outputs(weights.config, weights.params, *inputs)
         loss = max(relative_difference(ours[name], exact[name]) for name in exact)
-    differences = {name: relative_difference(ours[name], theirs[name]) for name in ours}
+    differences: dict[str, Any] = {x: relative_difference(ours[x], theirs[x]) for x in ours}
     return Verification(reference=target.reference, rounding_loss=loss, **differences)
 
 

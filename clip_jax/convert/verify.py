@@ -27,16 +27,22 @@ Inputs = tuple[Any, np.ndarray]  # Images, normalised; token ids [B, L]
 Outputs = dict[str, np.ndarray]  # image_features, text_features, logits, caption_logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Relative differences ‖a − b‖/‖b‖ between our outputs (a) and the reference's (b)."""
+    """Relative differences ‖a − b‖/‖b‖ between the outputs of a model here and in another program.
 
-    reference: str  # the library
-    rounding_loss: float | None  # difference of ours by rounding the weights; None: not rounded
+    Of a conversion, b is the reference implementation's; of an export, b is ours.
+    """
+
+    reference: str | None = None  # library that loaded a conversion
+    runtime: str | None = None  # program that ran an export
+    bound: float | None = None  # largest difference that passes; None: BOUND
+    rounding_loss: float | None = None  # of ours by rounding the weights; None: not rounded
     image_features: float | None = None  # None: the model has one tower alone
     text_features: float | None = None
-    logits: float | None = None
+    logits: float | None = None  # None: the export has none
     caption_logits: float | None = None  # of a decoder, for all token ids; None: none
+    texts_with_other_ids: int | None = None  # by an export's tokenizer.json; None: it has none
 
     @property
     def max_relative_difference(self) -> float:
@@ -45,7 +51,8 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return self.max_relative_difference <= BOUND  # False for NaN
+        bound = BOUND if self.bound is None else self.bound
+        return self.max_relative_difference <= bound and not self.texts_with_other_ids  # no NaN
 
 
 class Unverifiable(InputError):

@@ -11,7 +11,7 @@ from clip_jax.convert import card
 from clip_jax.convert.conversion import check_free
 from clip_jax.convert.formats import read_weights
 from clip_jax.convert.target import Inexpressible
-from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
+from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import DType, Weights
 from clip_jax.errors import InputError
 from clip_jax.export import onnx, patches, stablehlo
@@ -62,28 +62,6 @@ class ExportConfig:
             )
         if self.format == "stablehlo" and (self.normalize or self.layout != "transformers-js"):
             raise InputError("--layout and --normalize need --format onnx.")
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Relative differences ‖a − b‖/‖b‖ between outputs of the export (a) and of the model (b)."""
-
-    runtime: str
-    bound: float
-    image_features: float
-    text_features: float
-    logits: float | None  # None: the export has none
-    caption_logits: float | None = None  # of a decoder, for all token ids; None: it has none
-    texts_with_other_ids: int | None = None  # with the folder's tokenizer.json; None: it has none
-
-    @property
-    def max_relative_difference(self) -> float:
-        values = (self.image_features, self.text_features, self.logits, self.caption_logits)
-        return float(np.max([x for x in values if x is not None]))  # NaN if one is
-
-    @property
-    def passed(self) -> bool:
-        return self.max_relative_difference <= self.bound and not self.texts_with_other_ids
 
 
 def export(config: ExportConfig) -> Verification | None:
@@ -150,7 +128,7 @@ def verify(config: ExportConfig, weights: Weights, folder: Path) -> Verification
     if (file := weights.config.text.tokenizer.file) == "clip" or (file and config.format == "onnx"):
         layout = config.layout if config.format == "onnx" else None
         differences["texts_with_other_ids"] = onnx.other_ids(folder, layout, weights.config.text)
-    return Verification(runtime, BOUNDS[config.dtype], **differences)
+    return Verification(runtime=runtime, bound=BOUNDS[config.dtype], **differences)
 
 
 def _use(config: ExportConfig, model: CLIPConfig) -> str:

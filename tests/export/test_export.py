@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from clip_jax.cli.commands import main
-from clip_jax.export import Verification
+from clip_jax.convert.verify import Verification
 from tests.conftest import COCA, TINY, write_run, write_tiny_model
 
 
@@ -61,7 +61,7 @@ def test_what_is_at_the_output_is_kept_and_verified(model, tmp_path, capsys):
     write_tiny_model(tmp_path / "other", seed=1)
     assert export(tmp_path / "other", output, "--existing") == 1
     assert "max_relative_difference" in capsys.readouterr().out
-    assert not Verification("onnxruntime", 1e-5, float("nan"), 0.0, 0.0).passed
+    assert not Verification(bound=1e-5, image_features=float("nan"), logits=0.0).passed
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_verification_of_our_own_folder(run, tmp_path, capsys):
             assert main([*args, "--overwrite", "--json"]) == 1
         values = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is no JSON
         assert isinstance(values["max_relative_difference"], shown)
-    assert not Verification("", 0.0, np.nan, 0.0, None).passed
+    assert not Verification(image_features=np.nan, text_features=0.0).passed
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
