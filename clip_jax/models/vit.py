@@ -176,7 +176,8 @@ class ViTConfig(ImageTowerConfig):
         if not self.projection:
             return self, embed_dim, params
         tower = replace(self, projection=False, projection_bias=False)
-        return tower, self.width, {name: x for name, x in params.items() if "proj" not in name}
+        width = self.pooled_width(embed_dim)
+        return tower, width, {name: x for name, x in params.items() if "proj" not in name}
 
     def with_max_patches(self, max_patches: int | None) -> Self:
         if self.max_patches is not None or max_patches is None:
@@ -205,7 +206,7 @@ class ViTConfig(ImageTowerConfig):
         return resize_positions(jnp.asarray(grid), jnp.array([[side, side]]), side * side)[0]
 
     def check_width(self, embed_dim: int) -> None:
-        if not self.projection and self.width != embed_dim:
+        if not self.projection and self.pooled_width(embed_dim) != embed_dim:
             raise InputError(
                 f"vision.projection=False needs vision.width={self.width} to equal "
                 f"embed_dim={embed_dim}."
