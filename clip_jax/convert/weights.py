@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +12,7 @@ from clip_jax.convert.tensor_files import Tensors
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
-from clip_jax.models.clip import CLIPConfig, Params
+from clip_jax.models.clip import CLIPConfig, Params, parameters
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.optim import Tower
 
@@ -172,10 +172,24 @@ def with_input(
         preprocess = replace(preprocess, resize_mode="squash", max_patches=None, patch_size=None)
     config = replace(weights.config, vision=vision)
     resized = replace(weights, config=config, preprocess=preprocess)
-    if vision.positions_path is None:
+    params = flatten(weights.params)
+    fitted = vision.fit(params, weights.config.vision)
+    _check_fit(fitted, config)
+    if fitted is params:
         return resized
-    params = unflatten(vision.fit(flatten(weights.params), weights.config.vision))
-    return replace(resized, params=params, adapters=None)
+    return replace(resized, params=unflatten(fitted), adapters=None)
+
+
+def _check_fit(params: dict[str, Any], config: CLIPConfig) -> None:
+    """Raise InputError unless parameters have the shapes of the model's."""
+    for path, box in parameters(config).items():
+        if path in params and params[path].shape != box.value.shape:
+            tower = type(config.vision).__name__
+            raise InputError(
+                f"image_size={config.vision.image_size}: {path} has shape {params[path].shape}, "
+                f"and a {tower} for such images needs {box.value.shape}. Omit it, or define "
+                f"{tower}.fit, which fits parameters to another size."
+            )
 
 
 def _with_tokens(weights: Weights, tokens: int) -> Weights:
