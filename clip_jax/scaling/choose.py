@@ -79,12 +79,13 @@ def _best(point: RunTable, config: ChooseConfig) -> tuple[dict[str, Any], Sequen
         _check_seeds(group)
     trials = {trial: group.rows for trial, group in groups.items()}
     seeds = max(map(len, trials.values()))
-    losses = {
-        trial: loss
-        for trial, rows in trials.items()
-        if len(rows) == seeds  # others have diverged with some seed
-        and math.isfinite(loss := float(np.mean([config.loss(row) for row in rows])))
-    }
+    losses = {}
+    for trial, rows in trials.items():
+        if len(rows) < seeds:  # diverged with some seed
+            continue
+        loss = float(np.mean([config.loss(row) for row in rows]))
+        if math.isfinite(loss):
+            losses[trial] = loss
     if not losses:
         row = point.rows[0]
         raise InputError(
@@ -94,25 +95,26 @@ def _best(point: RunTable, config: ChooseConfig) -> tuple[dict[str, Any], Sequen
     best = min(losses, key=lambda trial: (losses[trial], trial))
     edges = []
     for i, what in enumerate(SWEPT.values()):
-        values = sorted(
-            {  # learning rates and warm-ups depend on the batch
-                trial[i]
-                for trial in trials
-                if what == "batch" or trial[:i] + trial[i + 1 :] == best[:i] + best[i + 1 :]
-            }
-        )
-        if len(values) > 1 and best[i] in (values[0], values[-1]):
-            edges.append(f"{what}: {'lowest' if best[i] == values[0] else 'highest'}")
+        values = set()
+        for trial in trials:
+            others_are_best = trial[:i] + trial[i + 1 :] == best[:i] + best[i + 1 :]
+            if what == "batch" or others_are_best:  # learning rates and warm-ups depend on it
+                values.add(trial[i])
+        if len(values) > 1 and best[i] == min(values):
+            edges.append(f"{what}: lowest")
+        elif len(values) > 1 and best[i] == max(values):
+            edges.append(f"{what}: highest")
     learning_rates = sorted(trial[0] for trial in losses if trial[1:] == best[1:])
     optima = []
     for seed in sorted({row["seed"] for row in trials[best]}):
-        rows = [
-            row for x in learning_rates for row in trials[(x, *best[1:])] if row["seed"] == seed
-        ]
+        rows = []
+        for lr in learning_rates:
+            rows += [row for row in trials[(lr, *best[1:])] if row["seed"] == seed]
         if len(rows) == len(learning_rates):
             optima.append(vertex(learning_rates, list(map(config.loss, rows))))
     factor = max((b / a for a, b in itertools.pairwise(learning_rates)), default=math.nan)
-    metrics, row = {}, point.rows[0]
+    metrics = {}
+    row = point.rows[0]
     for name in (config.choose_by, config.report):
         rows = [row for row in trials[best] if run_table.text(row, name)] or trials[best]
         values = RunTable(rows).numbers(name)
@@ -181,29 +183,37 @@ def learning_rate(rule: Linear, width: float, batch: float) -> list[float]:
 
 def _rule(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Fit the rule to all but the largest width, and check it on that one."""
-    *_, largest = widths = sorted({point["width"] for point in points})
+    widths = sorted({point["width"] for point in points})
+    largest = widths[-1]
     smaller = [point for point in points if point["width"] < largest]
-    known = [(x["width"], x["global_batch"], rate) for x in smaller for rate in x["optima"]]
-    if (rule := fit_rule(known)) is None:
+    optima = [
+        (point["width"], point["global_batch"], optimum)
+        for point in smaller
+        for optimum in point["optima"]
+    ]
+    rule = fit_rule(optima)
+    if rule is None:
         return None
     checks = []
-    for x in (point for point in points if point["width"] == largest):
-        predicted, *interval = learning_rate(rule, x["width"], x["global_batch"])
-        measured = float(np.exp(np.mean(np.log(x["optima"]))))
+    for point in points:
+        if point["width"] < largest:
+            continue
+        predicted, *interval = learning_rate(rule, point["width"], point["global_batch"])
+        measured = float(np.exp(np.mean(np.log(point["optima"]))))
         checks.append(
             {
-                "arch": x["arch"],
-                "width": x["width"],
-                "batch": x["global_batch"],
+                "arch": point["arch"],
+                "width": point["width"],
+                "batch": point["global_batch"],
                 "predicted": predicted,
                 "interval": interval,
                 "measured": measured,
-                "grid_steps": abs(math.log(predicted / measured)) / math.log(x["grid_factor"]),
+                "grid_steps": abs(math.log(predicted / measured)) / math.log(point["grid_factor"]),
             }
         )
     batch = next(x["global_batch"] for x in smaller if x["width"] == widths[0])
     exponents = {"width_exponent": rule.coefficient(1)}
-    if len({batch for _, batch, _ in known}) > 1:
+    if len({batch for _, batch, _ in optima}) > 1:
         exponents["batch_exponent"] = rule.coefficient(2)
     return {
         **{name: value for name, (value, _) in exponents.items()},
@@ -211,7 +221,7 @@ def _rule(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "learning_rate": learning_rate(rule, widths[0], batch)[0],
         "reference_width": widths[0],
         "reference_batch": batch,
-        "observations": len(known),
+        "observations": len(optima),
         "checks": checks,
     }
 

@@ -145,9 +145,11 @@ def _entry(text: str, names: set[str]) -> Entry:
     before, colon, unit = theirs.rpartition(":")
     if not colon or theirs in names:
         return Entry(ours, theirs, "")
-    known = [*UNITS.get(ours, PLAIN), *([TAG] if ours == "samples_seen" else [])]
-    if unit not in known:
-        raise InputError(f"columns={text!r}: the unit of {ours} must be one of {', '.join(known)}.")
+    units = [*UNITS.get(ours, PLAIN)]
+    if ours == "samples_seen":
+        units.append(TAG)
+    if unit not in units:
+        raise InputError(f"columns={text!r}: the unit of {ours} must be one of {', '.join(units)}.")
     return Entry(ours, before, unit)
 
 

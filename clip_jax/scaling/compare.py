@@ -65,18 +65,20 @@ def compare(first: Fit, second: Fit) -> Comparison:
     ends = sorted((least, most))
     log = np.linspace(np.log(ends[0] / BEYOND), np.log(ends[1] * BEYOND), GRID)
     log = np.union1d(log, np.log(ends))
-    one, other = _errors(first, second, np.exp(log))
-    gap = np.log(one / other)  # [draws, C], above 0 where the second is better
+    first_errors, second_errors = _errors(first, second, np.exp(log))
+    gap = np.log(first_errors / second_errors)  # [draws, C], above 0 where the second is better
     low, high = (np.asarray(x) for x in middle(gap[1:]))
     sign = np.where(low > 0, 1, np.where(high < 0, -1, 0))  # of the gap, 0: not determined
     crossings = []
     for i in np.flatnonzero(np.diff(np.sign(gap[0])) != 0):
         at = np.exp(log[i] - gap[0, i] * (log[i + 1] - log[i]) / (gap[0, i + 1] - gap[0, i]))
         determined = np.flatnonzero(sign)
-        below, above = determined[determined <= i], determined[determined > i]
+        below = determined[determined <= i]
+        above = determined[determined > i]
         low = float(np.exp(log[below[-1]])) if len(below) else 0.0
         high = float(np.exp(log[above[0]])) if len(above) else math.inf
-        better, inside = int(gap[0, i + 1] > 0), bool(least <= at <= most)
+        better = int(gap[0, i + 1] > 0)
+        inside = bool(least <= at <= most)
         crossings.append(Crossing(float(at), low, high, better, inside))
     if least >= most:
         return Comparison([], crossings, [], 0.0)
@@ -102,15 +104,17 @@ def _errors(
 ) -> tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "R C"]]:
     """Evaluate two laws at their best divisions of compute: the estimates, then every draw."""
     sizes = sizes_of([first, second])
-    bests = (fit.best(compute, sizes) for fit in (first, second))
-    one, other = (np.concatenate([np.atleast_2d(x.error) for x in best]) for best in bests)
-    n = min(len(one), len(other))
-    return one[:n], other[:n]
+    errors = []
+    for fit in (first, second):
+        estimate, drawn = fit.best(compute, sizes)
+        errors.append(np.concatenate([np.atleast_2d(estimate.error), np.atleast_2d(drawn.error)]))
+    count = min(map(len, errors))
+    return errors[0][:count], errors[1][:count]
 
 
 def _ratios(first: Fit, second: Fit, compute: Float[np.ndarray, " C"]) -> list[Ratio]:
-    one, other = _errors(first, second, compute)
-    ratio = other / one
+    first_errors, second_errors = _errors(first, second, compute)
+    ratio = second_errors / first_errors
     rows = np.stack([compute, ratio[0], *middle(ratio[1:]), (ratio[1:] < 1).mean(0)])
     return [Ratio(*row) for row in rows.T.tolist()]
 
@@ -145,7 +149,8 @@ def paired(
     rows = np.array([(*both[0][key], *both[1][key]) for key in both[0] if key in both[1]])
     if len(rows) < 2:
         return None
-    log, compute = np.log(rows[:, 2] / rows[:, 0]), np.log(rows[:, 3] / rows[:, 1])
+    log = np.log(rows[:, 2] / rows[:, 0])  # of the ratio of errors
+    compute = np.log(rows[:, 3] / rows[:, 1])
     interval = stats.ttest_1samp(log, 0).confidence_interval(LEVEL)
     unequal = int((np.abs(compute) > SURE).sum())
     ends = (float(x) for x in np.exp([log.mean(), *interval, compute.mean()]))
@@ -155,12 +160,13 @@ def paired(
 def _by_the_rest(table: RunTable, error: np.ndarray) -> dict[tuple[str, ...], tuple[float, float]]:
     """Map (model, samples, seed) to error and compute, without runs that share these."""
     values: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-    for row, one in zip(table.rows, error.tolist(), strict=True):
-        samples, size = number(row, "samples_seen"), number(row, "gmacs_per_sample")
+    for row, error_of_run in zip(table.rows, error.tolist(), strict=True):
+        samples = number(row, "samples_seen")
+        size = number(row, "gmacs_per_sample")
         length = text(row, "samples_seen_scale") or f"{samples:.2g}"
         flops = number(row, "training_flops") if text(row, "training_flops") else size * samples
         key = row["arch"], length, text(row, "seed")
-        values.setdefault(key, []).append((one, flops))
+        values.setdefault(key, []).append((error_of_run, flops))
     return {key: runs[0] for key, runs in values.items() if len(runs) == 1}
 
 

@@ -60,7 +60,8 @@ class Linear(NamedTuple):
 
 def least_squares(x: Float[np.ndarray, "n k"], y: Float[np.ndarray, " n"]) -> Linear:
     """Fit y by ordinary least squares. Needs more observations than independent columns."""
-    freedom, inverse = len(y) - int(np.linalg.matrix_rank(x)), np.linalg.pinv(x)
+    freedom = len(y) - int(np.linalg.matrix_rank(x))
+    inverse = np.linalg.pinv(x)
     coefficients = inverse @ y
     variance = float(np.sum((y - x @ coefficients) ** 2) / freedom)
     t = float(special.stdtrit(freedom, 0.975))
@@ -101,24 +102,32 @@ def relate(config: RelateConfig) -> dict[str, Any]:
             f"{', '.join(sorted({*names.tolist()}))}; choose one of them."
         )
     base = np.ones(len(u), bool) if config.baseline is None else names == config.baseline
-    line, predictions, families, outside = fit_line(u[base], v[base]), {}, {}, []
-    (slope, reach), (intercept, _) = map(line.coefficient, (0, 1))
+    line = fit_line(u[base], v[base])
+    slope, reach = line.coefficient(0)
+    intercept, _ = line.coefficient(1)
+    predictions = {}
+    families = {}
+    outside = []
     for value in config.at:
         at = _at(config.against, value)
         middle, half = line.predict(np.array([at[0], 1.0]))
         half = float(np.hypot(half, slope * np.ptp(at) / 2))  # with the interval of the value
         predicted, *interval = _back(config.metric, middle, half)
         predictions[value] = {"value": predicted, "interval": interval}
-        outside += [f"{config.against} {value}"] if _is_outside(at, u[base]) else []
+        if _is_outside(at, u[base]):
+            outside.append(f"{config.against} {value}")
     for name in sorted({*names.tolist()} - {"", config.baseline}):
-        own = names == name
-        others = ~own if config.baseline is None else base
-        at = np.array([u[own].mean(), 1.0])
-        expected, half = fit_line(u[others], v[others]).predict(at, int(own.sum()))
+        members = names == name
+        count = int(members.sum())
+        others = ~members if config.baseline is None else base
+        at = np.array([u[members].mean(), 1.0])
+        expected, half = fit_line(u[others], v[others]).predict(at, count)
         level, _, _ = _back(config.metric, expected, 0.0)
-        off, *interval = (x - level for x in _back(config.metric, float(v[own].mean()), half))
-        families[name] = {"runs": int(own.sum()), "difference": off, "interval": interval}
-        outside += [name] if _is_outside(u[own], u[others]) else []
+        measured = _back(config.metric, float(v[members].mean()), half)
+        difference, *interval = (x - level for x in measured)
+        families[name] = {"runs": count, "difference": difference, "interval": interval}
+        if _is_outside(u[members], u[others]):
+            outside.append(name)
     warnings = [f"{x} lies outside the range of the line's runs: extrapolated" for x in outside]
     if is_curved(u[base], v[base]):
         warnings.append("the runs curve away from the line, so its predictions are biased")

@@ -135,18 +135,14 @@ class FitConfig(Selection):
             axis = table.bounded(column, most=MOST_FLOPS) / (3600 if self.against == "hours" else 1)
             runs = runs._replace(size=np.ones_like(axis), samples=axis)
         setting = [" ".join(text(row, name) for name in SETTINGS) for row in table.rows]
-        known = (x for x in OTHERS if x != third and all(text(row, x) for row in table.rows))
-        others = [table.bounded(x) for x in known if table.numbers(x).min() != 0]
-        for names in (np.array([text(row, kind) for row in table.rows]) for kind in KINDS):
-            others += [np.where(names == name, math.e, 1.0) for name in np.unique(names)[1:]]
+        runs = runs._replace(setting=np.array(setting), others=_others(table, third))
         if self.run:
             table.check(self.run)
-        return runs._replace(
-            setting=np.array(setting),
-            others=np.stack(others, axis=-1) if others else None,
-            run=np.array([text(row, self.run) for row in table.rows]) if self.run else None,
-            known=(1 - runs.error) / (runs.error * self.evaluated) if self.evaluated else None,
-        )
+            runs = runs._replace(run=np.array([text(row, self.run) for row in table.rows]))
+        if self.evaluated:
+            binomial = (1 - runs.error) / (runs.error * self.evaluated)
+            runs = runs._replace(binomial=binomial)
+        return runs
 
     def resolved(self, families: Sequence[RunTable]) -> "FitConfig":
         """Return the config with a form: `additive` if all families determine it, else `power`."""
@@ -174,6 +170,19 @@ class FitCommand(FitConfig):
     # Path without ending of files for papers: runs, points and curve as CSV, the law as a LaTeX
     # table. None: none.
     output: AnyPath | None = None
+
+
+def _others(table: RunTable, third: str) -> np.ndarray | None:
+    """Return further settings of runs, `[n, k]`: numbers, and e for the members of a kind."""
+    others = []
+    for name in OTHERS:
+        is_complete = all(text(row, name) for row in table.rows)
+        if name != third and is_complete and table.numbers(name).min() != 0:
+            others.append(table.bounded(name))
+    for kind in KINDS:
+        names = np.array([text(row, kind) for row in table.rows])
+        others += [np.where(names == name, math.e, 1.0) for name in np.unique(names)[1:]]
+    return np.stack(others, axis=-1) if others else None
 
 
 def fit_file(command: FitCommand) -> FitResult:

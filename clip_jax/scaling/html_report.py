@@ -66,7 +66,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
     claims = {x.parent: workers(x.parent, CLOCK.unix()) for x in folders.values()}
     by_row: dict[int | str, dict[str, Any]] = {}  # unfinished runs by their folders
     for name, folder in folders.items():
-        row, worker = finished.get(name), claims[folder.parent].get(folder.name, "")
+        row = finished.get(name)
+        worker = claims[folder.parent].get(folder.name, "")
         by_row[id(row) if row else name] = _run(folder, row, metric, worker)
     by_row |= {id(row): _shown(row) for row in table.rows if str(row["source"]) not in folders}
     runs = list(by_row.values())
@@ -114,10 +115,10 @@ def _folders(paths: Sequence[AnyPath]) -> list[AnyPath]:
 
 def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dict[str, Any]:
     """Return the data that the page shows of a run directory, which `worker` may be training."""
-    written = (folder / name for name in ("config.json", "result.json"))
-    config, result = ((x.exists() and parse(content_of(x))) or {} for x in written)
-    config = upgrade(config)
-    step, steps = result.get("step", 0), config.get("steps", 0)
+    config = upgrade(_content(folder / "config.json"))
+    result = _content(folder / "result.json")
+    step = result.get("step", 0)
+    steps = config.get("steps", 0)
     try:
         row = finished or run_table.of_run(config, step) | result
     except (LookupError, TypeError, ValueError):
@@ -149,6 +150,11 @@ def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dic
     }
 
 
+def _content(path: AnyPath) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if the file is missing or damaged."""
+    return (parse(content_of(path)) if path.exists() else None) or {}
+
+
 def _shown(row: Row) -> dict[str, Any]:
     """Return the data that the page shows of a row of a table."""
     numbers = "samples_seen gmacs_per_sample training_flops flops_spent seconds/total goodput"
@@ -174,8 +180,8 @@ def _curves(folder: AnyPath, names: Sequence[str]) -> dict[str, list[list[float]
             if name in curves and isinstance(value, int | float) and abs(value) < float("inf"):
                 curves[name].append([samples, float(f"{value:.5g}")])
     for name, curve in curves.items():
-        kept = np.linspace(0, len(curve) - 1, min(len(curve), POINTS)).round().astype(int)
-        curves[name] = [curve[i] for i in kept]
+        indices = np.linspace(0, len(curve) - 1, min(len(curve), POINTS)).round().astype(int)
+        curves[name] = [curve[i] for i in indices]
     return {name: curve for name, curve in curves.items() if curve}
 
 

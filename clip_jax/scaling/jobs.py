@@ -45,15 +45,15 @@ def run(
                 running.append((job, process, clock.now()))
                 say(f"{job.name}: started as process {process.pid}")
             lost = queue.lost()
-            for one in [*running]:
-                job, process, began = one
+            for entry in [*running]:
+                job, process, began = entry
                 if process.poll() is None:
                     if job.name in lost:
                         process.kill()
                     elif came and not terminated:
                         process.terminate()
                     continue
-                running.remove(one)
+                running.remove(entry)
                 failure = _failure(job, process.returncode)
                 if files.is_remote(job.workdir):
                     files.write_whole(job.workdir / job.log.name, job.log.read_bytes())

@@ -47,7 +47,7 @@ class Runs(NamedTuple):
     others: Float[np.ndarray, "n k"] | None = None
     setting: np.ndarray | None = None  # equal for runs that differ in nothing but their seeds
     run: np.ndarray | None = None  # names of runs, of which several points are checkpoints
-    known: Float[np.ndarray, " n"] | None = None  # variance of log error by few test samples
+    binomial: Float[np.ndarray, " n"] | None = None  # variance of log error by few test samples
 
     @property
     def compute(self) -> Float[np.ndarray, " n"]:
@@ -156,8 +156,8 @@ class Law:
         `sizes` are the smallest and largest allowed size. A law of compute alone has nothing to
         divide, so its size is 1.
         """
-        one = np.ones_like(compute * next(iter(self.parameters.values())))
-        return Optimum(one, compute * one, self(compute, one))
+        size = np.ones_like(compute * next(iter(self.parameters.values())))
+        return Optimum(size, compute * size, self(compute, size))
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,13 @@ class PowerLaw(Law):
         cls, runs: Runs, error: Float[np.ndarray, "#R n"], weights: Float[np.ndarray, "R n"]
     ) -> Self:
         """Fit straight lines in log-log."""
-        x, y, total = np.log(runs.compute), np.log(error), weights.sum(-1)
-        x_mean, y_mean = (weights * x).sum(-1) / total, (weights * y).sum(-1) / total
-        dx, dy = x - x_mean[:, None], y - y_mean[:, None]
+        x = np.log(runs.compute)
+        y = np.log(error)
+        total = weights.sum(-1)
+        x_mean = (weights * x).sum(-1) / total
+        y_mean = (weights * y).sum(-1) / total
+        dx = x - x_mean[:, None]
+        dy = y - y_mean[:, None]
         # A single bin has no slope: NaN. That of two may be too steep for a float.
         with np.errstate(invalid="ignore", over="ignore"):
             slope = (weights * dx * dy).sum(-1) / (weights * dx * dx).sum(-1)
@@ -386,11 +390,12 @@ def search(
     step = np.log([x[1] / x[0] if len(x) > 1 else 1.0 for x in grid])
     steps = np.meshgrid(*[CELLS if len(x) > 1 else [0.0] for x in grid], indexing="ij")
     cells = np.stack(steps, axis=-1).reshape(-1, len(grid))
-    every, root = np.arange(len(weights)), np.sqrt(weights)
+    every = np.arange(len(weights))
+    root = np.sqrt(weights)
     coefficients = coefficients[every, loss.argmin(axis=1)]
     for _ in range(ROUNDS):
-        own = terms(*np.exp(at).T) @ coefficients[..., None]
-        around = np.clip(own[..., 0], error / 3, error * 3)
+        predicted = (terms(*np.exp(at).T) @ coefficients[..., None])[..., 0]
+        around = np.clip(predicted, error / 3, error * 3)
         tried = np.clip(at[:, None] + cells * step, low, high)  # [R, cells, E]
         scaled = terms(*np.moveaxis(np.exp(tried), -1, 0)) * (root / around)[:, None, :, None]
         transposed = scaled.swapaxes(-1, -2)
@@ -398,7 +403,8 @@ def search(
         aimed = (transposed @ target[:, None, :, None])[..., 0]
         solution, loss = nonnegative(transposed @ scaled, aimed)
         best = loss.argmin(axis=1)
-        at, coefficients = tried[every, best], solution[every, best]
+        at = tried[every, best]
+        coefficients = solution[every, best]
         step = step / 2
     return np.exp(at), coefficients
 
@@ -431,7 +437,8 @@ def nonnegative(
     which scipy.optimize.nnls would solve one by one. Returns the coefficients, and the loss up to a
     constant.
     """
-    best, least = np.zeros_like(target), np.zeros(target.shape[:-1])
+    best = np.zeros_like(target)
+    least = np.zeros(target.shape[:-1])
     for rows in faces(target.shape[-1]):
         solution = (inverses(normal[..., rows, :][..., rows]) @ target[..., rows, None])[..., 0]
         loss = -(solution * target[..., rows]).sum(-1)

@@ -72,8 +72,8 @@ class ScalePlanConfig(Selection):
         if self.chip_hour_price:
             units["usd"] = self.flops_of_chip_hour / self.chip_hour_price
         match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+|[KMB])?)(|chip-hours|usd)", self.budget)
-        known = match is not None and match[2] in units
-        flops = numeric(match[1]) * units[match[2]] if known else 0.0
+        is_valid = match is not None and match[2] in units
+        flops = numeric(match[1]) * units[match[2]] if is_valid else 0.0
         if not 1 <= flops <= MOST_FLOPS:
             raise InputError(
                 f"budget={self.budget!r} must be training FLOPs such as 1e21, 300chip-hours, or "
@@ -103,17 +103,23 @@ def choices(
     `sizes` are forward GMACs of a pair by model, `third` is the law's third quantity. `share` is
     that of the draws in which an option is the best; `outside` says how it lies outside the runs.
     """
-    size, runs = np.array([*sizes.values()]), fitted.runs
+    size = np.array([*sizes.values()])
+    runs = fitted.runs
     samples = budget / TRAINING_FLOPS / size
     best = fitted.draws(size, samples, third).argmin(axis=1)
     columns = np.stack([size, samples, *fitted.predict(size, samples, third)], axis=1).tolist()
     options = []
-    for i, (name, (of, seen, error, *interval)) in enumerate(zip(sizes, columns, strict=True)):
-        if lacking := fitted.unknown(of, seen, third):
+    for i, (name, column) in enumerate(zip(sizes, columns, strict=True)):
+        gmacs, seen, error, *interval = column
+        if lacking := fitted.unknown(gmacs, seen, third):
             raise InputError(f"these runs predict no {name} of {short(seen)} pairs; add {lacking}.")
-        ratios = of * seen / runs.compute, of / runs.size, seen / runs.samples
+        ratios = {
+            "compute": gmacs * seen / runs.compute,
+            "size": gmacs / runs.size,
+            "pairs": seen / runs.samples,
+        }
         outside = []
-        for what, ratio in zip(("compute", "size", "pairs"), ratios, strict=True):
+        for what, ratio in ratios.items():
             factor = np.clip(1.0, ratio.min(), ratio.max())
             if abs(factor - 1) > 0.005:  # runs see complete batches
                 edge = "largest" if factor > 1 else "smallest"
@@ -121,7 +127,7 @@ def choices(
         options.append(
             {
                 "model": name,
-                "size": of,
+                "size": gmacs,
                 "samples": seen,
                 "error": error,
                 "interval": interval,
@@ -146,10 +152,11 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
     table = run_table.read(config.table, config.columns).select(config.metric, config.where)
     fitted = law.fit(law.runs(table))
     _check_improves(fitted, config.metric)
-    own = dict.fromkeys(row["arch"] for row in table.rows)
-    sizes = {model: table.size_of(model) for model in config.candidates or own}
+    models = config.candidates or dict.fromkeys(row["arch"] for row in table.rows)
+    sizes = {model: table.size_of(model) for model in models}
     third = {"repeated": unique, "batched": float(config.batch_size or 0)}.get(config.form) or None
-    best, *_ = options = choices(fitted, sizes, config.training_flops(), third)
+    options = choices(fitted, sizes, config.training_flops(), third)
+    best = options[0]
     batch_size = config.batch_size or _batch_size(config, table, fitted, best["samples"])
     if batch_size > best["samples"]:
         raise InputError(
@@ -159,7 +166,8 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
     rate = None
     if config.sweep:
         rate = _learning_rate(optima, config.sweep, table, best["model"], batch_size)
-    compute, epochs = best["size"] * best["samples"], unique and best["samples"] / unique
+    compute = best["size"] * best["samples"]
+    epochs = unique and best["samples"] / unique
     law_best, drawn_best = fitted.best(np.array([compute]), sizes_of([fitted]))
     best_size = [float(x) for x in np.ravel([law_best.size, *middle(np.asarray(drawn_best.size))])]
     chip_hours = compute * TRAINING_FLOPS / config.flops_of_chip_hour
@@ -254,17 +262,18 @@ def _optima(sweep: AnyPath) -> list[tuple[float, float, float]]:
     advice = "Run `clip-jax scale choose --json`."
     points = read_json(sweep, "points", advice=advice)["points"]
     try:
-        own = [_own(point) for point in from_dict(list[Any], points, "points")]
-        read = from_dict(list[Optima], own, "points")
+        fields = [_fields_of_optima(point) for point in from_dict(list[Any], points, "points")]
+        read = from_dict(list[Optima], fields, "points")
     except InputError as error:
         raise InputError(f"{sweep} is damaged: {error} {advice}") from error
     return [(point.width, point.global_batch, rate) for point in read for rate in point.optima]
 
 
-def _own(point: Any) -> Any:
-    """Keep only the fields of Optima, of those that `scale choose` prints of a point."""
-    names = Optima.__annotations__
-    return {x: point[x] for x in names if x in point} if isinstance(point, dict) else point
+def _fields_of_optima(point: Any) -> Any:
+    """Select the fields of Optima from those that `scale choose` prints of a point."""
+    if not isinstance(point, dict):
+        return point
+    return {name: point[name] for name in Optima.__annotations__ if name in point}
 
 
 def _learning_rate(
@@ -281,10 +290,14 @@ def _learning_rate(
             "Extend the sweep of `scale choose --json`."
         )
     widths = {row["arch"]: text(row, "width") for row in table.rows}
-    run = float(widths.get(model) or zoo.get(model).vision.width), batch
-    value, *interval = learning_rate(rule, *run)
-    swept = zip(("width", "batch"), run, zip(*optima, strict=True), strict=False)
-    outside = [f"sweep: {name} {x:g}" for name, x, xs in swept if not min(xs) <= x <= max(xs)]
+    width = float(widths.get(model) or zoo.get(model).vision.width)
+    value, *interval = learning_rate(rule, width, batch)
+    widths_swept, batches_swept, _ = zip(*optima, strict=True)
+    outside = []
+    if not min(widths_swept) <= width <= max(widths_swept):
+        outside.append(f"sweep: width {width:g}")
+    if not min(batches_swept) <= batch <= max(batches_swept):
+        outside.append(f"sweep: batch {batch:g}")
     return {"value": value, "interval": interval, "outside": outside}
 
 

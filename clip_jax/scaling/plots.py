@@ -107,15 +107,15 @@ def panel(
         )
     _points(axes, runs, runs.error, _in_fit(fit))
     span = np.geomspace(runs.compute.min() / 1.6, reach or runs.compute.max() * 1.6, 200)
-    one = np.ones_like(span)
+    size = np.ones_like(span)  # laws of compute alone take any
     if isinstance(fit.law, Additive):  # a line per model, over the range of samples
         samples = np.geomspace(runs.samples.min() / 1.5, runs.samples.max() * 1.5, 100)
         for model, color in _colors(runs).items():
-            size = runs.size[np.asarray(runs.model) == model][0]
-            curve = fit.curve(np.full_like(samples, size), samples)
-            _band(axes, samples * size, curve, color)
+            size_of_model = runs.size[np.asarray(runs.model) == model][0]
+            curve = fit.curve(np.full_like(samples, size_of_model), samples)
+            _band(axes, samples * size_of_model, curve, color)
     else:
-        _band(axes, span, fit.curve(span, one), INK, label="fit, 95% band")
+        _band(axes, span, fit.curve(span, size), INK, label="fit, 95% band")
         if len(fit.fitted.error) != len(runs.error):
             axes.plot(
                 fit.fitted.compute,
@@ -128,7 +128,7 @@ def panel(
                 label="points of the fit",
             )
     for (label, law), color in zip((others or {}).items(), OTHERS, strict=False):
-        axes.plot(span, law(span, one), color=color, linewidth=1.2, dashes=(5, 2), label=label)
+        axes.plot(span, law(span, size), color=color, linewidth=1.2, dashes=(5, 2), label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))

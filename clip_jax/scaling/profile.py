@@ -75,10 +75,8 @@ class Region(NamedTuple):
         """Return the interval of a parameter of the law."""
         if name in self.ranges:
             return self.ranges[name]
-        one = np.array(self.kind.COEFFICIENTS) == name
-        low, high = self.extremes(
-            np.broadcast_to(one, (len(self.inside), 1, len(one))).astype(float)
-        )
+        direction = (np.array(self.kind.COEFFICIENTS) == name).astype(float)
+        low, high = self.extremes(np.broadcast_to(direction, (len(self.inside), 1, len(direction))))
         # Where the search bounds the exponent of a term, it bounds the coefficient, too.
         exponent = self.ranges.get(name.replace("scale", "alpha"))
         is_open = bool(low[0] <= 0) or (exponent is not None and exponent.open)
@@ -94,17 +92,21 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
 
     `law` has the least squares; `runs` are the points of its fit.
     """
-    kind, around = type(law), np.asarray(runs.under(law))
-    aimed, root = linearised(runs.error, around), np.sqrt(weights)
+    kind = type(law)
+    around = np.asarray(runs.under(law))
+    aimed = linearised(runs.error, around)
+    root = np.sqrt(weights)
     total = float((weights * aimed**2).sum())
-    terms, names = kind.factors(runs), kind.inside()
+    terms = kind.factors(runs)
+    names = kind.inside()
     bounds = np.log([[x[0], x[-1]] for x in kind.grid(runs)])  # [E, 2]
     free = bounds[:, 1] > bounds[:, 0]
     centre = np.log([float(law.parameters[name]) for name in names])
 
     def equations(inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scaled = terms(*np.exp(inside).T) * (root / around)[:, None]
-        return scaled.swapaxes(-1, -2) @ scaled, scaled.swapaxes(-1, -2) @ (root * aimed)
+        transposed = scaled.swapaxes(-1, -2)
+        return transposed @ scaled, transposed @ (root * aimed)
 
     axes = _axes(law, runs, weights, free)  # [F, E]
     count = CELLS[max(len(axes), 1)]
@@ -140,7 +142,8 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
 
 def slopes(law: Law, runs: Runs) -> Float[np.ndarray, "P n"]:
     """Differentiate log E of runs by the log of each parameter, those inside the terms first."""
-    kind, rows = type(law), []
+    kind = type(law)
+    rows = []
     values = {name: float(x) for name, x in law.parameters.items()}
     for name in (*kind.inside(), *kind.COEFFICIENTS):
         near = (kind(**(values | {name: values[name] * x})) for x in (1.001, 0.999))
@@ -158,11 +161,12 @@ def _axes(law: Law, runs: Runs, weights: np.ndarray, free: Bool[np.ndarray, " E"
         return np.zeros((1, len(free)))  # a grid of equal cells
     steep = slopes(law, runs) * np.sqrt(weights)
     count = len(free)
-    own, others = steep[:count][free], steep[count:]
-    rest = own - own @ np.linalg.pinv(others, rcond=1e-9) @ others
+    inside = steep[:count][free]  # slopes by the parameters inside the terms
+    coefficients = steep[count:]
+    rest = inside - inside @ np.linalg.pinv(coefficients, rcond=1e-9) @ coefficients
     values, vectors = np.linalg.eigh(rest @ rest.T)
     least = max(values.max(initial=0) * 1e-6, 1e-12)
-    axes = np.zeros((len(own), count))
+    axes = np.zeros((len(inside), count))
     axes[:, free] = vectors.T / np.sqrt(np.maximum(values, least))[:, None]
     return axes
 
@@ -176,13 +180,16 @@ def _edges(
     limit: float,
 ) -> tuple[Float[np.ndarray, "M E"], Bool[np.ndarray, " E"]]:
     """Return points on the edge of the region, and which parameters it bounds by the search."""
-    points, touched = [np.zeros((0, len(bounds)))], np.zeros(len(bounds), bool)
-    height, wanted = np.sqrt(np.maximum(loss - least, 0)), np.sqrt(max(limit - least, 0.0))
+    points = [np.zeros((0, len(bounds)))]
+    touched = np.zeros(len(bounds), bool)
+    height = np.sqrt(np.maximum(loss - least, 0))
+    wanted = np.sqrt(max(limit - least, 0.0))
     for axis in range(loss.ndim):
         for way in (1, -1):
             at, rise, outside = (np.moveaxis(x, axis, 0)[::way] for x in (inside, height, beyond))
             crosses = (rise[:-1] <= wanted) & (rise[1:] > wanted)
-            inner, outer = rise[:-1][crosses], rise[1:][crosses]
+            inner = rise[:-1][crosses]
+            outer = rise[1:][crosses]
             share = np.where(np.isfinite(outer), (wanted - inner) / (outer - inner), 1.0)[:, None]
             points.append(at[:-1][crosses] * (1 - share) + at[1:][crosses] * share)
             touched |= outside[1:][crosses].any(0)

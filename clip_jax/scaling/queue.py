@@ -85,17 +85,24 @@ class Queue(contextlib.AbstractContextManager):
         say: Say,
         clock: Clock = CLOCK,
     ) -> None:
-        self._root, self._afford, self._group = root, afford, group
-        self._say, self._clock, self._reported = say, clock, ""
+        self._root = root
+        self._afford = afford
+        self._group = group
+        self._say = say
+        self._clock = clock
+        self._reported = ""  # the last line that was printed
         self.failures: dict[str, str] = {}  # reasons, by name
         self.left_out: list[str] = []  # names of jobs that would exceed the limit
-        self._waiting, self._held = list(jobs), dict[str, str]()  # workers who claimed, by name
-        self._log, self._signs = Events(f"{root}/{EVENTS}"), f"{root}/queue/workers"
+        self._waiting = list(jobs)
+        self._held: dict[str, str] = {}  # workers who claimed, by name of the job
+        self._log = Events(f"{root}/{EVENTS}")
+        self._signs = f"{root}/queue/workers"
         self._first = self._log.length  # jobs that failed before are tried again
         self._pulses: dict[str, tuple[Any, float]] = {}  # of others' claims, and since when
         self._worker = secrets.token_hex(6)
         self._me = {"worker": self._worker, "host": socket.gethostname(), "pid": os.getpid()}
-        self._next_scan = self._next_beat = 0.0
+        self._next_scan = 0.0
+        self._next_beat = 0.0
         self._hosts = () if group.index else range(2, group.count + 1)  # that follow this one
         self._order = 0  # number of the event of the first host that this one has obeyed
         # Events that are not yet written.
@@ -223,7 +230,8 @@ class Queue(contextlib.AbstractContextManager):
 
     def _absent(self) -> str:
         """List the numbers, from 1, of the hosts that are not yet free for the next job."""
-        newest, name = self._log.newest, self._group.name
+        newest = self._log.newest
+        name = self._group.name
         free = {host: newest.get(f"{name} host {host}", {}).get("order") for host in self._hosts}
         return ", ".join(str(x) for x in self._hosts if free[x] != newest[name]["number"])
 
@@ -235,7 +243,8 @@ class Queue(contextlib.AbstractContextManager):
         if self._order and order["kind"] == "claim":
             job = next(job for job in self._waiting if job.name == order["subject"])
             if locked := job.lock():  # else an earlier process is just ending
-                self._order, self._held[job.name] = order["number"], order["worker"]
+                self._order = order["number"]
+                self._held[job.name] = order["worker"]
             return locked
         if self._order and order["kind"] == "over":
             self._waiting = []

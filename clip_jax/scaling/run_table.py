@@ -145,7 +145,8 @@ class RunTable:
     def runs(self, metric: str, is_score: bool, third: str = "") -> Runs:
         """Convert rows to runs: the error from the metric, the third quantity from a column."""
         self.check("gmacs_per_sample", "samples_seen", metric, *([third] if third else []))
-        sizes, samples = self.bounded("gmacs_per_sample"), self.bounded("samples_seen")
+        sizes = self.bounded("gmacs_per_sample")
+        samples = self.bounded("samples_seen")
         values = self.numbers(metric)
         if not np.isfinite(values).all():
             raise InputError(
@@ -374,7 +375,9 @@ def of_run(run: dict[str, Any], step: int) -> Row:
     Raises LookupError, TypeError or ValueError for an invalid config.
     """
     config = from_dict(Config, run)
-    model, optim, work = config.model, config.optim, config.flops_after
+    model = config.model
+    optim = config.optim
+    work = config.flops_after
     first = branch_point(config.branch_from)[1] if config.branch_from else 0
     source = run.get("data", {}).get("source", {})
     losses = [term["type"] for term in run.get("objective", [])]

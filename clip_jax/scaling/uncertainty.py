@@ -103,12 +103,14 @@ class Points(NamedTuple):
 def averaged(runs: Runs) -> Points:
     """Average the runs of each setting; without `Runs.setting`, those of equal model and length."""
     columns = (runs.size, runs.samples, runs.third, runs.others)
-    columns = columns if runs.setting is None else (runs.setting,)
+    if runs.setting is not None:
+        columns = (runs.setting,)
     keys = [str(key) for key in zip(*(x for x in columns if x is not None), strict=True)]
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     point = np.array([number[key] for key in keys])
     first = np.unique(point, return_index=True)[1]
-    seeds, log = np.bincount(point).astype(float), np.log(runs.error)
+    seeds = np.bincount(point).astype(float)
+    log = np.log(runs.error)
     mean = np.bincount(point, log) / seeds
     squares = np.bincount(point, np.square(log - mean[point]))
     return Points(runs.where(first)._replace(error=np.exp(mean)), seeds, squares)
@@ -150,7 +152,8 @@ class Fit:
         if self.resampled is not None:
             return self.resampled
         draws, seed = self.bootstrap
-        rng, points = np.random.default_rng(seed), self.fitted
+        rng = np.random.default_rng(seed)
+        points = self.fitted
         # Draws of the standard deviation, given that of the residuals.
         scatter = self.noise * np.sqrt(self.freedom / rng.chisquare(self.freedom, draws))
         normal = rng.standard_normal((draws, len(points.error))) / np.sqrt(self.weights)
@@ -246,8 +249,8 @@ class Fit:
             held = getattr(self.fitted, name)
             if held is None or value is None:
                 continue
-            known = np.abs(np.log(held / value)).min() < 0.02
-            if not known and self.fitted.values(name) < 3:
+            is_measured = np.abs(np.log(held / value)).min() < 0.02
+            if not is_measured and self.fitted.values(name) < 3:
                 few.append(NEEDED[name])
         return "runs of at least three " + " and ".join(few) if few else ""
 
@@ -301,11 +304,16 @@ def fit_law(
     points = averaged(runs)
     if procedure == "frontier":
         points = points.where(laws.pareto(points.runs))
-    fit, left_out = _fitted(kind, form, runs, points, (draws, seed)), []
-    while len(left_out) < max(len(points.seeds) // FEW, 1) and (worst := _outlier(fit)):
-        points = points.where(np.arange(len(points.seeds)) != worst[0])
+    fit = _fitted(kind, form, runs, points, (draws, seed))
+    left_out = []
+    while len(left_out) < max(len(points.seeds) // FEW, 1):
+        outlier = _outlier(fit)
+        if outlier is None:
+            break
+        worst, warning = outlier
+        points = points.where(np.arange(len(points.seeds)) != worst)
         fit = _fitted(kind, form, runs, points, (draws, seed))
-        left_out.append(worst[1])
+        left_out.append(warning)
     return replace(fit, left_out=tuple(left_out))
 
 
@@ -316,11 +324,15 @@ def _fitted(
 
     The variance of a point is (that of a law's misfit + that of a run / seeds) · C^trend.
     """
-    at, seeds = points.runs, points.seeds
-    count, parameters, crowd = len(at.error), kind.free(at), 1.0
-    freedom: float = count - parameters
+    at = points.runs
+    seeds = points.seeds
+    count = len(at.error)
+    parameters = kind.free(at)
     _check_points(count, parameters, form)
-    inverse, trend = np.ones(count), Trend(0.0, 0.0, 0.0, 0.0)
+    freedom: float = count - parameters
+    crowd = 1.0
+    inverse = np.ones(count)
+    trend = Trend(0.0, 0.0, 0.0, 0.0)
     for _ in range(3):
         trend = trend._replace(scale=float(np.mean(trend.weight(at.compute))))
         steady = np.asarray(trend.weight(at.compute))
@@ -331,17 +343,30 @@ def _fitted(
         freedom = max(count / crowd - parameters, 1)
         freedom -= min(trend.share, freedom / 2)
         noise = float(np.sqrt((weights * residual**2).sum() / freedom))
-        if at.known is not None:  # a scatter below the binomial noise is luck
-            noise = max(noise, float(np.sqrt((steady * at.known / seeds).mean())))
+        if at.binomial is not None:  # a scatter below the binomial noise is luck
+            noise = max(noise, float(np.sqrt((steady * at.binomial / seeds).mean())))
         if len(set(seeds)) > 1:
             scatter = float((steady * residual**2).sum() / freedom)
             variance = max(scatter - within * float((1 / seeds).mean()), 0.0) + within / seeds
             inverse = (1 / variance) / (1 / variance).mean()
-        used, trend = trend, _trend(law, points, residual)
+        used = trend
+        trend = _trend(law, points, residual)
         if at.run is not None:
             crowd = _crowd(at.run, np.sqrt(steady) * residual)
     spread = math.sqrt(noise**2 + within * float((1 - 1 / seeds).mean()))
-    return Fit(law, runs, at, weights, seeds, within, noise, freedom, spread, bootstrap, trend=used)
+    return Fit(
+        law=law,
+        runs=runs,
+        fitted=at,
+        weights=weights,
+        seeds=seeds,
+        within=within,
+        noise=noise,
+        freedom=freedom,
+        spread=spread,
+        bootstrap=bootstrap,
+        trend=used,
+    )
 
 
 def _crowd(run: np.ndarray, residual: Float[np.ndarray, " n"]) -> float:
@@ -371,7 +396,9 @@ def _trend(law: Law, points: Points, residual: Float[np.ndarray, " n"]) -> Trend
     square = np.square(residual) / np.clip(1 - np.square(basis).sum(1), 0.05, 1)
     square = np.minimum(square, LIMIT * np.median(square)) + 1e-30
     log = np.log(points.runs.compute)
-    trends, likelihood, information = np.linspace(-1, 1, 81), np.zeros(81), 0.0
+    trends = np.linspace(-1, 1, 81)
+    likelihood = np.zeros(81)
+    information = 0.0
     for sums, counts in ((square, np.ones_like(log)), (points.squares, points.seeds - 1)):
         if not sums.any():
             continue
@@ -380,8 +407,9 @@ def _trend(law: Law, points: Points, residual: Float[np.ndarray, " n"]) -> Trend
         likelihood -= 0.5 * counts.sum() * np.log(scaled)
         information += 0.5 * float((counts * x**2).sum())
     best = float(trends[likelihood.argmax()])
-    known = information + TREND**-2
-    return Trend(best * information / known, 1 / known, float(log.mean()), information / known)
+    precision = information + TREND**-2  # of the estimate and of the prior
+    share = information / precision
+    return Trend(best * information / precision, 1 / precision, float(log.mean()), share)
 
 
 # ------------------------------------------------------------------ published procedures
@@ -396,27 +424,30 @@ def _published(
     kind: type[Law], form: str, runs: Runs, bins: int | None, bootstrap: tuple[int, int]
 ) -> Fit:
     """Fit the frontier of runs, and those of runs drawn with replacement: bins, or `laion`."""
-    kept, draws, seed = runs, *bootstrap
+    draws, seed = bootstrap
+    candidates = runs
     if bins is None:
         worst = (runs.compute > LAION_LARGE) & (runs.error > LAION_WORST)
-        kept = runs.where((runs.compute >= LAION_LEAST) & ~worst)
-        kept = kept.where(np.argsort(kept.compute, kind="stable"))
-    n = len(kept.error)
+        candidates = runs.where((runs.compute >= LAION_LEAST) & ~worst)
+        candidates = candidates.where(np.argsort(candidates.compute, kind="stable"))
+    n = len(candidates.error)
     _check_points(n, len(kind.names()), form)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
-    error = np.where(np.concatenate([np.ones((1, n)), counts]) > 0, kept.error, np.inf)
+    error = np.where(np.concatenate([np.ones((1, n)), counts]) > 0, candidates.error, np.inf)
     if bins is None:
-        compute = kept.compute
+        compute = candidates.compute
         before = np.minimum.accumulate(error, axis=1)[:, :-1]
         error[:, 1:] = np.where(error[:, 1:] < before, error[:, 1:], np.inf)
     else:
-        compute, error = laws.frontier(kept.compute, error, laws.bin_edges(kept.compute, bins))
+        edges = laws.bin_edges(candidates.compute, bins)
+        compute, error = laws.frontier(candidates.compute, error, edges)
     full = np.isfinite(error)
     points = int(full[0].sum())
     freedom = points - len(kind.names())
     _check_points(points, len(kind.names()), form)
     axis = Runs(compute, np.ones_like(compute), compute)  # the errors differ between draws
-    weights, error = full.astype(float), np.where(full, error, 1.0)
+    weights = full.astype(float)
+    error = np.where(full, error, 1.0)
     fits = kind.fitted(axis, error, weights)
     for _ in range(REWEIGHTED if bins is None else 0):  # Huber's loss, by reweighting
         off = np.abs(np.log(error / fits.map(lambda x: x[:, None])(axis.size, axis.samples)))
@@ -427,17 +458,17 @@ def _published(
     fitted = Runs(compute[full[0]], np.ones(points), error[0][full[0]])
     noise = float(np.sqrt(np.square(np.log(fitted.error / fitted.under(law))).sum() / freedom))
     return Fit(
-        law,
-        runs,
-        fitted,
-        np.ones(points),
-        np.ones(points),
-        0.0,
-        noise,
-        freedom,
-        noise,
-        bootstrap,
-        fits.map(lambda x: x[held]),
+        law=law,
+        runs=runs,
+        fitted=fitted,
+        weights=np.ones(points),
+        seeds=np.ones(points),
+        within=0.0,
+        noise=noise,
+        freedom=freedom,
+        spread=noise,
+        bootstrap=bootstrap,
+        resampled=fits.map(lambda x: x[held]),
     )
 
 
@@ -454,11 +485,13 @@ def _check_points(points: int, parameters: int, form: str) -> None:
 
 def _misfit(fit: Fit) -> list[str]:
     """Test the residuals for curvature (an F test) and for runs of equal signs."""
-    points, root = fit.fitted, np.sqrt(fit.weights)
+    points = fit.fitted
+    root = np.sqrt(fit.weights)
     basis, residual = _residuals(fit)
     extra = _curves(fit.law, points) * root[:, None]
     added = _basis(extra - basis @ (basis.T @ extra), np.linalg.norm(extra, axis=0).max(initial=1))
-    k, rest = added.shape[1], len(residual) - basis.shape[1] - added.shape[1]
+    k = added.shape[1]
+    rest = len(residual) - basis.shape[1] - k
     share = float(np.square(added.T @ residual).sum() / max(np.square(residual).sum(), 1e-300))
     # P(F > f) by the incomplete beta function.
     p = special.betainc(rest / 2, k / 2, 1 - share) if k and rest > 0 else 1.0

@@ -114,8 +114,8 @@ def test_other_names_and_units_give_the_published_law(tmp_path: Path):
     other = run_table.read(tmp_path / "t.csv.gz", columns)
     assert float(other.rows[0]["mparams"]) == pytest.approx(151.28)
     law = fit(other, FitConfig(where=("family=LAION*",), procedure="cherti"))
-    assert law["alpha"] == pytest.approx(-0.1114, abs=5e-5)
-    assert law["beta"] == pytest.approx(5.858, abs=5e-3)
+    assert law.law.alpha == pytest.approx(-0.1114, abs=5e-5)
+    assert law.law.beta == pytest.approx(5.858, abs=5e-3)
     result = collect(
         CollectConfig(paths=(tmp_path / "t.csv.gz",), output=tmp_path / "all.csv", columns=columns)
     )

@@ -172,12 +172,12 @@ def test_checkpoints_of_a_run_do_not_narrow_intervals():
 
 def test_a_scatter_below_the_binomial_noise_is_luck():
     exact = line(noise=1e-4)
-    fitted = fit_law("power", exact._replace(known=np.full(12, 0.02**2)))
+    fitted = fit_law("power", exact._replace(binomial=np.full(12, 0.02**2)))
     assert fitted.noise == pytest.approx(0.02, rel=0.05)
     assert fit_law("power", exact).noise < 1e-3
     # Where runs scatter more than that, it changes nothing.
     runs = line(noise=0.1)
-    noisy = [fit_law("power", x).noise for x in (runs, runs._replace(known=np.full(12, 1e-4)))]
+    noisy = [fit_law("power", x).noise for x in (runs, runs._replace(binomial=np.full(12, 1e-4)))]
     assert noisy[0] == noisy[1]
 
 
