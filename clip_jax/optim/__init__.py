@@ -1,31 +1,21 @@
 """Optimizers and learning-rate schedules: AdamW as in the CLIP paper (section 2.5, tables 18 and
 19), LAMB, Adafactor, Muon."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.models.clip import Params
 from clip_jax.optim import wrappers
-from clip_jax.optim.adafactor import Adafactor, scale_by_adafactor
-from clip_jax.optim.lamb import LAMB, scale_by_trust_ratio
+from clip_jax.optim.adafactor import Adafactor
+from clip_jax.optim.lamb import LAMB
 from clip_jax.optim.matrices import Rows
-from clip_jax.optim.muon import Muon, scale_by_muon, split
+from clip_jax.optim.muon import Muon
+from clip_jax.optim.optimizer import Optimizer, adam, decay
 from clip_jax.optim.wrappers import Tower
-
-NO_DECAY = frozenset(
-    # Gains, biases and scalars. OpenAI's code decays only tensors of two or more axes, so the
-    # class token, a vector, is left out with them.
-    {"scale", "bias", "gamma", "logit_scale", "logit_bias", "class_embedding"}
-    | {"text_projection_bias", "proj_bias"}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +53,12 @@ class InverseSqrt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
+class AdamW(Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101), the optimizer of the CLIP paper."""
+
+    def chain(self, config: Any, rows: Rows) -> list[Any]:
+        """Return Adam's moments and weight decay."""
+        return [adam(config), decay(config)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +147,6 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[float], float]:
     return rate
 
 
-def decay_mask(params: Params) -> Any:
-    """Return True for the parameters that weight decay applies to, judged by their names."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
-
-
 def make_optimizer(
     config: OptimConfig, rows: Rows, layers_from: wrappers.LayersFrom = lambda path: 0
 ) -> optax.GradientTransformationExtraArgs:
@@ -168,25 +157,7 @@ def make_optimizer(
     dimensions of every parameter (`CLIPConfig.dimensions`), and `layers_from` counts the layers
     from a parameter's to its tower's last.
     """
-    moments = {"b1": config.b1, "b2": config.b2}
-    adam = functools.partial(
-        optax.scale_by_adam, **moments, eps=config.eps, mu_dtype=jnp.dtype(config.first_moment)
-    )
-    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
-    match config.optimizer:
-        case AdamW():
-            parts = [adam(), decay]
-        case LAMB():
-            parts = [adam(), decay, scale_by_trust_ratio(rows, decay_mask)]
-        case Adafactor() as kind:
-            scale = scale_by_adafactor(kind, rows, **moments, first_moment=config.first_moment)
-            parts = [scale, decay]
-        case Muon() as kind:
-            scale = scale_by_muon(kind, rows, eps=config.eps, first_moment=config.first_moment)
-            rest = optax.chain(
-                adam(nesterov=kind.nesterov), decay, optax.scale(kind.adam_learning_rate_scale)
-            )
-            parts = [split(optax.chain(scale, decay), rest, rows)]
+    parts = config.optimizer.chain(config, rows)
     optimizer = optax.chain(*parts, wrappers.descend())
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

@@ -13,12 +13,13 @@ from jaxtyping import Array, Int
 from clip_jax.errors import check_ranges
 from clip_jax.models.clip import Params
 from clip_jax.optim.matrices import Rows, with_names
+from clip_jax.optim.optimizer import Optimizer, decay
 
 SQUARE_EPS = 1e-30  # added to the gradient's squares
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adafactor:
+class Adafactor(Optimizer):
     """Adafactor (Shazeer & Stern, arXiv:1804.04235): second moment factored into rows and columns.
 
     optim.b1 is the momentum's decay rate, optim.b2 the cap on the second moment's. big_vision
@@ -30,6 +31,11 @@ class Adafactor:
 
     def __post_init__(self) -> None:
         check_ranges(self, "optim.optimizer.", exponent="(0, inf)", min_size="[1, inf)")
+
+    def chain(self, config: Any, rows: Rows) -> list[Any]:
+        """Return the factored second moment with momentum, and weight decay."""
+        moments = {"b1": config.b1, "b2": config.b2, "first_moment": config.first_moment}
+        return [scale_by_adafactor(self, rows, **moments), decay(config)]
 
 
 class AdafactorState(NamedTuple):

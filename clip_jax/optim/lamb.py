@@ -10,11 +10,16 @@ import optax
 from jaxtyping import Array
 
 from clip_jax.optim.matrices import Rows, with_names
+from clip_jax.optim.optimizer import Optimizer, adam, decay, decay_mask
 
 
 @dataclass(frozen=True, kw_only=True)
-class LAMB:
+class LAMB(Optimizer):
     """LAMB (arXiv:1904.00962): AdamW with updates scaled to the norm of their layer's weights."""
+
+    def chain(self, config: Any, rows: Rows) -> list[Any]:
+        """Return Adam's moments, weight decay and the trust ratio."""
+        return [adam(config), decay(config), scale_by_trust_ratio(rows, decay_mask)]
 
 
 def scale_by_trust_ratio(

@@ -13,12 +13,13 @@ from jaxtyping import Array, Int
 from clip_jax.errors import check_ranges
 from clip_jax.models.clip import Params
 from clip_jax.optim.matrices import Rows, matrix_of, with_names
+from clip_jax.optim.optimizer import Optimizer, adam, decay
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; brings singular values to 0.7 .. 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon:
+class Muon(Optimizer):
     """Muon: orthogonalised momentum for linear maps, AdamW for all other parameters.
 
     Query, key and value of each layer are separate maps. AdamW (optim.b1, optim.b2, optim.eps)
@@ -43,6 +44,16 @@ class Muon:
             rms="(0, inf)",
             adam_learning_rate_scale="[0, inf)",
         )
+
+    def chain(self, config: Any, rows: Rows) -> list[Any]:
+        """Return one transformation: of linear maps by Muon, of the rest by AdamW."""
+        scale = scale_by_muon(self, rows, eps=config.eps, first_moment=config.first_moment)
+        rest = optax.chain(
+            adam(config, nesterov=self.nesterov),
+            decay(config),
+            optax.scale(self.adam_learning_rate_scale),
+        )
+        return [split(optax.chain(scale, decay(config)), rest, rows)]
 
 
 class MuonState(NamedTuple):

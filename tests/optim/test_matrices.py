@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from clip_jax.models import zoo
-from clip_jax.optim import decay_mask
+from clip_jax.optim.optimizer import decay_mask
 from clip_jax.optim.matrices import matrix_of, with_names
 from clip_jax.sharding import path_name
 from tests.optim.conftest import names_only
