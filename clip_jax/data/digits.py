@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
 
+from clip_jax.data.sources import SourceConfig
 from clip_jax.errors import InputError, check_ranges
 
 _MAX_DIGITS = 6
@@ -113,7 +114,7 @@ HELD_OUT_JITTER = Jitter(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitsConfig:
+class DigitsConfig(SourceConfig):
     """The bundled digits data set: handwritten numbers of `digits` digits each."""
 
     digits: int = 2  # Number of digits of each number, from 1 to 6.

@@ -45,14 +45,14 @@ _FIRST = 8  # samples whose stored embeddings are compared with the objective be
 Tokenize = Callable[[Sequence[str], int, bool], Int32[np.ndarray, "B L"]]
 
 
-SourceConfig = SingleConfig | MixtureConfig
+AnySourceConfig = SingleConfig | MixtureConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Settings of the input pipeline: the source of the pairs, and how they are read."""
 
-    source: SourceConfig = field(default_factory=DigitsConfig)
+    source: AnySourceConfig = field(default_factory=DigitsConfig)
     seed: int = 0  # Random seed for the order of samples, the crops and the choice of captions.
     # Position of the crop in the image. "stored": an augmentation that `clip-jax prepare
     # --reinforce` stored with the image, with its embeddings.
@@ -139,7 +139,7 @@ def _tokenized(
 
 
 def open_source(
-    config: SourceConfig, image_size: int, process: tuple[int, int] = (0, 1)
+    config: AnySourceConfig, image_size: int, process: tuple[int, int] = (0, 1)
 ) -> sources.Source:
     """Open the source that a config describes; a source that draws does so at `image_size` pixels.
 

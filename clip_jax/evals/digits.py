@@ -12,7 +12,7 @@ from clip_jax.data import digits
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.errors import check_ranges
 from clip_jax.evals.captioning import captions
-from clip_jax.evals.evaluator import Encoder
+from clip_jax.evals.evaluator import Encoder, EvaluatorConfig
 from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.ranks import cosines, top_k_accuracy
 from clip_jax.evals.zero_shot import classifier
@@ -24,7 +24,7 @@ _SHORT = GenerationConfig(min_length=1)  # captions are as short as "4 2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitsEvalConfig:
+class DigitsEvalConfig(EvaluatorConfig):
     """Zero-shot classification of the bundled digits, each number a class."""
 
     source: DigitsConfig = field(default_factory=DigitsConfig)  # Digits data set and its split.

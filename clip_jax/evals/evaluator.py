@@ -19,6 +19,7 @@ from clip_jax.evals import prompts
 from clip_jax.evals.ranks import NotFinite, check_finite
 from clip_jax.models.clip import CLIP, Params, l2_normalize
 from clip_jax.models.images import Images
+from clip_jax.parts import Part
 from clip_jax.storage.files import AnyPath
 
 
@@ -137,11 +138,22 @@ def embed_for_probe(model: CLIP, params: Params, images: Images) -> Float[Array,
     return embed_images(model, {**params, "visual": visual}, images, normalize=False)
 
 
+class EvaluatorConfig(Part):
+    """Base of the configs of evaluators, the members of `Config.evals`."""
+
+    def measures(self) -> list[str]:
+        """Return what no other evaluator of the run may measure, since metrics would have the same
+        names: by default the name of the class."""
+        return [type(self).__name__]
+
+    def make(self) -> "Evaluator":
+        """Return the evaluator. Raises InputError if its data is missing."""
+        raise NotImplementedError
+
+
 @runtime_checkable
 class Evaluator(Protocol):
-    """An evaluator: yields named metrics, during training and on saved weights. It is built by
-    `make` of its config, a member of `Config.evals`, whose `measures` returns what no other
-    evaluator of a run may measure.
+    """An evaluator: yields named metrics, during training and on saved weights.
 
     One that knows its data sets before it runs has their `names`; its metrics are `NAME/METRIC`.
     """

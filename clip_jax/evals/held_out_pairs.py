@@ -13,14 +13,14 @@ from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import Batch, DataConfig, build, open_source
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.captioning import loss_per_token
-from clip_jax.evals.evaluator import Encoder, embed_texts
+from clip_jax.evals.evaluator import Encoder, EvaluatorConfig, embed_texts
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.models.images import ImageSpec
 from clip_jax.storage.files import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsEvalConfig:
+class PairsEvalConfig(EvaluatorConfig):
     """Contrastive loss and retrieval on the first pairs of a source held out from training."""
 
     data: DataConfig = field(

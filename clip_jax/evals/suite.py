@@ -10,7 +10,7 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals import captioning, linear_probe, prompts, results
 from clip_jax.evals.catalog import data_sets, names_of
 from clip_jax.evals.datasets import Missing, OpenSplit
-from clip_jax.evals.evaluator import Encoder
+from clip_jax.evals.evaluator import Encoder, EvaluatorConfig
 from clip_jax.evals.ranks import NotFinite
 from clip_jax.evals.reader import ImageCache, Outcome, Splits
 from clip_jax.evals.zero_shot import zero_shot
@@ -66,7 +66,7 @@ TASKS: dict[Task, Callable[[Splits, SuiteConfig], Outcome]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteEvalConfig(SuiteConfig):
+class SuiteEvalConfig(SuiteConfig, EvaluatorConfig):
     """Data sets and tasks evaluated in training, with the same results as `clip-jax evaluate`."""
 
     missing: Literal["error", "skip"] = "error"  # How to treat data sets that are not on disk.

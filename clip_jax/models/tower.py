@@ -21,6 +21,7 @@ from clip_jax.errors import InputError
 from clip_jax.models import layers
 from clip_jax.models.images import NaFlex, Square
 from clip_jax.models.layers import Layout, Operations, Remat
+from clip_jax.parts import Part
 
 Arrays = dict[str, Any]  # path in the model's parameters, such as visual/proj → array
 Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize", "clip"]
@@ -93,7 +94,7 @@ def parts_of(towers: Iterable[TowerConfig] = ()) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageTowerConfig(TowerConfig):
+class ImageTowerConfig(TowerConfig, Part):
     """Base of image towers. The module embeds images by `(images, keys=None, *, train=False)`."""
 
     image_size: int = 224  # Height and width of input images, in pixels.
@@ -218,7 +219,7 @@ class ImageTowerConfig(TowerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Part):
     """Vocabulary and rules that turn texts into token ids; other rules give other ids."""
 
     # Vocabulary. clip: OpenAI's bundled BPE with OpenAI's rules; otherwise the path of a
@@ -240,9 +241,17 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         layers.check_sizes(self, "text.tokenizer.")
 
+    def make(self, text: "TextTowerConfig") -> Any:
+        """Return the tokenizer of a text tower, if a subclass has its own; None: that of `file`.
+
+        It has a `vocab_size`, returns ids [B, length] of `(texts, length, truncate)`, and
+        `decode(ids)` is a text. The subclass sets `file` to "", since it stores no vocabulary.
+        """
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
-class TextTowerConfig(TowerConfig):
+class TextTowerConfig(TowerConfig, Part):
     """Base of text towers. The module embeds token ids [B, L]."""
 
     context_length: int = 77  # Maximum tokens per text, begin and end of text included.

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from clip_jax.models import zoo
-from clip_jax.optim.optimizer import decay_mask
 from clip_jax.optim.matrices import matrix_of, with_names
+from clip_jax.optim.optimizer import decay_mask
 from clip_jax.sharding import path_name
 from tests.optim.conftest import names_only
 

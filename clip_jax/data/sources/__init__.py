@@ -3,18 +3,32 @@
 import abc
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
 from clip_jax.errors import InputError
+from clip_jax.parts import Part
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 
 class SampleError(Exception):
     """One sample cannot be used; the message is the reason shown in `skipped.jsonl`."""
+
+
+class SourceConfig(Part):
+    """Base of the configs of sources, which `data.source` and the members of a mixture may be."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ()  # endings of files that a path alone stands for
+
+    def open(self, image_size: int, process: tuple[int, int], /) -> "Source":
+        """Open the source; one that draws its images does so at `image_size` pixels.
+
+        `process` is (index, count) of this process. Raises InputError if there is no data.
+        """
+        raise NotImplementedError
 
 
 @runtime_checkable

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from clip_jax import parts
 from clip_jax.data.digits import DigitsConfig
-from clip_jax.data.sources import Source, StoredSource
+from clip_jax.data.sources import Source, SourceConfig, StoredSource
 from clip_jax.data.sources.array_record import ArrayRecordConfig
 from clip_jax.data.sources.image_folder import FolderConfig
 from clip_jax.data.sources.parquet import ParquetConfig
@@ -23,7 +24,7 @@ _IN_FOLDERS = (TarConfig, ArrayRecordConfig, ParquetConfig)  # shards that a fol
 
 
 @dataclass(frozen=True, kw_only=True)
-class PathConfig:
+class PathConfig(SourceConfig):
     """A source whose format follows from the path's ending or from what the folder contains."""
 
     path: str  # Tars, Parquet, ArrayRecord or a table, or a folder of those, of TFDS or of images.
@@ -52,18 +53,15 @@ SingleConfig = (
 
 
 def _by_suffix(kinds: Iterable[Any]) -> dict[str, Any]:
-    """Return the kind of source by the endings of its files. Raises TypeError if two kinds claim
+    """Return the kind of source by the endings of its files. Raises InputError if two kinds claim
     one ending."""
     owners: dict[str, Any] = {}
     for kind in kinds:
-        for suffix in getattr(kind, "suffixes", ()):
+        for suffix in kind.suffixes:
             if (other := owners.setdefault(suffix, kind)) is not kind:
                 names = f"{other.__name__} and {kind.__name__}"
-                raise TypeError(f"{names} both claim files that end in {suffix}; change `suffixes`")
+                raise InputError(f"{names} both open files that end in {suffix}; change `suffixes`")
     return owners
-
-
-_KINDS = _by_suffix(get_args(SingleConfig))
 
 
 def open_single(
@@ -111,7 +109,8 @@ def guess_source(config: PathConfig) -> SingleConfig:
     determines it."""
     path = config.path
     folder = files.as_path(path)
-    kind = _KINDS.get(folder.suffix)
+    by_suffix = _by_suffix(get_args(parts.opened(SingleConfig)))
+    kind = by_suffix.get(folder.suffix)
     if kind is None and folder.is_dir():
         names = {x.name for x in folder.iterdir() if not x.name.startswith(".")}
         shards = [x for x in _IN_FOLDERS if any(name.endswith(x.suffixes[0]) for name in names)]
@@ -127,8 +126,8 @@ def guess_source(config: PathConfig) -> SingleConfig:
         if not (files.is_pattern(path) or folder.exists()):
             raise InputError(f"{path} does not exist; correct the path")
         raise InputError(
-            f"{path} is not a data source; use files that end in {', '.join(_KINDS)}, or a folder "
-            "of such files, of images, of save_to_disk or of a TFDS version"
+            f"{path} is not a data source; use files that end in {', '.join(by_suffix)}, or a "
+            "folder of such files, of images, of save_to_disk or of a TFDS version"
         )
     optional = ("image_column", "caption_column", "templates")
     options: dict[str, Any] = {name: x for name in optional if (x := getattr(config, name))}

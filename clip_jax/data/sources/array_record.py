@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from clip_jax.data import reinforced
-from clip_jax.data.sources import SampleError, StoredRecord, StoredSource
+from clip_jax.data.sources import SampleError, SourceConfig, StoredRecord, StoredSource
 from clip_jax.data.sources.array_record_file import ArrayRecordFile
 from clip_jax.data.sources.shards import BadShards, Places, settle
 from clip_jax.errors import InputError
@@ -27,14 +27,14 @@ _BLOCK_BYTES = 1 << 22  # approximate bytes: transfer takes 30 ms, about as long
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArrayRecordConfig:
+class ArrayRecordConfig(SourceConfig):
     """ArrayRecord shards of tf.train.Examples."""
 
     path: str  # Shards, such as data/*.array_record or data/{00000..00041}.array_record.
     image_column: str = "image"  # Feature with the encoded image.
     caption_column: str = "caption"  # Feature with one or several captions.
     bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
-    suffixes: ClassVar = (".array_record",)
+    suffixes: ClassVar[tuple[str, ...]] = (".array_record",)
 
     def open(self, *_: Any) -> "ArrayRecordSource":
         return ArrayRecordSource(self)

@@ -8,7 +8,7 @@ from typing import Any
 
 from clip_jax.data.class_folders import read_classes
 from clip_jax.data.images import SUFFIXES
-from clip_jax.data.sources import StoredRecord, StoredSource, read_file
+from clip_jax.data.sources import SourceConfig, StoredRecord, StoredSource, read_file
 from clip_jax.data.sources.shards import listed, warn_once
 from clip_jax.errors import InputError
 from clip_jax.models.templates import check_template, fill
@@ -17,7 +17,7 @@ from clip_jax.storage.files import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderConfig:
+class FolderConfig(SourceConfig):
     """A folder of images with captions in text files (a/cat.jpg, a/cat.txt), or class folders."""
 
     path: str  # Folder with the images; subfolders are included.

@@ -17,7 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float64, Int64
 
-from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, check_columns, scores
+from clip_jax.data.sources import (
+    SampleError,
+    SourceConfig,
+    StoredRecord,
+    StoredSource,
+    check_columns,
+    scores,
+)
 from clip_jax.data.sources.shards import BadShards, Places, settle
 from clip_jax.errors import InputError
 from clip_jax.storage import files
@@ -27,14 +34,14 @@ _OPEN_GROUPS = 8  # row groups cached in memory; each thread needs one at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetConfig:
+class ParquetConfig(SourceConfig):
     """Pairs in Parquet files. In those of img2dataset the image column is `jpg`."""
 
     path: str  # Files: data/*.parquet or data/{00000..00041}.parquet.
     image_column: str = "image"  # Column of encoded images, or structs with `bytes` (HF).
     caption_column: str = "caption"  # Column of captions, or lists of which one is drawn.
     bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
-    suffixes: ClassVar = (".parquet",)
+    suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
     def open(self, *_: Any) -> "ParquetSource":
         return ParquetSource(self)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64
 
-from clip_jax.data.sources import StoredRecord, StoredSource, check_columns, scores
+from clip_jax.data.sources import SourceConfig, StoredRecord, StoredSource, check_columns, scores
 from clip_jax.data.sources.parquet import record_of
 from clip_jax.data.sources.shards import Places
 from clip_jax.errors import InputError
@@ -18,7 +18,7 @@ from clip_jax.storage.json_files import content_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedDatasetConfig:
+class SavedDatasetConfig(SourceConfig):
     """A folder of Hugging Face's `save_to_disk` that contains the images."""
 
     path: str  # Folder with state.json; for a DatasetDict, the folder of one split.

@@ -15,7 +15,14 @@ from jaxtyping import Float64, Int64
 
 from clip_jax.data import reinforced
 from clip_jax.data.class_folders import read_class_names
-from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, captions_of, scores
+from clip_jax.data.sources import (
+    SampleError,
+    SourceConfig,
+    StoredRecord,
+    StoredSource,
+    captions_of,
+    scores,
+)
 from clip_jax.data.sources.shards import BadShards, listed
 from clip_jax.data.sources.tar_index import TarIndex, open_index
 from clip_jax.data.sources.tar_members import IMAGES, MORE, TEXTS, members, samples
@@ -26,7 +33,7 @@ Read = Callable[[int, int], bytes]  # offset and size
 
 
 @dataclass(frozen=True, kw_only=True)
-class TarConfig:
+class TarConfig(SourceConfig):
     """WebDataset tars, in which members like 000.jpg and 000.txt (or .json, .cls) are a pair."""
 
     path: str  # Shards, such as data/{00000..00041}.tar, data/*.tar or gs://bucket/*.tar.
@@ -35,7 +42,7 @@ class TarConfig:
     class_names: str = ""  # File with a class name in each line, for .cls; empty: the number.
     index: str = ""  # Folder for the index; empty: the folder of the first shard.
     bad_shards: BadShards = "error"  # Missing or damaged shards: stop with an error, or skip them.
-    suffixes: ClassVar = (".tar", ".gz", ".tgz")  # gzip is rejected with a reason
+    suffixes: ClassVar[tuple[str, ...]] = (".tar", ".gz", ".tgz")  # gzip is rejected with a reason
 
     def open(self, _: int, process: tuple[int, int]) -> "TarSource":
         return TarSource(self, process)

@@ -26,13 +26,13 @@ _PEEK_LINES = 100  # lines of a JSONL that are read to find its columns
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableConfig:
+class TableConfig(sources.SourceConfig):
     """A table of image paths and captions: .csv, .tsv or .jsonl."""
 
     path: str  # A .csv or .tsv with a header, or a .jsonl; image paths are relative to its folder.
     image_column: str = "image"  # Column of the image paths.
     caption_column: str = "caption"  # Column of the captions; empty: images without captions.
-    suffixes: ClassVar = (".csv", ".tsv", ".jsonl", ".ndjson")
+    suffixes: ClassVar[tuple[str, ...]] = (".csv", ".tsv", ".jsonl", ".ndjson")
 
     def open(self, *_: Any) -> "TableSource":
         return TableSource(self)

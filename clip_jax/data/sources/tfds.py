@@ -6,14 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.sources import SampleError, StoredRecord, StoredSource, check_columns
+from clip_jax.data.sources import (
+    SampleError,
+    SourceConfig,
+    StoredRecord,
+    StoredSource,
+    check_columns,
+)
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
 
 @dataclass(frozen=True, kw_only=True)
-class TfdsConfig:
+class TfdsConfig(SourceConfig):
     """A data set prepared by TFDS with `file_format="array_record"` or "parquet"."""
 
     path: str  # Folder of the version, with dataset_info.json: .../name/1.0.0.

@@ -24,6 +24,8 @@ def make_tokenizer(text: TextConfig) -> Tokenizer:
     """Build a text tower's tokenizer. Raises InputError if its vocabulary is missing or does not
     fit the tower."""
     config = text.tokenizer
+    if (tokenizer := config.make(text)) is not None:
+        return tokenizer
     if config.file == "clip":
         return ClipTokenizer(text.clip_vocab_size, config.clean)
     if not config.file:

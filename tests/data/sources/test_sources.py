@@ -142,7 +142,7 @@ def test_each_ending_belongs_to_one_format():
     endings = [suffix for kind in kinds for suffix in getattr(kind, "suffixes", ())]
     assert len(endings) == len(set(endings)) == len(_by_suffix(kinds)) >= 9
     second = type("SecondConfig", (), {"suffixes": (".new", ".tgz")})
-    with pytest.raises(TypeError, match=r"TarConfig and SecondConfig both claim .* in \.tgz"):
+    with pytest.raises(InputError, match=r"TarConfig and SecondConfig both open .* in \.tgz"):
         _by_suffix([*kinds, second])
 
 
