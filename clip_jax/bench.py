@@ -29,7 +29,7 @@ from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
 from clip_jax.display import say, table
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.objective import reads
-from clip_jax.metrics import bucket_rates, peak_memory
+from clip_jax.metrics.reports import bucket_rates, peak_memory
 from clip_jax.models.images import NaFlex, valid_patches
 from clip_jax.pods import compile as pod
 from clip_jax.pods.plan import BOUNDS

@@ -21,7 +21,7 @@ from clip_jax.evals.evaluator import check_distinct
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.suite import SuiteEvalConfig
 from clip_jax.losses import SoftmaxConfig, TermConfig
-from clip_jax.metrics import profile_range
+from clip_jax.metrics.profiler import profile_range
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import ImageSpec
 from clip_jax.models.lora import LoRAConfig

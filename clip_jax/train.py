@@ -33,7 +33,9 @@ from clip_jax.evals.evaluator import Encoder, Evaluations
 from clip_jax.inference.loading import Model, load_on_mesh, prompt_head
 from clip_jax.losses import ClassifierConfig, Frozen, Objective
 from clip_jax.losses.objective import reads
-from clip_jax.metrics import Profiler, Reports, Timers
+from clip_jax.metrics.profiler import Profiler
+from clip_jax.metrics.reports import Reports
+from clip_jax.metrics.timers import Timers
 from clip_jax.models.clip import Params, count
 from clip_jax.models.images import valid_patches
 from clip_jax.optim.wrappers import averaged

@@ -28,7 +28,8 @@ from clip_jax.evals.ranks import NotFinite
 from clip_jax.inference.average import fitting
 from clip_jax.inference.loading import load, load_on_mesh
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
-from clip_jax.metrics import Goodput, Reports, Timers
+from clip_jax.metrics.reports import Reports
+from clip_jax.metrics.timers import Goodput, Timers
 from clip_jax.models.lora import LoRAConfig, merge
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.processes import ProcessesConfig

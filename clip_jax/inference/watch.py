@@ -20,7 +20,7 @@ from clip_jax.display import results
 from clip_jax.errors import InputError
 from clip_jax.evals.ranks import NotFinite
 from clip_jax.inference.evaluate import EvaluateConfig, Evaluators, config_of_run, open_encoder
-from clip_jax.metrics import Writer
+from clip_jax.metrics.tracking import Writer
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json, read_rows

@@ -20,7 +20,7 @@ from clip_jax.cli import commands
 from clip_jax.config import Config
 from clip_jax.inference import evaluate, loading, watch
 from clip_jax.inference.evaluate import EvaluateConfig
-from clip_jax.metrics import Writer
+from clip_jax.metrics.tracking import Writer
 from clip_jax.models.clip import CLIP
 from clip_jax.serialize import to_dict
 from clip_jax.storage import bucket as bucket_client

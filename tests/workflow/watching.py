@@ -16,7 +16,7 @@ from clip_jax.clock import Clock
 from clip_jax.config import Config
 from clip_jax.inference import watch
 from clip_jax.inference.evaluate import EvaluateConfig, Evaluators
-from clip_jax.metrics import Writer
+from clip_jax.metrics.tracking import Writer
 from clip_jax.models.clip import CLIP
 from clip_jax.serialize import to_dict
 from clip_jax.storage import files
