@@ -48,7 +48,7 @@ import clip_jax
 from clip_jax.config_files import load_config
 from clip_jax.data import digits
 from clip_jax.display import STYLE
-from clip_jax.evals.pictures import contact_sheet, similarity_matrix
+from clip_jax.evals.pictures import contact_sheet
 from clip_jax.models.clip import l2_normalize
 from clip_jax.train import train
 
@@ -157,16 +157,16 @@ captions = [digits.prompts(number, 2)[i] for i, number in enumerate(numbers)]
 image_embeddings = l2_normalize(model.encode_image(model.preprocess(list(images))))
 text_embeddings = l2_normalize(model.encode_text(model.tokenize(captions)))
 similarity = np.asarray(text_embeddings @ image_embeddings.T)
-similarity_matrix(
-    workdir / "pictures" / "similarity.png",
-    similarity,
-    images,
-    captions,
-    title="Ten images by held-out writers and their captions",
-)
+figure = Figure(figsize=(6.5, 4.5), dpi=90, layout="constrained")
+axes = figure.subplots()
+axes.imshow(similarity, cmap="YlGn", vmax=1.4)
+for (row, column), value in np.ndenumerate(similarity):
+    axes.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=8)
+axes.set(xticks=range(10), xticklabels=numbers, yticks=range(10), yticklabels=captions)
+axes.set(xlabel="images by held-out writers", title="Cosine similarity to captions")
 correct = similarity.argmax(axis=0) == np.arange(len(numbers))
 print(f"images closest to their own caption: {correct.sum()} of {len(numbers)}")
-Image(workdir / "pictures" / "similarity.png")
+display(figure)
 
 # %% [markdown]
 # In a good model each column has its largest value on the diagonal. Look at the pairs with swapped

@@ -46,8 +46,9 @@ from clip_jax import sharding
 from clip_jax.config_files import load_config
 from clip_jax.data import digits
 from clip_jax.display import STYLE
-from clip_jax.evals.linear_probe import Problem, few_per_class, probe_features
-from clip_jax.evals.pictures import contact_sheet, similarity_matrix, with_probabilities
+from clip_jax.evals.evaluator import compiled, embed_for_probe
+from clip_jax.evals.linear_probe import Problem, few_per_class
+from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.prompts import ensemble
 from clip_jax.evals.zero_shot import top_k_accuracy
 from clip_jax.models.clip import l2_normalize
@@ -183,8 +184,9 @@ labelled, train_labels = digits.evaluation_set(
     digits.DigitsConfig(), numbers.tolist(), 16, vision.image_size, hands="training"
 )
 train_labels = train_labels - numbers[0]
+embed = compiled(embed_for_probe, model.clip, mesh)
 inputs = {
-    "features": [probe_features(model.clip, model.params, x, mesh) for x in (labelled, images)],
+    "features": [sharding.in_batches(embed, mesh, model.params, x) for x in (labelled, images)],
     "pixels": [x.reshape(len(x), -1) / np.float32(255) for x in (labelled, images)],
 }
 probes = {}
@@ -248,16 +250,16 @@ Image(pictures / "photographs.png")
 image_embeddings = l2_normalize(model.encode_image(pixels))
 text_embeddings = l2_normalize(model.encode_text(model.tokenize(list(photographs.values()))))
 similarity = np.asarray(text_embeddings @ image_embeddings.T)
-similarity_matrix(
-    pictures / "similarity.png",
-    similarity,
-    shown,
-    list(photographs.values()),
-    title="Eight photographs and their descriptions",
-)
+figure = Figure(figsize=(7, 4), dpi=90, layout="constrained")
+axes = figure.subplots()
+axes.imshow(similarity, cmap="YlGn", vmax=1.4)
+for (row, column), value in np.ndenumerate(similarity):
+    axes.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=8)
+axes.set(yticks=range(8), yticklabels=photographs.values(), title="Cosine similarity")
+axes.set_xticks(range(8), [name.replace("_", " ") for name in photographs], rotation=45, ha="right")
 correct = similarity.argmax(axis=0) == np.arange(len(photos))
 print(f"photographs closest to their own description: {correct.sum()} of {len(photos)}")
-Image(pictures / "similarity.png")
+display(figure)
 
 # %% [markdown]
 # A model trained on images from the web has the largest values on the diagonal. The digits model

@@ -25,12 +25,11 @@ from jaxtyping import Array, Bool, Float, Int
 from clip_jax import processes, sharding
 from clip_jax.errors import InputError
 from clip_jax.evals.datasets import Labelled, Missing, Split
-from clip_jax.evals.evaluator import compiled, embed_for_probe
+from clip_jax.evals.evaluator import embed_for_probe
 from clip_jax.evals.ranks import check_finite, top_k_accuracy
 from clip_jax.evals.reader import Outcome, Splits
 from clip_jax.evals.zero_shot import classification
-from clip_jax.models.clip import CLIP, Params, l2_normalize
-from clip_jax.models.images import Images
+from clip_jax.models.clip import l2_normalize
 
 SHOTS = (1, 2, 4, 8, 16)  # figure 6 of the paper
 LAMBDAS = np.logspace(-6, 6, 96).tolist()  # the paper's grid
@@ -322,11 +321,3 @@ def _unit(features: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:
     with np.errstate(over="ignore"):
         check_finite(np.linalg.norm(features, axis=1), "the lengths of features")
     return l2_normalize(features)
-
-
-def probe_features(
-    model: CLIP, params: Params, images: Images, mesh: Mesh
-) -> Float[np.ndarray, "B D"]:
-    """Embed images for a probe."""
-    run = compiled(embed_for_probe, model, mesh)
-    return sharding.in_batches(run, mesh, params, images)

@@ -1,6 +1,5 @@
-"""Draw images with predictions, and similarity matrices."""
+"""Draw images with predictions."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,43 +72,6 @@ def contact_sheet(
                 fontweight="normal" if color == "black" else "bold",
             )
     save(figure, path, bbox_inches="tight")  # texts are outside the axes
-
-
-def similarity_matrix(
-    path: AnyPath,
-    similarity: Float[np.ndarray, "texts images"],
-    images: Sequence[UInt8[np.ndarray, "H W C"]],
-    texts: Sequence[str],
-    *,
-    title: str = "",
-) -> None:
-    """Draw cosine similarities: a row for each text, a column under each image.
-
-    Texts are wrapped, and cut after three lines.
-    """
-    from matplotlib.figure import Figure
-
-    rows, columns = similarity.shape
-    size = (0.5 * columns + 3.4, 0.5 * (rows + 1) + 0.5)
-    figure = Figure(size, dpi=100, layout="constrained")
-    axis = figure.subplots()
-    axis.set_title(plain(title), fontsize=10)
-    axis.imshow(similarity, cmap="viridis")
-    middle = similarity.min() + 0.6 * np.ptp(similarity)
-    for (row, column), value in np.ndenumerate(similarity):
-        color = "white" if value < middle else "black"  # viridis is dark at low values
-        text = f"{value:z.2f}".replace("0.", ".")
-        axis.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
-    for column, image in enumerate(images):
-        corners = (column - 0.46, column + 0.46, -0.58, -1.5)  # left, right, bottom, top
-        axis.imshow(image, extent=corners, interpolation="nearest")
-    axis.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -1.52), xticks=[])
-    labels = [plain("\n".join(textwrap.wrap(text, 40)[:3])) for text in texts]
-    axis.set_yticks(range(rows), labels, fontsize=9)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    axis.set_xlabel("cosine similarity")
-    save(figure, path, bbox_inches="tight")  # long texts reach beyond the layout
 
 
 def with_probabilities(

@@ -16,7 +16,6 @@ from PIL import Image
 from clip_jax.errors import needing
 from clip_jax.prepare import buckets
 
-BITS = 256
 BANDS = 16
 _SIDE = 16  # frequencies in each direction
 _LOW = 8  # frequencies in each direction that bands use

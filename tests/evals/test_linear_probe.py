@@ -14,9 +14,11 @@ from clip_jax.data.digits import DigitsConfig, evaluation_set, number_words
 from clip_jax.errors import InputError
 from clip_jax.evals import linear_probe as probe
 from clip_jax.evals.datasets import Captioned, Labelled, Missing
+from clip_jax.evals.evaluator import compiled, embed_for_probe
 from clip_jax.evals.ranks import NotFinite
 from clip_jax.evals.reader import Splits
 from clip_jax.models.clip import CLIP
+from clip_jax.sharding import in_batches
 from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of
 
 
@@ -99,7 +101,8 @@ def test_nearest_neighbours_are_scikit_learns(digits, devices, k):
 def test_probe_features_stand_before_the_projection():
     model, mesh, rng = CLIP(SMALL), mesh_of(2), np.random.default_rng(0)
     params, images = drawn(), rng.integers(0, 256, (5, 16, 16, 3), np.uint8)
-    features = probe.probe_features(model, params, images, mesh)
+    run = compiled(embed_for_probe, model, mesh)
+    features = in_batches(run, mesh, params, images)
     assert features.shape == (5, 32)
     projected = features @ np.asarray(params["visual"]["proj"])
     projected /= np.linalg.norm(projected, axis=1, keepdims=True)
