@@ -33,12 +33,14 @@ from PIL import Image
 from clip_jax import flops, sharding
 from clip_jax.config import Config
 from clip_jax.config_files import load_config
+from clip_jax.convert.weight_files import WeightFiles
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.sources.any import PathConfig
 from clip_jax.data.sources.array_record import encode_example
+from clip_jax.inference.starting import frozen_params
 from clip_jax.losses import DistillationConfig, LiveTeacher
 from clip_jax.step import Program
-from clip_jax.train import frozen_params, open_data, train
+from clip_jax.train import open_data, train
 
 ROOT = Path(__file__).parents[1]
 TEACHER_STEPS = 1_200
@@ -109,7 +111,9 @@ def step_seconds(configs: list[Config], rounds: int = 15, steps: int = 5) -> lis
         mesh = sharding.make_mesh(config.mesh)
         program = Program(config.recipe, mesh)
         batch = next(open_data(config, 0, 1).batches(0))
-        state = program.init(frozen=frozen_params(config.objective, mesh))
+        with WeightFiles() as weight_files:
+            frozen = frozen_params(config.objective, mesh, weight_files)
+        state = program.init(frozen=frozen)
         program.compile()
         runs.append(
             (

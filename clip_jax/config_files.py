@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from clip_jax import parts
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.config import Config
-from clip_jax.convert.formats import read_weights
+from clip_jax.convert.weight_files import WeightFiles
+from clip_jax.convert.weights import whole_model
 from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import classes_of, open_source
 from clip_jax.errors import InputError, naming
@@ -22,7 +23,6 @@ from clip_jax.losses import ClassifierConfig, DistillationConfig
 from clip_jax.losses.contrastive import Contrastive
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.serialize import from_dict, to_dict
-from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import content_of
 
@@ -74,17 +74,23 @@ def with_order(config: Config, workdir: AnyPath) -> Config:
     return replace(config, data=replace(config.data, order=order))
 
 
-def with_weights(config: AnyConfig) -> AnyConfig:
+def with_weights(config: AnyConfig, weight_files: WeightFiles | None = None) -> AnyConfig:
     """Return the config with what it leaves to files: classes, and architectures of teachers and,
-    with `init_architecture`, of the model, without a bias if all losses are softmax."""
+    with `init_architecture`, of the model, without a bias if all losses are softmax.
+
+    No values of weights are read. Without `weight_files`, they are opened for this alone.
+    """
+    if weight_files is None:
+        with WeightFiles() as weight_files:
+            return with_weights(config, weight_files)
 
     def read(weights: str, setting: str) -> tuple[CLIPConfig, Preprocess]:
         with naming(f"{setting}={weights!r}"):
-            file = read_weights(files.as_path(weights))
+            file = whole_model(weight_files.open(weights))
         how = file.preprocess
         return replace(file.config, image_mean=how.mean, image_std=how.std), how
 
-    def known(teacher: Any) -> Any:
+    def with_model(teacher: Any) -> Any:
         if getattr(teacher, "model", teacher) is not None:
             return teacher
         return replace(teacher, model=read(teacher.weights, "teachers.weights")[0])
@@ -94,13 +100,13 @@ def with_weights(config: AnyConfig) -> AnyConfig:
             source = open_source(config.data.source, config.model.vision.image_spec.side)
             return replace(term, classes=classes_of(source))
         distils = isinstance(term, DistillationConfig)
-        return replace(term, teachers=tuple(map(known, term.teachers))) if distils else term
+        return replace(term, teachers=tuple(map(with_model, term.teachers))) if distils else term
 
     model, preprocess = config.model, config.preprocess
     if config.init_architecture and config.init_from:
-        own = {name: getattr(model, name) for name in ("dtype", "remat", "unroll", "attention")}
+        names = ("dtype", "remat", "unroll", "attention")  # how to compute, not what
         initial, preprocess = read(config.init_from, "init_from")
-        model = replace(initial, **own)
+        model = replace(initial, **{name: getattr(model, name) for name in names})
         dropout = config.model.vision.patch_dropout
         model = replace(model, vision=model.vision.with_patch_dropout(dropout))
         if {x.needs_bias for x in config.objective if isinstance(x, Contrastive)} == {False}:

@@ -7,40 +7,40 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.claim import Claim, count_start
-from clip_jax.checkpoints.manager import Checkpoints, Restored, digest_of, restore_step
+from clip_jax.checkpoints.manager import Checkpoints, Restored, restore_step
 from clip_jax.checkpoints.resume import branch_point, check_branch, check_resumable, differences
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
 from clip_jax.config_files import complete, with_order, with_weights
-from clip_jax.convert.formats import check_settings, check_shapes, read_weights, starting_params
-from clip_jax.convert.weights import Head, Weights, default_preprocess
+from clip_jax.convert.weight_files import WeightFiles
+from clip_jax.convert.weights import Head, default_preprocess
 from clip_jax.data.batch_plan import BatchKind
 from clip_jax.data.pipeline import Batch, Pipeline, build
 from clip_jax.data.tokenizers import make_tokenizer, vocabulary
 from clip_jax.display import duration, say
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder, Evaluations
-from clip_jax.inference.loading import Model, load_on_mesh, prompt_head
-from clip_jax.losses import ClassifierConfig, Frozen, Objective
+from clip_jax.inference.loading import Model
+from clip_jax.inference.starting import frozen_weights, initial_params, initial_state
+from clip_jax.losses import ClassifierConfig
 from clip_jax.losses.objective import reads
 from clip_jax.metrics.profiler import Profiler
 from clip_jax.metrics.reports import Reports
 from clip_jax.metrics.timers import Timers
-from clip_jax.models.clip import Params, count
+from clip_jax.models.clip import count
 from clip_jax.models.images import valid_patches
 from clip_jax.optim.wrappers import averaged
 from clip_jax.serialize import from_dict, to_dict
-from clip_jax.step import BASE, FrozenParams, Program, State
+from clip_jax.step import Program, State
 from clip_jax.storage import files
 from clip_jax.storage.json_files import read_json
 
@@ -71,7 +71,8 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, Any]:
     workdir = epath.Path(workdir if files.is_remote(workdir) else Path(workdir).absolute())
     files.check_destination(workdir, "--workdir")
     with Claim(workdir) as claim:
-        run = set_up(config, workdir, claim)
+        with WeightFiles() as weight_files:
+            run = set_up(config, workdir, claim, weight_files)
         loop(run)
         return end(run)
 
@@ -105,90 +106,107 @@ class Run:
         params = averaged(self.state.opt_state, self.state.params)
         params = self.program.recipe.complete(self.state, params)
         head = None
-        if isinstance(own := terms.get(ClassifierConfig.name), ClassifierConfig):
-            head = Head(own.classes, own.templates, np.asarray(params[own.name]["kernel"]))
+        if isinstance(term := terms.get(ClassifierConfig.name), ClassifierConfig):
+            head = Head(term.classes, term.templates, np.asarray(params[term.name]["kernel"]))
         params = {name: x for name, x in params.items() if name not in terms}
         how = default_preprocess(config.model, config.preprocess)
         return Model(config.model, params, how, head).encoder(self.program.mesh, self.workdir.name)
 
 
-def set_up(config: Config, workdir: epath.Path, claim: Claim) -> Run:
+def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: WeightFiles) -> Run:
     """Build all parts of the run, with its initial or restored state. See `train`."""
-    check_patches(config, workdir)
+    check_patches(requested, workdir)
     timers = Timers()
-    processes.keep_compiled(config.compilation_cache, workdir)
-    mesh, config = sharding.make_mesh(config.mesh), with_weights(config)
-    program = Program(config.recipe, mesh)
-    programs = programs_of(config, program)
-    parent, branched = None, 0
-    if config.branch_from:
-        run, branched = branch_point(config.branch_from)
-        parent = epath.Path(run)
-        config = with_order(config, parent)
-    config = with_order(config, workdir)
-    pipeline = open_data(config, *sharding.data_part(mesh))
-    config = replace(config, data=replace(config.data, order=pipeline.order))  # for good
+    processes.keep_compiled(requested.compilation_cache, workdir)
+    mesh = sharding.make_mesh(requested.mesh)
+    filled = with_weights(requested, weight_files)
+    program = Program(filled.recipe, mesh)
+    programs = programs_of(filled, program)
+    parent = parent_of(filled)
+    ordered = with_order(with_order(filled, parent.workdir) if parent else filled, workdir)
+    pipeline = open_data(ordered, *sharding.data_part(mesh))
+    config = replace(ordered, data=replace(ordered.data, order=pipeline.order))  # for good
     evaluations = Evaluations(config.evals, config.end)
     check_best(config, evaluations)
 
     claim.take()
-    now, differs = to_dict(config), list[str]()
-    before = complete(read_run_config(workdir, recover=True))
-    check_resumable(workdir, before, now, config.samples_after)
-    check_data(workdir, pipeline)
-    if parent:
-        before = complete(read_run_config(parent))
-        differs = check_branch(parent, before, now, config.samples_after(branched))
-        check_data(parent, pipeline)
+    differs = check_earlier(config, workdir, parent, pipeline)
     if processes.is_lead():
         vocabulary.keep(config.model.text.tokenizer, str(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
-    start = checkpoints.latest_step() or branched
+    start = checkpoints.latest_step() or (parent.step if parent else 0)
     agree(config, workdir, pipeline, evaluations, start)
     watchdog = processes.Watchdog(
         config.processes.watchdog_minutes,
         f"Checkpoints in {workdir} are intact: run the same command again to resume.",
     )
-    frozen = frozen_params(config.objective, mesh)
-    hashes = {"teachers": digest_of(frozen)}
-    if config.lora is not None and config.init_from:
-        base = starting_params(config.init_from, config.model, allowed=("*",))  # see `begin`
-        frozen, hashes = frozen | {BASE[0]: {BASE[1]: base}}, hashes | {"base": digest_of(base)}
-    if start:
+    params = initial_params(config, weight_files, resumes=start > 0)
+    frozen, hashes = frozen_weights(config, mesh, weight_files, params)
+    if not start:
+        begun = Restored(0, initial_state(config, program, weight_files, params).saved(), {})
+    else:
         with timers.measure("restore"), watchdog:
             if parent and not checkpoints.latest_step():
-                begun = branch(config, program, parent, start, hashes)
-                if processes.is_lead():
-                    record = {"from": config.branch_from, "differs": differs}
-                    files.write_whole(workdir / "branch.json", json.dumps(record, indent=1))
+                begun = branch(config, program, parent, hashes)
+                record_branch(config, workdir, differs)
             else:
                 begun = restore(config, checkpoints.restore(program.state.saved()), hashes)
-    else:
-        begun = Restored(0, begin(config, program).saved(), {})
-    start, state = begun.step, program.resume(begun.state, frozen)
 
-    steps_kept = begun.position.get("seconds/steps", math.inf)
-    reports = Reports(workdir, timers, config, start, mesh.size, steps_kept)
+    earlier_steps = begun.position.get("seconds/steps", math.inf)
+    reports = Reports(workdir, timers, config, begun.step, mesh.size, earlier_steps)
     reports.facts["unique_samples"] = pipeline.num_samples
-    profiler = Profiler(config.profile_steps if processes.is_lead() else None, workdir)
     run = Run(
-        config,
-        workdir,
-        program,
-        programs,
-        pipeline,
-        evaluations,
-        checkpoints,
-        reports,
-        profiler,
-        watchdog,
-        timers,
-        start,
-        state,
-        hashes,
+        config=config,
+        workdir=workdir,
+        program=program,
+        programs=programs,
+        pipeline=pipeline,
+        evaluations=evaluations,
+        checkpoints=checkpoints,
+        reports=reports,
+        profiler=Profiler(config.profile_steps if processes.is_lead() else None, workdir),
+        watchdog=watchdog,
+        timers=timers,
+        start=begun.step,
+        state=program.resume(begun.state, frozen),
+        frozen=hashes,
     )
     introduce(run, begun.messages)
     return run
+
+
+class Parent(NamedTuple):
+    """A step of another run from which a run branches."""
+
+    workdir: epath.Path
+    step: int
+
+
+def parent_of(config: Config) -> Parent | None:
+    """Return the parent run and step of `branch_from`, if it is set."""
+    if config.branch_from is None:
+        return None
+    workdir, step = branch_point(config.branch_from)
+    return Parent(epath.Path(workdir), step)
+
+
+def check_earlier(
+    config: Config, workdir: epath.Path, parent: Parent | None, pipeline: Pipeline
+) -> list[str]:
+    """Raise InputError unless the run can resume, or branch, with this config and this data.
+
+    Returns the settings that differ from the parent run's.
+    """
+    now = to_dict(config)
+    before = complete(read_run_config(workdir, recover=True))
+    check_resumable(workdir, before, now, config.samples_after)
+    check_data(workdir, pipeline)
+    if parent is None:
+        return []
+    before = complete(read_run_config(parent.workdir))
+    differs = check_branch(parent.workdir, before, now, config.samples_after(parent.step))
+    check_data(parent.workdir, pipeline)
+    return differs
 
 
 def introduce(run: Run, messages: Sequence[str]) -> None:
@@ -261,8 +279,8 @@ def check_data(workdir: epath.Path, pipeline: Pipeline) -> None:
             )
         return
     advice = "Restore a copy, or delete it to resume without a check of the data."
-    kept = read_json(path, "fingerprints", advice=advice)["fingerprints"]
-    if pipeline.fingerprints()[: len(from_dict(list[str], kept, str(path)))] != kept:
+    recorded = read_json(path, "fingerprints", advice=advice)["fingerprints"]
+    if pipeline.fingerprints()[: len(from_dict(list[str], recorded, str(path)))] != recorded:
         raise InputError(
             f"The run in {workdir} was trained on other data: the number of samples or the keys of "
             "data.source have changed. Restore the data, or start a new run in another "
@@ -318,57 +336,17 @@ def check_best(config: Config, evaluations: Evaluations) -> None:
         evaluations.check_gives(config.checkpoint.best)
 
 
-def begin(config: Config, program: Program) -> State:
-    """Initialise the state at random, or with the weights of `init_from`, by whose text tower a
-    classifier begins."""
-    if not config.init_from:
-        return program.init()
-    params = starting_params(
-        config.init_from,
-        config.model,
-        config.init_towers,
-        preprocess=default_preprocess(config.model, config.preprocess),
-        allowed=config.init_differences,
-    )
-    own = {} if config.lora is not None else params
-    for term in config.objective:
-        if isinstance(term, ClassifierConfig) and "text" in params:
-            head = read_weights(files.as_path(config.init_from), one_tower=True).head
-            if head is None or head.classes != term.classes:
-                model = Model(config.model, params, default_preprocess(config.model))
-                head = prompt_head(model, term.classes, term.templates)
-            own = own | {term.name: {"kernel": head.kernel}}
-    return program.init(own)
-
-
-def frozen_params(objective: Objective, mesh: Mesh) -> FrozenParams:
-    """Load the weights of the objective's frozen models, sharded (see `losses.Term.frozen`).
-
-    Raises InputError if a model has another architecture than its term says.
-    """
-
-    def load_one(frozen: Frozen) -> Params:
-        own, where = load_on_mesh(frozen.weights, mesh), f"teachers.weights={frozen.weights!r}"
-        advice = "correct the teacher's model, or set it to None to read it from the weights"
-        check_shapes(own.params, frozen.config, where, advice)
-        weights = Weights(config=own.config, params={}, preprocess=own.image_preprocess)
-        check_settings(weights, frozen.config, where, advice)
-        vocabulary.check_same(frozen.config.text.tokenizer, own.config.text.tokenizer, where)
-        return own.params
-
-    return {
-        term.name: {name: load_one(model) for name, model in term.frozen().items()}
-        for term in objective
-        if term.frozen()
-    }
-
-
-def branch(
-    config: Config, program: Program, parent: epath.Path, start: int, hashes: dict[str, str]
-) -> Restored:
+def branch(config: Config, program: Program, parent: Parent, hashes: dict[str, str]) -> Restored:
     """Restore the parent run's state at a step; the parent's training time is not counted."""
-    begun = restore(config, restore_step(parent, start, program.state.saved()), hashes)
-    return replace(begun, position={"seconds/steps": 0.0})
+    saved = restore_step(parent.workdir, parent.step, program.state.saved())
+    return replace(restore(config, saved, hashes), position={"seconds/steps": 0.0})
+
+
+def record_branch(config: Config, workdir: epath.Path, differs: Sequence[str]) -> None:
+    """Write from where a run branches, and which settings differ from the parent run's."""
+    if processes.is_lead():
+        record = {"from": config.branch_from, "differs": differs}
+        files.write_whole(workdir / "branch.json", json.dumps(record, indent=1))
 
 
 def restore(config: Config, begun: Restored, hashes: dict[str, str]) -> Restored:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from clip_jax import sharding
@@ -27,13 +28,16 @@ from clip_jax.cli import arguments, commands
 from clip_jax.config import Config
 from clip_jax.convert.formats import write_weights
 from clip_jax.convert.weights import Weights, default_preprocess
-from clip_jax.losses import SoftmaxConfig
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.data.sources.image_folder import FolderConfig
+from clip_jax.losses import ClassifierConfig, DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.images import NaFlex, concatenate
+from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
@@ -337,6 +341,29 @@ def write_tiny_model(folder: Path, seed: int = 0, config: CLIPConfig = TINY) -> 
 
 
 # ------------------------------------------------------------------ tiny runs
+
+STARTS = ("fine-tuning", "LoRA", "LoRA with a classifier", "a live teacher")
+
+
+def starting_from(weights: str, kind: str, images: Path) -> Config:
+    """A tiny run of one of STARTS from weights; `images` is for folders of two classes."""
+    classes, teachers = ClassifierConfig(classes=("ant", "bee")), (LiveTeacher(weights=weights),)
+    changes: dict[str, Any] = {"init_from": weights, "init_architecture": True}
+    if kind == "a live teacher":
+        term = DistillationConfig(teachers=teachers, features_weight=1.0)
+        changes = {"objective": (SoftmaxConfig(), term)}
+    elif kind != "fine-tuning":
+        changes["lora"] = LoRAConfig(rank=2)
+    if kind == "LoRA with a classifier":
+        for name in classes.classes:
+            (images / name).mkdir(parents=True)
+            for number in range(8):
+                image = Image.new("RGB", (32, 32), (30 * number, 0, 0))
+                image.save(images / name / f"{number}.png")
+        source = FolderConfig(path=str(images), templates=("a {}",))
+        changes |= {"objective": (classes,), "data": DataConfig(source=source, threads=1)}
+    return tiny_digits(steps=1, evals=(), **changes)
+
 
 FLAGS = [
     "--steps", "24", "--batch-size", "16", "--report-every", "1",

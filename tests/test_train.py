@@ -14,10 +14,14 @@ from etils import epath
 from PIL import Image
 
 from clip_jax import train as training
+from clip_jax.checkpoints.claim import Claim
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints, Restored
 from clip_jax.checkpoints.retention import named_step, steps_in
 from clip_jax.config_files import with_weights
-from clip_jax.convert.formats import read_weights, starting_params, write_weights
+from clip_jax.convert import tensor_files
+from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.state_dict import Row
+from clip_jax.convert.weight_files import WeightFiles
 from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.sources.text_table import TableConfig
@@ -38,24 +42,25 @@ from clip_jax.step import Program
 from clip_jax.train import (
     Diverged,
     Health,
+    Parent,
     Preempted,
     Run,
     agree,
-    begin,
     branch,
     check_data,
     check_patches,
     check_processes_agree,
-    frozen_params,
     open_data,
+    set_up,
     train,
 )
 from tests.clock import HandClock
 from tests.conftest import (
+    STARTS,
     by_path,
-    larger,
     losses,
     rows,
+    starting_from,
     tiny_digits,
     write_states,
     write_tiny_model,
@@ -197,7 +202,7 @@ def test_a_branch_begins_without_training_time(tmp_path):
     parent = Restored(4, "state", position)
     program = mock.Mock(spec=Program, state=mock.Mock())
     with mock.patch.object(training, "restore_step", autospec=True, return_value=parent):
-        begun = branch(tiny(), program, epath.Path(tmp_path), 4, {})
+        begun = branch(tiny(), program, Parent(epath.Path(tmp_path), 4), {})
     assert (begun.step, begun.state) == (4, "state")
     kept = begun.position["seconds/steps"]
     assert kept == 0.0
@@ -377,15 +382,6 @@ def test_a_run_prepares_images_as_the_model_that_it_continues(tmp_path):
     assert len(fitting(weights, [tmp_path / "squash", tmp_path / "run"])) == 2
 
 
-def test_a_run_begins_with_the_tower_that_it_takes_from_another(tmp_path):
-    write_states(tiny(steps=1), tmp_path)
-    config = tiny(init_from=str(tmp_path), init_towers=("image",), model=larger(tiny().model))
-    program = Program(config.recipe, make_mesh(config.mesh))
-    params, drawn = begin(config, program).params, program.init().params
-    assert_identical(params["visual"], starting_params(tmp_path, config.model)["visual"])
-    assert_identical(params["text"], drawn["text"])
-
-
 def test_a_run_of_adapters_resumes_on_the_weights_that_they_change(finished, tmp_path):
     """Bit for bit, with averaged adapters; a checkpoint has nothing else."""
 
@@ -444,30 +440,30 @@ def test_a_live_teacher_is_read_from_its_weights_and_never_saved(finished, tmp_p
         train(tiny(objective=(DistillationConfig(teachers=(wrong,)),)), tmp_path / "other")
 
 
-def test_a_live_teacher_computes_what_its_weights_were_trained_for(tmp_path):
-    """Its activation and its token ids are those of the weights, which no shape shows."""
-    config = tiny(steps=1)
-    write_states(config, tmp_path)
-    text, mesh = config.model.text, make_mesh(config.mesh)
-    rules = dataclasses.replace(text.tokenizer, clean="lower")
-    for field, value, message in (
-        ("activation", "relu", "text.activation is 'quick_gelu' in the weights and 'relu'"),
-        ("tokenizer", rules, "text.tokenizer.clean is 'clip', this model's 'lower'"),
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_start_opens_weights_once_and_reads_each_value_once(kind, tmp_path):
+    write_tiny_model(tmp_path / "weights", config=tiny().model)
+    config = starting_from(str(tmp_path / "weights"), kind, tmp_path / "images")
+    opened, read = [], []
+    map_file, to_ours = tensor_files.map_file, Row.to_ours
+
+    def counted_map(path):
+        opened.append(path.name)
+        return map_file(path)
+
+    def counted_read(row, arrays, shape):
+        read.append(sum(x.nbytes for x in arrays))
+        return to_ours(row, arrays, shape)
+
+    with (
+        mock.patch.object(tensor_files, "map_file", autospec=True, side_effect=counted_map),
+        mock.patch.object(Row, "to_ours", counted_read),
+        WeightFiles() as weight_files,
     ):
-        other = dataclasses.replace(text, **{field: value})
-        model = dataclasses.replace(config.model, text=other)
-        wrong = LiveTeacher(weights=str(tmp_path), model=model)
-        with pytest.raises(InputError, match=rf"teachers.weights=.*{message}"):
-            frozen_params((DistillationConfig(teachers=(wrong,)),), mesh)
-
-
-def test_a_run_begins_with_other_settings_if_they_are_named(tmp_path):
-    write_states(tiny(steps=1), tmp_path)
-    text = dataclasses.replace(tiny().model.text, activation="relu")
-    model = dataclasses.replace(tiny().model, text=text, image_mean=(0.5, 0.5, 0.5))
-    config = tiny(init_from=str(tmp_path), model=model)
-    program = Program(config.recipe, make_mesh(config.mesh))
-    with pytest.raises(InputError, match=r"image_mean is .*text.activation is .*--init-differen"):
-        begin(config, program)
-    named = dataclasses.replace(config, init_differences=("image_mean", "text.*"))
-    assert_identical(begin(named, program).params, starting_params(tmp_path, tiny().model))
+        workdir, claim = epath.Path(tmp_path / "run"), mock.Mock(spec=Claim)
+        run = set_up(config, workdir, claim, weight_files)
+    run.checkpoints.close()
+    run.reports.close(Preempted)
+    assert opened == ["model.safetensors"]
+    tensors = tensor_files.read_tensors(tmp_path / "weights/model.safetensors")
+    assert sum(read) == sum(x.nbytes for x in tensors.values())

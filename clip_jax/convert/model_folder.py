@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.convert import verify
+from clip_jax.convert.on_demand import loaded
 from clip_jax.convert.settings import read_json, write_json
 from clip_jax.convert.state_dict import Convention, flatten, table, to_params
 from clip_jax.convert.target import Target
@@ -128,7 +129,7 @@ def read(folder: Path) -> Weights:
 
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     again = read(path)
-    return verify.our_outputs(again.config, again.params, *inputs)
+    return verify.our_outputs(again.config, loaded(again.params), *inputs)
 
 
 TARGET = Target(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.convert import verify
+from clip_jax.convert.on_demand import loaded
 from clip_jax.convert.state_dict import TORCH, Convention, Row, from_params, table, to_params
 from clip_jax.convert.target import Assumptions, Inexpressible, Target, assumed, check_assumptions
 from clip_jax.convert.tensor_files import Tensors
@@ -262,7 +263,7 @@ def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
 def _rounded(weights: Weights, dtype: DType | None) -> Params:
     """Return the parameters in openai-clip, which always rounds matrices to float16."""
     tensors = without_bookkeeping(to_tensors(weights, "float16"))
-    return to_params(rows(weights.config), tensors, weights.config, "rounded weights")
+    return loaded(to_params(rows(weights.config), tensors, weights.config, "rounded weights"))
 
 
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:

@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,23 +18,25 @@ import jax
 import numpy as np
 
 from clip_jax.convert import hugging_face, verify
+from clip_jax.convert.on_demand import loaded, read_together
 from clip_jax.convert.settings import Settings, number_of, read_json, write_json
 from clip_jax.convert.state_dict import check_floating, flatten, from_params, to_params
 from clip_jax.convert.target import Inexpressible, Target
-from clip_jax.convert.tensor_files import read_tensors, write_safetensors
+from clip_jax.convert.tensor_files import Tensors, read_tensors, write_safetensors
 from clip_jax.convert.weights import Adapters, DType, Weights, cast
 from clip_jax.errors import InputError, naming
 from clip_jax.models import lora
 from clip_jax.models.clip import Params
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_BASE = "base_model_name_or_path"  # in the configuration: the weights that adapters change
 _PREFIX = "base_model.model."
 _POOLING = "vision_model.head.attention"
 # Settings that do not change what adapters compute, or that `read` follows; values of others.
 _KNOWN = (
     "alpha_pattern",
     "auto_mapping",
-    "base_model_name_or_path",
+    _BASE,
     "exclude_modules",
     "inference_mode",
     "layers_pattern",
@@ -59,7 +61,7 @@ _ADVICE = "merge the adapters in PEFT (merge_and_unload), and convert the result
 _VALUES = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 
 
-def _adapters(weights: Weights) -> Adapters:
+def _adapters_of(weights: Weights) -> Adapters:
     if weights.adapters is None:
         raise Inexpressible("--to peft needs a run that trains `lora`, and its own image size")
     return weights.adapters
@@ -67,7 +69,7 @@ def _adapters(weights: Weights) -> Adapters:
 
 def check(weights: Weights) -> None:
     """Raise Inexpressible if the model has no adapters, or PEFT cannot have them."""
-    settings = _adapters(weights).lora
+    settings = _adapters_of(weights).lora
     hugging_face.check(weights)
     rows = {row.ours: row for row in hugging_face.rows(weights.config)}
     for each in lora.adapted(weights.config, settings):
@@ -81,10 +83,10 @@ def check(weights: Weights) -> None:
 def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None:
     """Write a run's adapters. Raises Inexpressible as `check` does."""
     check(weights)
-    own = _adapters(weights)
+    adapters = _adapters_of(weights)
     rows = {row.ours: row for row in hugging_face.rows(weights.config)}
-    flat, tensors, rank = flatten(own.params), {}, own.lora.rank
-    for each in lora.adapted(weights.config, own.lora):
+    flat, tensors, rank = flatten(adapters.params), {}, adapters.lora.rank
+    for each in lora.adapted(weights.config, adapters.lora):
         row, blocks, parts = rows[each.kernel], math.prod(each.depth), sum(each.chosen)
         a, b = (np.asarray(flat[f"{each.prefix}lora_{name}"]) for name in "ab")
         a, b = a.reshape(blocks, -1, parts, rank), b.reshape(blocks, parts, rank, -1)
@@ -100,10 +102,10 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
         folder / CONFIG_NAME,
         {
             **_VALUES,
-            "base_model_name_or_path": own.base,
+            _BASE: adapters.base,
             "r": rank,
-            "lora_alpha": own.lora.alpha,
-            "use_rslora": own.lora.rank_stabilized,
+            "lora_alpha": adapters.lora.alpha,
+            "use_rslora": adapters.lora.rank_stabilized,
             "target_modules": modules,
             "inference_mode": True,
         },
@@ -124,16 +126,16 @@ def _pattern(text: str, where: str) -> re.Pattern[str]:
     return re.compile("|".join(fnmatch.translate(start + glob) for start in starts))
 
 
-def read(folder: Path, read_base: Callable[[str], Weights]) -> Weights:
-    """Read adapters and merge them into their base, which `read_base` reads by its path. Raises
-    InputError for what is not supported, by name."""
+def read(folder: Path, open_base: Callable[[str], Weights]) -> Weights:
+    """Read adapters, to be merged on demand into their base, which `open_base` opens by its path.
+    Raises InputError for what is not supported, by name."""
     path, file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     adapters, settings = read_tensors(file), Settings(read_json(path), str(path))
     check_floating(adapters, str(file))
     for name, value in settings.values.items():
         if value and name not in _KNOWN and value not in ("gaussian", _VALUES.get(name)):
             raise InputError(f"{path}: {name}={value!r:.99} is not supported; {_ADVICE}")
-    if not (base := settings.get("base_model_name_or_path", "", str)):
+    if not (base := settings.get(_BASE, "", str)):
         raise InputError(f"{path}: set base_model_name_or_path to the path of the weights.")
     alphas = settings.get("alpha_pattern", {}, dict)
     if len(alphas) > _MOST_PATTERNS:
@@ -143,8 +145,25 @@ def read(folder: Path, read_base: Callable[[str], Weights]) -> Weights:
         )
     patterns = [(_pattern(text, f"{path}: alpha_pattern"), text) for text in alphas]
     with naming(path):
-        weights = read_base(base)
-    rows = hugging_face.rows(weights.config)
+        weights = open_base(base)
+
+    def merge() -> Params:
+        return _merged(weights, adapters, settings, patterns, folder)
+
+    return replace(weights, params=read_together(weights.params, merge))
+
+
+def _merged(
+    weights: Weights,
+    adapters: Tensors,
+    settings: Settings,
+    patterns: Sequence[tuple[re.Pattern[str], str]],
+    folder: Path,
+) -> Params:
+    """Merge adapters into their base; `patterns` are those of `alpha_pattern`, with their texts."""
+    path, file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    base, alphas = settings.values[_BASE], settings.get("alpha_pattern", {}, dict)
+    rows, adapters = hugging_face.rows(weights.config), dict(adapters)
     tensors = from_params(rows, weights.params)
     for module in sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in adapters}):
         key, pair = f"{module}.weight", [f"{_PREFIX}{module}.lora_{x}.weight" for x in "AB"]
@@ -158,24 +177,24 @@ def read(folder: Path, read_base: Callable[[str], Weights]) -> Weights:
             )
         if module.startswith(_POOLING) and b.any():
             raise InputError(f"{file}: PEFT ignores {pair[0]} until it is merged; {_ADVICE}")
-        own = next((text for pattern, text in patterns if pattern.match(module)), None)
-        alpha = number_of(alphas.get(own, settings.number("lora_alpha", 8)), f"{path}: {own}")
+        text = next((text for pattern, text in patterns if pattern.match(module)), None)
+        alpha = number_of(alphas.get(text, settings.number("lora_alpha", 8)), f"{path}: {text}")
         scale = alpha / (len(a) ** 0.5 if settings.values.get("use_rslora") else len(a))
         tensors[key] = kernel + np.float32(scale) * (b @ a)
     if adapters:
         raise InputError(f"{file}: {min(adapters)} is not supported; {_ADVICE}")
-    return replace(weights, params=to_params(rows, tensors, weights.config, str(folder)))
+    return loaded(to_params(rows, tensors, weights.config, str(folder)))
 
 
 def _rounded(weights: Weights, dtype: DType | None) -> Params:
-    own = _adapters(weights)
-    arrays = jax.tree.map(lambda x: cast(x, dtype), own.params)
-    return lora.merge(own.weights, arrays, weights.config, own.lora)
+    adapters = _adapters_of(weights)
+    arrays = jax.tree.map(lambda x: cast(x, dtype), adapters.params)
+    return lora.merge(adapters.weights, arrays, weights.config, adapters.lora)
 
 
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
     with verify.library("peft", "peft"), tempfile.TemporaryDirectory() as folder:
-        hugging_face.write(replace(weights, params=_adapters(weights).weights), Path(folder))
+        hugging_face.write(replace(weights, params=_adapters_of(weights).weights), Path(folder))
         from peft import PeftModel
 
         adapt = functools.partial(PeftModel.from_pretrained, model_id=path)

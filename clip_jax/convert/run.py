@@ -9,6 +9,7 @@ import numpy as np
 from clip_jax.checkpoints.manager import position_of, restore_params
 from clip_jax.checkpoints.retention import named_step
 from clip_jax.checkpoints.run_config import read_run_config
+from clip_jax.convert.on_demand import read_together
 from clip_jax.convert.weights import Adapters, Head, Weights, default_preprocess, with_vocabulary
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import vocabulary
@@ -27,24 +28,34 @@ def is_run(path: AnyPath) -> bool:
 
 
 def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
-    """Read the weights, not the optimizer state, of the newest checkpoint or of `which`.
+    """Open the weights, not the optimizer state, of the newest checkpoint or of `which`.
 
     Without `ema` they are not their average, if the run keeps one. Of a run that trains adapters,
-    only these are read: see `formats.merged`.
+    `params` are only these: see `open_weights.merged`.
     """
     config, step, key = read_config(workdir), named_step(workdir, which), jax.random.key(0)
-    own, heads, how = extras(workdir)
-    draw = CLIP(config).init if own is None else functools.partial(lora.draw, config, own)
-    shapes = jax.eval_shape(lambda: draw(key) | terms.draw(heads, config, key))
-    params = jax.tree.map(np.asarray, restore_params(workdir, step, shapes, ema=ema))
+    lora_config, heads, how = extras(workdir)
+    restore = functools.partial(restore_params, workdir, step, ema=ema)
     head = adapters = None
     for term in heads:
-        head = Head(term.classes, term.templates, params.pop(term.name)["kernel"])
-    if own is not None:
+        kernels = restore(jax.eval_shape(lambda: terms.draw(heads, config, key)))
+        head = Head(term.classes, term.templates, np.asarray(kernels[term.name]["kernel"]))
+    draw = CLIP(config).init
+    if lora_config is not None:
+        draw = functools.partial(lora.draw, config, lora_config)
+    shapes = jax.eval_shape(draw, key)
+    params = read_together(shapes, lambda: restore(shapes))
+    if lora_config is not None:
         base, digest = read_run_config(workdir)["init_from"], position_of(workdir, step)["base"]
-        adapters = Adapters(own, params, base, digest, {})
-    how = default_preprocess(config, how)
-    return Weights(config=config, params=params, preprocess=how, head=head, adapters=adapters)
+        adapters = Adapters(lora_config, params, base, digest, {})
+    return Weights(
+        config=config,
+        params=params,
+        preprocess=default_preprocess(config, how),
+        head=head,
+        adapters=adapters,
+        read_sharded=restore if adapters is None else None,
+    )
 
 
 def extras(
@@ -54,9 +65,9 @@ def extras(
     content, kind = read_run_config(workdir), ClassifierConfig.__name__
     terms = [term for term in content.get("objective", ()) if term.pop("type", "") == kind]
     heads = tuple(from_dict(ClassifierConfig, x, f"{workdir}: objective") for x in terms)
-    own, how = content.get("lora"), content.get("preprocess")
+    adapters, how = content.get("lora"), content.get("preprocess")
     how = how and from_dict(Preprocess, how, f"{workdir}: preprocess")
-    return own and from_dict(LoRAConfig, own, f"{workdir}: lora"), heads, how
+    return adapters and from_dict(LoRAConfig, adapters, f"{workdir}: lora"), heads, how
 
 
 def read_config(workdir: AnyPath) -> CLIPConfig:

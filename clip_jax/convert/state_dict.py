@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from flax import traverse_util
 
+from clip_jax.convert.on_demand import Index, Parameter
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig, Params, parameters
@@ -153,7 +154,7 @@ def unflatten(flat: dict[str, Any]) -> Params:
 
 
 def to_params(rows: Sequence[Row], tensors: Tensors, config: CLIPConfig, source: str) -> Params:
-    """Turn their tensors into our nested dict, in their dtypes.
+    """Turn their tensors into our nested dict, in their dtypes; each is read on demand.
 
     Raises InputError, which lists missing, surplus and misshapen tensors with both shapes.
     """
@@ -168,15 +169,24 @@ def to_params(rows: Sequence[Row], tensors: Tensors, config: CLIPConfig, source:
     separate = _with_queries(tensors, expected)
     _check_tensors(expected, separate, source)
     check_floating(tensors, source)
-    flat = {}
-    for row in rows:
-        shape = shapes[row.ours]
-        if row.is_stack:
-            blocks = [[separate[n] for n in row.names_of(i)] for i in range(shape[0])]
-            flat[row.ours] = np.stack([row.to_ours(arrays, shape[1:]) for arrays in blocks])
-        else:
-            flat[row.ours] = row.to_ours([separate[n] for n in row.names], shape)
-    return unflatten(flat)
+    return unflatten({row.ours: _parameter(row, separate, shapes[row.ours]) for row in rows})
+
+
+def _parameter(row: Row, tensors: Tensors, shape: Shape) -> Parameter:
+    """Return one of our parameters, of which a part is read from the same part of their tensors."""
+    if not row.is_stack:
+        arrays = [tensors[name] for name in row.names]
+        return Parameter(shape, lambda index: row.to_ours(arrays, shape)[index])
+    blocks = [[tensors[name] for name in row.names_of(block)] for block in range(shape[0])]
+
+    def read(index: Index) -> np.ndarray:
+        chosen, *within = index or (slice(None),)
+        if not isinstance(chosen, slice):
+            return row.to_ours(blocks[chosen], shape[1:])[tuple(within)]
+        parts = [row.to_ours(arrays, shape[1:])[tuple(within)] for arrays in blocks[chosen]]
+        return np.stack(parts)
+
+    return Parameter(shape, read)
 
 
 def from_params(rows: Iterable[Row], params: Params) -> Tensors:

@@ -1,12 +1,14 @@
 """Content of a model file of any format: architecture, weights, preprocessing."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from clip_jax.convert.on_demand import loaded
 from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.data.images import Preprocess
@@ -15,6 +17,7 @@ from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params, parameters
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.optim import Tower
+from clip_jax.storage.files import AnyPath
 
 DType = Literal["float32", "float16", "bfloat16"]  # dtype of tensors in files
 
@@ -28,13 +31,13 @@ class Head(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """Low-rank adapters, and the weights that they change."""
+    """Low-rank adapters, and the weights that they change; arrays are as in `Weights.params`."""
 
     lora: LoRAConfig
     params: Params
     base: str  # path of the weights
     digest: str  # of the weights
-    weights: Params  # of the base; nothing before it is read
+    weights: Params  # of the base; nothing before it is open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +45,26 @@ class Weights:
     """A model as stored in a file."""
 
     config: CLIPConfig
-    params: Params  # NumPy arrays in the file's dtypes, so no precision is lost
+    # NumPy arrays in the file's dtypes, so no precision is lost; of open weights, what reads them
+    # (`on_demand.Parameter`)
+    params: Params
     preprocess: Preprocess = field(default_factory=Preprocess)
     head: Head | None = None
     adapters: Adapters | None = None  # those merged into `params`
     only_tower: Tower | None = None  # the one tower that `params` has; None: it has all
+    path: str = ""  # by which open weights are named in messages
+    # reads `params` of a run, given shapes and shardings: each device reads only its shards
+    read_sharded: Callable[[Params, Params], Params] | None = None
+
+
+def read_all(weights: Weights) -> Weights:
+    """Read what open weights read on demand; return the same model with arrays."""
+    adapters = weights.adapters
+    if adapters is not None:
+        base = loaded(adapters.weights)
+        adapters = adapters._replace(params=loaded(adapters.params), weights=base)
+    params = loaded(weights.params)
+    return replace(weights, params=params, adapters=adapters, read_sharded=None)
 
 
 def default_preprocess(config: CLIPConfig, like: Preprocess | None = None) -> Preprocess:
@@ -118,9 +136,9 @@ def same_sizes(config: CLIPConfig, source: str) -> CLIPConfig:
 
     Raises InputError if there is none.
     """
-    for known in zoo.ARCHITECTURES.values():
-        if _sizes(known) == _sizes(config):
-            return known
+    for published in zoo.ARCHITECTURES.values():
+        if _sizes(published) == _sizes(config):
+            return published
     raise InputError(
         f"{source} has no configuration and its sizes are no published model's, so its number of "
         "attention heads is unknown. Put its open_clip_config.json beside it, or convert it by the "
@@ -177,7 +195,7 @@ def with_input(
     _check_fit(fitted, config)
     if fitted is params:
         return resized
-    return replace(resized, params=unflatten(fitted), adapters=None)
+    return replace(resized, params=unflatten(fitted), adapters=None, read_sharded=None)
 
 
 def _check_fit(params: dict[str, Any], config: CLIPConfig) -> None:
@@ -190,6 +208,30 @@ def _check_fit(params: dict[str, Any], config: CLIPConfig) -> None:
                 f"and a {tower} for such images needs {box.value.shape}. Omit it, or define "
                 f"{tower}.fit, which fits parameters to another size."
             )
+
+
+def whole_model(weights: Weights) -> Weights:
+    """Return the same weights. Raises InputError if they are one tower alone."""
+    if only := weights.only_tower:
+        raise InputError(
+            f"{weights.path} holds the {only} tower of a model alone. Give a whole model, start "
+            f"one by --init-from and --init-towers {only}, or convert it by --to hugging-face."
+        )
+    return weights
+
+
+def at_length(weights: Weights, tokens: int | None, path: str | AnyPath) -> Weights:
+    """Return a NaFlex model for images of at most `tokens` patches; None: its own number.
+
+    Raises InputError, which names `path`, for a model of fixed resolution.
+    """
+    if tokens is not None and weights.preprocess.max_patches is None:
+        raise InputError(
+            f"tokens={tokens} is for NaFlex models, and {path} has a fixed resolution of "
+            f"{weights.config.vision.image_size} pixels. Omit it, or make a NaFlex model: "
+            f"clip-jax convert {path} NEW --to clip-jax --tokens {tokens}."
+        )
+    return with_input(weights, tokens=tokens)
 
 
 def _with_tokens(weights: Weights, tokens: int) -> Weights:

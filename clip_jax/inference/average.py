@@ -101,18 +101,18 @@ def average(config: AverageConfig) -> dict[str, Any]:
         measured = [measure(x) for x in models]
         result["metric"] = metric = _chosen_metric(measured)
         alone = [_score(values, metric) for _, values in measured]
-        rows, kept, best = [], [], -math.inf
+        rows, ingredients, best = [], [], -math.inf
         for i in sorted(range(len(models)), key=lambda i: -alone[i]):
-            soup = [*kept, models[i]]
+            soup = [*ingredients, models[i]]
             _, values = measure(combine(soup, [1.0] * len(soup)))
             value = _score(values, metric)
             is_kept = math.isfinite(value) and value >= best
-            own, shared = (x.get(metric, math.nan) for x in (measured[i][1], values))
-            row = {"alone": own, "soup": shared, "kept": is_kept}
+            singly, shared = (x.get(metric, math.nan) for x in (measured[i][1], values))
+            row = {"alone": singly, "soup": shared, "kept": is_kept}
             rows.append({"model": str(config.models[i])} | row)
             if is_kept:
-                kept, best = soup, value
-        models, weights = kept, (1.0,) * len(kept)
+                ingredients, best = soup, value
+        models, weights = ingredients, (1.0,) * len(ingredients)
     averaged = combine(models, weights, base)
     write_weights(averaged, config.output, "clip-jax")
     files.remove(config.output / card.FACTS_NAME)  # of a model that was there
@@ -171,7 +171,7 @@ def fitting(models: Sequence[Weights], paths: Sequence[AnyPath]) -> list[Weights
         if "batch_stats" in x.params:
             raise InputError(f"{path} has BatchNorm, whose statistics cannot be averaged.")
     heads = [head and (x.head or prompt_head(model_of(x), *head[:2])) for x in models]
-    return [replace(x, head=own) for x, own in zip(models, heads, strict=True)]
+    return [replace(x, head=head) for x, head in zip(models, heads, strict=True)]
 
 
 def _measure(metric: str | None, evaluator: SuiteEvaluator, x: Weights) -> tuple[str, dict]:

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int32, UInt32
 from scipy import special
 
 from clip_jax import processes, sharding
-from clip_jax.checkpoints.manager import restore_params
 from clip_jax.checkpoints.retention import Unusable, named_step, split_name
 from clip_jax.convert import run
-from clip_jax.convert.formats import at_length, read_weights
-from clip_jax.convert.weights import Head, Weights, cast, default_preprocess
+from clip_jax.convert.formats import read_weights
+from clip_jax.convert.weight_files import WeightFiles
+from clip_jax.convert.weights import Head, Weights, at_length, cast, whole_model
 from clip_jax.data.images import ImageLike, Preprocess
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
 from clip_jax.errors import InputError
@@ -61,8 +61,8 @@ class Model:
 
         Raises InputError for a model of fixed resolution.
         """
-        own = Weights(config=self.config, params=self.params, preprocess=self.image_preprocess)
-        other = at_length(own, tokens, "this model")
+        fixed = Weights(config=self.config, params=self.params, preprocess=self.image_preprocess)
+        other = at_length(fixed, tokens, "this model")
         return replace(self, config=other.config, image_preprocess=other.preprocess)
 
     @functools.cached_property
@@ -220,43 +220,54 @@ def load_on_mesh(
 ) -> Model:
     """Load a model as `load` does, with parameters sharded as in training.
 
-    From a run without adapters or a classifier, each device reads only its shards of the
-    checkpoint, so no process holds more. In a multi-process run, all processes call this.
+    From a run without adapters, each device reads only its shards of the checkpoint, and from
+    files, each process its parts of a parameter. In a multi-process run, all processes call this.
     """
+    with WeightFiles() as weight_files:
+        weights = at_length(open_alike(weight_files, path), tokens, path)
+        return on_mesh(weights, mesh, dtype)
+
+
+def open_alike(weight_files: WeightFiles, path: str | AnyPath) -> Weights:
+    """Open a model; of a run that goes on, the same checkpoint in all processes, which call this
+    together."""
     workdir, which = split_name(files.as_path(path))
     if run.is_run(workdir):
         step = processes.together(lambda: named_step(workdir, which), Unusable)
-        step = processes.gather(step)[0]  # the same everywhere, while the run goes on
-        path = f"{workdir}@{step}"
-    if run.is_run(workdir) and not any((extras := run.extras(workdir))[:2]):
-        config = replace(run.read_config(workdir), dtype=dtype)
-        weights = Weights(
-            config=config, params={}, preprocess=default_preprocess(config, extras[2])
-        )
-        weights = at_length(weights, tokens, path)
-        shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-        places = sharding.param_shardings(config, shapes, mesh)
-        params = processes.together(lambda: restore_params(workdir, step, shapes, places), Unusable)
-        for name, number in jax.device_get(_not_finite(params)).items():
-            if number:
-                raise Unusable(
-                    f"{workdir}: {name} has {number} values that are NaN or infinite, so all "
-                    "predictions would be NaN; take an earlier checkpoint."
-                )
-        return Model(weights.config, params, weights.preprocess)
-    return on_mesh(read_weights(files.as_path(path), tokens=tokens), mesh, dtype)
+        path = f"{workdir}@{processes.gather(step)[0]}"
+    return whole_model(weight_files.open(path))
 
 
 def on_mesh(weights: Weights, mesh: Mesh, dtype: DType = "float32") -> Model:
     """Return a model of these weights, with parameters sharded as in training."""
 
-    def put(x: np.ndarray, on: jax.sharding.Sharding) -> Array:
-        return jax.make_array_from_callback(x.shape, on, cast(np.asarray(x), "float32").__getitem__)
+    def put(x: Any, on: jax.sharding.Sharding) -> Array:
+        values = np.asarray(x) if on.is_fully_addressable else x  # else other processes have parts
+        return jax.make_array_from_callback(
+            x.shape, on, lambda index: cast(np.asarray(values[index]), "float32")
+        )
 
-    places = sharding.param_shardings(weights.config, weights.params, mesh)
-    params = jax.tree.map(put, weights.params, places)
+    shardings = sharding.param_shardings(weights.config, weights.params, mesh)
     config = replace(weights.config, dtype=dtype)
+    if (restore := weights.read_sharded) is not None:
+        shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+        params = processes.together(lambda: restore(shapes, shardings), Unusable)
+        check_finite(params, weights.path)
+    else:
+        params = processes.together(
+            lambda: jax.tree.map(put, weights.params, shardings), InputError
+        )
     return Model(config, params, weights.preprocess, weights.head)
+
+
+def check_finite(params: Params, path: str) -> None:
+    """Raise Unusable, which names the run, unless all of its parameters on a mesh are finite."""
+    for name, number in jax.device_get(_not_finite(params)).items():
+        if number:
+            raise Unusable(
+                f"{path}: {name} has {number} values that are NaN or infinite, so all "
+                "predictions would be NaN; take an earlier checkpoint."
+            )
 
 
 @jax.jit

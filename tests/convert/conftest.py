@@ -15,7 +15,8 @@ import pytest
 
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints, digest_of
 from clip_jax.config import Config
-from clip_jax.convert.formats import read_weights, starting_params
+from clip_jax.convert.fitting import starting_params
+from clip_jax.convert.formats import read_weights
 from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.weights import DType, Head, Weights, default_preprocess
@@ -135,7 +136,7 @@ def write_lora_run(workdir: Path, base: AnyPath, own: LoRAConfig, head: Head | N
         drawn["params"]["classifier"]["kernel"] = head.kernel
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
-    digest = digest_of(starting_params(base, config.model))
+    digest = digest_of(starting_params(read_weights(base), config.model))
     with contextlib.closing(
         Checkpoints(workdir / "checkpoints", CheckpointConfig())
     ) as checkpoints:

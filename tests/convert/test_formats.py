@@ -13,13 +13,13 @@ import pytest
 from clip_jax.cli.commands import main
 from clip_jax.convert import hugging_face, open_clip, openai
 from clip_jax.convert import verify as convert_verify
+from clip_jax.convert.fitting import starting_params
 from clip_jax.convert.formats import (
     HEAD_NAME,
     TARGETS,
     Format,
     able_formats,
     read_weights,
-    starting_params,
     write_weights,
 )
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
@@ -541,39 +541,41 @@ def test_a_model_that_computes_something_else_does_not_begin(tmp_path, field, va
     write_weights(weights, tmp_path, "clip-jax")
     config = changed(weights.config, field, value)
     other: Tower = "image" if field.startswith("text") else "text"
-    assert starting_params(tmp_path, config, [other])
-    assert starting_params(tmp_path, config, allowed=[field])
+    assert starting_params(read_weights(tmp_path), config, [other])
+    assert starting_params(read_weights(tmp_path), config, allowed=[field])
     if not is_other:
-        assert starting_params(tmp_path, config)
+        assert starting_params(read_weights(tmp_path), config)
         return
     owner, _, name = field.rpartition(".")
     own = getattr(weights.config, owner) if owner else weights.config
     message = f"{field} is {getattr(own, name)!r} in the weights and {value!r} in the model; set"
     with pytest.raises(InputError, match=re.escape(message)):
-        starting_params(tmp_path, config)
+        starting_params(read_weights(tmp_path), config)
 
 
 def test_a_model_whose_images_are_prepared_in_another_way_does_not_begin(tmp_path, siglip):
     """SigLIP's are squashed, and its evaluation would be that of centre crops."""
     write_weights(siglip, tmp_path, "clip-jax")
-    assert starting_params(tmp_path, siglip.config, preprocess=siglip.preprocess)
+    assert starting_params(read_weights(tmp_path), siglip.config, preprocess=siglip.preprocess)
     crops = default_preprocess(siglip.config)
     with pytest.raises(InputError, match=r"resize_mode is 'squash' in the weights and"):
-        starting_params(tmp_path, siglip.config, preprocess=crops)
-    assert starting_params(tmp_path, siglip.config, preprocess=crops, allowed=["preprocess.*"])
+        starting_params(read_weights(tmp_path), siglip.config, preprocess=crops)
+    assert starting_params(
+        read_weights(tmp_path), siglip.config, preprocess=crops, allowed=["preprocess.*"]
+    )
     flexible = make_weights("naflex")  # whose images are resized by the model's own rule
-    assert starting_params(tmp_path, flexible.config, preprocess=flexible.preprocess)
+    assert starting_params(read_weights(tmp_path), flexible.config, preprocess=flexible.preprocess)
 
 
 def test_a_tower_that_pools_the_last_position_keeps_its_length(tmp_path, siglip, capsys):
     """The logit bias is left out with a message if the model has none."""
     write_weights(siglip, tmp_path, "clip-jax")
     config = replace(siglip.config, init_logit_bias=None)
-    assert "logit_bias" not in starting_params(tmp_path, config)
+    assert "logit_bias" not in starting_params(read_weights(tmp_path), config)
     assert "its logit bias is left out, since the model has none" in capsys.readouterr().err
-    assert "logit_bias" in starting_params(tmp_path, siglip.config)
+    assert "logit_bias" in starting_params(read_weights(tmp_path), siglip.config)
     assert capsys.readouterr().err == ""
     shorter = replace(config, text=replace(config.text, context_length=5))
     with pytest.raises(InputError, match=r"context_length=5 does not fit .* last of 6 positions"):
-        starting_params(tmp_path, shorter)
-    assert set(starting_params(tmp_path, shorter, ["image"])) == {"visual"}
+        starting_params(read_weights(tmp_path), shorter)
+    assert set(starting_params(read_weights(tmp_path), shorter, ["image"])) == {"visual"}

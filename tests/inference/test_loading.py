@@ -14,12 +14,14 @@ import pytest
 import clip_jax
 from clip_jax.cli.commands import main
 from clip_jax.convert import model_folder
+from clip_jax.convert import run as run_format
 from clip_jax.convert.conversion import ConvertConfig, convert
-from clip_jax.convert.formats import starting_params
+from clip_jax.convert.fitting import starting_params
+from clip_jax.convert.formats import read_weights
+from clip_jax.convert.on_demand import Parameter
 from clip_jax.convert.verify import Verification
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.evals.evaluator import compiled, embed_texts
-from clip_jax.inference import loading
 from clip_jax.inference.loading import Model, load, load_on_mesh
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.sharding import MeshConfig, make_mesh, param_shardings
@@ -56,7 +58,7 @@ def test_each_device_reads_its_part_of_a_run_alone(run, name, tmp_path, monkeypa
     workdir, _, params = run(name)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "read_weights", None)  # which has it all in this process
+        patch.setattr(Parameter, "__array__", None)  # which has it all in this process
         models = [load_on_mesh(workdir, mesh)]
     convert(ConvertConfig(source=workdir, destination=tmp_path, to="clip-jax"))
     models.append(load_on_mesh(tmp_path, mesh))
@@ -68,7 +70,7 @@ def test_each_device_reads_its_part_of_a_run_alone(run, name, tmp_path, monkeypa
     assert split < 0.6 * sum(x.nbytes for x in jax.tree.leaves(params))
     damaged = params | {"logit_scale": np.float32(np.inf)}
     with (
-        mock.patch.object(loading, "restore_params", autospec=True, return_value=damaged),
+        mock.patch.object(run_format, "restore_params", autospec=True, return_value=damaged),
         pytest.raises(ValueError, match="logit_scale has 1 values that are NaN or infinite"),
     ):
         load_on_mesh(workdir, mesh)
@@ -232,7 +234,7 @@ def test_a_batch_size_of_none_is_refused(model):
 
 def test_positions_are_fitted_to_resolution_and_text(run):
     workdir, _, before = run("vit")
-    params = starting_params(workdir, larger(TINY))
+    params = starting_params(read_weights(workdir), larger(TINY))
     positions = params["visual"]["positional_embedding"]
     assert positions.shape == (1 + 4 * 4, 32)
     old = before["visual"]["positional_embedding"]
@@ -254,5 +256,5 @@ def test_weights_that_do_not_fit_are_named(run):
     ):
         other = dataclasses.replace(TINY, text=dataclasses.replace(text, **changes))
         with pytest.raises(ValueError, match=message):
-            starting_params(workdir, other)
-        assert set(starting_params(workdir, other, ["image"])) == {"visual"}
+            starting_params(read_weights(workdir), other)
+        assert set(starting_params(read_weights(workdir), other, ["image"])) == {"visual"}

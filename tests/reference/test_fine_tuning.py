@@ -12,7 +12,8 @@ from transformers import SiglipConfig, SiglipModel
 from clip_jax import sharding
 from clip_jax.config import Config
 from clip_jax.config_files import with_weights
-from clip_jax.convert.formats import read_weights, starting_params, verify, write_weights
+from clip_jax.convert.fitting import starting_params
+from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.hugging_face import rows
 from clip_jax.convert.state_dict import flatten, from_params
 from clip_jax.errors import InputError
@@ -104,7 +105,7 @@ def test_the_same_fine_tuning(folder):
     config = config_of(folder)
     assert config.model.init_logit_bias is not None
     program = Program(config.recipe, sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
-    state, ours = program.init(starting_params(folder, config.model)), []
+    state, ours = program.init(starting_params(read_weights(folder), config.model)), []
     for step, batch in enumerate(batches()):
         state, metrics = program.step(state, program.put(batch, step))
         ours.append(float(metrics["loss"]))
@@ -134,12 +135,12 @@ def test_what_does_not_fit_a_siglip(folder, capsys):
     """A softmax loss begins without the bias; another context length is refused."""
     config = config_of(folder, objective=(SoftmaxConfig(),))
     assert config.model.init_logit_bias is None
-    assert "logit_bias" not in starting_params(folder, config.model)
+    assert "logit_bias" not in starting_params(read_weights(folder), config.model)
     assert "its logit bias is left out, since the model has none" in capsys.readouterr().err
     text = dataclasses.replace(config.model.text, context_length=LENGTH - 4)
     match = "context_length=12 does not fit .* pools the last of 16 .*context-length 16"
     with pytest.raises(InputError, match=match):
-        starting_params(folder, dataclasses.replace(config.model, text=text))
+        starting_params(read_weights(folder), dataclasses.replace(config.model, text=text))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import transformers
 
 from clip_jax.convert import perception_models
 from clip_jax.convert.conversion import ConvertConfig, convert
-from clip_jax.convert.formats import read_weights, starting_params, write_weights
+from clip_jax.convert.fitting import starting_params
+from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.state_dict import flatten, from_params, table
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
@@ -74,13 +75,13 @@ def test_a_tower_of_a_model_becomes_a_folder_to_begin_with(tmp_path):
             )
         )
         assert done.verification.passed
-        assert starting_params(tmp_path / tower, TINY, (tower,)).keys() == {
-            {"image": "visual", "text": "text"}[tower]
-        }
+        assert starting_params(
+            read_weights(tmp_path / tower, one_tower=True), TINY, (tower,)
+        ).keys() == {{"image": "visual", "text": "text"}[tower]}
     with pytest.raises(InputError, match="holds the image tower of a model alone"):
         read_weights(tmp_path / "image")
     with pytest.raises(InputError, match="--init-towers"):
-        starting_params(tmp_path / "image", TINY, ("text",))
+        starting_params(read_weights(tmp_path / "image", one_tower=True), TINY, ("text",))
     with pytest.raises(InputError, match="--tower text needs --to hugging-face"):
         convert(
             ConvertConfig(
