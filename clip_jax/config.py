@@ -167,9 +167,7 @@ class Config:
 
     def recipe_of(self, kind: BatchKind) -> Recipe:
         """Return the recipe of the updates that take one kind of batches."""
-        vision = self.model.vision.with_max_patches(kind.max_patches)
-        model = replace(self.model, vision=vision)
-        return replace(self.recipe, batch_size=kind.pairs, model=model)
+        return replace(self.recipe, batch_size=kind.pairs, model=kind.model_of(self.model))
 
     def variants(self) -> list[tuple[int, Recipe]]:
         """Return the number of steps and the recipe of each kind of batch in the run."""

@@ -23,6 +23,7 @@ only what is needed, and computed here.
 
 from typing import Any, Literal, NamedTuple
 
+from clip_jax.losses import SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig
 from clip_jax.models.layers import Operations
@@ -61,10 +62,10 @@ def of_step(run: Any) -> Flops:
     teachers = [model for term in run.objective for model in term.frozen().values()]
     each = [(forward(x.config), x.texts) for x in teachers]
     teacher = run.batch_size * sum(of.image + texts * of.text for of, texts in each)
-    own = training(run.model, run.batch_size, locked, has_adapters=lora is not None)
+    towers = _towers(run.model, run.batch_size, locked, has_adapters=lora is not None)
     needs = {name for term in run.objective for name in term.needs}
     images, texts = (1 + sum(x.startswith(f"{y}:") for x in needs) for y in ("image", "text"))
-    towers = own._replace(image=own.image * images, text=own.text * texts)
+    towers = towers._replace(image=towers.image * images, text=towers.text * texts)
     return towers._replace(loss=2 * macs, teacher=teacher)
 
 
@@ -79,32 +80,38 @@ def forward(config: CLIPConfig, convention: Convention = "matmul") -> Flops:
     return Flops(*(_weigh(counts, convention) for counts in (image, text, written)))
 
 
-def training(
-    config: CLIPConfig, batch_size: int, locked: tuple[Tower, ...] = (), has_adapters: bool = False
-) -> Flops:
-    """Count one step by `matmul`: 3 × forward; a locked tower (LiT) 1 ×; nothing recomputed.
-    With low-rank adapters (LoRA), frozen weights have no gradient, which leaves 2 × forward, and
-    3 × in attention's own products. The adapters' share, about rank / width, is not counted.
+def training(config: CLIPConfig, batch_size: int, locked: tuple[Tower, ...] = ()) -> Flops:
+    """Count one step with a softmax loss by `matmul`: 3 × forward; a locked tower (LiT) 1 ×;
+    nothing recomputed.
 
     Patches that the config drops (FLIP) cost their projection alone; a locked tower drops none.
 
     The loss is the global `[batch_size, batch_size]` similarity, computed once: whatever its form
     (dense, blocked, ring), every pair of the global batch meets once.
     """
+    macs = SoftmaxConfig().macs(config, batch_size, locked)
+    return _towers(config, batch_size, locked)._replace(loss=2 * macs)
+
+
+def _towers(
+    config: CLIPConfig, batch_size: int, locked: tuple[Tower, ...], has_adapters: bool = False
+) -> Flops:
+    """Count towers and decoder in one step.
+
+    With low-rank adapters (LoRA), frozen weights have no gradient, which leaves 2 × forward, and
+    3 × in attention's own products. The adapters' share, about rank / width, is not counted.
+    """
     image, text, written = _count(config, training=True, locked=locked)
-    similarity = 2 * batch_size * batch_size * config.embed_dim
 
     def trained(of: Operations, tower: str = "") -> int:
         if tower in locked:
             return _weigh(of)
         return _weigh((1 + BACKWARD) * of) - has_adapters * 2 * (of.macs - of.attention)
 
-    # Each locked tower spares the loss one of its two gradients.
     return Flops(
         image=batch_size * trained(image, "image"),
         text=batch_size * trained(text, "text"),
         decoder=batch_size * trained(written),
-        loss=similarity * (1 + BACKWARD - len(set(locked))),
     )
 
 

@@ -38,7 +38,7 @@ from clip_jax.models.clip import (
 )
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.optim import Muon, OptimConfig, Tower, make_optimizer, schedule
-from clip_jax.optim.wrappers import TOWERS, GuardState, capped
+from clip_jax.optim.wrappers import TOWERS, capped, skipped_updates, unless_skipped
 from clip_jax.sharding import AnyMesh
 
 FrozenParams = dict[str, dict[str, Params]]  # by the names of the term and of its model
@@ -226,8 +226,8 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     }
     if recipe.model.vision.patch_dropout:
         batch["row"] = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
-    for term in recipe.objective:
-        batch |= term.inputs(recipe.model, recipe.batch_size)
+    for name, x in terms.reads(recipe.objective, recipe.model).items():
+        batch[name] = x.shapes(recipe.batch_size)
     batch = jax.tree.map(lambda x: _placed(x, rows), batch)
     batch["learning_rate"] = _placed(
         jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh)
@@ -329,26 +329,20 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
         encode_chunk, compare, towers, scalars, inputs, recipe.accumulation, group_size=group or 1
     )
     grads, metrics = result.params | result.others, result.aux
-    optimizer = recipe.optimizer()
-    updates, opt_state = optimizer.update(
+    updates, opt_state = recipe.optimizer().update(
         grads, state.opt_state, trainable, learning_rate=batch["learning_rate"]
     )
     trainable = cast(Params, optax.apply_updates(trainable, updates))
     trainable = capped(trainable, optim.max_logit_scale)
-    batch_stats, carried = result.statistics if batch_stats else {}, {}
+    carried = {}
     if state.carried:
         carried = terms.update(objective, context_of(trainable, inputs, result.outputs))
-    if isinstance(opt_state, GuardState):
-        done = opt_state.skipped == state.opt_state.skipped
-        _, before = split_batch_stats(state.params)
-        batch_stats, carried = jax.tree.map(
-            lambda a, b: jnp.where(done, a, b), (batch_stats, carried), (before, state.carried)
-        )
-        metrics |= {
-            "skipped_updates": opt_state.skipped,
-            "skipped_in_a_row": opt_state.skipped_in_a_row,
-        }
-    metrics |= {
+    batch_stats, carried = unless_skipped(
+        (state.opt_state, opt_state),
+        new=(result.statistics if batch_stats else {}, carried),
+        old=(batch_stats, state.carried),
+    )
+    metrics |= skipped_updates(opt_state) | {
         "loss": result.loss,
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(trainable),

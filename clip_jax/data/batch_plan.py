@@ -1,19 +1,20 @@
-"""Batch size and image shape of every batch of a run.
+"""The kind of every batch of a run: its size, and the shape of its images.
 
-Both are functions of the config and the step alone, so all processes know them without
+Kinds are functions of the config and the step alone, so all processes know them without
 communication, and a resumed run continues with the same batches.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import ImageSpec
 
 _LENGTHS = (128, 256, 576, 784, 1024)  # SigLIP 2 paper, 2.4.2
@@ -21,20 +22,39 @@ _DRAWS = 2**63  # of the random numbers of lengths; those of samples have their 
 
 
 class BatchKind(NamedTuple):
-    """Batch size and image shape; each kind of batch has its own compiled program."""
+    """All that makes another program of the step than the run's config alone.
+
+    The kind of a batch is a pure function of config and step. Every kind has its own compiled
+    program and its own model (`model_of`), but all share one state: the models of all kinds have
+    the same parameters, of the same shapes.
+    """
 
     pairs: int  # global batch size
     images: ImageSpec
+    patch_size: int | None = None  # of the image tower, in pixels; None: the model's own
 
     @property
     def max_patches(self) -> int | None:
         """Sequence length of a NaFlex model; None: images of a fixed resolution."""
-        return getattr(self.images, "max_patches", None)
+        return self.images.max_patches
+
+    def model_of(self, model: CLIPConfig) -> CLIPConfig:
+        """Return a run's model as it takes this kind of batch."""
+        vision = model.vision.with_max_patches(self.max_patches)
+        if self.patch_size is not None:
+            vision = vision.with_patch_size(self.patch_size)
+        return replace(model, vision=vision)
 
     def describe(self) -> str:
         """Return such as "512 pairs of 256 patches"."""
         images = f"{self.max_patches} patches" if self.max_patches else "a fixed resolution"
-        return f"{self.pairs:,} pairs of {images}"
+        sizes = "" if self.patch_size is None else f" of {self.patch_size} pixels"
+        return f"{self.pairs:,} pairs of {images}{sizes}"
+
+    def metrics(self) -> dict[str, int]:
+        """Return what tells this kind from others in the metrics of a step."""
+        values = {"tokens": self.max_patches, "patch_size": self.patch_size}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, eq=False)

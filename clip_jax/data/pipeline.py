@@ -121,14 +121,13 @@ def build(
     process = (process_index, process_count)
     side = max(kind.images.side for kind in plan.kinds)
     loader = _Loader(config, side, process, inputs)
-    stored = {x.widths for x in (inputs or {}).values() if isinstance(x, StoredInput)}
+    stored = {x.widths for x in loader.stored.values()}
     for source, widths in itertools.product(loader.members, stored):
         _check_widths(cast(sources.StoredSource, source), widths)
-    how = {"text": (tokenizer, context_length)}
-    for name, x in (inputs or {}).items():
-        if isinstance(x, TextInput):
-            how[name] = make_tokenizer(x.text), x.text.context_length
-    tokenizers = {name: functools.partial(_tokenized, *values) for name, values in how.items()}
+    tokenizers = {"text": functools.partial(_tokenized, tokenizer, context_length)}
+    for name, x in loader.texts.items():
+        of_input = make_tokenizer(x.text), x.text.context_length
+        tokenizers[name] = functools.partial(_tokenized, *of_input)
     return Pipeline(config, loader, tokenizers, plan=plan, process=process)
 
 
@@ -308,16 +307,16 @@ class _Loader:
         self._config, self._side, self._inputs = config, side, inputs or {}
         each = self._inputs.items()
         self._specs = {name: x.spec for name, x in each if isinstance(x, ImageInput)}
-        self._stored = {name: x for name, x in each if isinstance(x, StoredInput)}
-        self._synthetic = {name: x.synthetic for name, x in each if isinstance(x, TextInput)}
-        is_synthetic = [x.of == "synthetic" for x in self._stored.values()]
-        is_synthetic += [config.synthetic_ratio > 0, *self._synthetic.values()]
-        self.reads_stored, self._reads_synthetic = config.crop == "stored", any(is_synthetic)
+        self.texts = {name: x for name, x in each if isinstance(x, TextInput)}
+        self.stored = {name: x for name, x in each if isinstance(x, StoredInput)}
         self._labels = {name: x for name, x in each if isinstance(x, LabelInput)}
+        self.reads_stored = config.crop == "stored"
+        needs_synthetic = any(x.is_synthetic for x in self._inputs.values())
+        self._reads_synthetic = needs_synthetic or config.synthetic_ratio > 0
         for x in self._labels.values():
             classes_of(self.source, x.classes)  # raises InputError
         self._reads_more = self.reads_stored or self._reads_synthetic or bool(self._labels)
-        if self._stored and not self.reads_stored:
+        if self.stored and not self.reads_stored:
             raise InputError(
                 "a StoredTeacher needs the augmentations that its embeddings belong to: set "
                 "--data.crop stored, with data that clip-jax prepare --reinforce wrote"
@@ -386,7 +385,7 @@ class _Loader:
                 raise sources.SampleError(
                     f"caption is not text: {error.reason} at {error.start}"
                 ) from error
-        captions = {name: synthetic if x else caption for name, x in self._synthetic.items()}
+        captions = {name: synthetic if x.synthetic else caption for name, x in self.texts.items()}
         specs = {"image": spec} | self._specs
         distinct = list(dict.fromkeys(specs.values()))
         try:
@@ -434,7 +433,7 @@ class _Loader:
         if self.reads_stored:
             arrays["number"] = _one_of(more.augmentations, rng, "stored augmentation")
             chosen["image"] = more.image, arrays["number"]
-        for name, x in self._stored.items():
+        for name, x in self.stored.items():
             rows, row = chosen[x.of]
             arrays[name] = rows[row : row + 1]
             more.check(arrays[name], x)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
-from clip_jax.models.inputs import Input, shapes_of
+from clip_jax.models.inputs import Input
 from clip_jax.parts import Part
 
 Inputs = dict[str, Any]  # the batch by name: "image", "text", and further inputs of terms
@@ -95,12 +95,9 @@ class Term(Part):
         """Raise InputError unless the model has what the term needs."""
 
     def reads(self, model: CLIPConfig) -> dict[str, Input]:
-        """Return what the input pipeline makes of each sample for this term, by name."""
+        """Return what the input pipeline makes of each sample for this term, by name in the batch
+        (`Context.inputs`)."""
         return {}
-
-    def inputs(self, model: CLIPConfig, batch_size: int) -> dict[str, Any]:
-        """Return the shapes of further inputs that the term reads from the batch, by name."""
-        return {name: shapes_of(x, batch_size) for name, x in self.reads(model).items()}
 
     def parameters(self, model: CLIPConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return the shape of each trainable array of the term and the names of its dimensions.

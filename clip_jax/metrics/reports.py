@@ -106,8 +106,7 @@ class Reports:
             **_hosts(training, steps, seconds),
             **bucket_rates(read, training),
         }
-        if patches := self._kind_at(step - 1).max_patches:
-            values["tokens"] = patches
+        values |= self._kind_at(step - 1).metrics()
         if read["patches"]:
             values["valid_share"] = read["valid_patches"] / read["patches"]
         if self._peak:

@@ -49,6 +49,10 @@ class ImageSpec(Protocol):
     def side(self) -> int:
         """Side in pixels of images drawn for the tower, such as the bundled digits."""
 
+    @property
+    def max_patches(self) -> int | None:
+        """Most patches of an image at its own aspect ratio (NaFlex); None: images are square."""
+
     def fit(self, width: int, height: int) -> tuple[int, int]:
         """Return the width and height to which an image is resized."""
 
@@ -67,6 +71,11 @@ class Square:
     """Square images, cropped or resized to `side` pixels."""
 
     side: int
+
+    @property
+    def max_patches(self) -> None:
+        """Images are no patches."""
+        return None
 
     def fit(self, width: int, height: int) -> tuple[int, int]:
         """Return the square's size, whatever the image's."""

@@ -1,23 +1,41 @@
 """What a training step may read of each sample besides its image and text."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.images import ImageSpec
+from clip_jax.models.images import Images, ImageSpec
 from clip_jax.models.text import TextConfig
 
 
-class ImageInput(NamedTuple):
+@dataclass(frozen=True)
+class Input:
+    """One array of each sample, which the input pipeline makes."""
+
+    def shapes(self, batch_size: int) -> Any:
+        """Return the shapes of a batch."""
+        raise NotImplementedError
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether it needs synthetic captions."""
+        return False
+
+
+@dataclass(frozen=True)
+class ImageInput(Input):
     """The sample's image for another tower, with the same crop and augmentation."""
 
     spec: ImageSpec
 
+    def shapes(self, batch_size: int) -> Images:
+        return self.spec.shapes(batch_size)
+
 
 @dataclass(frozen=True)
-class TextInput:
+class TextInput(Input):
     """Token ids of a caption of the sample, int32 [B, L]. Two inputs are equal if their ids are."""
 
     text: TextConfig = field(compare=False)  # tokenizer and context length
@@ -29,29 +47,34 @@ class TextInput:
         ids = text.clip_vocab_size if text.tokenizer.file == "clip" else None
         object.__setattr__(self, "tokenization", (text.tokenizer, ids, text.context_length))
 
+    def shapes(self, batch_size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, self.text.context_length), jnp.int32)
 
-class StoredInput(NamedTuple):
+    @property
+    def is_synthetic(self) -> bool:
+        return self.synthetic
+
+
+@dataclass(frozen=True)
+class StoredInput(Input):
     """Embeddings that are stored with the sample, of all teachers side by side, [B, Σ widths]."""
 
     of: Literal["image", "text", "synthetic"]
     widths: tuple[int, ...]  # of each teacher, in the order of the data
 
+    def shapes(self, batch_size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, sum(self.widths)), jnp.float32)
 
-class LabelInput(NamedTuple):
+    @property
+    def is_synthetic(self) -> bool:
+        return self.of == "synthetic"
+
+
+@dataclass(frozen=True)
+class LabelInput(Input):
     """The number of the sample's class, int32 [B]."""
 
     classes: tuple[str, ...] = ()  # in this order; empty: any
 
-
-Input = ImageInput | TextInput | StoredInput | LabelInput
-
-
-def shapes_of(x: Input, batch_size: int) -> Any:
-    """Return the shapes of a batch."""
-    if isinstance(x, ImageInput):
-        return x.spec.shapes(batch_size)
-    if isinstance(x, TextInput):
-        return jax.ShapeDtypeStruct((batch_size, x.text.context_length), jnp.int32)
-    if isinstance(x, LabelInput):
+    def shapes(self, batch_size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return jax.ShapeDtypeStruct((batch_size, sum(x.widths)), jnp.float32)

@@ -189,6 +189,20 @@ class ImageTowerConfig(TowerConfig, Part):
             f"{kind}, for {self.image_size} pixels; omit it."
         )
 
+    def with_patch_size(self, patch_size: int) -> Self:
+        """Return the tower that cuts images into other patches by means of the same parameters.
+
+        Raises InputError if the tower cannot, as by default.
+        """
+        if patch_size == self.patch_size:
+            return self
+        kind = type(self).__name__.removesuffix("Config")
+        raise InputError(
+            f"patches of {patch_size} pixels need an image tower whose parameters fit several "
+            f"sizes, and this model has a {kind} with vision.patch_size={self.patch_size}; train "
+            "with that size alone."
+        )
+
     def with_patch_dropout(self, fraction: float) -> Self:
         """Return the tower that drops this fraction of patches in training, if it can drop any."""
         return self

@@ -165,6 +165,25 @@ def guard(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def unless_skipped(opt_states: tuple[Any, Any], new: Any, old: Any) -> Any:
+    """Return `new`, or `old` if the update between the two optimizer states was skipped."""
+    before, after = opt_states
+    if not isinstance(after, GuardState):
+        return new
+    done = after.skipped == before.skipped
+    return jax.tree.map(lambda a, b: jnp.where(done, a, b), new, old)
+
+
+def skipped_updates(opt_state: Any) -> dict[str, Int[Array, ""]]:
+    """Return the metrics of an optimizer that skips updates; none of others."""
+    if not isinstance(opt_state, GuardState):
+        return {}
+    return {
+        "skipped_updates": opt_state.skipped,
+        "skipped_in_a_row": opt_state.skipped_in_a_row,
+    }
+
+
 def averaged(opt_state: Any, params: Params) -> Params:
     """Return the parameters to evaluate: their average if the optimizer keeps one."""
     inner = opt_state.inner if isinstance(opt_state, GuardState) else opt_state

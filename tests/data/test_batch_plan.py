@@ -2,13 +2,17 @@
 
 import itertools
 from collections import Counter
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
 
-from clip_jax.data.batch_plan import SigLIP2Lengths, TokenBudget, doubling
+from clip_jax.data.batch_plan import BatchKind, SigLIP2Lengths, TokenBudget, doubling
 from clip_jax.errors import InputError
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import NaFlex, Square
+from clip_jax.models.vit import ViTConfig
+from tests.conftest import NAFLEX, TINY
 
 
 def spec_of(patches: int | None):
@@ -50,7 +54,7 @@ def test_siglip2_draws_lengths_in_the_stretched_rest_of_the_schedule():
     first = lengths.first_step(steps)
     assert first == 9_000
     plan = lengths.plan(64, 256, spec_of, steps, 0)
-    assert all(plan.at(step) == (64, Square(256)) for step in (0, 17, first - 1))
+    assert all(plan.at(step) == BatchKind(64, Square(256)) for step in (0, 17, first - 1))
     kinds = [plan.at(step) for step in range(first, steps)]
     assert {kind.max_patches: kind.pairs for kind in kinds} == {
         128: 64,
@@ -69,6 +73,30 @@ def test_siglip2_draws_lengths_in_the_stretched_rest_of_the_schedule():
     assert lengths.schedule_step(first, steps) == first
     assert lengths.schedule_step(steps, steps) == pytest.approx(10_000)
     assert plan.samples_after(steps) == sum(kind.pairs for kind in kinds) + first * 64
+
+
+def test_a_kind_of_batch_is_a_model_of_the_same_parameters():
+    """Another size of patches is passed to the tower, which takes it or raises an error."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Flexible(ViTConfig):
+        def with_patch_size(self, patch_size: int):
+            return replace(self, patch_size=patch_size)
+
+    sizes = {field.name: getattr(TINY.vision, field.name) for field in fields(TINY.vision)}
+    flexible = replace(TINY, vision=Flexible(**sizes))
+    size, half = TINY.vision.patch_size, TINY.vision.patch_size // 2
+    kind = BatchKind(64, Square(TINY.vision.image_size), half)
+    assert kind.model_of(flexible).vision.patch_size == half
+    assert kind.describe() == f"64 pairs of a fixed resolution of {half} pixels"
+    assert kind.metrics() == {"patch_size": half}
+    assert kind._replace(patch_size=size).model_of(TINY) == TINY
+    with pytest.raises(InputError, match=f"this model has a ViT with vision.patch_size={size}"):
+        kind.model_of(TINY)
+    for images, tokens in ((NaFlex(9, size), 9), (Square(TINY.vision.image_size), None)):
+        model: CLIPConfig = BatchKind(64, images).model_of(NAFLEX)
+        assert model.vision.max_patches == tokens
+        assert model.dimensions() == NAFLEX.dimensions()
 
 
 def test_lengths_depend_on_the_seed_and_the_step_alone():

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import ShapeDtypeStruct
 
 from clip_jax import flops
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
@@ -29,6 +28,7 @@ from clip_jax.losses import (
     objective,
 )
 from clip_jax.models.clip import CLIP, CLIPConfig, l2_normalize
+from clip_jax.models.inputs import StoredInput, TextInput
 from clip_jax.models.lora import LoRAConfig, draw
 from clip_jax.optim import OptimConfig
 from clip_jax.pods import compile as pod
@@ -110,11 +110,10 @@ class StoredTerm(Term):
     name: ClassVar[str] = "stored"
     needs: ClassVar[tuple[str, ...]] = ("text:synthetic",)
 
-    def inputs(self, model: CLIPConfig, batch_size: int):
-        length = model.text.context_length
+    def reads(self, model: CLIPConfig):
         return {
-            "vectors": ShapeDtypeStruct((batch_size, model.embed_dim), jnp.bfloat16),
-            "synthetic": ShapeDtypeStruct((batch_size, length), jnp.int32),
+            "vectors": StoredInput("image", (model.embed_dim,)),
+            "synthetic": TextInput(model.text, synthetic=True),
         }
 
     def parameters(self, model: CLIPConfig):
@@ -124,9 +123,8 @@ class StoredTerm(Term):
         return {"mapped": x.outputs["image"] @ x.params[self.name]["map"]}
 
     def loss(self, x: Context):
-        vectors = x.inputs["vectors"].astype(jnp.float32)
         both = x.outputs["mapped"] + x.outputs["text:synthetic"]
-        return 1 - (both * vectors).sum(-1).mean(), {}
+        return 1 - (both * x.inputs["vectors"]).sum(-1).mean(), {}
 
 
 TERMS = (TeacherTerm(weight=0.5), AverageTerm(weight=0.3), StoredTerm(weight=2.0))
@@ -137,7 +135,7 @@ def inputs() -> dict[str, Any]:
     pairs = batch(TINY)
     vectors = rng.standard_normal((16, TINY.embed_dim), np.float32)
     return pairs | {
-        "vectors": (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(jnp.bfloat16),
+        "vectors": vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
         "synthetic": np.roll(pairs["text"], 1, axis=0),
     }
 
@@ -218,7 +216,7 @@ def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
     known = {
         "teacher": size(TEACHER),
         "average": size(TINY, lambda params: params["visual"]) + 4 * TINY.embed_dim,
-        "stored": 16 * (2 * TINY.embed_dim + 4 * TINY.text.context_length),
+        "stored": 16 * 4 * (TINY.embed_dim + TINY.text.context_length),
     }
     entry = "batch" if term.name == "stored" else "terms"
     own = sum(4 * math.prod(shape) for shape, _ in term.parameters(TINY).values())
@@ -240,7 +238,7 @@ def test_a_skipped_update_leaves_what_terms_carry_as_it_was() -> None:
     own = program([AverageTerm(), StoredTerm()], optim=replace(OPTIM, skip_norm_ratio=10.0))
     begun = begin(own)
     before = jax.device_get(begun.carried)
-    unusable = inputs() | {"vectors": np.full((16, TINY.embed_dim), np.nan, jnp.bfloat16)}
+    unusable = inputs() | {"vectors": np.full((16, TINY.embed_dim), np.nan, np.float32)}
     state, metrics = own.step(begun, own.put(unusable))
     assert metrics["skipped_updates"] == 1
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.carried))
