@@ -91,9 +91,9 @@ class Recipe:
         names = terms.dimensions(self.objective, self.model)
         if self.lora is None:
             return names
-        own = {name: dims for name, (_, dims) in adapters.shapes(self.model, self.lora).items()}
-        model = self.model.dimensions()
-        return own | {name: dims for name, dims in names.items() if name not in model}
+        shapes, model = adapters.shapes(self.model, self.lora), self.model.dimensions()
+        of_adapters = {name: dims for name, (_, dims) in shapes.items()}
+        return of_adapters | {name: dims for name, dims in names.items() if name not in model}
 
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
         """Build the optimizer of everything that is trained."""
@@ -183,8 +183,8 @@ def init_state(
 ) -> State:
     """Initialise the state of step 0 at random, except for `params`, which are used as they are."""
     model, lora = CLIP(recipe.model), recipe.lora
-    own = model.init(key) if lora is None else adapters.draw(recipe.model, lora, key)
-    params = own | terms.draw(recipe.objective, recipe.model, key) | (params or {})
+    drawn = model.init(key) if lora is None else adapters.draw(recipe.model, lora, key)
+    params = drawn | terms.draw(recipe.objective, recipe.model, key) | (params or {})
     trainable, _ = split_batch_stats(params)
     carried = terms.init(recipe.objective, trainable)
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), carried)
@@ -212,7 +212,7 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
         sharding.like_params(state.carried, params, mesh, others=sharding.replicated(mesh)),
     )
     frozen = {
-        term.name: {name: _frozen(own.config, mesh) for name, own in term.frozen().items()}
+        term.name: {name: _frozen(x.config, mesh) for name, x in term.frozen().items()}
         for term in recipe.objective
         if term.frozen()
     }
@@ -294,8 +294,8 @@ def encode(
         name: l2_normalize(y) if terms.is_embedding(name) else constrain(y)
         for name, y in outputs.items()
     }
-    kept = terms.encode(objective, replace(x, outputs=outputs))
-    return {name: constrain(y) for name, y in kept.items()}, batch_stats
+    results = terms.encode(objective, replace(x, outputs=outputs))
+    return {name: constrain(y) for name, y in results.items()}, batch_stats
 
 
 def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tuple[State, Metrics]:
@@ -318,8 +318,8 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
 
     def encode_chunk(towers: Params, chunk: Inputs) -> tuple[Outputs, Params]:
         params = recipe.complete(state, join_batch_stats(scalars | towers, batch_stats))
-        own = context_of(params, chunk, {})
-        return encode(own, objective, optim.locked, key, train=recipe.lora is None)
+        x = context_of(params, chunk, {})
+        return encode(x, objective, optim.locked, key, train=recipe.lora is None)
 
     def compare(scalars: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
         return terms.total(objective, context_of(fixed | scalars, inputs, outputs))

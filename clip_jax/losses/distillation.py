@@ -151,8 +151,8 @@ class DistillationConfig(Contrastive):
         widths = tuple(x.embed_dim for x in self.teachers if isinstance(x, StoredTeacher))
         kinds = cast(Any, ("image", *self.texts) if widths else ())
         stored = {f"stored_{kind}": StoredInput(kind, widths) for kind in kinds}
-        live = {name: own for own, name in self._names(model).items()}
-        return stored | {name: own for name, own in live.items() if name not in ("image", "text")}
+        live = {name: x for x, name in self._names(model).items() if name not in ("image", "text")}
+        return stored | live
 
     def frozen(self) -> dict[str, Frozen]:
         """Return the live teachers by name."""
@@ -173,7 +173,7 @@ class DistillationConfig(Contrastive):
     def encode(self, x: Context) -> Outputs:
         """Return the teachers' embeddings as in `Side`, and the distances of each row."""
         names, kinds = self._names(x.model.config), {"image": "image", **self.texts}
-        kept, distances, start = {}, [], 0
+        outputs, distances, start = {}, [], 0
         for i, teacher in enumerate(self.teachers):
             params = x.frozen.get(f"teacher{i}", {})
             scale, bias = teacher.logit_scale, teacher.logit_bias
@@ -200,15 +200,18 @@ class DistillationConfig(Contrastive):
                 y *= factor
                 if self.needs_bias:
                     y = jnp.concatenate([y, jnp.full_like(y[:, :1], channel)], 1)
-                kept[f"teacher{i}_{kind}"] = y
-        return kept | ({"rows": sum(distances) / len(self.teachers)} if distances else {})
+                outputs[f"teacher{i}_{kind}"] = y
+        if distances:
+            outputs["rows"] = sum(distances) / len(self.teachers)
+        return outputs
 
     def loss(self, x: Context) -> Result:
         """Compute the loss of the global batch."""
         loss, metrics = jnp.float32(0), {}
         if self.similarity_weight:
-            own = {} if self.logit_scale is None else {"logit_scale": jnp.log(self.logit_scale)}
-            loss, metrics = super().loss(replace(x, params=x.params | own))
+            if self.logit_scale is not None:
+                x = replace(x, params=x.params | {"logit_scale": jnp.log(self.logit_scale)})
+            loss, metrics = super().loss(x)
         loss *= self.similarity_weight
         if self.features_weight:
             loss += self.features_weight * x.outputs["rows"].mean()
@@ -274,10 +277,10 @@ class DistillationConfig(Contrastive):
     def _names(self, model: CLIPConfig) -> dict[Input, str]:
         """Return the name of each different input of the student and the live teachers."""
         names: dict[Input, str] = {}
-        owners = {f"{name}_": own.config for name, own in self.frozen().items()}
-        for prefix, own in {"": model, **owners}.items():
+        teachers = {f"{name}_": teacher.config for name, teacher in self.frozen().items()}
+        for prefix, reader in {"": model, **teachers}.items():
             for kind in ("image", *self.texts):
-                names.setdefault(_input(own, kind), prefix + kind)
+                names.setdefault(_input(reader, kind), prefix + kind)
         return names
 
 

@@ -183,11 +183,11 @@ def needs(objective: Objective) -> tuple[str, ...]:
 
 def encode(objective: Objective, x: Context) -> Outputs:
     """Return the outputs of a chunk to keep: embeddings, and the results of the terms."""
-    kept = {name: y for name, y in x.outputs.items() if is_embedding(name)}
+    outputs = {name: y for name, y in x.outputs.items() if is_embedding(name)}
     for term in objective:
-        own = term.encode(_seen_by(term, x))
-        kept |= {f"{term.name}/{name}": y for name, y in own.items()}
-    return kept
+        results = term.encode(_seen_by(term, x))
+        outputs |= {f"{term.name}/{name}": y for name, y in results.items()}
+    return outputs
 
 
 def is_embedding(name: str) -> bool:
@@ -205,9 +205,10 @@ def total(objective: Objective, x: Context) -> Result:
     metrics = {}
     if len(objective) > 1:
         metrics = {f"{term.name}_loss": value for term, value, _ in results}
-    names = Counter([*OF_STEP, *metrics, *(name for _, _, own in results for name in own)])
-    for term, _, own in results:
-        for name, y in own.items():
+    of_terms = (name for _, _, measured in results for name in measured)
+    names = Counter([*OF_STEP, *metrics, *of_terms])
+    for term, _, measured in results:
+        for name, y in measured.items():
             metrics[name if names[name] == 1 else f"{term.name}/{name}"] = y
     parts = [value if term.weight == 1 else term.weight * value for term, value, _ in results]
     return sum(parts[1:], start=parts[0]), metrics
@@ -236,18 +237,21 @@ def draw(objective: Objective, model: CLIPConfig, key: Array) -> Params:
     """
     drawn: Params = {}
     for term in objective:
-        own = jax.random.fold_in(key, zlib.crc32(term.name.encode()))
+        term_key = jax.random.fold_in(key, zlib.crc32(term.name.encode()))
         for i, (name, (shape, _)) in enumerate(term.parameters(model).items()):
-            normal = jax.random.normal(jax.random.fold_in(own, i), shape)
+            normal = jax.random.normal(jax.random.fold_in(term_key, i), shape)
             drawn.setdefault(term.name, {})[name] = normal * shape[0] ** -0.5
     return drawn
 
 
 def dimensions(objective: Objective, model: CLIPConfig) -> dict[str, str]:
     """Return path → dimension names of all parameters, the model's and the terms'."""
-    terms = [(term.name, term.parameters(model).items()) for term in objective]
-    own = {f"{term}/{name}": names for term, arrays in terms for name, (_, names) in arrays}
-    return model.dimensions() | own
+    of_terms = {
+        f"{term.name}/{name}": names
+        for term in objective
+        for name, (_, names) in term.parameters(model).items()
+    }
+    return model.dimensions() | of_terms
 
 
 def init(objective: Objective, params: Params) -> dict[str, Any]:
