@@ -28,6 +28,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig
 from clip_jax.models.layers import Operations
 from clip_jax.models.lora import adapted
+from clip_jax.models.outputs import output
 from clip_jax.optim.wrappers import TOWERS, Tower
 
 Convention = Literal["matmul", "laion", "fvcore"]
@@ -63,8 +64,9 @@ def of_step(run: Any) -> Flops:
     each = [(forward(x.config), x.texts) for x in teachers]
     teacher = run.batch_size * sum(of.image + texts * of.text for of, texts in each)
     towers = _towers(run.model, run.batch_size, locked, has_adapters=lora is not None)
-    needs = {name for term in run.objective for name in term.needs}
-    images, texts = (1 + sum(x.startswith(f"{y}:") for x in needs) for y in ("image", "text"))
+    needs = [output(name) for name in {name for term in run.objective for name in term.needs}]
+    embedded = [x.tower for x in needs if x.is_embedding and x.input != x.tower]
+    images, texts = 1 + embedded.count("image"), 1 + embedded.count("text")
     towers = towers._replace(image=towers.image * images, text=towers.text * texts)
     return towers._replace(loss=2 * macs, teacher=teacher)
 

@@ -37,6 +37,7 @@ from clip_jax.models.clip import (
     split_batch_stats,
 )
 from clip_jax.models.lora import LoRAConfig
+from clip_jax.models.outputs import output
 from clip_jax.optim import Muon, OptimConfig, Tower, make_optimizer, schedule
 from clip_jax.optim.wrappers import TOWERS, capped, skipped_updates, unless_skipped
 from clip_jax.sharding import AnyMesh
@@ -278,11 +279,9 @@ def encode(
     frozen = {TOWERS[tower]: jax.lax.stop_gradient(x.params[TOWERS[tower]]) for tower in locked}
     x = replace(x, params=x.params | frozen)
     constrain, inputs, needs = x.model.layout.constrain, x.inputs, terms.needs(objective)
-    names = {"image": ["image"], "text": ["text"]}
-    for tower, _, name in (name.partition(":") for name in needs if terms.is_embedding(name)):
-        names[tower].append(name)
-    images = {name: x.model.normalize(inputs[name]) for name in names["image"]}
-    texts = {name: inputs[name] for name in names["text"]}
+    embeddings = [y for name in ("image", "text", *needs) if (y := output(name)).is_embedding]
+    images = {y.input: x.model.normalize(inputs[y.input]) for y in embeddings if y.tower == "image"}
+    texts = {y.input: inputs[y.input] for y in embeddings if y.tower == "text"}
     keys = None
     if key is not None and "image" not in locked:
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(constrain(inputs["row"]))
@@ -291,7 +290,7 @@ def encode(
         x.params, images, texts, needs, keys, train=train and "image" not in locked
     )
     outputs = {
-        name: l2_normalize(y) if terms.is_embedding(name) else constrain(y)
+        name: l2_normalize(y) if output(name).is_embedding else constrain(y)
         for name, y in outputs.items()
     }
     results = terms.encode(objective, replace(x, outputs=outputs))

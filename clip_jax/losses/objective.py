@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.inputs import Input
+from clip_jax.models.outputs import output
 from clip_jax.parts import Part
 
 Inputs = dict[str, Any]  # the batch by name: "image", "text", and further inputs of terms
@@ -183,16 +184,11 @@ def needs(objective: Objective) -> tuple[str, ...]:
 
 def encode(objective: Objective, x: Context) -> Outputs:
     """Return the outputs of a chunk to keep: embeddings, and the results of the terms."""
-    outputs = {name: y for name, y in x.outputs.items() if is_embedding(name)}
+    outputs = {name: y for name, y in x.outputs.items() if output(name).is_embedding}
     for term in objective:
         results = term.encode(_seen_by(term, x))
         outputs |= {f"{term.name}/{name}": y for name, y in results.items()}
     return outputs
-
-
-def is_embedding(name: str) -> bool:
-    """Say whether an output of the towers is an embedding, not token states."""
-    return name.partition(":")[0] in ("image", "text")
 
 
 def total(objective: Objective, x: Context) -> Result:

@@ -42,6 +42,10 @@ class Max:
     values: Values
     has_gradient: bool = False
 
+    def start(self, zero: Float[Array, " B"]) -> Float[Array, " B"]:
+        """Return the statistic before any pair is seen."""
+        return zero + MASKED
+
 
 class Sum:
     """A sum over a row or column, possibly relative to maxima; the base of those below."""
@@ -210,8 +214,7 @@ def contribution(sums: Sums, pairs: Pairs, total: Statistics, axis: Axis) -> Sta
 def start(sums: Sums, side: Side) -> Statistics:
     """Return the statistics of images or texts before any pair is seen."""
     zero = jnp.zeros(len(side.ids), side.features.dtype)
-    tops = dict.fromkeys(maxima(sums), zero + MASKED)
-    return tops | {name: entry.start(zero) for name, entry in totals(sums).items()}
+    return {name: entry.start(zero) for name, entry in sums.items()}
 
 
 def rebase(sums: Sums, x: Statistics, tops: Statistics) -> Statistics:

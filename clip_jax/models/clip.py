@@ -31,6 +31,7 @@ from clip_jax.models.images import (
     split_tokens,
 )
 from clip_jax.models.layers import DType, Layout, Remat, named
+from clip_jax.models.outputs import output
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
@@ -241,7 +242,7 @@ class CLIP:
         compute = functools.partial(_outputs, images, texts, needs, keys, train)
         out, updates = self._run(params, compute, mutable=["batch_stats"])
         embeddings = {
-            name: x.astype(jnp.float32) for name, x in out.items() if "_" not in name.split(":")[0]
+            name: x.astype(jnp.float32) for name, x in out.items() if output(name).is_embedding
         }
         return out | embeddings, updates.get("batch_stats", {})
 
@@ -359,9 +360,9 @@ def _outputs(
     """Compute the outputs of `CLIP.outputs`; each tower runs once for each of its inputs."""
     out: dict[str, Array] = {}
     pixels = {name: as_dtype(x, towers.config.dtype) for name, x in images.items()}
-    layers = [(name, *name.split("_tokens:")) for name in needs if "_tokens:" in name]
-    of_image = {name: int(layer) for name, tower, layer in layers if tower == "image"}
-    of_text = {name: int(layer) for name, tower, layer in layers if tower == "text"}
+    tokens_of = {name: x for name in needs if (x := output(name)).part == "tokens"}
+    of_image = {name: x.layer for name, x in tokens_of.items() if x.tower == "image"}
+    of_text = {name: x.layer for name, x in tokens_of.items() if x.tower == "text"}
     writes, image_tokens, tokens = "caption_states" in needs, None, texts["text"]
     others = {f"text:{name}": x for name, x in texts.items() if name != "text"}
     if writes or of_image:
