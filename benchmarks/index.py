@@ -61,7 +61,7 @@ def order_a_large_set() -> None:
     took = []
     for first in (0, 1, 257, 513):  # the first computes the epoch's permutation
         start = time.process_time()
-        for stream in streams.own:
+        for stream in streams.of_process:
             order.at(stream, first * streams.width, 256 * streams.width)
         took.append(time.process_time() - start)
     print(f"{min(took[1:]) / 256 / 512 * 1e6:.2f} µs a sample, after {took[0]:.1f} s")

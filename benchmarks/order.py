@@ -32,7 +32,7 @@ def blocks(batch_size: int, shuffle_blocks: int) -> np.ndarray:
     shares = OfPositions(streams, int(sizes.sum()))
     order = BlockOrder(sizes, seed=0, shuffle_blocks=shuffle_blocks, shares=shares)
     steps = int(sizes.sum()) // batch_size
-    runs = [order.at(stream, 0, steps * streams.width).record for stream in streams.own]
+    runs = [order.at(stream, 0, steps * streams.width).record for stream in streams.of_process]
     return np.stack([run.reshape(steps, -1) for run in runs], 1).reshape(steps, batch_size)
 
 

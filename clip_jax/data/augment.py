@@ -118,7 +118,10 @@ def draw(
 
 
 def replay(
-    image: ImageLike, one: Augmentation, specs: Sequence[ImageSpec], size: int | None = None
+    image: ImageLike,
+    augmentation: Augmentation,
+    specs: Sequence[ImageSpec],
+    size: int | None = None,
 ) -> list[UInt8[np.ndarray, "_H _W 3"]]:
     """Decode an image and apply an augmentation for each input, whose crops are the same.
 
@@ -126,18 +129,22 @@ def replay(
     ImageError, and SampleError if the image has no such box.
     """
     decoded = decode(image)
-    top, left, height, width = one.box or (0, 0, decoded.height, decoded.width)
-    bottom, right = top + height, left + width
+    top, left, height, width = augmentation.box or (0, 0, decoded.height, decoded.width)
+    bottom = top + height
+    right = left + width
     if not (0 <= top < bottom <= decoded.height and 0 <= left < right <= decoded.width):
         raise SampleError(
             f"augmentation: the box of {width} x {height} pixels at column {left}, row {top} is "
             f"not inside the image of {decoded.width} x {decoded.height}, so it is of another"
         )
-    crop, views = decoded.crop((left, top, right, bottom)), []
+    crop = decoded.crop((left, top, right, bottom))
+    operations = augmentation.operations or ()
+    views = []
     for spec in specs:
         view = crop.resize(spec.fit(width, height), Image.Resampling.BICUBIC)
-        view = ImageOps.mirror(view) if one.flip else view
-        views.append(np.array(_apply(view, one.operations or (), size or specs[0].side)))
+        if augmentation.flip:
+            view = ImageOps.mirror(view)
+        views.append(np.array(_apply(view, operations, size or specs[0].side)))
     return views
 
 
@@ -163,7 +170,10 @@ _OPERATIONS: tuple[tuple[Callable[[Image.Image, float], Image.Image], float, flo
     (lambda image, _: ImageOps.autocontrast(image), 0, 0, False),
     (lambda image, _: ImageOps.equalize(image), 0, 0, False),
 )
-OPERATIONS, POSTERIZE, _TRANSLATE_X, _TRANSLATE_Y = len(_OPERATIONS), 10, 3, 4
+OPERATIONS = len(_OPERATIONS)
+POSTERIZE = 10
+_TRANSLATE_X = 3
+_TRANSLATE_Y = 4
 _LEVELS = 31
 
 

@@ -105,9 +105,10 @@ class Preprocess:
     def __post_init__(self) -> None:
         check_sizes(self, "", mean="(-inf, inf)", std="(0, inf)", fill="[0, 255]")
         choices = {"interpolation": Interpolation, "resize_mode": ResizeMode, "rules": Rules}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in get_args(known):
-                raise InputError(f"{name}={value!r} must be one of {', '.join(get_args(known))}")
+        for name, choice in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(choice):
+                raise InputError(f"{name}={value!r} must be one of {', '.join(get_args(choice))}")
         if (self.resize_mode == "naflex") != bool(self.max_patches and self.patch_size):
             raise InputError(
                 f"resize_mode={self.resize_mode!r} with max_patches={self.max_patches} and "
@@ -221,9 +222,12 @@ def read_crops(
             aspect = 1.0 if isinstance(spec, Square) else full[0] / full[1]
             box = random_box(*full, rng, scale, aspect)
         elif not crops and isinstance(spec, Square):
-            square = _, box = _square(full, spec.side, rng)
-            args = spec.side, Image.Resampling.BICUBIC, full, factor, square
-            crops.append(np.array(_crop_of_resized(decoded[factor], *args)))
+            square = _square(full, spec.side, rng)
+            _, box = square
+            crop = _crop_of_resized(
+                decoded[factor], spec.side, Image.Resampling.BICUBIC, full, factor, square
+            )
+            crops.append(np.array(crop))
             continue
         elif not crops:
             box = (0, 0, *full)
@@ -254,7 +258,8 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
 def fitted(pixels: UInt8[np.ndarray, "H W C"], spec: ImageSpec) -> UInt8[np.ndarray, "h w C"]:
     """Resize an image that was drawn for another input, unless it fits (bicubic)."""
     height, width = pixels.shape[:2]
-    if (size := spec.fit(width, height)) == (width, height):
+    size = spec.fit(width, height)
+    if size == (width, height):
         return pixels
     return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
@@ -313,8 +318,11 @@ def _square(
     # round: halves go to the even number, as in torchvision's CenterCrop
     middle = spare // 2 if down else round(spare / 2)
     offset = middle if rng is None else int(rng.integers(spare + 1))
-    start, end = (edge * long / resized_long for edge in (offset, offset + size))
-    return offset, (start, 0, end, short) if full[0] > full[1] else (0, start, short, end)
+    start = offset * long / resized_long
+    end = (offset + size) * long / resized_long
+    if full[0] > full[1]:
+        return offset, (start, 0, end, short)
+    return offset, (0, start, short, end)
 
 
 def random_box(
@@ -330,13 +338,16 @@ def random_box(
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         ratio = aspect * math.exp(rng.uniform(-math.log(_FLATTEST), math.log(_FLATTEST)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-            return (int(left), int(top), int(left) + w, int(top) + h)
+            left = int(rng.integers(width - w + 1))
+            top = int(rng.integers(height - h + 1))
+            return (left, top, left + w, top + h)
     w = min(width, round(height * _FLATTEST * aspect))
     h = min(height, round(width * _FLATTEST / aspect))
-    left, top = (width - w) // 2, (height - h) // 2
+    left = (width - w) // 2
+    top = (height - h) // 2
     return (left, top, left + w, top + h)
 
 

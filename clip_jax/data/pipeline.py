@@ -165,8 +165,11 @@ class Pipeline:
         plan: BatchPlan,
         process: tuple[int, int],
     ) -> None:
-        self._config, self._loader, self._tokenizers = config, loader, tokenizers
-        self._plan, self._process = plan, process
+        self._config = config
+        self._loader = loader
+        self._tokenizers = tokenizers
+        self._plan = plan
+        self._process = process
         self.num_samples = len(loader.source)  # in one epoch
         self.order = _settled_order(config, loader.source)
         if self.order == "blocks":
@@ -176,12 +179,15 @@ class Pipeline:
     def fingerprints(self) -> list[str]:
         """Hash the source, or each member of a mixture, with the first stored embeddings."""
         members = self._loader.members
-        hashes = [sources.digest(one, blocks=self.order == "blocks") for one in members]
+        hashes = [sources.digest(member, blocks=self.order == "blocks") for member in members]
         if not self._loader.reads_stored:
             return hashes
-        first = [_reinforcement(cast(sources.StoredSource, one), 0).image for one in members]
-        stored = [hashlib.sha256(image.tobytes()).hexdigest()[:12] for image in first]
-        return [f"{one}-{own}" for one, own in zip(hashes, stored, strict=True)]
+        fingerprints = []
+        for member, digest in zip(members, hashes, strict=True):
+            embeddings = _reinforcement(cast(sources.StoredSource, member), 0).image
+            stored = hashlib.sha256(embeddings.tobytes()).hexdigest()[:12]
+            fingerprints.append(f"{digest}-{stored}")
+        return fingerprints
 
     def batches(self, start_step: int = 0) -> Generator[Batch]:
         """Yield batch `start_step` and all that follow. Close the generator to stop its threads.
@@ -263,11 +269,13 @@ def _stream_order(
 
 def _settled_order(config: DataConfig, source: sources.Source) -> Literal["global", "blocks"]:
     """Resolve `data.order`. Raises InputError if blocks are required and the source has none."""
-    members = config.source.members if isinstance(config.source, MixtureConfig) else ()
-    paths = [getattr(one, "path", "") for one in (config.source, *(m.source for m in members))]
+    configs = [config.source]
+    if isinstance(config.source, MixtureConfig):
+        configs = [member.source for member in config.source.members]
+    is_remote = any(files.is_remote(getattr(part, "path", "")) for part in configs)
     together = isinstance(source, sources.BlockSource) and len(source.blocks()) < len(source)
     if config.order == "auto":
-        return "blocks" if together and any(map(files.is_remote, paths)) else "global"
+        return "blocks" if together and is_remote else "global"
     if config.order == "blocks" and not together:
         raise InputError(
             "data.order=blocks needs files with many records each: tars, Parquet or "
@@ -278,7 +286,8 @@ def _settled_order(config: DataConfig, source: sources.Source) -> Literal["globa
 
 def _check_budget(config: DataConfig, source: sources.BlockSource, processes: int) -> None:
     """Raise InputError if the shuffle buffer exceeds the memory for reading ahead."""
-    blocks, total = len(source.blocks()), source.size(0, len(source))
+    blocks = len(source.blocks())
+    total = source.size(0, len(source))
     buffer = min(config.shuffle_blocks, blocks)
     # On average, half of each buffered block is used; a buffer of all blocks starts full.
     need = total / blocks * buffer / processes * (0.6 if buffer < blocks else 1.0)
@@ -321,7 +330,7 @@ class _Loader:
                 "a StoredTeacher needs the augmentations that its embeddings belong to: set "
                 "--data.crop stored, with data that clip-jax prepare --reinforce wrote"
             )
-        is_stored = [isinstance(one, sources.StoredSource) for one in self.members]
+        is_stored = [isinstance(member, sources.StoredSource) for member in self.members]
         if self._reads_more and not all(is_stored):
             raise InputError(
                 "synthetic captions and stored augmentations need data that clip-jax prepare "
@@ -392,10 +401,9 @@ class _Loader:
             views = self._views(image, distinct, more, arrays.pop("number", 0), rng)
         except ImageError as error:
             raise sources.SampleError(str(error)) from error
-        packed = {one: one.pack(x[None]) for one, x in zip(distinct, views, strict=True)}
-        return {name: packed[one] for name, one in specs.items()} | arrays, captions | {
-            "text": caption
-        }
+        packed = {shape: shape.pack(x[None]) for shape, x in zip(distinct, views, strict=True)}
+        images = {name: packed[shape] for name, shape in specs.items()}
+        return images | arrays, captions | {"text": caption}
 
     def _views(
         self,
@@ -411,10 +419,12 @@ class _Loader:
             return [fitted(image, spec) for spec in specs]
         if more is not None and self.reads_stored:
             return replay(image, more.augmentations[number], specs, more.size)
-        at_random, scale = rng if config.crop == "random" else None, config.crop_scale
-        views = read_crops(image, specs, at_random, scale, scaled=config.scaled_decode)
+        crop_rng = rng if config.crop == "random" else None
+        scaled = config.scaled_decode
+        views = read_crops(image, specs, crop_rng, config.crop_scale, scaled=scaled)
         # Each draws the same numbers.
-        rngs, side = [rng, *(copy.deepcopy(rng) for _ in views[1:])], specs[0].side
+        rngs = [rng, *(copy.deepcopy(rng) for _ in views[1:])]
+        side = specs[0].side
         return [augment(x, y, config.augment, side) for x, y in zip(views, rngs, strict=True)]
 
     def _drawn(
@@ -424,12 +434,15 @@ class _Loader:
         embeddings of all three by the names of the inputs."""
         i = _one_of(captions, rng, "caption")
         caption = synthetic = captions[i]
-        chosen, arrays = {"text": (more.text, i)}, {}
+        chosen = {"text": (more.text, i)}
+        arrays = {}
         if self._reads_synthetic:
             j = _one_of(more.synthetic, rng, "synthetic caption")
-            synthetic, chosen["synthetic"] = more.synthetic[j], (more.synthetic_text, j)
+            synthetic = more.synthetic[j]
+            chosen["synthetic"] = more.synthetic_text, j
             if rng.random() < self._config.synthetic_ratio:
-                caption, chosen["text"] = synthetic, chosen["synthetic"]
+                caption = synthetic
+                chosen["text"] = chosen["synthetic"]
         if self.reads_stored:
             arrays["number"] = _one_of(more.augmentations, rng, "stored augmentation")
             chosen["image"] = more.image, arrays["number"]
@@ -452,10 +465,10 @@ def _check_widths(source: sources.StoredSource, widths: tuple[int, ...]) -> None
             return
         if more.total:
             stored[source.key(index)] = more.widths or more.total
-    for key, own in stored.items():
+    for key, stored_widths in stored.items():
         raise InputError(
-            f"data.source stores embeddings of width {own} (sample {key!r}), but embed_dim of the "
-            f"objective's StoredTeachers is {widths}: set one StoredTeacher for each teacher in "
+            f"data.source stores embeddings of width {stored_widths} (sample {key!r}), but "
+            f"embed_dim of the objective's StoredTeachers is {widths}: set one StoredTeacher for each teacher in "
             "report.json of the data, in the same order"
         )
 

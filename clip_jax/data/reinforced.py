@@ -168,7 +168,7 @@ def _augmentation(fields: Any) -> Augmentation:
         box = tuple(left.pop(0)) if is_box else None
         flip = left.pop(0) if left and isinstance(left[0], bool) else None
         pairs = left.pop(0) if left else ()
-        operations = pairs and tuple(one and _operation(*one) for one in pairs)
+        operations = pairs and tuple(pair and _operation(*pair) for pair in pairs)
         if not left:
             return Augmentation(box, flip, operations)
     raise SampleError(
@@ -185,9 +185,20 @@ def _operation(which: Any, magnitude: Any) -> tuple[int, float]:
 
 
 def _to_json(r: Reinforcement) -> bytes:
-    fields = [((x.box, None), (x.flip, None), (x.operations, ())) for x in r.augmentations]
-    listed = [[value for value, absent in one if value != absent] for one in fields]
-    return json.dumps({"param_aug": listed} | ({"size": r.size} if r.size else {})).encode()
+    augmentations = []
+    for augmentation in r.augmentations:
+        fields: list[Any] = []
+        if augmentation.box is not None:
+            fields.append(augmentation.box)
+        if augmentation.flip is not None:
+            fields.append(augmentation.flip)
+        if augmentation.operations != ():
+            fields.append(augmentation.operations)
+        augmentations.append(fields)
+    content: dict[str, Any] = {"param_aug": augmentations}
+    if r.size:
+        content["size"] = r.size
+    return json.dumps(content).encode()
 
 
 def _rows(r: Reinforcement) -> dict[str, Any]:

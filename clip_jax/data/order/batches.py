@@ -116,10 +116,10 @@ def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
         image=arrays.pop("image"),
         text=arrays.pop("text"),
         inputs=arrays,
-        index=np.concatenate([one.index for one in notes]),
-        keys=[key for one in notes for key in one.keys],
-        skipped=[event for one in notes for event in one.skipped],
-        reading=sum((one.reading for one in notes), Reading()),
+        index=np.concatenate([note.index for note in notes]),
+        keys=[key for note in notes for key in note.keys],
+        skipped=[event for note in notes for event in note.skipped],
+        reading=sum((note.reading for note in notes), Reading()),
     )
 
 
@@ -174,18 +174,22 @@ class StreamPieces:
     @property
     def number(self) -> int:
         """Pieces in a unit, the empty ones included."""
-        return -(-len(self.streams.own) // self.workers) * self.workers
+        return -(-len(self.streams.of_process) // self.workers) * self.workers
 
     def __call__(self, i: int) -> Piece | NoPiece:
         unit, slot = divmod(i, self.number)
-        own = self.streams.own
-        if slot >= len(own):
+        streams = self.streams.of_process
+        if slot >= len(streams):
             return ()
-        ahead = self._ahead.get(lambda: self._open(own[i % self.workers :: self.workers]))
-        stream, width = own[slot], self.streams.width
+        ahead = self._ahead.get(lambda: self._open(streams[i % self.workers :: self.workers]))
+        stream = streams[slot]
+        width = self.streams.width
         first = unit * self.streams.batch_size + stream * width
-        run, (_, _, kind) = ahead.run(unit, stream), self.plan.locate(unit)
-        samples, used, waited = [], 0, 0.0
+        run = ahead.run(unit, stream)
+        _, _, kind = self.plan.locate(unit)
+        samples = []
+        used = 0
+        waited = 0.0
         for at, record, epoch, piece in zip(range(first, first + width), *run[:3], strict=True):
             start = CLOCK.now()
             try:
@@ -199,9 +203,14 @@ class StreamPieces:
 
     def _open(self, streams: Sequence[int]) -> ReadAhead:
         source: Any = self.load.source
-        order, budget = self.make_order(source), self.budget // self.workers
-        width = self.streams.width
-        return ReadAhead(source, order, streams, width=width, start=self.start, budget=budget)
+        return ReadAhead(
+            source,
+            self.make_order(source),
+            streams,
+            width=self.streams.width,
+            start=self.start,
+            budget=self.budget // self.workers,
+        )
 
     def close(self) -> None:
         """Stop reading ahead in this process."""

@@ -75,7 +75,7 @@ class Streams:
         return self.batch_size // self.count
 
     @property
-    def own(self) -> range:
+    def of_process(self) -> range:
         """Indices of this process's streams."""
         each = self.count // self.process[1]
         return range(self.process[0] * each, (self.process[0] + 1) * each)
@@ -160,7 +160,9 @@ class BlockOrder:
             start, chunk = self._chunk_with(stream, offset)
             at = offset - start
             runs.append(Run(*(array[at : at + count] for array in chunk)))
-            offset, count = offset + len(runs[-1].record), count - len(runs[-1].record)
+            length = len(runs[-1].record)
+            offset += length
+            count -= length
         return joined(runs)
 
     def reach(self, stream: int) -> int:
@@ -174,15 +176,15 @@ class BlockOrder:
 
     def _chunk_with(self, stream: int, offset: int) -> tuple[int, Run]:
         """Return the chunk that contains a place, and the place at which it starts."""
-        kept = self._chunks.get(stream, [])
-        for start, run in kept:
+        cached = self._chunks.get(stream, [])
+        for start, run in cached:
             if start <= offset < start + len(run.record):
                 return start, run
         most = (offset + 1) * self._shares.streams.count + self._shares.streams.batch_size
         epochs = range(most // self._length + 2)
         epoch = bisect.bisect_right(epochs, offset, key=lambda e: int(self._shares(e)[stream])) - 1
-        before, after = (int(self._shares(e)[stream]) for e in (epoch, epoch + 1))
-        length = after - before
+        before = int(self._shares(epoch)[stream])
+        length = int(self._shares(epoch + 1)[stream]) - before
         chunks = max(1, int(length / max(self._spread, _CHUNK)))
         number = (offset - before) * chunks // length
         while True:
@@ -192,7 +194,7 @@ class BlockOrder:
             elif offset - before >= start + len(run.record):
                 number += 1
             else:
-                self._chunks[stream] = [(before + start, run), *kept[: _KEPT - 1]]
+                self._chunks[stream] = [(before + start, run), *cached[: _KEPT - 1]]
                 return before + start, run
 
     def _permuted(self, epoch: int) -> tuple[Any, Any, Any]:

@@ -139,27 +139,27 @@ class MixtureSource:
         self._starts = np.cumsum([0, *map(len, members)]).tolist()
         self._begins = [0, *(phase.from_sample for phase in config.phases)]
         weights = [config.weights, *(phase.weights for phase in config.phases)]
-        self._patterns = [_Pattern(one) for one in weights]
+        self._patterns = [_Pattern(of_phase) for of_phase in weights]
 
     def __len__(self) -> int:
         return len(self._places)
 
     def key(self, index: int) -> str:
         """Return the index of the member and its own key."""
-        member, own = self._places.find(index)
-        return f"{member}/{self.members[member].key(own)}"
+        member, record = self._places.find(index)
+        return f"{member}/{self.members[member].key(record)}"
 
     def load(
         self, index: int, rng: np.random.Generator
     ) -> tuple[bytes | UInt8[np.ndarray, "H W 3"], str]:
         """Load the member's sample."""
-        member, own = self._places.find(index)
-        return self.members[member].load(own, rng)
+        member, record = self._places.find(index)
+        return self.members[member].load(record, rng)
 
     def record(self, index: int) -> AnyRecord:
         """Return the member's sample as it is stored; its members must be `StoredSource`s."""
-        member, own = self._places.find(index)
-        return cast(StoredSource, self.members[member]).record(own)
+        member, record = self._places.find(index)
+        return cast(StoredSource, self.members[member]).record(record)
 
     def order(self, seed: int) -> Any:
         """Return an endless grain.MapDataset of indices; a member is shuffled in each epoch."""
@@ -179,18 +179,20 @@ class MixtureSource:
 
     def size(self, first: int, last: int) -> int:
         """Return the size of these records in bytes; 0 for a member without blocks."""
-        member, own = self._places.find(first)
-        source = self.members[member]
-        return source.size(own, own + last - first) if isinstance(source, BlockSource) else 0
+        number, record = self._places.find(first)
+        member = self.members[number]
+        if not isinstance(member, BlockSource):
+            return 0
+        return member.size(record, record + last - first)
 
     def fetch(self, first: int, last: int) -> list[AnyRecord]:
         """Read records of one block of a member."""
-        number, own = self._places.find(first)
+        number, record = self._places.find(first)
         member = self.members[number]
         if not isinstance(member, BlockSource):
-            return [Record(self.key(first), 0, functools.partial(member.load, own))]
-        records = member.fetch(own, own + last - first)
-        return [one._replace(key=f"{number}/{one.key}") for one in records]
+            return [Record(self.key(first), 0, functools.partial(member.load, record))]
+        records = member.fetch(record, record + last - first)
+        return [stored._replace(key=f"{number}/{stored.key}") for stored in records]
 
     def stream_order(self, seed: int, streams: Streams, shuffle_blocks: int) -> "StreamMixture":
         """Return the block order: each stream advances in each member by itself."""
@@ -217,7 +219,9 @@ class StreamMixture:
         begins: list[Int64[np.ndarray, " streams"]],
         patterns: list[_Pattern],
     ) -> None:
-        self._starts, self._orders, self._patterns = starts, orders, patterns
+        self._starts = starts
+        self._orders = orders
+        self._patterns = patterns
         self._phases = functools.cache(
             lambda stream: _phases([int(begin[stream]) for begin in begins], patterns)
         )
@@ -231,7 +235,8 @@ class StreamMixture:
             end = phases[number + 1].start if number + 1 < len(phases) else ENDLESS
             here = min(count, end - offset)
             runs.append(self._in_phase(phases[number], stream, offset, here))
-            offset, count = offset + here, count - here
+            offset += here
+            count -= here
         return joined(runs)
 
     def reach(self, stream: int) -> int:
@@ -244,7 +249,8 @@ class StreamMixture:
         )
 
     def _in_phase(self, phase: _Phase, stream: int, offset: int, count: int) -> Run:
-        pattern, places = phase.pattern, np.arange(offset, offset + count) - phase.start
+        pattern = phase.pattern
+        places = np.arange(offset, offset + count) - phase.start
         members = pattern.member[places % pattern.period]
         counts = phase.counts_before(offset)
         joined = Run(*(np.empty(count, np.int64) for _ in Run._fields))

@@ -163,7 +163,7 @@ def caption_of(value: Any, rng: np.random.Generator) -> str:
 
 def captions_of(value: Any) -> list[str]:
     """Return all texts of a cell."""
-    return [text_of(one) for one in _several(value)]
+    return [text_of(text) for text in _several(value)]
 
 
 def _several(value: Any) -> Sequence[Any] | np.ndarray:

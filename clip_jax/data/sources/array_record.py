@@ -72,7 +72,9 @@ class ArrayRecordSource(StoredSource):
     def _bytes(self) -> tuple[Int64[np.ndarray, " edges"], Int64[np.ndarray, " edges"]]:
         """Return the records and bytes before each shard, and in total."""
         shards = list(filter(len, self._shards))
-        return np.cumsum([0, *map(len, shards)]), np.cumsum([0, *(one.end for one in shards)])
+        records = [len(shard) for shard in shards]
+        sizes = [shard.end for shard in shards]
+        return np.cumsum([0, *records]), np.cumsum([0, *sizes])
 
     def size(self, first: int, last: int) -> int:
         """Estimate the bytes of these records by the mean of their shard."""
@@ -173,15 +175,21 @@ def _example() -> Any:
         return added
 
     message("BytesList", "value", kind.LABEL_REPEATED, kind.TYPE_BYTES)
-    one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
-    message("Feature", "bytes_list", one, kind.TYPE_MESSAGE, ".clip_jax.BytesList")
-    features = message("Features", "feature", many, kind.TYPE_MESSAGE, ".clip_jax.Features.Entry")
+    optional = kind.LABEL_OPTIONAL
+    repeated = kind.LABEL_REPEATED
+    message("Feature", "bytes_list", optional, kind.TYPE_MESSAGE, ".clip_jax.BytesList")
+    entries = ".clip_jax.Features.Entry"
+    features = message("Features", "feature", repeated, kind.TYPE_MESSAGE, entries)
     entry = features.nested_type.add(name="Entry")
-    entry.field.add(name="key", number=1, label=one, type=kind.TYPE_STRING)
+    entry.field.add(name="key", number=1, label=optional, type=kind.TYPE_STRING)
     entry.field.add(
-        name="value", number=2, label=one, type=kind.TYPE_MESSAGE, type_name=".clip_jax.Feature"
+        name="value",
+        number=2,
+        label=optional,
+        type=kind.TYPE_MESSAGE,
+        type_name=".clip_jax.Feature",
     )
-    message("Example", "features", one, kind.TYPE_MESSAGE, ".clip_jax.Features")
+    message("Example", "features", optional, kind.TYPE_MESSAGE, ".clip_jax.Features")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("clip_jax.Example"))

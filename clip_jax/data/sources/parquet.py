@@ -54,11 +54,14 @@ class ParquetSource(StoredSource):
         paths = files.expand(config.path)
         with ThreadPoolExecutor(_THREADS) as threads:
             read = list(threads.map(_metadata, paths))
-        bad = [one for one in read if isinstance(one, str)]
+        bad = []
+        good = []
+        for path, metadata in zip(paths, read, strict=True):
+            if isinstance(metadata, str):
+                bad.append(metadata)
+            else:
+                good.append((path, metadata))
         settle(config.path, bad, "unusable", config.bad_shards)
-        good = [
-            (path, one) for path, one in zip(paths, read, strict=True) if not isinstance(one, str)
-        ]
         self._paths = [path for path, _ in good]
         self._metadata = [metadata for _, metadata in good]
         self._columns = [config.image_column, config.caption_column]
@@ -67,7 +70,8 @@ class ParquetSource(StoredSource):
             check_columns(path, config, metadata.schema.to_arrow_schema().names)
             groups += [(number, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-        self._groups, self._places = groups, Places(sizes)
+        self._groups = groups
+        self._places = Places(sizes)
         self._sizes = np.array(sizes, np.int64)
         if not len(self):
             raise InputError(f"{config.path} has no rows; it needs at least one pair")

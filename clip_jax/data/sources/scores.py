@@ -31,8 +31,8 @@ def beside_tar(shard: str, keys: Sequence[str], column: str) -> Float64[np.ndarr
     """
     path = f"{shard.removesuffix('.tar')}.parquet"
     table = read_parquet(path, ["key", column])
-    known = dict(zip(table["key"].to_pylist(), numbers(path, table, column), strict=True))
-    return np.array([known.get(key, np.nan) for key in keys], np.float64)
+    by_key = dict(zip(table["key"].to_pylist(), numbers(path, table, column), strict=True))
+    return np.array([by_key.get(key, np.nan) for key in keys], np.float64)
 
 
 def read_parquet(path: str, columns: list[str]) -> pa.Table:

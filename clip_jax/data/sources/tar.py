@@ -109,7 +109,7 @@ class TarSource(StoredSource):
             raise SampleError(f"shard changed: {error}") from error
         if len(inside) != count:
             raise SampleError(f"shard changed: other members at byte {begin}")
-        return [self._record(path, one.key, one.spans, read) for one in inside]
+        return [self._record(path, sample.key, sample.spans, read) for sample in inside]
 
     def _read_rows(self, first: int, last: int) -> list[StoredRecord]:
         path, rows, row = self._find(first)
@@ -124,11 +124,11 @@ class TarSource(StoredSource):
             }
             for i in range(last - first)
         ]
-        edges = [(at, at + size) for one in spans for at, size in one.values()]
+        edges = [(at, at + size) for of_row in spans for at, size in of_row.values()]
         begin = min((at for at, _ in edges), default=0)
         read = _reader(path, begin, max((at for _, at in edges), default=0))
-        keys = zip(columns["key"], spans, strict=True)
-        return [self._record(path, key, one, read) for key, one in keys]
+        rows_read = zip(columns["key"], spans, strict=True)
+        return [self._record(path, key, of_row, read) for key, of_row in rows_read]
 
     def _record(
         self, path: str, key: bytes, spans: dict[str, tuple[int, int]], read: Read

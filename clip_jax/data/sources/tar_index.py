@@ -81,11 +81,12 @@ class TarIndex:
         rows = [file for _, file in shards]
         self.places = Places(sum(shard.counts) for shard, _ in shards)
         none = np.zeros(0, np.int64)
-        self.counts = np.concatenate([none, *(np.array(one.counts, np.int64) for one, _ in shards)])
-        edges = [np.array(one.edges, np.int64) for one, _ in shards]
-        self._begins = np.concatenate([none, *(one[:-1] for one in edges)])
-        self._ends = np.concatenate([none, *(one[1:] for one in edges)])
-        self._shard = np.repeat(np.arange(len(shards)), [len(one) - 1 for one in edges])
+        counts = [np.array(shard.counts, np.int64) for shard, _ in shards]
+        edges = [np.array(shard.edges, np.int64) for shard, _ in shards]
+        self.counts = np.concatenate([none, *counts])
+        self._begins = np.concatenate([none, *(of_shard[:-1] for of_shard in edges)])
+        self._ends = np.concatenate([none, *(of_shard[1:] for of_shard in edges)])
+        self._shard = np.repeat(np.arange(len(shards)), [len(of_shard) - 1 for of_shard in edges])
         self._firsts = np.cumsum(self.counts) - self.counts
         lengths = self._ends - self._begins
         self._before = tuple(np.cumsum([0.0, *sizes]) for sizes in (self.counts, lengths))
@@ -129,25 +130,26 @@ def open_index(
     missing = [shard for shard, stat in zip(shards, stats, strict=True) if stat is None]
     settle(path, missing, "missing", bad_shards)
     present = [(s, stat) for s, stat in zip(shards, stats, strict=True) if stat is not None]
-    known = read_summary(f"{name}.arrow")
-    good = [(one.path, one.stat) for one in known if not one.failure]
+    entries = read_summary(f"{name}.arrow")
+    good = [(entry.path, entry.stat) for entry in entries if not entry.failure]
     if good != present:
         try:
             files.make_folder(name)
-            by_shard = {(one.path, one.stat): one for one in known}
+            indexed = {(entry.path, entry.stat): entry for entry in entries}
             shared = files.is_remote(name)
-            known = _complete(name, present, by_shard, process if shared else (0, 1), wait)
+            entries = _complete(name, present, indexed, process if shared else (0, 1), wait)
         except OSError as error:
             raise InputError(
                 f"the index of {path} cannot be written to {name}: {error}; set "
                 "index to a writable folder"
             ) from error
-        if known is None:
+        if entries is None:
             return None
-    bad = [f"{one.path} ({one.failure})" for one in known if one.failure]
+    bad = [f"{entry.path} ({entry.failure})" for entry in entries if entry.failure]
     settle(path, bad, "unusable", bad_shards)
-    _say_ignored(known)
-    return TarIndex([(one, _rows_file(name, i)) for i, one in enumerate(known) if not one.failure])
+    _say_ignored(entries)
+    files_of_rows = [(entry, _rows_file(name, i)) for i, entry in enumerate(entries)]
+    return TarIndex([(entry, file) for entry, file in files_of_rows if not entry.failure])
 
 
 def _rows_file(name: str, number: int) -> str:
@@ -157,7 +159,7 @@ def _rows_file(name: str, number: int) -> str:
 def _complete(
     name: str,
     present: list[tuple[str, tuple[int, float]]],
-    known: dict[Any, Shard],
+    indexed_before: dict[Any, Shard],
     process: tuple[int, int],
     wait: bool,
 ) -> list[Shard] | None:
@@ -165,21 +167,22 @@ def _complete(
     indexed: dict[int, Shard] = {}
     written = {os.path.basename(path) for path in files.walk(name)}
 
-    def one(number: int) -> Shard:
+    def entry_of(number: int) -> Shard:
         shard, stat = present[number]
         file = _rows_file(name, number)
         exists = os.path.basename(file) in written
-        if exists and (shard, stat) in known and not known[shard, stat].failure:
-            return known[shard, stat]
-        kept = read_shard(file) if exists else None
-        if kept is None or (kept.path, kept.stat) != (shard, stat) or kept.failure:
-            kept = _index_and_write(shard, stat, file)
-        return kept
+        before = indexed_before.get((shard, stat))
+        if exists and before is not None and not before.failure:
+            return before
+        entry = read_shard(file) if exists else None
+        if entry is None or (entry.path, entry.stat) != (shard, stat) or entry.failure:
+            entry = _index_and_write(shard, stat, file)
+        return entry
 
-    own = range(process[0], len(present), process[1])
+    numbers = range(process[0], len(present), process[1])
     threads = _THREADS_REMOTE if files.is_remote(name) else _THREADS
     with ThreadPoolExecutor(threads) as pool:
-        indexed.update(zip(own, pool.map(one, own), strict=True))
+        indexed.update(zip(numbers, pool.map(entry_of, numbers), strict=True))
         reported = CLOCK.now()
         while len(indexed) < len(present):
             rest = [number for number in range(len(present)) if number not in indexed]
@@ -254,12 +257,21 @@ def _reader(file: str) -> Any:
 
 def write_summary(path: str, shards: Sequence[Shard]) -> None:
     """Write the entries of all shards."""
-    rows = [
-        (one.path, *one.stat, list(one.edges), list(one.counts), one.ignored, one.failure)
-        for one in shards
-    ]
-    named = [dict(zip(_SHARDS.names, row, strict=True)) for row in rows]
-    _write(path, pa.RecordBatch.from_pylist(named, schema=_SHARDS))
+    rows = []
+    for shard in shards:
+        size, time = shard.stat
+        rows.append(
+            {
+                "shard": shard.path,
+                "size": size,
+                "time": time,
+                "edges": list(shard.edges),
+                "counts": list(shard.counts),
+                "ignored": shard.ignored,
+                "failure": shard.failure,
+            }
+        )
+    _write(path, pa.RecordBatch.from_pylist(rows, schema=_SHARDS))
 
 
 def read_summary(path: str) -> list[Shard]:
@@ -271,11 +283,15 @@ def read_summary(path: str) -> list[Shard]:
         batch = reader.get_batch(0)
     except (OSError, pa.ArrowInvalid):
         return []
-    names, sizes, times = (batch[name].to_pylist() for name in ("shard", "size", "time"))
-    edges, counts = (_lists(batch[name]) for name in ("edges", "counts"))
-    texts = batch["ignored"].to_pylist(), batch["failure"].to_pylist()
-    stats = list(zip(sizes, times, strict=True))
-    return [Shard(*one) for one in zip(names, stats, edges, counts, *texts, strict=True)]
+    columns = (
+        batch["shard"].to_pylist(),
+        zip(batch["size"].to_pylist(), batch["time"].to_pylist(), strict=True),
+        _lists(batch["edges"]),
+        _lists(batch["counts"]),
+        batch["ignored"].to_pylist(),
+        batch["failure"].to_pylist(),
+    )
+    return [Shard(*row) for row in zip(*columns, strict=True)]
 
 
 def _lists(column: Any) -> list[np.ndarray]:
@@ -287,7 +303,7 @@ def _lists(column: Any) -> list[np.ndarray]:
 
 def _say_ignored(shards: Sequence[Shard]) -> None:
     """Warn about members that are never read."""
-    notes = [json.loads(one.ignored) for one in shards if one.ignored]
+    notes = [json.loads(shard.ignored) for shard in shards if shard.ignored]
     if notes:
         warn_once(
             f"{sum(count for count, _ in notes):,} members of {len(notes):,} shards, such as "
@@ -306,7 +322,8 @@ def index_shard(shard: str, size: int) -> tuple[pa.RecordBatch, dict[str, Any]]:
     Raises InputError, with the reason and the offset, if it cannot be used.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _REINFORCED.names}
-    ignored, schema = [], _SCHEMA
+    ignored: list[bytes] = []
+    schema = _SCHEMA
 
     def read(at: int, count: int) -> bytes:
         return files.read_ranges(shard, [(at, min(count, size - at))])[0] if at < size else b""

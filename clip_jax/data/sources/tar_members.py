@@ -41,27 +41,35 @@ def samples(members: Iterable[Member], ignored: list[bytes] | None = None) -> It
     Of images of several kinds in a sample, such as a mask beside the photo, the first in `IMAGES`
     is used.
     """
-    last_key, start, end, spans, rank = b"", 0, 0, {}, -1
+    last_key = b""
+    start = 0
+    end = 0
+    spans: dict[str, tuple[int, int]] = {}
+    rank = -1  # of the image in IMAGES
     for name, begin, offset, size, after in members:
         folder, _, file = name.rpartition(b"/")
         stem, _, extension = file.partition(b".")
-        kind, own = _kind(extension)
+        kind, rank_of_member = _kind(extension)
         if not stem or kind is None:
             if ignored is not None and stem:
                 ignored.append(name)
             continue
         key = folder + b"/" + stem if folder else stem
-        beside = key == last_key and kind == "image" and kind in spans and own != rank
+        is_image_beside = kind == "image" and kind in spans and rank_of_member != rank
+        beside = key == last_key and is_image_beside
         if key != last_key or (kind in spans and not beside):
             if spans.keys() - MORE:
                 yield Sample(last_key, start, end, spans)
-            last_key, start, spans = key, begin, {}
+            last_key = key
+            start = begin
+            spans = {}
         end = after
         if beside and ignored is not None:
             ignored.append(name)
-        if not (beside and own > rank):
+        if not (beside and rank_of_member > rank):
             spans[kind] = (offset, size)
-            rank = own if kind == "image" else rank
+            if kind == "image":
+                rank = rank_of_member
     if spans.keys() - MORE:
         yield Sample(last_key, start, end, spans)
 

@@ -103,7 +103,8 @@ class _Delimited:
         places = [columns.index(name) for name in names]
         empty = [""] * len(columns)
         self._malformed: dict[int, str] = {}  # what is wrong with a row
-        chunks, count = [], 0
+        chunks = []
+        count = 0
         try:
             while block := list(itertools.islice(rows, _ROWS)):
                 for number, row in enumerate(block):
@@ -120,7 +121,7 @@ class _Delimited:
             raise InputError(f"{path} cannot be parsed: {error}; check its quotes") from error
         self._count = count
         self._columns = [
-            pa.chunked_array(list(one), pa.binary()) for one in zip(*chunks, strict=True)
+            pa.chunked_array(list(parts), pa.binary()) for parts in zip(*chunks, strict=True)
         ]
 
     def __len__(self) -> int:

@@ -64,8 +64,9 @@ class FileTokenizer(abc.ABC):
         for row, text, words in zip(ids, texts, encoded, strict=True):
             if len(words) > room and not truncate:
                 raise too_long(text, context_length)
-            kept = words[:room] if config.cut == "keep_end" else words
-            complete = [*begin, *kept, *end][:context_length]
+            if config.cut == "keep_end":
+                words = words[:room]
+            complete = [*begin, *words, *end][:context_length]
             if config.pad_side == "right":
                 row[: len(complete)] = complete
             else:

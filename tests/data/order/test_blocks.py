@@ -26,7 +26,10 @@ def in_blocks(sizes, batch_size, *, seed=0, shuffle_blocks=8, shares=OfPositions
 def read(made, batch_size, start, steps, process=(0, 1)):
     """Records and pieces of some batches, as far as a process has them: [steps, places]."""
     streams = Streams(batch_size, process)
-    runs = [made.at(stream, start * streams.width, steps * streams.width) for stream in streams.own]
+    runs = [
+        made.at(stream, start * streams.width, steps * streams.width)
+        for stream in streams.of_process
+    ]
     return [
         np.stack([array.reshape(steps, streams.width) for array in arrays], 1).reshape(steps, -1)
         for arrays in zip(*runs, strict=True)

@@ -41,7 +41,7 @@ def order_of(source):
     return BlockOrder(source.blocks(), seed=0, shuffle_blocks=64, shares=shares)
 
 
-def open_ahead(source, *, start=0, budget=1 << 20, streams=LANES.own):
+def open_ahead(source, *, start=0, budget=1 << 20, streams=LANES.of_process):
     return ReadAhead(
         source, order_of(source), streams, width=LANES.width, start=start, budget=budget
     )
@@ -55,7 +55,7 @@ def requests(ahead, steps, streams):
                 yield step, record, (epoch, first)
 
 
-def take(ahead, steps, streams=LANES.own):
+def take(ahead, steps, streams=LANES.of_process):
     taken = []
     for step, record, piece in requests(ahead, steps, streams):
         assert ahead.take(step, record, piece).key == str(record)
@@ -118,7 +118,7 @@ def test_resumed_it_holds_only_what_is_still_to_come(start):
 def test_a_stream_of_a_process_reads_only_its_own():
     """Two halves of the streams ask for the pieces of the whole, none for another's."""
     sources = [Blocks(6400), Blocks(6400)]
-    halves = [LANES.own[:8], LANES.own[8:]]
+    halves = [LANES.of_process[:8], LANES.of_process[8:]]
     for source, streams in zip(sources, halves, strict=True):
         ahead = open_ahead(source, streams=streams)
         take(ahead, range(25), streams)
@@ -133,7 +133,7 @@ def test_a_block_that_cannot_be_read_is_bad_samples():
     source = Blocks(2560, fail={3: SampleError("gone")})
     ahead = open_ahead(source)
     failed = []
-    for step, record, piece in requests(ahead, range(10), LANES.own):
+    for step, record, piece in requests(ahead, range(10), LANES.of_process):
         try:
             assert ahead.take(step, record, piece).key == str(record)
         except SampleError:
