@@ -53,6 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def ours(tars: str, run: dict[str, Any], part: tuple[int, int]):
+    from clip_jax.data.batch_plan import constant
     from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
     from clip_jax.data.pipeline import DataConfig, build
     from clip_jax.data.sources.tar import TarConfig
@@ -66,7 +67,7 @@ def ours(tars: str, run: dict[str, Any], part: tuple[int, int]):
     if run.get("mixture"):
         members = (shards(0, 9), 2.0), (shards(10, SHARDS - 1), 1.0)
         source = MixtureConfig(
-            members=tuple(MemberConfig(source=one, weight=weight) for one, weight in members)
+            members=tuple(MemberConfig(source=tars, weight=weight) for tars, weight in members)
         )
     config = DataConfig(
         source=source,
@@ -75,10 +76,8 @@ def ours(tars: str, run: dict[str, Any], part: tuple[int, int]):
         threads=run.get("threads", 3),
         order=run.get("order", "auto"),
     )
-    how = {"image_spec": Square(SIZE), "context_length": 77, "batch_size": BATCH}
-    pipeline = build(
-        config, tokenizer=ClipTokenizer(), process_index=part[0], process_count=part[1], **how
-    )
+    plan = constant(BATCH, Square(SIZE))
+    pipeline = build(config, plan, tokenizer=ClipTokenizer(), context_length=77, process=part)
     for batch in pipeline.batches():
         assert batch.image.shape == (BATCH // part[1], SIZE, SIZE, 3)
         yield batch.reading

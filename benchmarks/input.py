@@ -110,6 +110,7 @@ def open_clip_batches(tars: Path | str, workers: int):
 
 
 def clip_jax_batches(folder: Path, workers: int, threads: int):
+    from clip_jax.data.batch_plan import constant
     from clip_jax.data.pipeline import DataConfig, build
     from clip_jax.data.sources.tar import TarConfig
     from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
@@ -121,8 +122,8 @@ def clip_jax_batches(folder: Path, workers: int, threads: int):
         workers=workers,
         threads=threads,
     )
-    how = {"image_spec": Square(SIZE), "context_length": 77, "batch_size": BATCH}
-    for batch in build(config, tokenizer=ClipTokenizer(), **how).batches():
+    plan = constant(BATCH, Square(SIZE))
+    for batch in build(config, plan, tokenizer=ClipTokenizer(), context_length=77).batches():
         assert batch.image.shape == (BATCH, SIZE, SIZE, 3)
         assert batch.text.shape == (BATCH, 77)
         yield

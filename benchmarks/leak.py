@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from clip_jax.data.batch_plan import constant
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.any import PathConfig
@@ -61,8 +62,8 @@ def held(samples: int, paths: list[str]) -> list[int]:
         max_bad_share=1.0,
     )
     config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, flip=0.5))
-    how = {"image_spec": Square(64), "context_length": 32, "batch_size": 256}
-    batches = build(config, tokenizer=ClipTokenizer(), **how).batches()
+    plan = constant(256, Square(64))
+    batches = build(config, plan, tokenizer=ClipTokenizer(), context_length=32).batches()
     next(batches)  # the worker has started
     seen, sizes = 0, []
     while seen < samples:

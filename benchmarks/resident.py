@@ -22,6 +22,7 @@ import obstore  # noqa: F401
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from clip_jax.data.batch_plan import constant
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
 from clip_jax.models.images import Square
@@ -57,10 +58,9 @@ def measure(url: str, seconds: float) -> int:
     """Read for the given time; print the largest growth of memory in each half of it."""
     pipeline = build(
         DataConfig(source=ArrayRecordConfig(path=url), read_ahead_mib=BUDGET, shuffle_blocks=8),
+        constant(64, Square(32)),
         tokenizer=lambda texts, *_: np.zeros((len(texts), 8), np.int32),
-        image_spec=Square(32),
         context_length=8,
-        batch_size=64,
     )
     assert pipeline.order == "blocks"
     before, most, samples, start = resident(), [0, 0], 0, time.monotonic()

@@ -22,6 +22,7 @@ from clip_jax.clock import CLOCK
 from clip_jax.config import Config
 from clip_jax.config_files import with_weights
 from clip_jax.data.augment import augment
+from clip_jax.data.batch_plan import constant
 from clip_jax.data.images import ImageError, read_crops
 from clip_jax.data.pipeline import Pipeline, build, open_source
 from clip_jax.data.sources import BlockSource, SampleError, Source
@@ -67,10 +68,9 @@ def measure_input(config: InputBench) -> dict[str, Any]:
     tokenizer = make_tokenizer(config.model.text)
     pipeline = build(
         data,
+        constant(config.batch_size, config.model.vision.image_spec),
         tokenizer=tokenizer,
-        image_spec=config.model.vision.image_spec,
         context_length=config.model.text.context_length,
-        batch_size=config.batch_size,
         inputs=reads(config.objective, config.model),
     )
     say(f"stages, one thread, {config.seconds:g} s ...")

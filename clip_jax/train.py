@@ -254,13 +254,10 @@ def open_data(config: Config, part: int, parts: int) -> Pipeline:
     models = [config.recipe_of(kind).model for kind in config.batches.kinds]
     return build(
         config.data,
+        config.batches,
         tokenizer=make_tokenizer(config.model.text),
-        image_spec=config.model.vision.image_spec,
         context_length=config.model.text.context_length,
-        batch_size=config.batch_size,
-        process_index=part,
-        process_count=parts,
-        plan=config.batches,
+        process=(part, parts),
         inputs={k: x for model in models for k, x in reads(config.objective, model).items()},
     )
 

@@ -22,7 +22,7 @@ from jaxtyping import Int32
 
 from clip_jax.data import sources
 from clip_jax.data.augment import AugmentConfig, augment, replay
-from clip_jax.data.batch_plan import BatchPlan, constant
+from clip_jax.data.batch_plan import BatchPlan
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import ImageError, fitted, read_crops
 from clip_jax.data.order.batches import Batch, GlobalPieces, Sample, StreamPieces, Tokenizers, join
@@ -95,30 +95,27 @@ class DataConfig:
 
 def build(
     config: DataConfig,
+    plan: BatchPlan,
     *,
     tokenizer: Tokenize,
-    image_spec: ImageSpec,
     context_length: int,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    plan: BatchPlan | None = None,
+    process: tuple[int, int] = (0, 1),
     inputs: Mapping[str, Input] | None = None,
 ) -> "Pipeline":
-    """Open the source and build its pipeline. `batch_size` is global.
+    """Open the source and build the pipeline of the plan's batches, which are global.
 
-    With a `plan`, batch sizes and image shapes are the plan's. `inputs` are made of each sample
-    besides its image and text. Raises InputError if the source cannot be read or lacks an input, or
-    a batch not be divided among the processes.
+    `process` is (index, count) of this process. `inputs` are made of each sample besides its image
+    and text. Raises InputError if the source cannot be read or lacks an input, or a batch not be
+    divided among the processes.
     """
-    plan = plan or constant(batch_size, image_spec)
-    if plan.unit < 1 or plan.unit % process_count:
-        several = f"{plan.unit}, the greatest common divisor of all batch sizes,"
+    _, processes = process
+    if plan.unit < 1 or plan.unit % processes:
+        sizes = f"batch_size={plan.unit}"
+        if len(plan.kinds) > 1:
+            sizes = f"{plan.unit}, the greatest common divisor of all batch sizes,"
         raise InputError(
-            f"{several if len(plan.kinds) > 1 else f'batch_size={batch_size}'} must be a positive "
-            f"multiple of the {process_count} processes; change --batch-size"
+            f"{sizes} must be a positive multiple of the {processes} processes; change --batch-size"
         )
-    process = (process_index, process_count)
     side = max(kind.images.side for kind in plan.kinds)
     loader = _Loader(config, side, process, inputs)
     stored = {x.widths for x in loader.stored.values()}
@@ -435,7 +432,7 @@ class _Loader:
         i = _one_of(captions, rng, "caption")
         caption = synthetic = captions[i]
         chosen = {"text": (more.text, i)}
-        arrays = {}
+        arrays: dict[str, Any] = {}
         if self._reads_synthetic:
             j = _one_of(more.synthetic, rng, "synthetic caption")
             synthetic = more.synthetic[j]
@@ -468,8 +465,8 @@ def _check_widths(source: sources.StoredSource, widths: tuple[int, ...]) -> None
     for key, stored_widths in stored.items():
         raise InputError(
             f"data.source stores embeddings of width {stored_widths} (sample {key!r}), but "
-            f"embed_dim of the objective's StoredTeachers is {widths}: set one StoredTeacher for each teacher in "
-            "report.json of the data, in the same order"
+            f"embed_dim of the objective's StoredTeachers is {widths}: set one StoredTeacher for "
+            "each teacher in report.json of the data, in the same order"
         )
 
 

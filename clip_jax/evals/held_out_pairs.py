@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import logsumexp
 
+from clip_jax.data.batch_plan import constant
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import Batch, DataConfig, build, open_source
 from clip_jax.errors import InputError, check_ranges
@@ -88,10 +89,9 @@ class PairsEvaluator:
         if self._read is None or self._read[0] != config.vision.image_spec:
             pipeline = build(
                 self.config.data,
+                constant(self.config.pairs, config.vision.image_spec),
                 tokenizer=lambda texts, length, truncate: encoder.tokenize(texts),
-                image_spec=config.vision.image_spec,
                 context_length=config.text.context_length,
-                batch_size=self.config.pairs,
             )
             with contextlib.closing(pipeline.batches()) as batches:
                 self._read = config.vision.image_spec, next(batches)

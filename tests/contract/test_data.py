@@ -105,14 +105,15 @@ import sys
 import numpy as np
 import clip_jax.data.images
 assert "PIL.TiffImagePlugin" not in sys.modules  # Pillow's readers are loaded at the first image
+from clip_jax.data.batch_plan import constant
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.models.images import Square
 from clip_jax.data.sources.tfds import TfdsConfig, TfdsSource
 from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 assert TfdsSource(TfdsConfig(path=sys.argv[1])).load(0, np.random.default_rng(0))[1] == "text 0"
 assert "tensorflow" not in sys.modules
-pipeline = build(DataConfig(threads=2, prefetch=8), tokenizer=ClipTokenizer(1024),
-                 image_spec=Square(16), context_length=16, batch_size=64)
+pipeline = build(DataConfig(threads=2, prefetch=8), constant(64, Square(16)),
+                 tokenizer=ClipTokenizer(1024), context_length=16)
 batches = pipeline.batches(0)
 next(batches)
 print("read", flush=True)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clip_jax.data.batch_plan import doubling
+from clip_jax.data.batch_plan import BatchPlan, constant, doubling
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import Batch, DataConfig, Pipeline, build
 from clip_jax.data.sources import SampleError
@@ -217,10 +217,12 @@ def outcome(load: Callable[[], Any]) -> Any:
         return str(error)
 
 
-def open_pipeline(config: DataConfig, batch_size: int = 12, **how: Any) -> Pipeline:
+def open_pipeline(
+    config: DataConfig, batch_size: int = 12, plan: BatchPlan | None = None, **how: Any
+) -> Pipeline:
     """A pipeline of pictures of 8 x 8 pixels."""
-    shape = {"image_spec": Square(8), "context_length": 16, "batch_size": batch_size}
-    return build(config, tokenizer=TOKENIZER, **shape, **how)
+    plan = plan or constant(batch_size, Square(8))
+    return build(config, plan, tokenizer=TOKENIZER, context_length=16, **how)
 
 
 def take(
@@ -249,8 +251,7 @@ def assert_same(wanted: Sequence[Batch], found: Sequence[Batch]) -> None:
 
 def of_processes(config: DataConfig, count: int, processes: int, **how: Any) -> list[Batch]:
     """The global batches that so many processes read together."""
-    how |= {"process_count": processes}
-    parts = [take(config, count, process_index=i, **how) for i in range(processes)]
+    parts = [take(config, count, process=(i, processes), **how) for i in range(processes)]
     return [join(part) for part in zip(*parts, strict=True)]
 
 

@@ -205,7 +205,7 @@ def test_a_crop_scale_that_falls_and_a_batch_that_processes_cannot_split():
     with pytest.raises(ValueError, match=r"data.crop_scale=\(1.0, 0.9\) must be in asc"):
         DataConfig(crop_scale=(1.0, 0.9))
     with pytest.raises(ValueError, match="batch_size=12 must be a positive multiple of the 5 proc"):
-        open_pipeline(digits(), process_count=5)
+        open_pipeline(digits(), process=(0, 5))
 
 
 # ------------------------------------------------------------------ further inputs
@@ -234,7 +234,7 @@ def test_a_teacher_sees_the_same_crop_flip_and_colours_at_its_own_size(order, tm
     assert own < other / 3  # pictures of noise: any other crop differs as much as another picture
     assert batch.inputs["patches"].pixels.shape == (12, 16, 48)
     assert batch.inputs["tokens"].shape == (12, 12)
-    parts = [take(config, 1, process_index=i, process_count=2, inputs=TEACHERS)[0] for i in (0, 1)]
+    parts = [take(config, 1, process=(i, 2), inputs=TEACHERS)[0] for i in (0, 1)]
     larger = np.concatenate([part.inputs["larger"] for part in parts])
     if order == "global":
         np.testing.assert_array_equal(larger, batch.inputs["larger"])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from clip_jax.data.batch_plan import constant
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.errors import InputError
@@ -24,10 +25,9 @@ def test_the_numbers_are_those_of_the_first_pairs_each_time():
     data = DataConfig(source=DigitsConfig(split="test"), crop="center", threads=1)
     batches = build(
         data,
+        constant(37, Square(16)),
         tokenizer=lambda texts, *_: captions.extend(texts) or encoder.tokenize(texts),
-        image_spec=Square(16),
         context_length=16,
-        batch_size=37,
     ).batches()
     images, texts = encoder.images(next(batches).image), encoder.texts(captions[:37])
     batches.close()

@@ -12,6 +12,7 @@ from einops import rearrange
 from flax import linen as nn
 from PIL import Image
 
+from clip_jax.data.batch_plan import constant
 from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import DataConfig, build
 from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
@@ -127,10 +128,9 @@ def test_packed_patches_are_trained_on(program, tmp_path, crop_scale):
     config = DataConfig(source=table(tmp_path, make_pairs(20)), crop_scale=crop_scale)
     pipeline = build(
         config,
+        constant(16, CONFIG.vision.image_spec),
         tokenizer=TOKENIZER,
-        image_spec=CONFIG.vision.image_spec,
         context_length=10,
-        batch_size=16,
     )
     batches = pipeline.batches()
     batch = next(batches)

@@ -109,12 +109,12 @@ def test_blocks_are_read_from_a_bucket_and_any_order_from_a_disk(rows):
 
 def test_blocks_that_cannot_be(rows):
     with pytest.raises(ValueError, match=r"in 9 streams, which cannot be divided among 8 proc"):
-        open_pipeline(rows, batch_size=72, process_count=8)
+        open_pipeline(rows, batch_size=72, process=(0, 8))
     with mock.patch.object(Rows, "size", autospec=True, side_effect=lambda _, a, b: (b - a) << 20):
         config = dataclasses.replace(rows, read_ahead_mib=100)
         with pytest.raises(ValueError, match=r"read_ahead_mib=100 is too small: .* 115 MiB"):
             open_pipeline(config)
-        open_pipeline(config, process_count=2)
+        open_pipeline(config, process=(0, 2))
     with (
         mock.patch.object(digits_module, "DigitsSource", DigitsSource),
         pytest.raises(ValueError, match=r"data\.order=blocks needs files with many records"),
