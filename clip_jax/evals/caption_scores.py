@@ -68,8 +68,8 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     for caption, texts in zip(captions, references, strict=True):
         words, others = words_of(caption), [words_of(text) for text in texts]
         of_others = zip(*map(_n_grams, others), strict=True)
-        for n, (grams, known) in enumerate(zip(_n_grams(words), of_others, strict=True)):
-            most = functools.reduce(operator.or_, known)
+        for n, (grams, counts) in enumerate(zip(_n_grams(words), of_others, strict=True)):
+            most = functools.reduce(operator.or_, counts)
             right[n] += (grams & most).total()
             written[n] += grams.total()
         length += len(words)

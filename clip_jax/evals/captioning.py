@@ -94,11 +94,11 @@ def log_likelihood(
     """Return log p(text | image) for every image and every text."""
     features, image_tokens = model.encode_image_and_tokens(params, model.normalize(images))
 
-    def one(text: Int[Array, " L"]) -> Float[Array, " B"]:
+    def likelihood_of(text: Int[Array, " L"]) -> Float[Array, " B"]:
         rows = model.layout.constrain(jnp.broadcast_to(text, (len(features), len(text))))
         return -_loss(model, mesh, params, image_tokens, rows)
 
-    return jax.lax.map(one, tokens).T
+    return jax.lax.map(likelihood_of, tokens).T
 
 
 def _loss(

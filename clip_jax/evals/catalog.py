@@ -88,10 +88,10 @@ def data_sets(
     """
     opened: dict[str, OpenSplit] = {}
     for text, name in zip(names or ROWS, names_of(names), strict=True):
-        kind, path = _own(text)
+        kind, path = _kind_and_path(text)
         if path:
-            own = files.as_path(path)
-            open_split = functools.partial(_open_own, kind, own, name, codes)
+            folder = files.as_path(path)
+            open_split = functools.partial(_open_by_path, kind, folder, name, codes)
         elif text in _NAMES:
             open_split = functools.partial(_open_named, name, files.as_path(data_dir), codes)
         else:
@@ -123,7 +123,9 @@ def names_of(texts: Sequence[str]) -> list[str]:
     One's own has the name of its folder or, if another folder is called the same, of the parent.
     """
     folders = {
-        text: Path(os.path.expanduser(path)).absolute() for text in texts if (path := _own(text)[1])
+        text: Path(os.path.expanduser(path)).absolute()
+        for text in texts
+        if (path := _kind_and_path(text)[1])
     }
     counts = Counter(folders[text].name for text in texts if text in folders)
 
@@ -136,13 +138,13 @@ def names_of(texts: Sequence[str]) -> list[str]:
     return [name_of(text) for text in texts or ROWS]
 
 
-def _own(text: str) -> tuple[str, str]:
+def _kind_and_path(text: str) -> tuple[str, str]:
     """Return the kind and the path of one's own data set; two empty texts for a named one."""
     kind, _, path = text.partition(":")
     return (kind, path) if path and kind in _KINDS else ("", "")
 
 
-def _open_own(kind: str, path: AnyPath, name: str, codes: Sequence[str], split: Split) -> Data:
+def _open_by_path(kind: str, path: AnyPath, name: str, codes: Sequence[str], split: Split) -> Data:
     """Open the user's own data. Raises Missing if it has no such split."""
     if kind == "languages":
         _check_is_test(str(path), split)

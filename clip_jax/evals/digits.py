@@ -80,8 +80,8 @@ class DigitsEvaluator:
             backwards = np.array([int(f"{n:0{k}d}"[::-1]) for n in labels])
             pairs = np.flatnonzero(backwards != labels)  # 42 and 24, not 77
             if len(pairs):
-                own, other = logits[pairs, labels[pairs]], logits[pairs, backwards[pairs]]
-                yield f"zero_shot/{name}/order", float((own > other).mean())
+                forwards = logits[pairs, labels[pairs]] > logits[pairs, backwards[pairs]]
+                yield f"zero_shot/{name}/order", float(forwards.mean())
             if encoder.model.config.decoder is not None:
                 yield f"caption/{name}/exact", _exact(encoder, spec.pack(images), labels, k)
             firsts = np.unique(labels, return_index=True)[1]  # an image of each number
@@ -99,6 +99,7 @@ class DigitsEvaluator:
 
 def _exact(encoder: Encoder, images: Images, labels: Int[np.ndarray, " B"], k: int) -> float:
     # Captions after a round trip through the tokenizer: "eighty - one" for "eighty-one".
-    own = {n: encoder.read(encoder.tokenize(digits.prompts(n, k))) for n in set(labels.tolist())}
+    numbers = set(labels.tolist())
+    accepted = {n: encoder.read(encoder.tokenize(digits.prompts(n, k))) for n in numbers}
     pairs = zip(captions(encoder, images, _SHORT), labels.tolist(), strict=True)
-    return float(np.mean([caption in own[n] for caption, n in pairs]))
+    return float(np.mean([caption in accepted[n] for caption, n in pairs]))

@@ -34,7 +34,7 @@ class Encoder:
     tokenize: Callable[[Sequence[str]], np.ndarray]  # texts to token ids [B, L], truncated
     name: str = "model"  # in tables of results
     head: Any = None  # a trained classifier: `classes`, and `kernel` [classes, E]
-    _known: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    _embedded: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def logit_scale(self) -> float:
@@ -76,9 +76,9 @@ class Encoder:
         """Embed every class name in every template, each prompt once: ImageNet and its variants
         share 80,000 prompts, and the tasks on one data set share all of them."""
         rows = [prompts.fill(template, name) for template in templates for name in names]
-        if new := [row for row in dict.fromkeys(rows) if row not in self._known]:
-            self._known.update(zip(new, self.texts(new), strict=True))
-        features = np.stack([self._known[row] for row in rows])
+        if new := [row for row in dict.fromkeys(rows) if row not in self._embedded]:
+            self._embedded.update(zip(new, self.texts(new), strict=True))
+        features = np.stack([self._embedded[row] for row in rows])
         return features.reshape(len(templates), len(names), -1)
 
 
@@ -235,16 +235,16 @@ class Evaluations:
 
         Before an evaluator has run, at most its data sets are known; afterwards, its metrics.
         """
-        known: set[str] = set()
+        measured: set[str] = set()
         for index, evaluator in enumerate(self._evaluators):
             names = self._results.get(index)
             if names is None and (data_sets := getattr(evaluator, "names", None)) is not None:
                 names = {f"{name}/*" for name in data_sets}
             if names is None or {wanted, f"{wanted.partition('/')[0]}/*"} & names:
                 return
-            known |= names
+            measured |= names
         raise InputError(
             f"checkpoint.best={wanted!r} is not a metric of this run's evaluators, which yield "
-            f"{', '.join(sorted(known)) or 'none'}. Name one of these, add evaluators to `evals`, "
-            "or evaluate with `evaluate RUN --watch` and --checkpoint.best-of watcher."
+            f"{', '.join(sorted(measured)) or 'none'}. Name one of these, add evaluators to "
+            "`evals`, or evaluate with `evaluate RUN --watch` and --checkpoint.best-of watcher."
         )

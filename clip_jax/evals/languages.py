@@ -48,9 +48,9 @@ def open_babel(imagenet: Labelled, folder: AnyPath, languages: Sequence[str] = (
     )
     with checked(folder, layout):
         texts = (json.loads(read_text(folder / file)) for file in _BABEL_FILES)
-        known, prompts = ({code.lower(): x for code, x in part.items()} for part in texts)
-        numbers = {code: [int(x) for x in row[0]] for code, row in known.items()}
-        names = {code: [str(x) for x in row[1]] for code, row in known.items()}
+        class_names, prompts = ({code.lower(): x for code, x in part.items()} for part in texts)
+        numbers = {code: [int(x) for x in row[0]] for code, row in class_names.items()}
+        names = {code: [str(x) for x in row[1]] for code, row in class_names.items()}
         prompts = {code: [str(line) for line in lines] for code, lines in prompts.items() if lines}
         last = len(imagenet.names) - 1
         for code, classes in numbers.items():
@@ -127,12 +127,12 @@ def _lines(path: AnyPath) -> list[str]:
     return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
-def _chosen(name: str, known: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    chosen = [code for code in known if code in wanted or not wanted]
+def _chosen(name: str, available: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    chosen = [code for code in available if code in wanted or not wanted]
     if not chosen:
         raise InputError(
-            f"{name} has captions in {', '.join(known) or 'no language'}; choose from these with "
-            "--languages."
+            f"{name} has captions in {', '.join(available) or 'no language'}; choose from these "
+            "with --languages."
         )
     return chosen
 

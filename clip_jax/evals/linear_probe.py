@@ -79,8 +79,8 @@ def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Out
 def neighbours(splits: Splits, k: int = 20, seed: int = 0) -> Outcome:
     """Classify test images by the vote of the k nearest training images; raises as `probe` does."""
     train, validation, test, classes = _examples(splits, seed)
-    known, mesh = _joined(train, validation), splits.encoder.mesh
-    votes = neighbour_votes(known, test[0], mesh, classes=classes, k=min(k, len(known[1])))
+    train, mesh = _joined(train, validation), splits.encoder.mesh
+    votes = neighbour_votes(train, test[0], mesh, classes=classes, k=min(k, len(train[1])))
     return Outcome("neighbours", {"neighbours/acc1": top_k_accuracy(votes, test[1])})
 
 
@@ -217,9 +217,12 @@ def _solve(
         """Mean cross-entropy + λ/2n ‖W‖² of weights `scaled × scale`; the last row is the bias."""
         weights = scaled * scale
         logits = jnp.einsum("BD,DV->BV", features, weights[:-1], precision="highest") + weights[-1]
-        # log(1 + Σ exp(others − own)): log Σ exp − own loses all digits of a nearly solved sample.
-        own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        others = jnp.where(labels[:, None] == jnp.arange(logits.shape[1]), -jnp.inf, logits - own)
+        # log(1 + Σ exp(others − target)): log Σ exp − target loses all digits of a nearly solved
+        # sample.
+        target = jnp.take_along_axis(logits, labels[:, None], axis=1)
+        others = jnp.where(
+            labels[:, None] == jnp.arange(logits.shape[1]), -jnp.inf, logits - target
+        )
         losses = jax.nn.softplus(jax.nn.logsumexp(others, axis=1))
         return (losses * real).sum() / real.sum() + strength / 2 * jnp.square(weights[:-1]).sum()
 
@@ -305,14 +308,14 @@ def neighbour_votes(
     replicated = sharding.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=replicated)
-    def vote(known: Any, queries: Float[Array, "T D"]) -> Int[Array, "T classes"]:
-        rows, labels = known
+    def vote(train: Any, queries: Float[Array, "T D"]) -> Int[Array, "T classes"]:
+        rows, labels = train
         similarity = jnp.einsum("TD,BD->TB", queries, rows, precision="highest")
         _, nearest = jax.lax.top_k(similarity, k)
         return jax.nn.one_hot(labels[nearest], classes, dtype=jnp.int32).sum(1)
 
-    known = jax.device_put((rows, labels.astype(np.int32)), replicated)
-    return sharding.in_batches(vote, mesh, known, queries, batch_size=batch_size)
+    train = jax.device_put((rows, labels.astype(np.int32)), replicated)
+    return sharding.in_batches(vote, mesh, train, queries, batch_size=batch_size)
 
 
 def _unit(features: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:

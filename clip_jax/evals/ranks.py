@@ -68,10 +68,10 @@ class Standing(NamedTuple):
 
 def standing(logits: Shaped[np.ndarray, "B classes"], labels: Int[np.ndarray, " B"]) -> Standing:
     """Compare each row's label with the other classes."""
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    of_label = np.take_along_axis(logits, labels[:, None], axis=1)
     is_finite = np.isfinite(logits).all(axis=1)
-    above = np.where(is_finite, (logits > own).sum(axis=1), np.inf)
-    tied = np.where(is_finite, (logits == own).sum(axis=1) - 1, 0)
+    above = np.where(is_finite, (logits > of_label).sum(axis=1), np.inf)
+    tied = np.where(is_finite, (logits == of_label).sum(axis=1) - 1, 0)
     return Standing(above, tied, np.ones_like(tied))
 
 

@@ -194,8 +194,8 @@ class Splits:
         return Embedded(features, indices, list(answers.values()), list(skipped.values()))
 
 
-def _of_all(known: tuple[dict[int, Any], ...]) -> list[dict[int, Any]]:
+def _of_all(tables: tuple[dict[int, Any], ...]) -> list[dict[int, Any]]:
     """Merge what each process knows of its images, in the order of the data set."""
-    rows = [[(i, np.asarray(x).tolist()) for i, x in one.items()] for one in known]
+    rows = [[(i, np.asarray(x).tolist()) for i, x in table.items()] for table in tables]
     every = processes.gather(rows)
     return [dict(sorted(map(tuple, itertools.chain(*parts)))) for parts in zip(*every, strict=True)]

@@ -76,8 +76,8 @@ def to_markdown(outcomes: Outcomes, model: str) -> str:
     rows = [("data set", "metric", *models), ("---",) * (2 + len(models))]
     for name, outcome in outcomes:
         metric = main_metric(name, outcome)
-        is_known = name in ROWS and outcome.task.startswith("zeroshot")
-        beside = ROWS[name].openai if is_known else ()
+        is_published = name in ROWS and outcome.task.startswith("zeroshot")
+        beside = ROWS[name].openai if is_published else ()
         cells = [f"{100 * x:.1f}" for x in (outcome.values[metric], *beside)]
         rows.append((name, metric, *cells, *[""] * (len(models) - len(cells))))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -32,9 +32,9 @@ def retrieval(
     """
     by_text, by_image = ranks(image_features, text_features, image_of_text, mesh)
     values = {}
-    for name, own in (("image_retrieval", by_text), ("text_retrieval", by_image)):
-        values |= {f"{name}_recall@{k}": float(own.within(k).mean()) for k in RECALL_AT}
-        values[f"{name}_median_rank"] = float(np.median(own.rank()))
+    for name, standing in (("image_retrieval", by_text), ("text_retrieval", by_image)):
+        values |= {f"{name}_recall@{k}": float(standing.within(k).mean()) for k in RECALL_AT}
+        values[f"{name}_median_rank"] = float(np.median(standing.rank()))
     return values
 
 
@@ -70,9 +70,9 @@ def _standing(
 ) -> Standing:
     """`right` holds the indices of each query's right candidates, padded with −1."""
     count = jax.jit(_count, out_shardings=sharding.replicated(mesh))
-    known = jax.device_put(candidates, sharding.replicated(mesh))
+    candidates = jax.device_put(candidates, sharding.replicated(mesh))
     rows = _ROWS * sharding.batch_shards(mesh)
-    counts = sharding.in_batches(count, mesh, known, queries, right, batch_size=rows)
+    counts = sharding.in_batches(count, mesh, candidates, queries, right, batch_size=rows)
     above, tied, of_right = counts.T
     return Standing(np.where(above < 0, np.inf, above), tied, of_right)
 
@@ -82,11 +82,11 @@ def _count(
 ) -> Int[Array, "Q 3"]:
     """Count the fields of `Standing`; −1 candidates are above where a similarity is not finite."""
     similarity = jnp.einsum("QE,CE->QC", queries, candidates, precision="highest")
-    own = jnp.take_along_axis(similarity, jnp.maximum(right, 0), axis=1)
-    own = jnp.where(right >= 0, own, -jnp.inf)
-    best = own.max(axis=1, keepdims=True)
+    to_right = jnp.take_along_axis(similarity, jnp.maximum(right, 0), axis=1)
+    to_right = jnp.where(right >= 0, to_right, -jnp.inf)
+    best = to_right.max(axis=1, keepdims=True)
     above, equal = (similarity > best).sum(axis=1), (similarity == best).sum(axis=1)
-    of_right = (own == best).sum(axis=1)
+    of_right = (to_right == best).sum(axis=1)
     counts = jnp.stack([above, equal - of_right, of_right], axis=1)
     is_finite = jnp.isfinite(similarity).all(axis=1, keepdims=True)
     return jnp.where(is_finite, counts, jnp.array([-1, 0, 1])).astype(jnp.int32)

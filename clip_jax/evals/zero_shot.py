@@ -107,9 +107,9 @@ def retrieve(images: Embedded, encoder: Encoder) -> Outcome:
 def contrast(data: Contrasted, images: Embedded, encoder: Encoder) -> Outcome:
     """Count how often the right caption is closer to its image than the wrong one; ties lose."""
     texts = encoder.texts([text for pair in images.answers for text in pair])
-    own, other = ((images.features * x).sum(axis=1) for x in (texts[::2], texts[1::2]))
+    of_right, of_wrong = ((images.features * x).sum(axis=1) for x in (texts[::2], texts[1::2]))
     groups = [data.groups[i] for i in images.indices]
-    values = composition(own > other, groups, data)
+    values = composition(of_right > of_wrong, groups, data)
     return Outcome("image_caption_selection", values, images.skipped)
 
 

@@ -106,11 +106,11 @@ def average(config: AverageConfig) -> dict[str, Any]:
             soup = [*ingredients, models[i]]
             _, values = measure(combine(soup, [1.0] * len(soup)))
             value = _score(values, metric)
-            is_kept = math.isfinite(value) and value >= best
+            is_better = math.isfinite(value) and value >= best
             singly, shared = (x.get(metric, math.nan) for x in (measured[i][1], values))
-            row = {"alone": singly, "soup": shared, "kept": is_kept}
+            row = {"alone": singly, "soup": shared, "kept": is_better}
             rows.append({"model": str(config.models[i])} | row)
-            if is_kept:
+            if is_better:
                 ingredients, best = soup, value
         models, weights = ingredients, (1.0,) * len(ingredients)
     averaged = combine(models, weights, base)

@@ -256,10 +256,10 @@ def read_manifest(folder: AnyPath) -> Manifest | None:
     if not path.exists():
         return None
     content = read_json(path, advice=advice)
-    known = {x.name: content[x.name] for x in fields(Manifest) if x.name in content}
+    values = {x.name: content[x.name] for x in fields(Manifest) if x.name in content}
     try:
         with naming(path):
-            return from_dict(Manifest, known, str(path))
+            return from_dict(Manifest, values, str(path))
     except InputError as error:
         raise InputError(f"{error} It is damaged. {advice}") from error
 

@@ -257,10 +257,10 @@ class Searcher:
             )
         self._manifest = manifest
         self._check_files()
-        own = sample(model)
+        current = sample(model)
         # Files may round weights to bfloat16, which is precise to 1 part in 256.
-        if len(own) != len(manifest.weights) or not np.allclose(
-            own, manifest.weights, rtol=1 / 128, atol=1e-6
+        if len(current) != len(manifest.weights) or not np.allclose(
+            current, manifest.weights, rtol=1 / 128, atol=1e-6
         ):
             raise InputError(
                 f"the embeddings in {folder} are another model's: {manifest.model} made them. "

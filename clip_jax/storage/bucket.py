@@ -229,8 +229,8 @@ def listed(folder: str, deep: bool = False) -> Iterator[tuple[str, Stat]]:
             entries = itertools.chain.from_iterable(obstore.list(store, key or None))
         else:
             entries = obstore.list_with_delimiter(store, key or None)["objects"]
-        for one in entries:
-            yield f"{root.rstrip('/')}/{one['path']}", _stat(one)
+        for entry in entries:
+            yield f"{root.rstrip('/')}/{entry['path']}", _stat(entry)
 
 
 def subfolders(folder: str) -> list[str]:

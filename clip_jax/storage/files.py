@@ -126,16 +126,16 @@ def stats(paths: Sequence[str]) -> list[Stat | None]:
     """Return `stat` of many paths, None for missing ones; lists a bucket's folders if faster."""
     folders = Counter(path.rpartition("/")[0] for path in paths if is_remote(path))
     listed = {folder for folder, count in folders.items() if count > _FEW}
-    known = {path: entry for folder in listed for path, entry in bucket.listed(folder)}
+    listed_stats = {path: entry for folder in listed for path, entry in bucket.listed(folder)}
 
-    def one(path: str) -> Stat | None:
+    def stat_of(path: str) -> Stat | None:
         if path.rpartition("/")[0] in listed:
-            return known.get(path)
+            return listed_stats.get(path)
         with contextlib.suppress(FileNotFoundError):
             return stat(path)
         return None
 
-    return [one(path) for path in paths]
+    return [stat_of(path) for path in paths]
 
 
 def walk(folder: str | os.PathLike[str]) -> Iterator[str]:

@@ -92,8 +92,8 @@ class Lines:
         self._clock, self._written = clock, clock.now()
         if path.exists():
             rows, damaged = _rows(content_of(path, _MOST_LINES))
-            kept = [row for row in rows if resume_step is None or row["step"] <= resume_step]
-            self._lines = [json.dumps(row) + "\n" for row in kept]
+            earlier = [row for row in rows if resume_step is None or row["step"] <= resume_step]
+            self._lines = [json.dumps(row) + "\n" for row in earlier]
             if damaged:
                 copy = _keep_damaged(path)
                 say(f"{path}: {damaged} damaged lines are left out; the old file is now {copy}")

@@ -57,7 +57,7 @@ def test_texts_are_embedded_once_for_all_data_sets():
     np.testing.assert_array_equal(again[0], first[1][::-1])
     np.testing.assert_array_equal(first[1], encoder.tokenize(["the cat", "the dog"])[:, :3])
     # Another set of parameters is another encoder: it knows nothing of these.
-    assert not dataclasses.replace(encoder)._known
+    assert not dataclasses.replace(encoder)._embedded
 
 
 @dataclasses.dataclass

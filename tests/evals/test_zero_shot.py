@@ -127,7 +127,7 @@ def test_equal_class_names_share_an_image_and_a_classifier_tells_them_apart():
     names, images = ["missile", "missile", "cat"], np.eye(3, dtype=np.float32)
     encoder = encoder_on(mesh_of(1))
     vectors = dict(zip(("a missile", "a cat"), images[1:], strict=True))
-    encoder._known.update(vectors)
+    encoder._embedded.update(vectors)
     data = Labelled(3, [].__getitem__, names, ["a {c}"])
     head = Head(tuple(names), ("a {}",), images)
     embedded = Embedded(np.roll(images, -1, axis=0)[[0, 0, 1]], np.arange(3), [0, 1, 2], [])
@@ -136,7 +136,7 @@ def test_equal_class_names_share_an_image_and_a_classifier_tells_them_apart():
 
     embedded = Embedded(images, np.arange(3), [0, 1, 2], [])
     encoder = dataclasses.replace(encoder, head=head)
-    encoder._known.update(vectors)
+    encoder._embedded.update(vectors)
     assert zero_shot.classify(data, embedded, encoder).values["classifier/acc1"] == 1
 
 

@@ -59,7 +59,7 @@ def test_imagenets_accuracy_is_open_clips_but_for_equal_names(task, monkeypatch)
     images, texts = task
     labels = np.arange(len(NAMES))
     encoder = encoder_on(mesh_of(1))
-    encoder._known.update(texts)
+    encoder._embedded.update(texts)
     data = Labelled(len(NAMES), [].__getitem__, NAMES, TEMPLATES)
     outcome = classify(data, Embedded(images, labels, labels.tolist(), []), encoder)
     assert outcome.logits is not None
