@@ -57,8 +57,8 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     """Return the devices along each axis. Raises InputError unless all are used."""
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
-        known = -math.prod(sizes)
-        sizes[sizes.index(-1)] = max(devices // known, 1)
+        others = -math.prod(sizes)
+        sizes[sizes.index(-1)] = max(devices // others, 1)
     if math.prod(sizes) != devices:
         raise InputError(
             f"mesh data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} does not use "
@@ -261,21 +261,21 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
     def attend(
         qkv: attention.QKV, heads: int, causal: bool = False, lengths: attention.Lengths = None
     ) -> Float[Array, "B L *NK"]:
-        dim, own = math.prod(qkv.shape[2:]) // 3 // heads, heads // mesh.shape[tensor]
-        if own != heads and qkv.ndim != 5:
+        dim, local_heads = math.prod(qkv.shape[2:]) // 3 // heads, heads // mesh.shape[tensor]
+        if local_heads != heads and qkv.ndim != 5:
             raise ValueError(f"qkv {qkv.shape}: sharded heads need five axes [B, L, S, N, K].")
         chosen = backend
         if backend == "auto":
-            chosen = attention.choose(device, qkv.shape[1], own, dim, qkv.dtype)
+            chosen = attention.choose(device, qkv.shape[1], local_heads, dim, qkv.dtype)
         match chosen:
             case "short":
-                attention.check_short(device, qkv.shape[1], own, dim, qkv.dtype)
+                attention.check_short(device, qkv.shape[1], local_heads, dim, qkv.dtype)
                 vmem = attention.vmem(device)
-                return short(qkv, lengths, own, causal, split, interpret, vmem)
+                return short(qkv, lengths, local_heads, causal, split, interpret, vmem)
             case "splash":
 
                 def kernel(qkv: Array, lengths: attention.Lengths = None) -> Array:
-                    return attention.splash(qkv, own, causal, lengths, interpret=interpret)
+                    return attention.splash(qkv, local_heads, causal, lengths, interpret=interpret)
 
                 arrays = (qkv,) if lengths is None else (qkv, lengths)
                 return split(kernel, 3 if qkv.ndim == 3 else 4)(*arrays)

@@ -135,7 +135,7 @@ def test_a_step_is_counted_as_its_config_says():
     flip = replace(plain, vision=replace(plain.vision, patch_dropout=0.6))
     images = jax.ShapeDtypeStruct((2, 49, 8), jnp.float32)
     keys = jax.eval_shape(functools.partial(jax.random.split, num=2), jax.random.key(0))
-    drop = functools.partial(drop_patches, kept=flip.vision.kept_patches)
+    drop = functools.partial(drop_patches, count=flip.vision.kept_patches)
     assert jax.eval_shape(drop, images, keys)[0].shape == (2, 20, 8)
 
     def step(model, *locked):

@@ -154,12 +154,13 @@ def _write_beside(
     config, preprocess = weights.config, weights.preprocess
     own_padding = config.text.sees_padding
     if layout == "immich":
-        own, words = is_open_clips_own(config.text), dict[str, Any]()
+        is_open_clips, words = is_open_clips_own(config.text), dict[str, Any]()
         if config.text.has_token_types:  # a BERT, which open_clip describes by a model of the hub
             words["context_length"] = config.text.context_length
         else:
             words |= text_cfg(config.text)
-        if not own:  # tokenizer.json cleans: immich does not lower case, and joins at underscores
+        if not is_open_clips:
+            # tokenizer.json cleans: immich does not lower case, and joins at underscores.
             words["tokenizer_kwargs"] = {"clean": "whitespace"}
         vision = {"image_size": config.vision.image_size}
         content = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": words}
@@ -168,7 +169,7 @@ def _write_beside(
         content = preprocess_cfg(preprocess) | {"size": size, "mode": "RGB", "fill_color": fill}
         write_json(folder / "visual/preprocess_cfg.json", content)
         tokenizer_files.write(
-            folder / "textual", config.text, own, as_json=True, own_padding=own_padding
+            folder / "textual", config.text, is_open_clips, as_json=True, own_padding=own_padding
         )
         return
     siglip, spec = config.has_logit_bias, config.vision.image_spec
@@ -253,7 +254,7 @@ def other_ids(folder: Path, layout: Layout | None, text: TextConfig) -> int:
     theirs.enable_padding(direction=side, pad_id=pad, length=length)
     theirs.enable_truncation(length)
     ids, ours = theirs.encode_batch(texts), make_tokenizer(text)(TEXTS, length, True)
-    return sum(row.ids != own.tolist() for row, own in zip(ids, ours, strict=True))
+    return sum(row.ids != expected.tolist() for row, expected in zip(ids, ours, strict=True))
 
 
 def _run(path: Path, wanted: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

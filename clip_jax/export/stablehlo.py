@@ -115,7 +115,7 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
     empty = jax.eval_shape(lambda: model.empty_cache(1, length))
     # Keys and values, and how many of them are valid where images differ in it.
     image = (0,) * (3 if model.config.vision.pads_caption_tokens else 2)
-    kept = jax.tree.structure(
+    structure = jax.tree.structure(
         empty._replace(decoder=[layer._replace(image=image) for layer in empty.decoder])
     )
 
@@ -133,7 +133,7 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
     def following(
         params: Params, state: list[Array], ids: Array, position: Array
     ) -> tuple[Array, list[Array]]:
-        cache = jax.tree.unflatten(kept, state)
+        cache = jax.tree.unflatten(structure, state)
         logits, cache = model.decode_next(apart(params), ids, None, cache, position)
         return logits, jax.tree.leaves(cache)
 

@@ -136,11 +136,11 @@ def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> s
 
 def _at_full_length(graph: Graph, text: TextConfig, ids: str) -> str:
     """Pad ids [B, L] to the context length, as the model's tokenizer does."""
-    ids, one = graph.cast(ids, np.int64), graph.integers(1)
+    ids, unit = graph.cast(ids, np.int64), graph.integers(1)
     padding = graph.integers(*[text.tokenizer.pad_id] * text.context_length)[None]
     rows, length = (graph.op("Shape", ids, start=axis, end=axis + 1) for axis in range(2))
-    missing = graph.op("Slice", padding, length, graph.integers(text.context_length), one)
-    missing = graph.op("Expand", missing, graph.op("Concat", rows, one, axis=0))
+    missing = graph.op("Slice", padding, length, graph.integers(text.context_length), unit)
+    missing = graph.op("Expand", missing, graph.op("Concat", rows, unit, axis=0))
     parts = (ids, missing) if text.tokenizer.pad_side == "right" else (missing, ids)
     return graph.op("Concat", *parts, axis=1)
 
@@ -216,8 +216,8 @@ def _stack(
     `mask` and `seen` are additive masks of scores: of the tokens, and of the image's.
     """
     layers, block = f"{tower}/transformer/layers", config.block(Layout())
-    own = (f"{layers}/self_{i}" for i in itertools.count())
-    paths = [*itertools.takewhile(lambda path: graph.has(f"{path}/ln_1/scale"), own)]
+    blocks = (f"{layers}/self_{i}" for i in itertools.count())
+    paths = [*itertools.takewhile(lambda path: graph.has(f"{path}/ln_1/scale"), blocks)]
     paths = paths or [f"{tower}/transformer/resblocks"]
     for layer in range(len(graph.weight(f"{paths[0]}/ln_1/scale"))):
         for path in paths:
@@ -335,14 +335,15 @@ def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> tuple
         start, end, axis = graph.integers(extra), graph.integers(2**31), graph.integers(1)
         return graph.op("Slice", x, start, end, axis) if extra else x
 
-    own = None if valid is None else others(valid, config.extra_tokens)  # without a class token
+    valid_patches = None if valid is None else others(valid, config.extra_tokens)
     mask = _padding_mask(graph, valid)
     match config.pool:
         case "class_token":
-            return normed(others(x) if tokens else first(x)), _padding_mask(graph, own)
+            return normed(others(x) if tokens else first(x)), _padding_mask(graph, valid_patches)
         case "mean":
             x = others(x, config.extra_tokens)
-            return x if tokens else normed(graph.mean(x, own)), _padding_mask(graph, own)
+            x = x if tokens else normed(graph.mean(x, valid_patches))
+            return x, _padding_mask(graph, valid_patches)
         case "mean_all":
             return x if tokens else normed(graph.mean(x, valid)), mask
         case "map":

@@ -131,7 +131,7 @@ def _swap(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
 
 _turn.defvjp(
     lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)),
-    lambda kept, dy: (_turn(dy, kept[0], -kept[1]), None, None),  # back by the same angles
+    lambda tables, dy: (_turn(dy, tables[0], -tables[1]), None, None),  # back by the same angles
 )
 
 
@@ -149,11 +149,11 @@ def cached(
         )
         for old, x in zip(cache, new, strict=True)
     )
-    out = kept(q, (keys, values), jnp.arange(keys.shape[2]) <= position)
+    out = to_cached(q, (keys, values), jnp.arange(keys.shape[2]) <= position)
     return _like(out, qkv), (keys, values)
 
 
-def kept(
+def to_cached(
     q: Float[Array, "B L N K"], kv: KV, seen: Bool[Array, "... T"] | None = None
 ) -> Float[Array, "B L N K"]:
     """Compute attention to keys and values in the layout of the cache: one matrix per head.

@@ -30,7 +30,7 @@ ImageKV = KV | tuple[*KV, Int[Array, " B"]]
 class Cache(NamedTuple):
     """KV cache of a layer: keys and values of the tokens before, and of the image."""
 
-    own: tuple[KV, ...]  # one per block
+    blocks: tuple[KV, ...]
     image: ImageKV | None = None  # None: not yet computed
 
 
@@ -59,7 +59,7 @@ class CrossAttention(nn.Module):
         if kv is not None:
             keys, values, *length = kv
             seen = jnp.arange(keys.shape[2]) < length[0][:, None, None, None] if length else None
-            y = attention.kept(q.reshape(keys.shape[0], -1, *heads), (keys, values), seen)
+            y = attention.to_cached(q.reshape(keys.shape[0], -1, *heads), (keys, values), seen)
         else:
             assert other is not None
             other, length = split_tokens(other)
@@ -132,16 +132,17 @@ class Layer(nn.Module):
                 "MaMMUT's text tower does not return the states of single blocks; "
                 "use a model with another decoder, or with none."
             )
-        c, (own, kv) = self.config, ([], None if cache is None else cache.image)
+        c, kv = self.config, None if cache is None else cache.image
+        caches: list[Any] = []
         causal = c.causal if self.causal is None else self.causal
         for i in range(self.blocks):
             config = c._replace(mlp=i > 0 or self.first_mlp, causal=causal)
-            kept = None if cache is None else cache.own[i]
-            x, kept = layers.Block(config, name=f"self_{i}")(x, kept, None, position)
-            own.append(kept)
+            before = None if cache is None else cache.blocks[i]
+            x, after = layers.Block(config, name=f"self_{i}")(x, before, None, position)
+            caches.append(after)
             if i == 0 and (image is not None or kv is not None):
                 x, kv = CrossBlock(c, name="cross")(x, image, kv)
-        return x, None if cache is None else Cache(tuple(own), kv)
+        return x, None if cache is None else Cache(tuple(caches), kv)
 
 
 def _cross_operations(
@@ -232,9 +233,9 @@ class CoCaConfig(TowerConfig):
 
     def empty_cache(self, text: TextConfig, rows: int, length: int, dtype: DType) -> Caption:
         """Return an empty KV cache for `length` tokens of each row."""
-        own = Cache((_empty(text, self.num_heads, rows, length, dtype),))
+        layer = Cache((_empty(text, self.num_heads, rows, length, dtype),))
         blocks = [_empty(text, text.num_heads, rows, length, dtype)] * text.depth
-        return Caption(blocks, [own] * self.depth)
+        return Caption(blocks, [layer] * self.depth)
 
 
 class CoCaDecoder(nn.Module):
@@ -277,8 +278,8 @@ class CoCaDecoder(nn.Module):
         """Return the state of one more token, and the cache with it."""
         x = tower.embed(tokens, position)
         x, text = tower.transformer(x, caches=cache.text, position=position)
-        x, own = self.transformer(x, image, caches=cache.decoder, position=position)
-        return self.ln_final(x), Caption(text, own)
+        x, decoder = self.transformer(x, image, caches=cache.decoder, position=position)
+        return self.ln_final(x), Caption(text, decoder)
 
 
 # ------------------------------------------------------------------ MaMMUT
@@ -338,8 +339,8 @@ class MaMMUTConfig(TowerConfig):
 
     def empty_cache(self, text: TextConfig, rows: int, length: int, dtype: DType) -> Caption:
         """Return an empty KV cache for `length` tokens of each row."""
-        own = Cache((_empty(text, text.num_heads, rows, length, dtype),) * self.cross_every)
-        return Caption(None, [own] * (text.depth // self.cross_every))
+        layer = Cache((_empty(text, text.num_heads, rows, length, dtype),) * self.cross_every)
+        return Caption(None, [layer] * (text.depth // self.cross_every))
 
 
 DecoderConfig = CoCaConfig | MaMMUTConfig
@@ -374,8 +375,8 @@ class MaMMUTDecoder(nn.Module):
         position: Int[Array, ""],
     ) -> tuple[Float[Array, "R 1 D"], Caption]:
         """Return the state of one more token, and the cache with it."""
-        x, own = self._run(tower, tokens, image, cache.decoder, position)
-        return x, Caption(None, own)
+        x, decoder = self._run(tower, tokens, image, cache.decoder, position)
+        return x, Caption(None, decoder)
 
     def _run(
         self,

@@ -115,8 +115,8 @@ def _choose(
     if config.top_p is not None:
         order = jnp.sort(logits, axis=-1, descending=True)
         before = jnp.cumsum(jax.nn.softmax(order), axis=-1) - jax.nn.softmax(order)
-        kept = jnp.where(before < config.top_p, order, jnp.inf)  # always keeps the first
-        logits = jnp.where(logits < kept.min(-1, keepdims=True), -jnp.inf, logits)
+        candidates = jnp.where(before < config.top_p, order, jnp.inf)  # always keeps the first
+        logits = jnp.where(logits < candidates.min(-1, keepdims=True), -jnp.inf, logits)
 
     # Rows of one seed share the noise, so an image's caption does not depend on the others.
     # Threefry, whatever JAX's default is, for the same captions everywhere.
@@ -214,8 +214,8 @@ def _search(
 
 def _reorder(cache: Caption, rows: Int[Array, " R"]) -> Caption:
     """Copy each row's keys and values from row `rows`; those of images are shared by their rows."""
-    text, own = jax.tree.map(
-        lambda x: x[rows], (cache.text, [layer.own for layer in cache.decoder])
+    text, blocks = jax.tree.map(
+        lambda x: x[rows], (cache.text, [layer.blocks for layer in cache.decoder])
     )
-    layers = zip(cache.decoder, own, strict=True)
-    return Caption(text, [layer._replace(own=kv) for layer, kv in layers])
+    layers = zip(cache.decoder, blocks, strict=True)
+    return Caption(text, [layer._replace(blocks=kv) for layer, kv in layers])

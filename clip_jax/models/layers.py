@@ -69,8 +69,8 @@ _ONES = 8  # rows of ones whose product is a sum; of one row the compiler would 
 def check_sizes(config: Any, where: str, **ranges: str) -> None:
     """Raise InputError for settings outside `SIZES`, or outside other `ranges`, as `check_ranges`
     does."""
-    own = {name: text for name, text in SIZES.items() if hasattr(type(config), name)}
-    check_ranges(config, where, **own | ranges)
+    sizes = {name: text for name, text in SIZES.items() if hasattr(type(config), name)}
+    check_ranges(config, where, **sizes | ranges)
 
 
 class Layout(NamedTuple):
@@ -243,8 +243,8 @@ def _affine_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[
     return affine(x, kernel, bias), (x, kernel, bias)
 
 
-def _affine_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
-    x, kernel, bias = kept
+def _affine_backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    x, kernel, bias = saved
     dkernel, dbias = jax.lax.platform_dependent(x, dy, cpu=_flat_sums, default=_sums)
     if kernel.ndim > 2:
         dkernel = jax.lax.optimization_barrier(dkernel)
@@ -542,13 +542,13 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B *L D"], Any]:
         x = self.config.layout.constrain(x)
         if caches is not None:
-            kept = []
+            updated = []
             for i, cache in enumerate(caches):
                 name = f"{self.block.stack}_{i}"
                 block = self.block(self.config, *self.fields, name=name, **options)
                 x, cache = block(x, cache, other, position)
-                kept.append(cache)
-            return x, kept
+                updated.append(cache)
+            return x, updated
         block = self.block
         if self.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.remat])

@@ -93,12 +93,12 @@ def linear_maps(model: CLIPConfig) -> tuple[Adapted, ...]:
 def adapted(model: CLIPConfig, lora: LoRAConfig) -> list[Adapted]:
     """Return the kernels with adapters. Raises InputError for a target that matches no map."""
     maps, chosen = linear_maps(model), set[str]()
-    known = [name for each in maps for name in each.names]
+    names = [name for each in maps for name in each.names]
     for target in lora.targets:
-        if not (matched := fnmatch.filter(known, target)):
+        if not (matched := fnmatch.filter(names, target)):
             raise InputError(
                 f"lora.targets: {target!r} matches no linear map of the model. Choose from these, "
-                "or a pattern such as */attn/q:\n  " + "\n  ".join(known)
+                "or a pattern such as */attn/q:\n  " + "\n  ".join(names)
             )
         chosen.update(matched)
     marked = (each._replace(chosen=tuple(name in chosen for name in each.names)) for each in maps)
@@ -109,8 +109,8 @@ def shapes(model: CLIPConfig, lora: LoRAConfig) -> dict[str, tuple[tuple[int, ..
     """Return path → shape and names of dimensions of every trained array."""
     arrays = {}
     for each in adapted(model, lora):
-        own, (stack, inputs, outputs) = (sum(each.chosen), lora.rank), each.dims
-        a, b = (*each.depth, *each.inputs, *own), (*each.depth, *own, *each.outputs)
+        inner, (stack, inputs, outputs) = (sum(each.chosen), lora.rank), each.dims
+        a, b = (*each.depth, *each.inputs, *inner), (*each.depth, *inner, *each.outputs)
         arrays[f"{each.prefix}lora_a"] = a, f"{stack}{inputs} - -"
         arrays[f"{each.prefix}lora_b"] = b, f"{stack}- - {outputs}"
     return arrays
@@ -121,8 +121,8 @@ def draw(model: CLIPConfig, lora: LoRAConfig, key: Array) -> Params:
     drawn = {path: jnp.zeros(shape) for path, (shape, _) in shapes(model, lora).items()}
     for number, each in enumerate(adapted(model, lora)):
         path, limit = f"{each.prefix}lora_a", math.prod(each.inputs) ** -0.5
-        own = jax.random.fold_in(key, number)
-        drawn[path] = jax.random.uniform(own, drawn[path].shape, jnp.float32, -limit, limit)
+        part = jax.random.fold_in(key, number)
+        drawn[path] = jax.random.uniform(part, drawn[path].shape, jnp.float32, -limit, limit)
     return unflatten_dict(drawn, sep="/")
 
 
@@ -140,9 +140,9 @@ def join(base: Params, adapters: Params, model: CLIPConfig, lora: LoRAConfig) ->
 
 def merge(base: Params, adapters: Params, model: CLIPConfig, lora: LoRAConfig) -> Params:
     """Return the base with W + scale · A·B in place of W, in float32."""
-    flat, own = flatten_dict(base, sep="/"), flatten_dict(adapters, sep="/")
+    flat, arrays = flatten_dict(base, sep="/"), flatten_dict(adapters, sep="/")
     for each in adapted(model, lora):
-        a, b = (np.asarray(own[f"{each.prefix}lora_{name}"], np.float32) for name in "ab")
+        a, b = (np.asarray(arrays[f"{each.prefix}lora_{name}"], np.float32) for name in "ab")
         a = a.reshape(*each.depth, -1, *a.shape[-2:])
         b = b.reshape(*each.depth, *b.shape[len(each.depth) :][:2], -1)
         kernel = np.array(flat[each.kernel], np.float32)

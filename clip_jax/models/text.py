@@ -200,12 +200,12 @@ class TextTransformer(nn.Module):
         x = self.embed(tokens)
         if not c.has_class_token:
             return self.transformer(x, self.lengths(tokens), collect=collect)
-        real, one = tokens != c.tokenizer.pad_id, jnp.ones((*tokens.shape[:1], 1), bool)
+        real, always = tokens != c.tokenizer.pad_id, jnp.ones((*tokens.shape[:1], 1), bool)
         token = self.class_embedding + self.positional_embedding[tokens.shape[1]]
         token = jnp.broadcast_to(token.astype(x.dtype), (*tokens.shape[:1], 1, c.width))
         return self.transformer(
             jnp.concatenate([x, token], axis=1),
-            jnp.concatenate([real, one] if c.correct_class_mask else [one, real], axis=1),
+            jnp.concatenate([real, always] if c.correct_class_mask else [always, real], axis=1),
             collect=collect,
         )
 

@@ -269,7 +269,7 @@ class ViTConfig(ImageTowerConfig):
 
 
 def drop_patches(
-    x: Float[Array, "B L D"], keys: Key[Array, " B"], kept: int, length: Lengths = None
+    x: Float[Array, "B L D"], keys: Key[Array, " B"], count: int, length: Lengths = None
 ) -> tuple[Float[Array, "B l D"], Lengths]:
     """Keep a random choice of each image's patches, which depends on its key only.
 
@@ -279,8 +279,8 @@ def drop_patches(
     noise = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
     if length is not None:
         noise = jnp.where(jnp.arange(patches) < length[:, None], noise, jnp.inf)
-        length = jnp.clip(jnp.round(length * (kept / patches)).astype(jnp.int32), 1, kept)
-    indices = jnp.argsort(noise, axis=1)[:, :kept]  # top_k would gather from all devices
+        length = jnp.clip(jnp.round(length * (count / patches)).astype(jnp.int32), 1, count)
+    indices = jnp.argsort(noise, axis=1)[:, :count]  # top_k would gather from all devices
     return jnp.take_along_axis(x, indices[:, :, None], axis=1), length
 
 
@@ -412,9 +412,9 @@ class ViT(nn.Module):
             self.proj_bias = self.param("proj_bias", bias, (self.embed_dim,))
 
     def attended(
-        self, length: Lengths, keys: Key[Array, " B"] | None, kept: int
+        self, length: Lengths, keys: Key[Array, " B"] | None, count: int
     ) -> Lengths | attention.Rotation:
-        """Return what all blocks get; with `keys`, patches were dropped but for `kept`."""
+        """Return what all blocks get; with `keys`, patches were dropped but for `count`."""
         if (tables := self.config.rotation()) is None:
             return length
         extra = self.config.extra_tokens
@@ -423,7 +423,7 @@ class ViT(nn.Module):
             if keys is None:
                 return x
             x = jnp.broadcast_to(x, (len(keys), *x.shape))  # the same choice of patches again
-            return jnp.concatenate([x[:, :extra], drop_patches(x[:, extra:], keys, kept)[0]], 1)
+            return jnp.concatenate([x[:, :extra], drop_patches(x[:, extra:], keys, count)[0]], 1)
 
         return attention.Rotation(*(of_kept(jnp.asarray(table)) for table in tables))
 
@@ -451,7 +451,7 @@ class ViT(nn.Module):
         c = self.config
         c.image_spec.check(images)
         patch, table, extra = c.patch_size, self.positional_embedding, c.extra_tokens
-        length, kept = None, 0
+        length, count = None, 0
         if extra > (first := c.extra_positions):  # tokens without positions
             none = jnp.zeros((extra - first, c.width))
             table = jnp.concatenate([table[:first], none, table[first:]])
@@ -477,26 +477,26 @@ class ViT(nn.Module):
         x = x + table.astype(x.dtype)
         keys = keys if c.patch_dropout else None
         if keys is not None:
-            kept = max(round((x.shape[1] - extra) * (1 - c.patch_dropout)), 1)
-            patches, length = drop_patches(x[:, extra:], keys, kept, length)
+            count = max(round((x.shape[1] - extra) * (1 - c.patch_dropout)), 1)
+            patches, length = drop_patches(x[:, extra:], keys, count, length)
             x = jnp.concatenate([x[:, :extra], patches], axis=1)
         if c.pre_norm:
             x = self.ln_pre(x)
         length = None if length is None else length + extra
-        x, every = self.transformer(x, self.attended(length, keys, kept), collect=collect)
+        x, every = self.transformer(x, self.attended(length, keys, count), collect=collect)
         return join_tokens(x, length), every
 
     def pool_and_tokens(self, tokens: ImageTokens) -> tuple[Float[Array, "B E"], ImageTokens]:
         """Norm, pool and project; return also the tokens that a caption decoder attends to."""
         c = self.config
         x, length = split_tokens(tokens)
-        others, own = x[:, c.extra_tokens :], None if length is None else length - c.extra_tokens
+        others, count = x[:, c.extra_tokens :], None if length is None else length - c.extra_tokens
         # OpenAI normalises after pooling, SigLIP before; for a class token it makes no difference.
         match c.pool:
             case "class_token":
-                x, seen = self.ln_post(x[:, 0]), join_tokens(self.ln_post(others), own)
+                x, seen = self.ln_post(x[:, 0]), join_tokens(self.ln_post(others), count)
             case "mean":
-                x, seen = self.ln_post(layers.mean(others, own)), join_tokens(others, own)
+                x, seen = self.ln_post(layers.mean(others, count)), join_tokens(others, count)
             case "mean_all":
                 x, seen = self.ln_post(layers.mean(x, length)), tokens
             case "map":

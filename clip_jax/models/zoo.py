@@ -418,8 +418,8 @@ def name_of(config: CLIPConfig) -> str:
         plain = {name: getattr(CLIPConfig, name) for name in ("remat", "unroll", "attention")}
         return replace(c, dtype="bfloat16", init_logit_scale=1.0, **plain)
 
-    for name, known in ARCHITECTURES.items():
-        if shape(known) == shape(config):
+    for name, published in ARCHITECTURES.items():
+        if shape(published) == shape(config):
             return name
     v, text = config.vision, f"text-w{config.text.width}d{config.text.depth}"
     if isinstance(v, ViTConfig):

@@ -99,18 +99,18 @@ def scale_by_adafactor(
             with_names(rows, scaled, updates, state.nu_row, state.nu_col)
         )
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        kept: Any = optax.tree.cast(mu, dtype)
-        return mu, AdafactorState(step, kept, nu_row, nu_col)
+        stored: Any = optax.tree.cast(mu, dtype)
+        return mu, AdafactorState(step, stored, nu_row, nu_col)
 
     return optax.GradientTransformation(init, update)
 
 
 def _sides(names: list[str], shape: tuple[int, ...], min_size: int) -> tuple[int, int] | None:
     """Return the axes of a layer's largest and second largest dimension; None if too small."""
-    own = [i for i, name in enumerate(names) if name not in ("depth", "S")]
-    if len(own) < 2:
+    axes = [i for i, name in enumerate(names) if name not in ("depth", "S")]
+    if len(axes) < 2:
         return None
-    second, first = (own[i] for i in np.argsort([shape[i] for i in own], kind="stable")[-2:])
+    second, first = (axes[i] for i in np.argsort([shape[i] for i in axes], kind="stable")[-2:])
     return (first, second) if shape[second] >= min_size else None
 
 

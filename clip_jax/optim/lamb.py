@@ -37,8 +37,8 @@ def scale_by_trust_ratio(
         axes = tuple(i for i, name in enumerate(names) if name != "depth")
         squares = (jnp.sum(jax.lax.square(x), axes, keepdims=True) for x in (param, update))
         length, of_update = map(jnp.sqrt, squares)
-        known = (length > 0) & (of_update > 0)
-        return update * jnp.where(known, length / jnp.where(known, of_update, 1), 1)
+        is_defined = (length > 0) & (of_update > 0)
+        return update * jnp.where(is_defined, length / jnp.where(is_defined, of_update, 1), 1)
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         return with_names(rows, scaled, updates, params, adapts(params)), state

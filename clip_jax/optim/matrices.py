@@ -31,6 +31,6 @@ def matrix_of(names: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]] | Non
 
     None if a parameter is not a linear map between hidden widths.
     """
-    own = [i for i, name in enumerate(names) if name not in ("depth", "S")]
-    inputs = LINEAR.get(" ".join(names[i] for i in own))
-    return None if inputs is None else (tuple(own[:inputs]), tuple(own[inputs:]))
+    axes = [i for i, name in enumerate(names) if name not in ("depth", "S")]
+    inputs = LINEAR.get(" ".join(names[i] for i in axes))
+    return None if inputs is None else (tuple(axes[:inputs]), tuple(axes[inputs:]))
