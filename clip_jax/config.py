@@ -8,6 +8,7 @@ A renamed field needs a row in `RENAMED` of `checkpoints/run_config.py`, so that
 import functools
 import itertools
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from clip_jax import flops
 from clip_jax.checkpoints.resume import branch_point
@@ -20,31 +21,23 @@ from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.evaluator import check_distinct
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.suite import SuiteEvalConfig
-from clip_jax.losses import SoftmaxConfig, TermConfig
 from clip_jax.metrics.profiler import profile_range
-from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import ImageSpec
-from clip_jax.models.lora import LoRAConfig
-from clip_jax.optim import OptimConfig, Tower
+from clip_jax.optim import Tower
 from clip_jax.processes import ProcessesConfig
 from clip_jax.sharding import MeshConfig
-from clip_jax.step import Recipe
+from clip_jax.step import Recipe, StepConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(StepConfig):
     """Settings of a training run."""
 
-    seed: int = 0  # Random seed of initial parameters and patch dropout; the data has data.seed.
-    steps: int = 10_000  # Number of optimizer updates in the whole run.
     stop_after: int | None = None  # Step at which to save and stop early; None: run to the end.
-    batch_size: int = 1_024  # Number of image-text pairs per step over all devices.
     # Steps after which the batch size doubles: 1000 3000 ends with four times batch_size.
     double_batch_at: tuple[int, ...] = ()
     # Sequence lengths of a NaFlex model in training. None: model.vision.max_patches throughout.
     lengths: Lengths | None = None
-    accumulation: int = 1  # Chunks per batch (GradCache); the activations of one are in memory.
-    model: CLIPConfig = field(default_factory=CLIPConfig)
     # Parent run and step, as RUN@STEP: continues from that state and data position, under another
     # schedule or length. None: no branch.
     branch_from: str | None = None
@@ -56,10 +49,7 @@ class Config:
     init_differences: tuple[str, ...] = ()
     # Resizing of images for evaluation, in the model's size. None: OpenAI's.
     preprocess: Preprocess | None = None
-    lora: LoRAConfig | None = None  # Low-rank adapters of init_from to train. None: all weights.
     data: DataConfig = field(default_factory=DataConfig)
-    objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)  # Losses to minimise, as a weighted sum.
-    optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
@@ -162,8 +152,9 @@ class Config:
     @property
     def recipe(self) -> Recipe:
         """The settings that determine an update, apart from the data and the mesh."""
-        own = {field.name: getattr(self, field.name) for field in fields(Recipe)}
-        return replace(Recipe(**own), steps=round(self.schedule_step(self.steps)))
+        settings: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(StepConfig)}
+        settings["steps"] = round(self.schedule_step(self.steps))
+        return Recipe(**settings)
 
     def recipe_of(self, kind: BatchKind) -> Recipe:
         """Return the recipe of the updates that take one kind of batches."""

@@ -21,7 +21,7 @@ CoCa decodes the last token and projects its queries for each image. `training`,
 only what is needed, and computed here.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
@@ -30,6 +30,7 @@ from clip_jax.models.layers import Operations
 from clip_jax.models.lora import adapted
 from clip_jax.models.outputs import output
 from clip_jax.optim.wrappers import TOWERS, Tower
+from clip_jax.step import StepConfig
 
 Convention = Literal["matmul", "laion", "fvcore"]
 
@@ -53,18 +54,18 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def of_step(run: Any) -> Flops:
-    """Count one step of a Config or Recipe, with dropped patches, locked towers and adapters."""
-    locked, lora = run.optim.locked, run.lora
+def of_step(config: StepConfig) -> Flops:
+    """Count one step, with dropped patches, locked towers and adapters."""
+    locked, lora = config.optim.locked, config.lora
     if lora is not None:  # no gradient passes a tower without adapters
-        has = {each.kernel.split("/")[0] for each in adapted(run.model, lora)}
+        has = {each.kernel.split("/")[0] for each in adapted(config.model, lora)}
         locked += tuple(tower for tower, name in TOWERS.items() if name not in has)
-    macs = sum(term.macs(run.model, run.batch_size, locked) for term in run.objective)
-    teachers = [model for term in run.objective for model in term.frozen().values()]
+    macs = sum(term.macs(config.model, config.batch_size, locked) for term in config.objective)
+    teachers = [model for term in config.objective for model in term.frozen().values()]
     each = [(forward(x.config), x.texts) for x in teachers]
-    teacher = run.batch_size * sum(of.image + texts * of.text for of, texts in each)
-    towers = _towers(run.model, run.batch_size, locked, has_adapters=lora is not None)
-    needs = [output(name) for name in {name for term in run.objective for name in term.needs}]
+    teacher = config.batch_size * sum(of.image + texts * of.text for of, texts in each)
+    towers = _towers(config.model, config.batch_size, locked, has_adapters=lora is not None)
+    needs = [output(name) for name in {name for term in config.objective for name in term.needs}]
     embedded = [x.tower for x in needs if x.is_embedding and x.input != x.tower]
     images, texts = 1 + embedded.count("image"), 1 + embedded.count("text")
     towers = towers._replace(image=towers.image * images, text=towers.text * texts)

@@ -21,7 +21,6 @@ from clip_jax.losses import (
     Context,
     Objective,
     SoftmaxConfig,
-    Term,
     TermConfig,
     cached_value_and_grad,
 )
@@ -64,17 +63,22 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class StepConfig:
     """Settings that determine an update, apart from the data and the mesh."""
 
-    model: CLIPConfig
-    objective: tuple[TermConfig | Term, ...] = (SoftmaxConfig(),)
-    optim: OptimConfig
-    steps: int  # Step at which the learning-rate schedule ends.
-    batch_size: int  # Number of image-text pairs per step over all devices.
-    accumulation: int = 1  # Chunks per batch (GradCache).
-    seed: int = 0  # Random seed of the initial parameters and of patch dropout.
-    lora: LoRAConfig | None = None  # Adapters to train in place of the weights.
+    seed: int = 0  # Random seed of initial parameters and patch dropout; the data has data.seed.
+    steps: int = 10_000  # Number of optimizer updates in the whole run.
+    batch_size: int = 1_024  # Number of image-text pairs per step over all devices.
+    accumulation: int = 1  # Chunks per batch (GradCache); the activations of one are in memory.
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    lora: LoRAConfig | None = None  # Low-rank adapters of init_from to train. None: all weights.
+    objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)  # Losses to minimise, as a weighted sum.
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(StepConfig):
+    """A step's settings that fit each other; the schedule of learning rates ends at `steps`."""
 
     def __post_init__(self) -> None:
         terms.check(self.objective, self.model)

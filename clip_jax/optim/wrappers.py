@@ -13,7 +13,7 @@ from clip_jax.models.clip import Params, path_name
 from clip_jax.optim.matrices import Rows
 
 Tower = Literal["image", "text"]
-TOWERS = {"image": "visual", "text": "text"}  # their names in the parameter tree
+TOWERS: dict[Tower, str] = {"image": "visual", "text": "text"}  # their names in the parameter tree
 USUAL_DECAY = 0.99  # decay rate of the running mean of gradient norms
 USUAL_UPDATES = 100  # number of updates before a gradient norm can count as unusual
 # The number of layers from a parameter's to its tower's last (`CLIPConfig.layers_from`).
