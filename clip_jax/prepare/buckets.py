@@ -88,7 +88,8 @@ def frame(order: int, index: int, record: bytes) -> bytes:
 
 def frames(data: bytes) -> Iterator[Framed]:
     """Yield the records of buckets."""
-    at, view = 0, memoryview(data)
+    at = 0
+    view = memoryview(data)
     while at < len(data):
         order, index, size = _FRAME.unpack_from(data, at)
         at += _FRAME.size

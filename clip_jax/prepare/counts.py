@@ -29,7 +29,7 @@ class Statistics:
         self._matches: dict[str, dict[str, Any]] = {}
 
     @property
-    def kept(self) -> int:
+    def num_kept(self) -> int:
         """Number of pairs kept so far."""
         return self._counts[_KEPT]
 
@@ -50,28 +50,27 @@ class Statistics:
     def match(self, matches: Sequence[tuple[str, int, int]]) -> None:
         """Count a pair that is dropped as a near-duplicate of images of evaluation sets."""
         for name in {name for name, _, _ in matches}:
-            one = self._matches.setdefault(name, {"pairs": 0, "images": []})
-            one["pairs"] += 1
-            one["images"] += [image for other, image, _ in matches if other == name]
+            of_set = self._matches.setdefault(name, {"pairs": 0, "images": []})
+            of_set["pairs"] += 1
+            of_set["images"] += [image for other, image, _ in matches if other == name]
 
     def to_dict(self) -> dict[str, Any]:
         """Return counts and an example by reason, histograms, extremes, and as `found` the matched
         images of evaluation sets."""
+        histograms = {}
+        extremes = {}
+        for name, edges in _EDGES.items():
+            values = self._values[name]
+            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+            histograms[name] = counts.astype(int).tolist()
+            if values:
+                extremes[name] = [float(min(values)), float(max(values))]
         return {
             "counts": dict(self._counts),
             "examples": self._examples,
             "found": self._matches,
-            "histograms": {
-                name: np.histogram(np.clip(self._values[name], edges[0], edges[-1]), edges)[0]
-                .astype(int)
-                .tolist()
-                for name, edges in _EDGES.items()
-            },
-            "extremes": {
-                name: [float(min(values)), float(max(values))]
-                for name, values in self._values.items()
-                if values
-            },
+            "histograms": histograms,
+            "extremes": extremes,
         }
 
 
@@ -105,7 +104,10 @@ def merged(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
             for name in extremes
         },
         "histograms": {name: histogram.tolist() for name, histogram in histograms.items()},
-        "found": {name: one | {"images": len(one["images"])} for name, one in sorted(sets.items())},
+        "found": {
+            name: of_set | {"images": len(of_set["images"])}
+            for name, of_set in sorted(sets.items())
+        },
     }
 
 
@@ -120,11 +122,13 @@ def describe(report: dict[str, Any]) -> str:
     """Format a report for people."""
     lines = [f"{count:>12,}  {reason}" for reason, count in report["counts"].items()]
     lines += [f"{'':>14}such as {example}" for example in report["examples"].values()]
-    for name, one in report["found"].items():
-        share = f" ({one['images'] / one['of']:.2%})" if one.get("of") else ""
+    for name, matches in report["found"].items():
+        images = matches["images"]
+        total = matches["of"]
+        share = f" ({images / total:.2%})" if total else ""
         lines.append(
-            f"{one['images']:,} of {one['of']:,} images of {name}{share} have near-duplicates: "
-            f"{one['pairs']:,} pairs, which are dropped"
+            f"{images:,} of {total:,} images of {name}{share} have near-duplicates: "
+            f"{matches['pairs']:,} pairs, which are dropped"
         )
     for name, at in report["quantiles"].items():
         low, median, high = (f"{value:.3g}" for value in at.values())

@@ -134,7 +134,9 @@ class Filter:
         source: StoredSource,
         evaluation: Callable[[], EvaluationImages] | None = None,
     ) -> None:
-        self._config, self._source, self._evaluation = config, source, evaluation
+        self._config = config
+        self._source = source
+        self._evaluation = evaluation
         self._scores = None
         if config.score_column:
             if not isinstance(source, ScoredSource):
@@ -150,7 +152,8 @@ class Filter:
         """Return a pair that passes; `record` is its record, if already fetched."""
         score = self._score(index)
         record = record or self._source.record(index)
-        captions, image = self._captions(record.captions()), record.image()
+        captions = self._captions(record.captions())
+        image = record.image()
         try:
             picture = decode(image)
         except ImageError as error:
@@ -162,12 +165,10 @@ class Filter:
             raise SampleError(f"image aspect: {picture.width} x {picture.height}")
         compares = self._config.drop_near_duplicates or self._evaluation is not None
         image_hash = near.perceptual_hash(picture) if compares else None
-        if (
-            self._evaluation
-            and image_hash is not None
-            and (matches := self._evaluation().matches(image_hash))
-        ):
-            raise Contaminated(matches)
+        if self._evaluation and image_hash is not None:
+            matches = self._evaluation().matches(image_hash)
+            if matches:
+                raise Contaminated(matches)
         return Pair(image, picture, captions, score, image_hash, record.key, record.more())
 
     def _score(self, index: int) -> float:
@@ -185,24 +186,32 @@ class Filter:
         """Return the captions that pass."""
         config = self._config
         lengths = [len(caption.strip()) for caption in captions]
-        kept = [
+        passing = [
             caption
             for caption, length in zip(captions, lengths, strict=True)
             if config.min_caption <= length <= config.max_caption
         ]
-        if not kept:
+        if not passing:
             raise SampleError(f"caption length: {', '.join(map(str, lengths))} characters")
         if config.min_words:
-            words = [len(caption.split()) for caption in kept]
-            kept = [x for x, count in zip(kept, words, strict=True) if count >= config.min_words]
-            if not kept:
+            words = [len(caption.split()) for caption in passing]
+            passing = [
+                caption
+                for caption, count in zip(passing, words, strict=True)
+                if count >= config.min_words
+            ]
+            if not passing:
                 raise SampleError(f"caption words: {', '.join(map(str, words))}")
         if config.languages:
-            spoken = [language(caption) for caption in kept]
-            kept = [x for x, name in zip(kept, spoken, strict=True) if name in config.languages]
-            if not kept:
-                raise SampleError(f"caption language: {', '.join(spoken)}")
-        return kept
+            detected = [language(caption) for caption in passing]
+            passing = [
+                caption
+                for caption, code in zip(passing, detected, strict=True)
+                if code in config.languages
+            ]
+            if not passing:
+                raise SampleError(f"caption language: {', '.join(detected)}")
+        return passing
 
 
 class Contaminated(SampleError):
@@ -219,10 +228,11 @@ class Contaminated(SampleError):
 
 def check_languages(languages: Sequence[str] = ()) -> None:
     """Raise InputError for unknown codes, or if the language detector is not installed."""
-    known = sorted(one["lang"] for one in _detector().detect("", k=-1, threshold=-1))  # all of them
-    if unknown := [code for code in languages if code not in known]:
+    probabilities = _detector().detect("", k=-1, threshold=-1)  # of all languages
+    codes = sorted(language["lang"] for language in probabilities)
+    if unknown := [code for code in languages if code not in codes]:
         raise InputError(
-            f"languages={' '.join(unknown)}: unknown codes; choose from {', '.join(known)}"
+            f"languages={' '.join(unknown)}: unknown codes; choose from {', '.join(codes)}"
         )
 
 

@@ -19,7 +19,9 @@ from clip_jax.prepare import buckets
 BANDS = 16
 _SIDE = 16  # frequencies in each direction
 _LOW = 8  # frequencies in each direction that bands use
-_PLAIN, _CONTRAST = 8, 8  # in a plain image no two of 8 x 8 parts differ by 8 of 256 gray levels
+# In a plain image no two of 8 x 8 parts differ by 8 of 256 gray levels.
+_PLAIN = 8
+_CONTRAST = 8
 _BAND_BITS = (12, 28)  # minimum and maximum
 
 Hash = UInt64[np.ndarray, " 4"]
@@ -103,7 +105,8 @@ def near_earlier(
     rows = rows[~is_later]
     values = bands(rows["hash"], bits)[band]
     order = np.argsort(values, kind="stable")
-    rows, values = rows[order], values[order]
+    rows = rows[order]
+    values = values[order]
     active = np.arange(len(rows))
     for shift in itertools.count(1):
         active = active[: np.searchsorted(active, len(rows) - shift)]

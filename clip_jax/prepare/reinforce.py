@@ -52,9 +52,11 @@ def describe_models(config: PrepareConfig) -> list[dict[str, Any]]:
             CLIP(weights.config).needs_decoder()
             config.generation.within(weights.config.text)
             continue
-        scale, bias = (float(weights.params.get(f"logit_{x}", 0)) for x in ("scale", "bias"))
-        values: dict[str, Any] = {"embed_dim": weights.config.embed_dim}
-        values |= {"logit_scale": math.exp(scale), "logit_bias": bias}
+        values: dict[str, Any] = {
+            "embed_dim": weights.config.embed_dim,
+            "logit_scale": math.exp(float(weights.params.get("logit_scale", 0))),
+            "logit_bias": float(weights.params.get("logit_bias", 0)),
+        }
         line = ", ".join(f"{name}={value:.6g}" for name, value in values.items())
         models[-1] |= values | {"teacher": f"StoredTeacher({line})"}
     return models
@@ -83,25 +85,31 @@ def sizes(config: PrepareConfig, source: StoredSource) -> str:
 
 def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]:
     """Add captions and embeddings to the records of a shard; threads decode images meanwhile."""
-    rows, size = config.batch_size * jax.local_device_count(), config.augmentations.size
+    rows = config.batch_size * jax.local_device_count()
+    size = config.augmentations.size
     captioner = model(config.captions) if config.captions else None
     teachers = [model(path, dtype=config.teacher_dtype) for path in config.reinforce]
     specs = [teacher.image_preprocess.image_spec for teacher in teachers]
 
     def read(record: bytes) -> tuple[dict[str, list[bytes]], Any, list[Augmentation], list[Any]]:
         pair = decode_example(record)
-        (image,), (key,) = pair["image"], pair["key"]
-        picture, uncropped, chosen, views = decode(image), None, [], []
+        (image,) = pair["image"]
+        (key,) = pair["key"]
+        picture = decode(image)
+        uncropped = None
+        drawn = []
+        views = []
         if captioner:
             uncropped = captioner.image_preprocess.batch(image)
             seeds = [_seed(config, key, x, b"caption") for x in range(config.captions_per_image)]
             pair[SEED] = [b"%d" % seed for seed in seeds]
         for number in range(config.augmentations_per_image if teachers else 0):
             rng = np.random.default_rng(_seed(config, key, number, b"augmentation"))
-            chosen.append(draw(*picture.size, rng, config.augmentations))
-            pixels = replay(picture, chosen[-1], specs, size)
+            augmentation = draw(*picture.size, rng, config.augmentations)
+            pixels = replay(picture, augmentation, specs, size)
+            drawn.append(augmentation)
             views.append([spec.pack(x[None]) for spec, x in zip(specs, pixels, strict=True)])
-        return pair, uncropped, chosen, views
+        return pair, uncropped, drawn, views
 
     for batch in read_ahead(batches(records, rows), read):
         pairs, uncropped, chosen, views = zip(*batch, strict=True)
@@ -116,7 +124,9 @@ def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]
             yield from map(encode_example, pairs)
             continue
         texts = [[x.decode() for x in (*y["caption"], *y.get(SYNTHETIC, ()))] for y in pairs]
-        flat, of_images, of_texts = list(itertools.chain(*texts)), [], []
+        flat = list(itertools.chain(*texts))
+        of_images = []
+        of_texts = []
         for i, teacher in enumerate(teachers):
             images = concatenate([view[i] for some in views for view in some])
             of_images.append(_embed(teacher.encode_image, images, rows))
@@ -125,9 +135,12 @@ def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]
         images = iter(np.split(np.concatenate(of_images, axis=1), len(pairs)))
         rest = np.concatenate(of_texts, axis=1)
         for pair, drawn, words in zip(pairs, chosen, texts, strict=True):
-            true, (text, rest) = len(pair["caption"]), np.split(rest, [len(words)])
-            of_texts = np.split(text, [true])  # true, then synthetic
-            more = Reinforcement(tuple(drawn), size, next(images), tuple(words[true:]), *of_texts)
+            true = len(pair["caption"])
+            of_pair, rest = np.split(rest, [len(words)])
+            text, synthetic_text = np.split(of_pair, [true])
+            more = Reinforcement(
+                tuple(drawn), size, next(images), tuple(words[true:]), text, synthetic_text
+            )
             yield encode_example(pair | reinforced.to_features(more, config.embedding_type, widths))
 
 
@@ -139,7 +152,8 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def _seed(config: PrepareConfig, key: bytes, number: int, purpose: bytes) -> int:
     """Return the 32-bit seed of the caption or augmentation of this number of a pair."""
-    data, seed = number.to_bytes(8) + key, config.seed.to_bytes(8)
+    data = number.to_bytes(8) + key
+    seed = config.seed.to_bytes(8)
     return int.from_bytes(hashlib.blake2b(data, digest_size=4, key=seed, person=purpose).digest())
 
 

@@ -81,16 +81,19 @@ def groups(layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " 
     """Divide kept pairs into shards of equal size, and the shards among tasks."""
     counts = np.zeros(layout.pair_buckets, np.int64)
     for rows in _rows(layout):
-        kept = rows["order"][verdicts[rows["index"]] == CANDIDATE]
-        numbers = buckets.number_of(kept, layout.pair_buckets)
+        orders = rows["order"][verdicts[rows["index"]] == CANDIDATE]
+        numbers = buckets.number_of(orders, layout.pair_buckets)
         counts += np.bincount(numbers.astype(np.int64), minlength=len(counts))
     ends: Int64[np.ndarray, " buckets"] = np.cumsum(counts)
-    kept, size = int(ends[-1]), config.samples_per_shard
-    shards, each = -(-kept // size), max(1, layout.per_task // size)
+    pairs = int(ends[-1])
+    size = config.samples_per_shard
+    shards = -(-pairs // size)
+    shards_per_task = max(1, layout.per_task // size)
     tasks = []
-    for first in range(0, shards, each):
-        last = min(first + each, shards)
-        start, end = first * size, min(last * size, kept)
+    for first in range(0, shards, shards_per_task):
+        last = min(first + shards_per_task, shards)
+        start = first * size
+        end = min(last * size, pairs)
         low = int(np.searchsorted(ends, start, side="right"))
         high = int(np.searchsorted(ends, end, side="left")) + 1
         skip = start - (int(ends[low - 1]) if low else 0)
@@ -101,11 +104,14 @@ def groups(layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " 
 def describe(dropped: Dropped, verdicts: UInt8[np.ndarray, " N"], source: StoredSource) -> Dropped:
     """Count dropped samples by reason, with an example of each."""
     for verdict, reason in REASONS.items():
-        if count := int((verdicts == verdict).sum()):
-            dropped.counts[reason] = count
-            index = int(np.argmax(verdicts == verdict))
-            of = f" of {source.key(dropped.near[1])}" if verdict == NEAR and dropped.near else ""
-            dropped.examples[reason] = f"{source.key(index)}: {reason}{of}"
+        has_verdict = verdicts == verdict
+        if not has_verdict.any():
+            continue
+        dropped.counts[reason] = int(has_verdict.sum())
+        example = f"{source.key(int(np.argmax(has_verdict)))}: {reason}"
+        if verdict == NEAR and dropped.near:
+            example += f" of {source.key(dropped.near[1])}"
+        dropped.examples[reason] = example
     return dropped
 
 

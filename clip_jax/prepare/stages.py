@@ -63,21 +63,26 @@ def opened(config: PrepareConfig, layout: Layout) -> tuple[StoredSource, Filter]
 
 
 def _evaluation(config: PrepareConfig, layout: Layout) -> EvaluationImages:
-    with np.load(io.BytesIO(files.read(layout.evaluation))) as kept:
-        arrays = (kept["hashes"], kept["sets"], kept["indices"])
-    names = tuple(contamination.named(config.decontaminate))
-    return EvaluationImages(names, *arrays, config.near_distance)
+    with np.load(io.BytesIO(files.read(layout.evaluation))) as arrays:
+        return EvaluationImages(
+            names=tuple(contamination.named(config.decontaminate)),
+            hashes=arrays["hashes"],
+            sets=arrays["sets"],
+            indices=arrays["indices"],
+            distance=config.near_distance,
+        )
 
 
 def hash_evaluation_set(source: str, target: tuple[range, AnyPath], counted: Counted) -> None:
     """Hash a range of the images of an evaluation set."""
     indices, path = target
     images = open_images(source, option="--decontaminate")
-    seen = [(index, contamination.hash_image(images, index)) for index in counted(indices)]
-    rows = np.array(
-        [(index, image_hash) for index, image_hash in seen if image_hash is not None], near.ROW
-    )
-    buckets.write_one(path, rows.tobytes())
+    rows = []
+    for index in counted(indices):
+        image_hash = contamination.hash_image(images, index)
+        if image_hash is not None:
+            rows.append((index, image_hash))
+    buckets.write_one(path, np.array(rows, near.ROW).tobytes())
 
 
 def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> None:
@@ -85,7 +90,10 @@ def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -
 
     That is the pairs, in the order in which they will be read, and the keys that compare them.
     """
-    statistics, rows, same, alike = Statistics(), [], [], []
+    statistics = Statistics()
+    rows = []
+    same = []
+    alike = []
     pairs: list[list[bytes]] = [[] for _ in range(layout.pair_buckets)]
     for index, pair in _passing(config, layout, number, counted, statistics):
         order = _order(config, layout, index, pair.key)
@@ -113,7 +121,8 @@ def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -
 
 def copy(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> str:
     """Read samples and write those that pass as a shard, where no pair depends on another."""
-    statistics, shard = Statistics(), layout.shard(number, layout.reads)
+    statistics = Statistics()
+    shard = layout.shard(number, layout.reads)
     files.remove_partial(shard)  # of a run that was killed
 
     def records() -> Iterator[bytes]:
@@ -153,13 +162,16 @@ def _fetched(
 ) -> Iterator[tuple[int, StoredRecord | None]]:
     """Read samples by blocks, if the source has any; records that are None are read singly."""
     ends = np.cumsum(source.blocks()) if isinstance(source, BlockSource) else None
-    first, last, records = 0, 0, []
+    first = 0
+    last = 0
+    records: list[StoredRecord | None] = []
     for index in indices:
         if ends is None:
             yield index, None
             continue
         if not first <= index < last:
-            first, last = index, int(ends[np.searchsorted(ends, index, side="right")])
+            first = index
+            last = int(ends[np.searchsorted(ends, index, side="right")])
             try:
                 records = cast(Any, source).fetch(first, last)
             except SampleError:  # each sample reports its own error
@@ -178,7 +190,8 @@ def _order(config: PrepareConfig, layout: Layout, index: int, key: str) -> int:
 
 def _record(pair: Pair, config: PrepareConfig) -> bytes:
     texts = [caption.encode() for caption in pair.captions]
-    image, more = _encoded(pair.image, pair.picture, config), pair.more
+    image = _encoded(pair.image, pair.picture, config)
+    more = pair.more
     if config.shards == "tar":
         texts = texts[:1]
     features = {"image": [image], "caption": texts, "key": [pair.key.encode(errors="replace")]}
@@ -307,7 +320,7 @@ def _cosines(
         return images, [text.decode() for text in pair["caption"]]
 
     for batch in read_ahead(reinforce.batches(records, batch_size), prepare):
-        images = concatenate([one for one, _ in batch])
+        images = concatenate([image for image, _ in batch])
         tokens = model.tokenize([text for _, texts in batch for text in texts], truncate=True)
         image_embeddings = unit(model.encode_image(images, batch_size=batch_size))
         text_embeddings = unit(model.encode_text(tokens, batch_size=batch_size))
@@ -397,7 +410,7 @@ def _write_shard(
         size = partial.stat().st_size
     content = statistics.to_dict() | {"bytes": size}
     files.write_whole(statistics_of(shard), json.dumps(content))
-    return f"{shard}: {statistics.kept:,} of {samples:,} pairs"
+    return f"{shard}: {statistics.num_kept:,} of {samples:,} pairs"
 
 
 def read_statistics(shard: AnyPath) -> dict[str, Any]:

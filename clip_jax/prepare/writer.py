@@ -61,11 +61,11 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     stages.opened(config, layout)
     _check_settings(folder, config, source)
     if (folder / _WHOLE).exists():
-        if not (missing := _missing(layout)):
+        missing = _missing(layout)
+        if not missing:
             epath.Path(layout.work).rmtree(missing_ok=True)
             return read_json(folder / "report.json", *_REPORT)
-        message = f"{listed(missing)} of {folder} are missing or damaged; writing them again"
-        say(message)
+        say(f"{listed(missing)} of {folder} are missing or damaged; writing them again")
         files.remove(folder / _WHOLE)
     if config.reinforce:
         say(reinforce.sizes(config, source))
@@ -77,7 +77,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         if config.joins:
             dropped, shards = work.join()
         else:
-            dropped, shards = settle.Dropped(), work.copy()
+            dropped = settle.Dropped()
+            shards = work.copy()
     return _report(config, layout, dropped, shards)
 
 
@@ -85,28 +86,36 @@ class _Work:
     """Runs the stages in their order, each for its missing tasks."""
 
     def __init__(self, does: Runner, config: PrepareConfig, layout: Layout) -> None:
-        self._does, self._config, self._layout = does, config, layout
+        self._does = does
+        self._config = config
+        self._layout = layout
         self._worker, self._workers = read_worker(config.worker)
 
     def copy(self) -> list[AnyPath]:
         """Run the single stage; return all shards of the result."""
-        layout, count = self._layout, self._layout.reads
+        layout = self._layout
+        count = layout.reads
         work = functools.partial(stages.copy, self._config, layout)
         shards = [layout.shard(number, count) for number in range(count)]
         complete = _complete(shards)
-        tasks = [x for x in range(count) if shards[x] not in complete]
-        own = [(x, len(layout.indices(x))) for x in tasks if x % self._workers == self._worker]
-        self._does.run("prepare", work, own, model=self._config.has_models)
+        numbers = range(self._worker, count, self._workers)
+        missing = [number for number in numbers if shards[number] not in complete]
+        tasks = [(number, len(layout.indices(number))) for number in missing]
+        self._does.run("prepare", work, tasks, model=self._config.has_models)
         return shards
 
     def join(self) -> tuple[settle.Dropped, list[AnyPath]]:
         """Read, compare, score, decide, gather; return what was dropped and all shards."""
-        config, layout = self._config, self._layout
-        reads, count = range(layout.reads), layout.join_buckets
+        config = self._config
+        layout = self._layout
+        reads = range(layout.reads)
+        count = layout.join_buckets
         read = functools.partial(stages.read, config, layout)
         kinds = ["pairs", "rows", "read"]
-        kinds += ["same"] if config.drop_duplicates else []
-        kinds += ["alike"] if config.drop_near_duplicates else []
+        if config.drop_duplicates:
+            kinds.append("same")
+        if config.drop_near_duplicates:
+            kinds.append("alike")
         self._all("read", read, reads, lambda x: [layout.file(x, kind) for kind in kinds])
         if config.drop_duplicates:
             find = functools.partial(stages.find_same, layout)
@@ -121,38 +130,47 @@ class _Work:
             self._all("score", score, reads, lambda x: [layout.file(x, "scores")], model=True)
         verdicts = settle.settle(layout, config, verdicts)
         groups = settle.groups(layout, config, verdicts)
-        shards = [layout.shard(x, one.count) for one in groups for x in range(one.first, one.last)]
+        shards = [
+            layout.shard(number, group.count)
+            for group in groups
+            for number in range(group.first, group.last)
+        ]
         complete = _complete(shards)
-        own = groups[self._worker :: self._workers]
         write = functools.partial(stages.write, config, layout)
-        tasks = [(x, x.pairs) for x in own if not complete.keys() >= {*shards[x.first : x.last]}]
+        tasks = []
+        for group in groups[self._worker :: self._workers]:
+            of_group = shards[group.first : group.last]
+            if any(shard not in complete for shard in of_group):
+                tasks.append((group, group.pairs))
         self._does.run("write", write, tasks, model=config.has_models)
         return settle.describe(dropped, verdicts, stages.opened(config, layout)[0]), shards
 
     def hash_evaluation_sets(self) -> None:
         """Hash the images of all evaluation sets, with which each pair is compared."""
-        layout, parts = self._layout, []
+        layout = self._layout
+        parts = []
         for number, source in enumerate(contamination.named(self._config.decontaminate).values()):
             images = len(open_images(source, option="--decontaminate"))
-            starts = range(0, images, _TEST_IMAGES)
-            ranges = [range(start, min(start + _TEST_IMAGES, images)) for start in starts]
-            targets = [(some, layout.work / f"set-{number}-{some.start}") for some in ranges]
-            image_hash = functools.partial(stages.hash_evaluation_set, source)
             existing = self._existing()
-            missing = [(x, len(x[0])) for x in targets if x[1].name not in existing]
-            self._does.run("evaluation sets", image_hash, missing)
-            parts += [(number, path) for _, path in targets]
-        rows = [(number, np.frombuffer(buckets.read_one(path), near.ROW)) for number, path in parts]
-        kept = io.BytesIO()
+            tasks = []
+            for start in range(0, images, _TEST_IMAGES):
+                indices = range(start, min(start + _TEST_IMAGES, images))
+                path = layout.work / f"set-{number}-{start}"
+                parts.append((number, path))
+                if path.name not in existing:
+                    tasks.append(((indices, path), len(indices)))
+            image_hash = functools.partial(stages.hash_evaluation_set, source)
+            self._does.run("evaluation sets", image_hash, tasks)
+        numbers = np.array([number for number, _ in parts], np.uint64)
+        rows = [np.frombuffer(buckets.read_one(path), near.ROW) for _, path in parts]
+        file = io.BytesIO()
         np.savez(
-            kept,
-            hashes=np.concatenate([table["hash"] for _, table in rows]),
-            indices=np.concatenate([table["index"] for _, table in rows]),
-            sets=np.repeat(
-                np.array([number for number, _ in rows], np.uint64), [len(x) for _, x in rows]
-            ),
+            file,
+            hashes=np.concatenate([table["hash"] for table in rows]),
+            indices=np.concatenate([table["index"] for table in rows]),
+            sets=np.repeat(numbers, [len(table) for table in rows]),
         )
-        files.write_whole(layout.evaluation, kept.getvalue())
+        files.write_whole(layout.evaluation, file.getvalue())
 
     def _all(
         self,
@@ -180,7 +198,8 @@ def _complete(shards: Sequence[AnyPath]) -> dict[AnyPath, dict[str, Any]]:
     present = [shard for shard in shards if shard.name in existing]
     with ThreadPoolExecutor(_THREADS) as threads:
         statistics = list(threads.map(stages.read_statistics, present))
-    return {shard: one for shard, one in zip(present, statistics, strict=True) if one}
+    by_shard = dict(zip(present, statistics, strict=True))
+    return {shard: of_shard for shard, of_shard in by_shard.items() if of_shard}
 
 
 def inspect(config: PrepareConfig) -> dict[str, Any]:
@@ -260,22 +279,24 @@ def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource
     fields = dataclasses.asdict(config) | {"score_with": config.score_with or ""}
     for name in ("destination", "on", "inspect", "index", "worker", "threads"):
         del fields[name]
-    kept = json.loads(json.dumps(fields, default=str)) | {"samples": len(source)}
-    kept["digest"] = digest(source, blocks=isinstance(source, BlockSource))
-    kept["models"] = [model["digest"] for model in reinforce.describe_models(config)]
+    settings = json.loads(json.dumps(fields, default=str))
+    settings["samples"] = len(source)
+    settings["digest"] = digest(source, blocks=isinstance(source, BlockSource))
+    settings["models"] = [model["digest"] for model in reinforce.describe_models(config)]
     path = folder / "prepare.json"
-    before = {name: value for name, value in read_json(path).items() if name in kept}
+    before = {name: value for name, value in read_json(path).items() if name in settings}
     # Older files lack the digest, and the options of models.
-    default = {"digest": kept["digest"]} if config.has_models else kept
-    if before and default | before != kept:
-        differ = ", ".join(name for name in kept if (default | before).get(name) != kept[name])
+    default = {"digest": settings["digest"]} if config.has_models else settings
+    earlier = default | before
+    if before and earlier != settings:
+        differ = ", ".join(name for name in settings if earlier.get(name) != settings[name])
         raise InputError(
             f"{folder} was created with other settings: {differ} (digest: the names or order of "
             f"samples; models: the weights). Use those in {path} to continue, or choose another "
             "destination"
         )
-    if before != kept:
-        files.write_whole(path, json.dumps(kept, indent=1))
+    if before != settings:
+        files.write_whole(path, json.dumps(settings, indent=1))
 
 
 def _report(
@@ -291,8 +312,8 @@ def _report(
     statistics.append({"counts": dropped.counts, "examples": dropped.examples})
     total = counts.merged(statistics)
     for name, source in contamination.named(config.decontaminate).items():
-        one = total["found"].setdefault(name, {"pairs": 0, "images": 0})
-        one["of"] = len(open_images(source, option="--decontaminate"))
+        matches = total["found"].setdefault(name, {"pairs": 0, "images": 0})
+        matches["of"] = len(open_images(source, option="--decontaminate"))
     result = {
         "samples": layout.samples,
         "shards": {"written": len(done), "of": len(shards)},
