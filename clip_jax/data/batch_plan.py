@@ -26,7 +26,8 @@ class BatchKind(NamedTuple):
 
     The kind of a batch is a pure function of config and step. Every kind has its own compiled
     program and its own model (`model_of`), but all share one state: the models of all kinds have
-    the same parameters, of the same shapes.
+    the same parameters, of the same shapes. A further field that makes another program has a
+    default that leaves the model as it is.
     """
 
     pairs: int  # global batch size

@@ -49,7 +49,8 @@ class Contrastive(Term):
     the number of valid pairs. If a row may have any number of positive pairs, `positives` counts
     them, and `hits` counts those that reach `top`. What a loss does not use, XLA removes.
 
-    As an example, the loss of a margin m to the hardest negative (VSE++, Faghri et al. 2018,
+    The terms of an objective have different names, so a subclass has its own `name`. As an
+    example, the loss of a margin m to the hardest negative (VSE++, Faghri et al. 2018,
     arXiv:1707.05612, equation 6) is
 
         def sums(self, scale, bias):
