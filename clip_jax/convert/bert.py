@@ -109,12 +109,14 @@ def write_open_clip(text: BertConfig) -> dict[str, Any]:
             f"and the other settings of this one (known are {', '.join(KNOWN)})"
         )
     poolers = {ours: theirs for theirs, ours in _POOLERS.items()}
+    tokenizer = {} if text.tokenizer.file else {"hf_tokenizer_name": name}
     return {
         "hf_model_name": name,
         "hf_proj_type": text.head,
         "hf_pooler_type": poolers[text.pool],
         "hf_model_pretrained": False,
         "context_length": text.context_length,
+        **tokenizer,
     }
 
 

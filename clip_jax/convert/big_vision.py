@@ -37,7 +37,7 @@ from clip_jax.convert.weights import (
 )
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD, NaFlex
+from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.storage.archives import write_npz
@@ -96,7 +96,7 @@ _NAFLEX = Convention(
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
-    is_naflex = isinstance(config.vision.image_spec, NaFlex)
+    is_naflex = config.vision.is_naflex
     return table(config, _NAFLEX + _CONVENTION if is_naflex else _CONVENTION)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert import bert, openai, timm, verify
+from clip_jax.convert import openai, timm, verify
 from clip_jax.convert.open_clip_config import (
     CONFIG_NAME,
     check_tokenizer,
@@ -16,20 +16,21 @@ from clip_jax.convert.open_clip_config import (
     read_config,
     write_tokenizer,
 )
+from clip_jax.convert.open_clip_towers import (
+    DECODERS_TEXT,
+    decoder_family,
+    image_family,
+    text_family,
+)
 from clip_jax.convert.settings import write_json
-from clip_jax.convert.state_dict import TORCH, Convention, Row, from_params, table, to_params
+from clip_jax.convert.state_dict import TORCH, Row, from_params, table, to_params
 from clip_jax.convert.target import Assumptions, Inexpressible, Target, check_assumptions
 from clip_jax.convert.tensor_files import Tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
-from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
-from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
 from clip_jax.models.images import Patches
 from clip_jax.models.layers import Activation
-from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -43,52 +44,16 @@ WEIGHTS_NAMES = (
     "pytorch_model.bin",
 )
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".npz")
-_PROJECTION = Convention(
-    names=(
-        (r"text_projection$", "text_projection/weight"),
-        (r"text_projection_bias$", "text_projection/bias"),
-    ),
-    axes=((r"text_projection$", "E D -> D E"),),
-)
 
 
 def rows(config: CLIPConfig) -> list[Row]:
     """Return the table of parameters."""
-    family = timm.family_of(config.vision)
-    convention = family.convention if family else Convention()
-    if isinstance(config.text, BertConfig):
-        convention += bert.open_clip_convention(config.text)
-    if config.text.projection_bias:
-        convention += _PROJECTION
+    image, text = image_family(config.vision), text_family(config.text)
+    convention = image.convention(config.vision) + text.convention(config.text)
     if config.decoder is None:
         return table(config, convention + openai.CONVENTION)
-    return table(config, convention + _decoder(config) + openai.BLOCKS + TORCH)
-
-
-def _decoder(config: CLIPConfig) -> Convention:
-    is_mammut = isinstance(config.decoder, MaMMUTConfig)
-    blocks = config.decoder.cross_every if isinstance(config.decoder, MaMMUTConfig) else 1
-    is_fused = typing.cast(ViTConfig, config.vision).width == config.embed_dim
-    decoder = Convention(
-        names=(
-            (r"^text/class_embedding", "text/cls_emb"),
-            (r"^decoder/image_projection", "map_viz2txt_kv"),
-            (r"^decoder/vocab", "text/text" if is_mammut else "text_decoder/text"),
-            (r"^decoder/", "text_decoder/"),
-            (r"/transformer/layers/self_(\d+)/", rf"/resblocks.{{\1:{blocks}}}/"),
-            (r"/transformer/layers/cross/", "/cross_attn/{}/"),
-        ),
-    )
-    # If all widths are the same, the attentional pool's projections are one tensor.
-    return decoder if is_fused else _POOL + decoder
-
-
-_POOL = Convention(
-    names=(
-        (r"attn_pool/attn/q/kernel", "attn_pool/attn/q_proj_weight"),
-        (r"attn_pool/attn/kv/kernel", "attn_pool/attn/[k,v]_proj_weight"),
-    ),
-)
+    convention += decoder_family(config.decoder).convention(config)
+    return table(config, convention + openai.BLOCKS + TORCH)
 
 
 def find_weights(folder: Path) -> Path:
@@ -130,7 +95,7 @@ def read(
         weights = _flat_names(weights)
     else:
         check_assumptions(
-            Weights(config=config, params={}), f"{config_path}: open_clip", _DECODERS_TEXT
+            Weights(config=config, params={}), f"{config_path}: open_clip", DECODERS_TEXT
         )
     for name in ("logit_scale", "logit_bias"):  # one value, of shape [] or [1]
         if name in weights and weights[name].size == 1:
@@ -153,55 +118,10 @@ def _flat_names(tensors: Tensors) -> Tensors:
 
 
 def _assumptions(config: CLIPConfig) -> Assumptions:
-    text = config.text
-    own = ("quick_gelu",) if text.activation == "quick_gelu" else ("gelu", "gelu_tanh")
-    family = timm.family_of(config.vision)
-    assumptions: dict[str, Any] = {
-        "vision": type(config.vision) if family else (ViTConfig, ResNetConfig),
-        "text": (TextConfig, BertConfig),
-    }
-    every: tuple[Activation, ...] = ("quick_gelu", "gelu", "gelu_tanh")
-    if isinstance(text, BertConfig):
-        assumptions, own = assumptions | {"text.head": ("linear", "mlp")}, every
-    else:
-        assumptions |= {"text.pool": ("argmax", "eos", "last"), "text.activation": every}
-    if family is None:
-        assumptions |= {
-            "vision.activation": ("relu",) if isinstance(config.vision, ResNetConfig) else own,
-            "vision.pool": ("class_token", "mean", "attention"),
-            "vision.class_token": True,
-            "vision.patch_bias": False,
-            "vision.projection": True,
-            "vision.projection_bias": False,
-            "vision.max_patches": None,
-        }
-    if config.decoder is not None:
-        assumptions |= _decoder_assumptions(config.decoder)
-    if text.tokenizer.file == "clip" and (not text.causal or text.pool == "last"):
-        assumptions["text.clip_vocab_size"] = FULL_VOCAB_SIZE
-    return assumptions
-
-
-_DECODERS_TEXT: Assumptions = {
-    "text.norm_epsilon": 1e-5,
-    "text.mlp_ratio": 4.0,
-    "text.activation": ("quick_gelu", "gelu"),
-}
-
-
-def _decoder_assumptions(decoder: DecoderConfig) -> Assumptions:
-    """Return the settings that open_clip assumes of a model with a decoder."""
-    is_coca = isinstance(decoder, CoCaConfig)
-    return {
-        "decoder.mlp_ratio": 4.0,
-        "vision.pool": ("queries", "class_token") if is_coca else "mean_all",
-        "text.correct_class_mask": False if is_coca else (True, False),
-        "text.pool": "class_token" if is_coca else "mean",
-        "text.projection": is_coca,
-        "text.projection_bias": False,
-        "text.causal": is_coca,
-        **_DECODERS_TEXT,
-    }
+    families = image_family(config.vision), text_family(config.text)
+    image, text = (family.assumptions(config) for family in families)
+    decoder = decoder_family(config.decoder).assumptions if config.decoder else {}
+    return image | text | decoder
 
 
 _REASONS = {
@@ -272,9 +192,9 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
 
 
 def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
-    if isinstance(weights.config.decoder, MaMMUTConfig):
-        message = "only LAION's fork of open_clip has MaMMUT, and no package has the fork"
-        raise verify.Unverifiable(message)
+    decoder = weights.config.decoder
+    if decoder is not None and (reason := decoder_family(decoder).unverifiable):
+        raise verify.Unverifiable(reason)
     with verify.library("open_clip", "open_clip_torch"):
         import open_clip
         import torch

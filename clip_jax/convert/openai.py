@@ -93,7 +93,7 @@ def infer(tensors: Tensors, source: str, *, activation: Activation | None = None
         text = replace(text, num_heads=known.text.num_heads)
         own = typing.cast(ViTConfig, known.vision)  # or a ResNet
         vision = replace(vision, num_heads=own.num_heads)
-    if isinstance(vision, ViTConfig):
+    if not is_resnet:
         vision = replace(vision, activation=activation)
     return replace(config, vision=vision, text=replace(text, activation=activation))
 
@@ -152,9 +152,7 @@ def read(tensors: Tensors, source: str, *, activation: Activation | None = None)
 def _assumptions(config: CLIPConfig) -> Assumptions:
     """Return the settings of the model that `clip.load` builds, whatever the file has."""
     vision = config.vision
-    size = vision.image_size
-    if isinstance(vision, ViTConfig):  # full patches only
-        size -= size % vision.patch_size
+    size = vision.image_size - vision.image_size % vision.patch_size  # full patches only
     return {
         "vision": (ViTConfig, ResNetConfig),
         "text": TextConfig,

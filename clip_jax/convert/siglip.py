@@ -17,7 +17,6 @@ from clip_jax.convert.tokenizer_files import missing
 from clip_jax.convert.weights import Weights, square_side
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.images import NaFlex
 from clip_jax.models.text import Cleaning, TextConfig
 from clip_jax.models.vit import ViTConfig
 
@@ -55,14 +54,10 @@ ASSUMPTIONS: Assumptions = {
 }
 
 
-def _is_naflex(config: CLIPConfig) -> bool:
-    return isinstance(config.vision.image_spec, NaFlex)
-
-
 def assumptions(weights: Weights) -> Assumptions:
     """Return what implementations of SigLIP assume of a model like this one."""
     own = {"text.projection_bias": weights.config.text.projection}
-    if _is_naflex(weights.config):
+    if weights.config.vision.is_naflex:
         own["preprocess.resize_mode"] = "naflex"
     return ASSUMPTIONS | own
 
@@ -105,7 +100,7 @@ def _write(config: CLIPConfig) -> dict[str, Any]:
     vision = hugging_face_family.tower_settings(IMAGE, config.vision)
     text = hugging_face_family.tower_settings(TEXT, config.text)
     text["projection_size"] = config.embed_dim
-    if isinstance(config.vision, ViTConfig) and _is_naflex(config):
+    if config.vision.is_naflex:
         del vision["image_size"]
         vision["num_patches"] = config.vision.grid**2
         return hugging_face_family.with_types("siglip2", vision, text)
@@ -124,7 +119,7 @@ def _to_file(tensors: Tensors, config: CLIPConfig) -> Tensors:
 SIGLIP = Family(
     name="Siglip",
     model_type="siglip",
-    fits=lambda config: _is_siglip(config) and not _is_naflex(config),
+    fits=lambda config: _is_siglip(config) and not config.vision.is_naflex,
     assumptions=assumptions,
     convention=_CONVENTION,
     read=lambda content, path: _read(content, path, _IMAGE, "punctuation"),
@@ -135,7 +130,7 @@ SIGLIP = Family(
 SIGLIP_2 = Family(
     name="Siglip2",
     model_type="siglip2",
-    fits=lambda config: _is_siglip(config) and _is_naflex(config),
+    fits=lambda config: _is_siglip(config) and config.vision.is_naflex,
     assumptions=assumptions,
     convention=_LINEAR_PATCHES + _CONVENTION,
     read=lambda content, path: _read(content, path, _NAFLEX_IMAGE, "lower"),

@@ -15,7 +15,7 @@ from clip_jax.models import zoo
 from clip_jax.models.clip import Vision
 from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
-from clip_jax.models.images import NaFlex, Patches
+from clip_jax.models.images import Patches
 from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.vit import ViTConfig
 
@@ -65,13 +65,18 @@ _OTHERS = {
 }
 
 
+Head = tuple[str, str | None]  # timm_pool and timm_proj
+
+
 class Family(NamedTuple):
     """Towers whose tensors have the same names in timm."""
 
     fits: Callable[[Any], bool]  # whether a tower belongs to it
-    head: tuple[str, str | None]  # timm_pool and timm_proj
+    head: Head
     convention: Convention
     free: tuple[str, ...] = ()  # fields that a name does not determine
+    # Returns the tower of a name for another head and size, where one name has several.
+    adapted: Callable[[Any, Head, int], Vision] = lambda tower, head, size: tower
 
 
 _VIT = Convention(
@@ -145,13 +150,33 @@ def _is(kind: type, **fields: Any) -> Callable[[Any], bool]:
 
 def _convnext(head: str, projection: str) -> Family:
     projected = Convention(names=((r"^visual/proj$", f"visual/head/{projection}/weight"),))
-    convention = _CONVNEXT + projected + _VIT
-    return Family(_is(ConvNeXtConfig, head=head), ("", head), convention, ("image_size", "head"))
+    return Family(
+        _is(ConvNeXtConfig, head=head),
+        ("", head),
+        _CONVNEXT + projected + _VIT,
+        ("image_size", "head"),
+        _convnext_of,
+    )
+
+
+def _convnext_of(tower: ConvNeXtConfig, head: Head, size: int) -> ConvNeXtConfig:
+    return replace(tower, image_size=size, head="mlp" if head[1] == "mlp" else "linear")
+
+
+def _naflex_of(tower: ViTConfig, head: Head, size: int) -> ViTConfig:
+    """Return the tower with the number of patches that open_clip 3.3 has for a size."""
+    return replace(tower, max_patches=max(size // tower.patch_size, 1) ** 2)
 
 
 FAMILIES = (
     Family(_is(ViTConfig, pool="map", max_patches=None), _MAP, _VIT, ("activation",)),
-    Family(_is(ViTConfig, pool="map"), _MAP, _NAFLEX + _VIT, ("activation", "max_patches")),
+    Family(
+        _is(ViTConfig, pool="map"),
+        _MAP,
+        _NAFLEX + _VIT,
+        ("activation", "max_patches"),
+        _naflex_of,
+    ),
     Family(_is(ViTConfig, projection_bias=True), _TOKEN, LAYER_SCALE),
     Family(_is(ConvStemConfig), _TOKEN, _STEM + LAYER_SCALE, ("batch_norm_group",)),
     Family(_is(RotaryConfig, key_bias=True), ("map", None), _VIT),
@@ -167,7 +192,12 @@ def family_of(vision: Vision) -> Family | None:
     return next((family for family in FAMILIES if family.fits(vision)), None)
 
 
-def tower(name: str, head: tuple[str, str | None], size: int, where: str) -> Vision:
+def family_named(vision: Vision) -> Family:
+    """Return the family of a tower that has one."""
+    return next(family for family in FAMILIES if family.fits(vision))
+
+
+def tower(name: str, head: Head, size: int, where: str) -> Vision:
     """Return the tower of a name, with pooling and projection `head`, for images of `size` pixels.
 
     Raises InputError, which begins with `where`, for another name, head or size.
@@ -178,19 +208,15 @@ def tower(name: str, head: tuple[str, str | None], size: int, where: str) -> Vis
             f"{where}.timm_model_name={name!r:.99} is not supported by clip_jax"
             + (f", which has no {kind}." if kind else f"; use one of {', '.join(TOWERS)}.")
         )
-    own = TOWERS[name]
-    if isinstance(own, ConvNeXtConfig):  # of any size, and with either head
-        own = replace(own, image_size=size, head="mlp" if head[1] == "mlp" else "linear")
-    elif isinstance(own, ViTConfig) and own.max_patches is not None:
-        # Of any size, from which open_clip 3.3 has no number of patches apart.
-        own = replace(own, max_patches=max(size // own.patch_size, 1) ** 2)
-    family, needed = cast(Family, family_of(own)), own.image_size
-    if (*head, size) != (*family.head, size if isinstance(own.image_spec, NaFlex) else needed):
+    vision = family_named(TOWERS[name]).adapted(TOWERS[name], head, size)
+    needed, fits = family_named(vision).head, vision.is_naflex or size == vision.image_size
+    if head != needed or not fits:
         raise InputError(
             f"{where}: timm_pool={head[0]!r:.99}, timm_proj={head[1]!r:.99}, image_size={size} of "
-            f"a {name} is not supported: it needs {', '.join(map(repr, family.head))}, {needed}."
+            f"a {name} is not supported: it needs {', '.join(map(repr, needed))}, "
+            f"{vision.image_size}."
         )
-    return own
+    return vision
 
 
 def name_of(vision: Vision) -> str:
@@ -199,16 +225,14 @@ def name_of(vision: Vision) -> str:
     Raises Inexpressible if timm has no such tower.
     """
     family = family_of(vision)
-    for name, known in TOWERS.items():
-        if family is not None and type(known) is type(vision):
-            free = {field: getattr(known, field) for field in family.free}
-            if isinstance(vision, ViTConfig):
-                free["patch_dropout"] = 0.0
-            is_same = replace(vision, **free) == known
-            if is_same and type(vision.image_spec) is type(known.image_spec):
+    for name, named in TOWERS.items():
+        if family is not None and type(named) is type(vision):
+            free = {field: getattr(named, field) for field in family.free}
+            is_same = replace(vision.with_patch_dropout(0.0), **free) == named
+            if is_same and vision.is_naflex == named.is_naflex:
                 return name
     size = f"{vision.image_size} pixels"
-    if isinstance(vision, ViTConfig) and vision.max_patches is not None:
+    if vision.is_naflex:
         size = f"NaFlex with {vision.grid} x {vision.grid} positions"
     raise Inexpressible(
         f"open_clip builds such towers only by timm's names, and none is a {vision.summary}, {size}"
