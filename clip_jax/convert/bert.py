@@ -83,10 +83,10 @@ _POOLERS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "first"}
 def read_open_clip(section: Settings) -> BertConfig:
     """Read a text tower that open_clip builds with transformers. Raises InputError for others."""
     name = section.get("hf_model_name", "", str)
-    known = KNOWN.get(name.removeprefix("FacebookAI/"))
+    text = KNOWN.get(name.removeprefix("FacebookAI/"))
     pooler = section.get("hf_pooler_type", "mean_pooler", str)
     head = section.get("hf_proj_type", "mlp", str)
-    if known is None or pooler not in _POOLERS or head not in ("linear", "mlp"):
+    if text is None or pooler not in _POOLERS or head not in ("linear", "mlp"):
         kinds = (kind for start, kind in _OTHERS.items() if name.startswith(start))
         why = next((f": clip_jax has no {kind}" for kind in kinds), "")
         raise InputError(
@@ -95,13 +95,13 @@ def read_open_clip(section: Settings) -> BertConfig:
             f"with {' or '.join(_POOLERS)}, and linear or mlp."
         )
     length = section.count("context_length", 77)
-    return replace(known, context_length=length, pool=_POOLERS[pooler], head=head)
+    return replace(text, context_length=length, pool=_POOLERS[pooler], head=head)
 
 
 def write_open_clip(text: BertConfig) -> dict[str, Any]:
     """Return open_clip's settings. Raises Inexpressible if no published model has the sizes."""
     free = {x: getattr(text, x) for x in ("context_length", "pool", "head", "tokenizer")}
-    name = next((name for name, known in KNOWN.items() if replace(known, **free) == text), None)
+    name = next((name for name, tower in KNOWN.items() if replace(tower, **free) == text), None)
     if name is None:
         raise Inexpressible(
             "open_clip builds BERT only by the names of published models, and no one has "

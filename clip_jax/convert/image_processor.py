@@ -37,25 +37,25 @@ _CLASSES = {
 _SQUARES = ("Tipsv2", "ViT")  # classes in which a size that is one number means a square
 
 
-def read(folder: Path, size: int, own: str = "CLIP", patch_size: int | None = None) -> Preprocess:
+def read(folder: Path, size: int, model: str = "CLIP", patch_size: int | None = None) -> Preprocess:
     """Read the preprocessing of a processor, for a model of images of `size` pixels.
 
     With `patch_size` it is that of a NaFlex model. Missing and null settings have the defaults of
-    the file's class, or if it has none, of `own`, the model's (CLIP, Siglip, …). Raises InputError,
-    which names an unsupported setting.
+    the file's class, or if it has none, of the class of `model` (CLIP, Siglip, …). Raises
+    InputError, which names an unsupported setting.
     """
     stored, where = _find(folder)
     content = {name: value for name, value in (stored or {}).items() if value is not None}
     kind = content.get("image_processor_type", content.get("feature_extractor_type"))
-    name = str(kind or own).removesuffix("Fast").removesuffix("Pil")
+    name = str(kind or model).removesuffix("Fast").removesuffix("Pil")
     name = name.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if name not in _CLASSES:
-        known = ", ".join(f"{name}ImageProcessor" for name in _CLASSES)
+        names = ", ".join(f"{name}ImageProcessor" for name in _CLASSES)
         raise InputError(
             f"{where}: image_processor_type={kind!r:.99} is not supported; it must be one of "
-            f"{known}. Set it to the one with the same steps, and write all of its settings."
+            f"{names}. Set it to the one with the same steps, and write all of its settings."
         )
-    if (name == "Siglip2") != (own == "Siglip2"):
+    if (name == "Siglip2") != (model == "Siglip2"):
         raise InputError(
             f"{where}: image_processor_type={kind!r:.99} does not fit the model in config.json; "
             "Siglip2ImageProcessor and model_type='siglip2' (NaFlex) need each other."
@@ -100,10 +100,10 @@ def read(folder: Path, size: int, own: str = "CLIP", patch_size: int | None = No
 def _patches(
     content: dict[str, Any], default: Preprocess, patch_size: int, where: str
 ) -> dict[str, int]:
-    own = content.get("patch_size", default.patch_size)
-    if own != patch_size:
+    size = content.get("patch_size", default.patch_size)
+    if size != patch_size:
         raise InputError(
-            f"{where}: patch_size={own!r:.99} differs from the model's, {patch_size}; correct it, "
+            f"{where}: patch_size={size!r:.99} differs from the model's, {patch_size}; correct it, "
             "or add this file if it is missing."
         )
     most = content.get("max_num_patches", default.max_patches)
@@ -150,9 +150,11 @@ def _find(folder: Path) -> tuple[dict[str, Any] | None, str]:
     return read_json(path) if path.exists() else None, str(path)
 
 
-def write(folder: Path, preprocess: Preprocess, own: str = "CLIP") -> None:
-    """Write the settings of an equivalent image processor, and remove any other's; `own` begins the
-    name of the model's class, which is written if it resizes in this way."""
+def write(folder: Path, preprocess: Preprocess, model: str = "CLIP") -> None:
+    """Write the settings of an equivalent image processor, and remove any other's.
+
+    `model` begins the name of the model's class, which is written if it resizes in this way.
+    """
     size = preprocess.image_size
     square = _square(size)
     shortest = preprocess.resize_mode == "shortest"
@@ -160,8 +162,8 @@ def write(folder: Path, preprocess: Preprocess, own: str = "CLIP") -> None:
         name = f"Siglip2ImageProcessor{'Pil' if preprocess.rules == 'transformers' else ''}"
         sizes = {"patch_size": preprocess.patch_size, "max_num_patches": preprocess.max_patches}
     else:
-        differs = shortest or (own == "Tipsv2" and preprocess.rules != "torchvision")
-        name = f"{'CLIP' if differs else own}ImageProcessor"
+        differs = shortest or (model == "Tipsv2" and preprocess.rules != "torchvision")
+        name = f"{'CLIP' if differs else model}ImageProcessor"
         sizes = {
             "size": {"shortest_edge": size} if shortest else square,
             "do_center_crop": shortest,

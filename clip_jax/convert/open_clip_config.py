@@ -63,9 +63,9 @@ def _tokenizer(section: Settings, text: Text, folder: Path) -> TokenizerConfig:
             f"{where}.clean is {cleaning!r:.99}; it must be one of {', '.join(_CLEANING)}."
         )
     clean = _CLEANING[cleaning]
-    known = {"clean", "strip_sep_token" if name else "reduction_mask"}
+    supported = {"clean", "strip_sep_token" if name else "reduction_mask"}
     for option, value in options.items():
-        if option not in known or (option == "reduction_mask" and value):
+        if option not in supported or (option == "reduction_mask" and value):
             raise InputError(
                 f"{where}.{option}={value!r:.99} is not supported; remove it. Supported are clean, "
                 "and with hf_tokenizer_name strip_sep_token."

@@ -83,16 +83,15 @@ def infer(tensors: Tensors, source: str, *, activation: Activation | None = None
     if openai:
         activation = "quick_gelu"
     else:
-        known = same_sizes(config, source)
+        published = same_sizes(config, source)
         if activation is None:
             raise InputError(
                 f"{source} does not say whether it was trained with QuickGELU (OpenAI's models "
                 "and those called -quickgelu) or GELU (most of open_clip's), and the wrong one "
                 "costs accuracy without an error. Set --activation to quick_gelu or gelu."
             )
-        text = replace(text, num_heads=known.text.num_heads)
-        own = typing.cast(ViTConfig, known.vision)  # or a ResNet
-        vision = replace(vision, num_heads=own.num_heads)
+        text = replace(text, num_heads=published.text.num_heads)
+        vision = replace(vision, num_heads=published.vision.num_heads)
     if not is_resnet:
         vision = replace(vision, activation=activation)
     return replace(config, vision=vision, text=replace(text, activation=activation))
@@ -183,7 +182,7 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
     }
 
 
-_KEPT_FLOAT32 = re.compile(
+_ALWAYS_FLOAT32 = re.compile(
     r"(.*\.)?(ln_\w+|bn\d|downsample\.1)\.\w+|(.*\.)?(class|positional)_embedding"
     r"|token_embedding\.weight|logit_scale"
 )
@@ -211,8 +210,8 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     config = weights.config
     tensors = from_params(rows(config), weights.params)
     for name, array in tensors.items():
-        kept = dtype == "float16" and _KEPT_FLOAT32.fullmatch(name)
-        tensors[name] = cast(array, "float32" if kept else dtype)
+        is_exact = dtype == "float16" and _ALWAYS_FLOAT32.fullmatch(name)
+        tensors[name] = cast(array, "float32" if is_exact else dtype)
     text = config.text
     sizes = (config.vision.image_size, text.context_length, text.vocab_size)
     return {

@@ -31,8 +31,8 @@ def read(tensors: Tensors, source: str) -> Weights:
     Raises InputError for other sizes."""
     width, *_ = shape_of(tensors, "visual.conv1.weight", 4, source)
     depth = count_blocks(tensors, "visual.transformer.resblocks.")
-    known = [x for name, x in zoo.ARCHITECTURES.items() if name.startswith("PE-Core")]
-    sizes = {(x.vision.width, cast(RotaryConfig, x.vision).depth): x for x in known}
+    published = [x for name, x in zoo.ARCHITECTURES.items() if name.startswith("PE-Core")]
+    sizes = {(x.vision.width, cast(RotaryConfig, x.vision).depth): x for x in published}
     if (width, depth) not in sizes:
         raise InputError(f"{source}: no published PE core has width {width} and depth {depth}.")
     config = sizes[width, depth]

@@ -56,10 +56,10 @@ ASSUMPTIONS: Assumptions = {
 
 def assumptions(weights: Weights) -> Assumptions:
     """Return what implementations of SigLIP assume of a model like this one."""
-    own = {"text.projection_bias": weights.config.text.projection}
+    assumed = ASSUMPTIONS | {"text.projection_bias": weights.config.text.projection}
     if weights.config.vision.is_naflex:
-        own["preprocess.resize_mode"] = "naflex"
-    return ASSUMPTIONS | own
+        assumed["preprocess.resize_mode"] = "naflex"
+    return assumed
 
 
 def _is_siglip(config: CLIPConfig) -> bool:

@@ -269,8 +269,8 @@ def _check_names(settings: TokenizerSettings) -> None:
                 f"{settings.path}: {name}={value!r:.99} is not supported with {settings.kind}; it "
                 f"must be {supported[name]!r}."
             )
-        known = name in _INERT or name in _OF_CLASSES or name.endswith("_token")
-        if value and not known:
+        is_harmless = name in _INERT or name in _OF_CLASSES or name.endswith("_token")
+        if value and not is_harmless:
             raise InputError(
                 f"{settings.path}: {name}={value!r:.99} is not supported, since it may change the "
                 "token ids; remove it if it does not."
