@@ -32,7 +32,6 @@ class RotaryConfig(ViTConfig):
     pool: Literal["class_token", "mean", "map"] = "map"  # Pooling. map: attention pooling.
     activation: Literal["gelu", "swiglu"] = "gelu"  # MLP activation; EVA-02 has swiglu.
 
-    has_map_head = False  # the pooling's MLP has another width than SigLIP's
     can_be_naflex = False
 
     def __post_init__(self) -> None:

@@ -103,7 +103,6 @@ class ImageTowerConfig(TowerConfig, Part):
     patch_size = 1  # pixels beyond the last full patch are ignored
     patch_dropout = 0.0  # fraction of patches dropped in training, by keys of the batch's rows
     num_patches = 0  # of an image, with padding; 0: the tower has no patches
-    has_map_head = False  # whether pooling has the parameters of SigLIP's "MAP" head
     # Whether the module has `tokens`, `pool_and_tokens` and `ln_post` like `ViT`, which a caption
     # decoder and losses of single tokens need.
     has_tokens = False

@@ -124,11 +124,6 @@ class ViTConfig(ImageTowerConfig):
         return int(self.class_token and self.class_position)
 
     @property
-    def has_map_head(self) -> bool:
-        """Whether tokens are pooled by attention of a learned query and an MLP, as in SigLIP."""
-        return self.pool == "map"
-
-    @property
     def map_sizes(self) -> tuple[int, int]:
         """Number of attention heads and width of the MLP with pool=map."""
         return self.num_heads, self.mlp_width
