@@ -70,16 +70,15 @@ def convert(config: ConvertConfig) -> Conversion:
             f"--accept-activation needs --to open-clip; --to {config.to} keeps the model's "
             "activation."
         )
-    is_hugging_face = config.to == "hugging-face"
     weights = read_weights(
         source,
         activation=config.activation,
         tokenizer=config.tokenizer,
         base=config.base,
-        one_tower=is_hugging_face,
+        one_tower=target.has_single_towers,
     )
     if config.tower is not None:
-        if not is_hugging_face or weights.only_tower not in (None, config.tower):
+        if not target.has_single_towers or weights.only_tower not in (None, config.tower):
             raise InputError(
                 f"--tower {config.tower} needs --to hugging-face and a model with that tower; "
                 "omit it, or change --to or the source."
