@@ -8,7 +8,7 @@ a setting of the list "fixed" defines it as a field or a property.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from clip_jax.models.images import NaFlex, Square
 from clip_jax.models.layers import Layout, Operations, Remat
 from clip_jax.parts import Part
 
+AnyTower = TypeVar("AnyTower", bound="ImageTowerConfig")
 Arrays = dict[str, Any]  # path in the model's parameters, such as visual/proj → array
 Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize", "clip"]
 
@@ -166,7 +167,7 @@ class ImageTowerConfig(TowerConfig, Part):
         """Whether images differ in the number of valid tokens that a caption decoder attends to."""
         return self.is_naflex
 
-    def unprojected(self, embed_dim: int, params: Arrays) -> tuple[Self, int, Arrays]:
+    def unprojected(self: AnyTower, embed_dim: int, params: Arrays) -> tuple[AnyTower, int, Arrays]:
         """Return the tower for linear probes, the width of its features, and its parameters.
 
         `params` are the tower's. By default features are embeddings.
@@ -175,7 +176,7 @@ class ImageTowerConfig(TowerConfig, Part):
 
     # ------------------------------------------------------------------ other sizes
 
-    def with_max_patches(self, max_patches: int | None) -> Self:
+    def with_max_patches(self: AnyTower, max_patches: int | None) -> AnyTower:
         """Return the tower for images of at most this many patches (NaFlex); None: unchanged.
 
         Raises InputError if the tower takes square images only.
@@ -188,7 +189,7 @@ class ImageTowerConfig(TowerConfig, Part):
             f"{kind}, for {self.image_size} pixels; omit it."
         )
 
-    def with_patch_size(self, patch_size: int) -> Self:
+    def with_patch_size(self: AnyTower, patch_size: int) -> AnyTower:
         """Return the tower that cuts images into other patches by means of the same parameters.
 
         Raises InputError if the tower cannot, as by default.
@@ -202,15 +203,15 @@ class ImageTowerConfig(TowerConfig, Part):
             "with that size alone."
         )
 
-    def with_patch_dropout(self, fraction: float) -> Self:
+    def with_patch_dropout(self: AnyTower, fraction: float) -> AnyTower:
         """Return the tower that drops this fraction of patches in training, if it can drop any."""
         return self
 
-    def with_image_size(self, image_size: int) -> Self:
+    def with_image_size(self: AnyTower, image_size: int) -> AnyTower:
         """Return the tower for square images of `image_size` pixels."""
         return replace(self, image_size=image_size)
 
-    def fit(self, params: Arrays, before: Self) -> Arrays:
+    def fit(self: AnyTower, params: Arrays, before: AnyTower) -> Arrays:
         """Return the model's parameters for this tower, from those of the same at another size.
 
         By default position embeddings are resized: a grid of a tower for square images as in

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from clip_jax.models.images import (
 from clip_jax.models.layers import Activation, Einsum, LayerNorm, Layout, Operations, named, uniform
 from clip_jax.models.tower import Arrays, ImageTowerConfig
 
+AnyViT = TypeVar("AnyViT", bound="ViTConfig")
 Lengths = Int[Array, " B"] | None  # valid tokens of each image; None: all
 
 
@@ -166,7 +167,7 @@ class ViTConfig(ImageTowerConfig):
     def pooled_width(self, embed_dim: int) -> int:
         return embed_dim if self.pool == "queries" else self.width
 
-    def unprojected(self, embed_dim: int, params: Arrays) -> tuple[Self, int, Arrays]:
+    def unprojected(self: AnyViT, embed_dim: int, params: Arrays) -> tuple[AnyViT, int, Arrays]:
         """As the CLIP paper's linear probes: features before the projection."""
         if not self.projection:
             return self, embed_dim, params
@@ -174,7 +175,7 @@ class ViTConfig(ImageTowerConfig):
         width = self.pooled_width(embed_dim)
         return tower, width, {name: x for name, x in params.items() if "proj" not in name}
 
-    def with_max_patches(self, max_patches: int | None) -> Self:
+    def with_max_patches(self: AnyViT, max_patches: int | None) -> AnyViT:
         if self.max_patches is not None or max_patches is None:
             return replace(self, max_patches=max_patches)
         if not self.can_be_naflex:
@@ -183,10 +184,10 @@ class ViTConfig(ImageTowerConfig):
         size = self.grid * self.patch_size
         return replace(self, image_size=size, max_patches=max_patches)
 
-    def with_patch_dropout(self, fraction: float) -> Self:
+    def with_patch_dropout(self: AnyViT, fraction: float) -> AnyViT:
         return replace(self, patch_dropout=fraction)
 
-    def with_image_size(self, image_size: int) -> Self:
+    def with_image_size(self: AnyViT, image_size: int) -> AnyViT:
         if self.max_patches is not None and image_size % self.patch_size:
             raise InputError(
                 f"image_size={image_size} is not a multiple of vision.patch_size="

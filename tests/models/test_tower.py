@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ class MixerConfig(BareConfig):
         }
         return {"stem": 0} | layers
 
-    def fit(self, params: Arrays, before: Self) -> Arrays:
+    def fit(self, params: Arrays, before: Any) -> Arrays:
         """Resize the patches of each token MLP, both of its inputs and of its outputs."""
         side = self.image_size // self.patch_size
         old_side = before.image_size // before.patch_size
