@@ -49,13 +49,13 @@ class Config(StepConfig):
     init_differences: tuple[str, ...] = ()
     # Resizing of images for evaluation, in the model's size. None: OpenAI's.
     preprocess: Preprocess | None = None
+    report_every: int = 100  # Steps between reports in metrics.jsonl, TensorBoard and the terminal.
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     # Evaluators that run during training.
     evals: tuple[DigitsEvalConfig | PairsEvalConfig | SuiteEvalConfig, ...] = ()
-    report_every: int = 100  # Steps between reports in metrics.jsonl, TensorBoard and the terminal.
     # Weights & Biases project to log the run to. None: no logging. Needs the extra `wandb`.
     wandb_project: str | None = None
     profile_steps: str | None = None  # Steps to trace for xprof, as FIRST:LAST (10:15); None: none.
