@@ -41,8 +41,8 @@ def test_value_and_gradient_equal_numpy_in_float64(smoothing: float) -> None:
             Axes(BATCH_AXES, "fsdp", "tensor"),
             carried={},
         )
-        kept = objective.encode((term,), x)
-        return objective.total((term,), replace(x, outputs=kept))
+        outputs = objective.encode((term,), x)
+        return objective.total((term,), replace(x, outputs=outputs))
 
     arguments = [jnp.asarray(x, jnp.float32) for x in (image, kernel, log_scale)]
     (loss, metrics), grads = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(*arguments)
@@ -72,10 +72,10 @@ def program(mesh: str = "1", accumulation: int = 1, optim: OptimConfig = OPTIM) 
     return Program(recipe, make_mesh(sizes, jax.devices()[:count]))
 
 
-def step(own: Program) -> Any:
+def step(run: Program) -> Any:
     kernel = np.random.default_rng(1).normal(size=(3, TINY.embed_dim)).astype(np.float32)
-    state = own.init(parameters(TINY) | {"classifier": {"kernel": kernel}})
-    return jax.device_get(own.step(state, own.put(batch(TINY) | {"label": LABELS})))
+    state = run.init(parameters(TINY) | {"classifier": {"kernel": kernel}})
+    return jax.device_get(run.step(state, run.put(batch(TINY) | {"label": LABELS})))
 
 
 def test_a_step_is_the_same_on_a_mesh_and_accumulated() -> None:
@@ -92,8 +92,8 @@ def test_a_linear_probe_trains_the_classifier_and_the_scale_alone() -> None:
     jax.tree.map(np.testing.assert_array_equal, state.params["text"], before["text"])
     kernel = np.random.default_rng(1).normal(size=(3, TINY.embed_dim)).astype(np.float32)
     assert (state.params["classifier"]["kernel"] != kernel).all()
-    own, half = (flops.of_step(program(optim=x).recipe) for x in (OPTIM, locked))
-    assert own.total > half.total
+    full, half = (flops.of_step(program(optim=x).recipe) for x in (OPTIM, locked))
+    assert full.total > half.total
     term = ClassifierConfig(classes=CLASSES)
     assert term.macs(TINY, 16, ()) == 3 * 16 * 3 * TINY.embed_dim
     assert term.macs(TINY, 16, ("image",)) == 2 * 16 * 3 * TINY.embed_dim

@@ -55,7 +55,7 @@ def problem() -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
         "logit_bias": np.array(-70.0),
     }
     towers = [draw(size=(24, width)) for width, _, _ in TEACHERS]
-    teachers = [(unit(image @ own), unit(text @ own)) for own in towers]
+    teachers = [(unit(image @ teacher), unit(text @ teacher)) for teacher in towers]
     return jax.tree.map(lambda x: np.asarray(x, np.float32), (student, teachers))
 
 
@@ -181,12 +181,12 @@ def test_extreme_values_give_finite_results(similarity: str, form: str) -> None:
     def gradient(student: Any, a: Any, b: Any) -> Any:
         return contrastive_loss(config, *student, teachers=[(a, b)], mesh=mesh, axes=BATCH_AXES)[0]
 
-    one = jnp.eye(16)
-    equal = jnp.broadcast_to(one[0], one.shape)
+    eye = jnp.eye(16)
+    equal = jnp.broadcast_to(eye[0], eye.shape)
     scale, bias = jnp.float32(100), jnp.float32(-100)
-    for image, text in ((one, one), (one, -one), (equal, equal), (equal, -equal)):
-        for a in (1e4 * one, -1e4 * one, 100 * equal):  # sure of one pair, of none, of all alike
-            for x in jax.tree.leaves(gradient((image, text, scale, bias), a, one)):
+    for image, text in ((eye, eye), (eye, -eye), (equal, equal), (equal, -equal)):
+        for a in (1e4 * eye, -1e4 * eye, 100 * equal):  # sure of one pair, of none, of all alike
+            for x in jax.tree.leaves(gradient((image, text, scale, bias), a, eye)):
                 assert np.isfinite(x).all()
     loss, (of_image, *_) = gradient((equal, equal, scale, bias), 100 * equal, equal)
     if similarity == "softmax":  # all are alike for teacher and student
@@ -231,11 +231,11 @@ def step(term: DistillationConfig, mesh: str = "1", accumulation: int = 1) -> tu
         accumulation=accumulation,
     )
     devices = jax.devices()[: 1 if mesh == "1" else 8]
-    own = Program(recipe, make_mesh(MESHES.get(mesh, MeshConfig()), devices))
-    state = own.init(
+    program = Program(recipe, make_mesh(MESHES.get(mesh, MeshConfig()), devices))
+    state = program.init(
         parameters(SMALL) | own_parameters(), {"distillation": {"teacher1": parameters(BIG)}}
     )
-    state, metrics = own.step(state, own.put(inputs()))
+    state, metrics = program.step(state, program.put(inputs()))
     return jax.device_get((optax.tree.get(state.opt_state, "mu"), metrics))
 
 
@@ -275,20 +275,20 @@ def test_a_step_with_live_and_stored_teachers_equals_numpy() -> None:
     ]
     scales = (60.0, 10.0, 100.0)  # a live one has its own
     maps = own_parameters()["distillation"]
-    own, similarity, distance = 0.0, 0.0, 0.0
+    info_nce, similarity, distance = 0.0, 0.0, 0.0
     for kind in ("text", "synthetic"):
         for axis in (0, 1):
             logits = [s * x["image"] @ x[kind].T for s, x in zip(scales, teachers, strict=True)]
             p = sum(np.exp(log_softmax(x, axis)) for x in logits) / 3
             log_q = log_softmax(10.0 * student["image"] @ student[kind].T, axis)
             similarity -= (p * log_q).sum() / 16 / 2
-            own -= np.trace(log_q) / 16 / 2
+            info_nce -= np.trace(log_q) / 16 / 2
     for kind, x in student.items():
         for i, teacher in enumerate(teachers):
             mapped = x @ maps[f"teacher{i}_{'image' if kind == 'image' else 'text'}"]
             distance += (1 - (unit(mapped) * teacher[kind]).sum(1)).mean() / 3
     _, metrics = on_one_device()
-    assert metrics["contrastive_loss"] == pytest.approx(own, rel=1e-5)
+    assert metrics["contrastive_loss"] == pytest.approx(info_nce, rel=1e-5)
     assert metrics["distillation_loss"] == pytest.approx(
         0.5 * similarity + 0.25 * distance, rel=1e-5
     )
@@ -323,12 +323,12 @@ def test_scale_and_bias_of_a_teacher_are_in_its_embeddings() -> None:
     params = jax.tree.map(jnp.asarray, parameters(model))  # scale 10, bias −3
     data = jax.tree.map(jnp.asarray, inputs())
     live = LiveTeacher(weights="runs/big", model=model, dtype="float32")
-    own = embeddings(model, data["teacher1_image"], data)
-    stored = {x: unit(np.asarray(data[f"stored_{x}"], np.float64)[:, :8]) for x in own}
+    embedded = embeddings(model, data["teacher1_image"], data)
+    stored = {x: unit(np.asarray(data[f"stored_{x}"], np.float64)[:, :8]) for x in embedded}
     for teacher, unscaled, scale, bias in (
         (StoredTeacher(embed_dim=8, logit_scale=60.0, logit_bias=-40.0), stored, 60, -40),
-        (live, own, 10, -3),
-        (replace(live, logit_scale=20.0, logit_bias=0.0), own, 20, 0),
+        (live, embedded, 10, -3),
+        (replace(live, logit_scale=20.0, logit_bias=0.0), embedded, 20, 0),
     ):
         term = DistillationConfig(teachers=(teacher,), similarity="sigmoid")
         more = {"teacher0_image": data["teacher1_image"]}
@@ -383,8 +383,8 @@ def test_a_fixed_scale_takes_the_place_of_the_models_own() -> None:
     student, teachers = problem()
     pairs = dict(zip(("teacher0_image", "teacher0_text"), teachers[0], strict=True))
 
-    def loss(own: float | None, log_scale: Any) -> Any:
-        term = DistillationConfig(teachers=(StoredTeacher(embed_dim=24),), logit_scale=own)
+    def loss(logit_scale: float | None, log_scale: Any) -> Any:
+        term = DistillationConfig(teachers=(StoredTeacher(embed_dim=24),), logit_scale=logit_scale)
         outputs = {x: student[x] for x in ("image", "text")} | pairs
         return term.loss(context(outputs, {}, {"logit_scale": log_scale}))[0]
 

@@ -123,13 +123,13 @@ def test_accuracy_counts_ties_as_chance(form: str, mesh: Mesh) -> None:
         _, metrics = loss(image, text, jnp.float32(100))
         return float(metrics["image_to_text_accuracy"]), float(metrics["text_to_image_accuracy"])
 
-    one = jnp.eye(16)
-    assert accuracies(one, one) == (1, 1)
-    assert accuracies(one, one[::-1]) == (0, 0)
-    collapsed = jnp.broadcast_to(one[0], one.shape)
+    identity = jnp.eye(16)
+    assert accuracies(identity, identity) == (1, 1)
+    assert accuracies(identity, identity[::-1]) == (0, 0)
+    collapsed = jnp.broadcast_to(identity[0], identity.shape)
     assert accuracies(collapsed, collapsed) == (1 / 16, 1 / 16)
-    twice = one.at[1].set(one[0])  # image 0 finds its text twice, image 1 finds all alike
-    assert accuracies(one, twice) == pytest.approx(((14 + 1 / 2 + 1 / 16) / 16, 15 / 16))
+    twice = identity.at[1].set(identity[0])  # image 0 finds its text twice, image 1 finds all alike
+    assert accuracies(identity, twice) == pytest.approx(((14 + 1 / 2 + 1 / 16) / 16, 15 / 16))
 
 
 def test_captions_are_numbered_like_numpy_unique() -> None:

@@ -61,19 +61,19 @@ def definition(params: dict, inputs: dict, loss: str, is_masked: Any, smooth: An
     """The loss and the accuracies, with the whole matrix and one-hot targets."""
     image, text = embeddings(params, inputs)
     logits = jnp.exp(params["logit_scale"]) * image @ text.T
-    own = np.eye(BATCH, dtype=bool)
-    keep = own | (CAPTIONS[:, None] != CAPTIONS) | ~is_masked
+    positive = np.eye(BATCH, dtype=bool)
+    keep = positive | (CAPTIONS[:, None] != CAPTIONS) | ~is_masked
     hits = [jnp.where(keep, logits, -jnp.inf).argmax(x) == np.arange(BATCH) for x in (1, 0)]
     accuracies = {f"{way}_accuracy": hit.mean() for way, hit in zip(WAYS, hits, strict=True)}
     if loss == "sigmoid":
         logits = logits + params["logit_bias"]
-        target = (1 - smooth) * own + smooth / 2
+        target = (1 - smooth) * positive + smooth / 2
         log_yes, log_no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
         terms = target * log_yes + (1 - target) * log_no
         return -jnp.where(keep, terms, 0).sum() / BATCH, accuracies
     total = 0.0
     for axis in (0, 1):
-        target = (1 - smooth) * own + smooth * keep / keep.sum(axis, keepdims=True)
+        target = (1 - smooth) * positive + smooth * keep / keep.sum(axis, keepdims=True)
         log_p = jax.nn.log_softmax(jnp.where(keep, logits, -jnp.inf), axis)
         total -= jnp.where(keep, target * log_p, 0).sum() / BATCH
     return total / 2, accuracies
@@ -193,8 +193,8 @@ def test_captions_are_true_or_synthetic_or_both() -> None:
         )
         assert losses[captions] == expected
     assert losses["both"] == losses["true"] + losses["synthetic"]
-    one, both = (SoftmaxConfig(captions=x).macs(TINY, 16, ()) for x in ("true", "both"))
-    assert both == 2 * one
+    true, both = (SoftmaxConfig(captions=x).macs(TINY, 16, ()) for x in ("true", "both"))
+    assert both == 2 * true
 
 
 @pytest.mark.parametrize(("kind", "form"), [(SoftmaxConfig, "dense"), (SigmoidConfig, "ring")])

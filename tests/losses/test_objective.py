@@ -155,50 +155,50 @@ def program(
     return Program(recipe, make_mesh(sizes, jax.devices()[:count]))
 
 
-def begin(own: Program) -> Any:
-    frozen = {"teacher": {"model": parameters(TEACHER)}} if own.state.frozen else None
-    return own.init(parameters(TINY), frozen)
+def begin(run: Program) -> Any:
+    frozen = {"teacher": {"model": parameters(TEACHER)}} if run.state.frozen else None
+    return run.init(parameters(TINY), frozen)
 
 
-def steps(own: Program, state: Any, count: int) -> tuple[Any, dict[str, Any]]:
+def steps(run: Program, state: Any, count: int) -> tuple[Any, dict[str, Any]]:
     metrics = {}
     for _ in range(count):
-        state, metrics = own.step(state, own.put(inputs()))
+        state, metrics = run.step(state, run.put(inputs()))
     return state, jax.device_get(metrics)
 
 
 @functools.cache
 def on_one_device() -> Any:
-    own = program(TERMS)
-    return jax.device_get(steps(own, begin(own), 2))
+    run = program(TERMS)
+    return jax.device_get(steps(run, begin(run), 2))
 
 
 def test_terms_are_the_same_on_a_mesh_and_accumulated() -> None:
-    (expected, metrics), own = on_one_device(), program(TERMS, "2x2x2", accumulation=2)
-    state, got = steps(own, begin(own), 2)
+    (expected, metrics), run = on_one_device(), program(TERMS, "2x2x2", accumulation=2)
+    state, got = steps(run, begin(run), 2)
     assert_close(metrics, got)
     assert_close(*(optax.tree.get(x.opt_state, "mu") for x in (expected, state)))
     assert_close(expected.carried, state.carried)
-    jax.tree.map(np.testing.assert_array_equal, state.frozen, begin(own).frozen)
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, begin(run).frozen)
     weights = {"contrastive": 1, "teacher": 0.5, "average": 0.3, "stored": 2}
     total = sum(weight * got[f"{name}_loss"] for name, weight in weights.items())
     assert got["loss"] == pytest.approx(total, rel=1e-6)
     assert got["centre_norm"] > 0
-    placed = jax.tree.map(lambda x: x.sharding, own.state)
+    placed = jax.tree.map(lambda x: x.sharding, run.state)
     assert placed.carried["average"]["visual"] == placed.params["visual"]
 
 
 def test_terms_are_saved_and_resumed_bit_for_bit_without_their_teacher(tmp_path) -> None:
-    own = program(TERMS, "4x2")
-    state, _ = steps(own, begin(own), 1)
+    run = program(TERMS, "4x2")
+    state, _ = steps(run, begin(run), 1)
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     checkpoints.save(1, state.saved(), {"samples": 16})
     checkpoints.wait()
-    expected = jax.device_get(steps(own, state, 1))  # which takes the state's memory
-    restored = checkpoints.restore(own.state.saved())
+    expected = jax.device_get(steps(run, state, 1))  # which takes the state's memory
+    restored = checkpoints.restore(run.state.saved())
     checkpoints.close()
-    resumed = own.resume(restored.state, begin(own).frozen)
-    jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(steps(own, resumed, 1)))
+    resumed = run.resume(restored.state, begin(run).frozen)
+    jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(steps(run, resumed, 1)))
     assert restored.state.keys() == {"step", "params", "opt_state", "carried"}
     assert restored.state["carried"].keys() == {"average"}
 
@@ -206,22 +206,22 @@ def test_terms_are_saved_and_resumed_bit_for_bit_without_their_teacher(tmp_path)
 @pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)
 def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
     def counted(terms: Sequence[Term]) -> tuple[dict[str, int], int]:
-        own = program(terms)
-        return pod.held_bytes(own.state, own.batch), flops.of_step(own.recipe).total
+        run = program(terms)
+        return pod.held_bytes(run.state, run.batch), flops.of_step(run.recipe).total
 
     def size(config: CLIPConfig, part: Any = lambda params: params) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(part(parameters(config))))
 
     (held, work), (without, least) = counted([term]), counted([])
-    known = {
+    sizes = {
         "teacher": size(TEACHER),
         "average": size(TINY, lambda params: params["visual"]) + 4 * TINY.embed_dim,
         "stored": 16 * 4 * (TINY.embed_dim + TINY.text.context_length),
     }
     entry = "batch" if term.name == "stored" else "terms"
-    own = sum(4 * math.prod(shape) for shape, _ in term.parameters(TINY).values())
-    more = {entry: known[term.name], "parameters": own, "optimizer": 2 * own}
-    more["frozen"] = known["teacher"] * (term.name == "teacher")
+    arrays = sum(4 * math.prod(shape) for shape, _ in term.parameters(TINY).values())
+    more = {entry: sizes[term.name], "parameters": arrays, "optimizer": 2 * arrays}
+    more["frozen"] = sizes["teacher"] * (term.name == "teacher")
     assert held == without | {name: without[name] + size for name, size in more.items()}
     encoded = {
         "teacher": flops.forward(TEACHER).total,
@@ -235,14 +235,14 @@ def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
 
 
 def test_a_skipped_update_leaves_what_terms_carry_as_it_was() -> None:
-    own = program([AverageTerm(), StoredTerm()], optim=replace(OPTIM, skip_norm_ratio=10.0))
-    begun = begin(own)
+    run = program([AverageTerm(), StoredTerm()], optim=replace(OPTIM, skip_norm_ratio=10.0))
+    begun = begin(run)
     before = jax.device_get(begun.carried)
     unusable = inputs() | {"vectors": np.full((16, TINY.embed_dim), np.nan, np.float32)}
-    state, metrics = own.step(begun, own.put(unusable))
+    state, metrics = run.step(begun, run.put(unusable))
     assert metrics["skipped_updates"] == 1
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.carried))
-    state, metrics = own.step(state, own.put(inputs()))
+    state, metrics = run.step(state, run.put(inputs()))
     assert metrics["skipped_updates"] == 1
     assert (state.carried["average"]["centre"] != before["average"]["centre"]).any()
 
@@ -308,8 +308,8 @@ def test_a_metric_of_several_terms_has_their_names_and_none_is_overwritten() -> 
 
 def test_the_names_of_the_steps_own_metrics_are_known_to_the_objective() -> None:
     """A term's metric of another name of the step would be overwritten."""
-    own = program([], optim=replace(OPTIM, skip_norm_ratio=10.0))
-    _, metrics = jax.eval_shape(own.step, own.state, own.batch)
+    run = program([], optim=replace(OPTIM, skip_norm_ratio=10.0))
+    _, metrics = jax.eval_shape(run.step, run.state, run.batch)
     of_term = {"image_to_text_accuracy", "text_to_image_accuracy"}
     assert metrics.keys() == objective.OF_STEP | of_term
 

@@ -60,11 +60,11 @@ class HardNegatives(Contrastive):
     def definition(cosine, positive, weights, scale, bias):
         total = 0.0
         for logits in (scale * cosine, scale * cosine.T):
-            own, others = jnp.diag(logits), ~np.eye(len(logits), dtype=bool)
+            matching, others = jnp.diag(logits), ~np.eye(len(logits), dtype=bool)
             weight = jnp.where(others, jnp.exp(0.5 * logits), 0)
             weight *= (len(logits) - 1) / weight.sum(1, keepdims=True)
             negative = jnp.where(others, weight * jnp.exp(logits), 0).sum(1)
-            total -= jnp.log(jnp.exp(own) / (jnp.exp(own) + negative)).mean()
+            total -= jnp.log(jnp.exp(matching) / (jnp.exp(matching) + negative)).mean()
         return total
 
 
@@ -143,8 +143,8 @@ class Nested(Contrastive):
 def info_nce(cosine, positive, weights, scale, bias):
     """Cross-entropy with targets that the positive pairs share; a side without any adds nothing."""
     total = 0.0
-    for x, own in ((cosine, positive), (cosine.T, positive.T)):
-        target = own / np.maximum(own.sum(1, keepdims=True), 1)
+    for x, positives in ((cosine, positive), (cosine.T, positive.T)):
+        target = positives / np.maximum(positives.sum(1, keepdims=True), 1)
         total -= (target * jax.nn.log_softmax(scale * x)).sum() / len(x)
     return total / 2
 
