@@ -240,7 +240,7 @@ def programs_of(config: Config, program: Program) -> dict[BatchKind, Program]:
 
 def check_patches(config: Config, workdir: epath.Path) -> None:
     """Raise InputError for a new run whose image size is no multiple of its patch size."""
-    size, patch = config.model.vision.image_size, getattr(config.model.vision, "patch_size", 1)
+    size, patch = config.model.vision.image_size, config.model.vision.patch_size
     begun = config.branch_from or steps_in(workdir / "checkpoints")
     if (rest := size % patch) and (size, patch) != (384, 14) and not begun:  # SigLIP's SO400M
         raise InputError(

@@ -46,6 +46,10 @@ class ConvNeXtConfig(ImageTowerConfig):
         return tuple(self.width * 2**stage for stage in range(4))
 
     @property
+    def short_name(self) -> str:
+        return f"ConvNeXt-w{self.width}"
+
+    @property
     def summary(self) -> str:
         return f"ConvNeXt of width {self.width}, layers {self.layers}, {self.activation}"
 

@@ -86,6 +86,10 @@ class ResNetConfig(ImageTowerConfig):
         return dict.fromkeys(stem, 0) | {name: i for i, name in enumerate(blocks, 1)}
 
     @property
+    def short_name(self) -> str:
+        return f"RN-w{self.width}"
+
+    @property
     def summary(self) -> str:
         return f"ResNet of width {self.width}, layers {self.layers}"
 

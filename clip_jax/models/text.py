@@ -85,6 +85,10 @@ class TextConfig(TextTowerConfig):
         return self.eos_token_id if self.pool == "eos" else super().end_of_text_id
 
     @property
+    def short_name(self) -> str:
+        return f"text-w{self.width}d{self.depth}"
+
+    @property
     def num_layers(self) -> int:
         return self.depth
 

@@ -39,6 +39,11 @@ class TowerConfig:
     num_heads = head_width = 1  # of the attention of `attention_tokens`
 
     @property
+    def short_name(self) -> str:
+        """The kind of tower and its size in one word, for tables of runs."""
+        return type(self).__name__.removesuffix("Config")
+
+    @property
     def num_layers(self) -> int:
         """Number of layers, which `optim.layer_decay` counts and `image_tokens` can select."""
         return 0

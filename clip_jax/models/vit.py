@@ -135,6 +135,10 @@ class ViTConfig(ImageTowerConfig):
         return self.patch_size**2 * 3 * self.width
 
     @property
+    def short_name(self) -> str:
+        return f"ViT-w{self.width}d{self.depth}p{self.patch_size}"
+
+    @property
     def summary(self) -> str:
         return (
             f"ViT of width {self.width}, depth {self.depth}, patches of {self.patch_size} pixels, "

@@ -421,7 +421,4 @@ def name_of(config: CLIPConfig) -> str:
     for name, published in ARCHITECTURES.items():
         if shape(published) == shape(config):
             return name
-    v, text = config.vision, f"text-w{config.text.width}d{config.text.depth}"
-    if isinstance(v, ViTConfig):
-        return f"ViT-w{v.width}d{v.depth}p{v.patch_size}-{text}"
-    return f"{'RN' if isinstance(v, ResNetConfig) else 'ConvNeXt'}-w{v.width}-{text}"
+    return f"{config.vision.short_name}-{config.text.short_name}"

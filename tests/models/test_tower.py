@@ -18,7 +18,7 @@ from clip_jax import flops, sharding
 from clip_jax.convert.state_dict import flatten
 from clip_jax.convert.weights import Weights, with_input
 from clip_jax.errors import InputError
-from clip_jax.models import lora
+from clip_jax.models import lora, zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, parameters
 from clip_jax.models.layers import MLP, BlockInit, Einsum, Layout, Operations, Remat, named, uniform
 from clip_jax.models.tower import Arrays, ImageTowerConfig, TextTowerConfig, parts_of
@@ -212,6 +212,11 @@ def test_a_new_tower_is_sharded_and_counted(mixer):
     macs = MIXER.vision.operations(MIXER.embed_dim).macs
     assert flops.forward(MIXER).image == 2 * macs
     assert flops.training(MIXER, 8).image == 8 * 3 * 2 * macs
+
+
+def test_a_new_tower_has_a_name_in_tables():
+    assert zoo.name_of(MIXER) == "Mixer-text-w32d2"
+    assert zoo.name_of(replace(RESNET, text=MIXER.text)) == "RN-w8-text-w32d2"
 
 
 def test_a_new_tower_has_layers_and_adapters(mixer):
