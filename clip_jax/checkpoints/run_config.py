@@ -7,13 +7,21 @@ from clip_jax import parts, processes
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json, recover_json
 
+
+def _rename_remat(config: dict[str, Any]) -> None:
+    """Call the saved activations `dots` by their other name, `hidden`."""
+    model = config.get("model")
+    if isinstance(model, dict) and model.get("remat") == "dots":
+        model["remat"] = "hidden"
+
+
 # Renamed fields of a run's `Config`: path in an older version, and current path, in the same group.
 # None: the field was removed and changed no result. A path goes through lists: `evals.pool` is a
 # field of each evaluator.
 RENAMED: dict[str, str | None] = {}
 
 # Structural changes, applied after the table: each edits the dict, unless it is current already.
-UPGRADES: list[Callable[[dict[str, Any]], None]] = []
+UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_remat]
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:

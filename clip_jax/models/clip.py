@@ -61,7 +61,7 @@ class CLIPConfig:
     # Activations saved for the backward pass, which recomputes the others. none: all are saved;
     # hidden: each block's q, k, v, attention output, residual and the MLP's hidden state;
     # residual: the same without the hidden state; attention: q, k, v and attention output; full:
-    # none are saved; dots: the old name of hidden.
+    # none are saved.
     remat: Remat = "none"
     unroll: int = 1  # Blocks per iteration of a tower's loop: more run faster and compile longer.
     # Attention backend in training. auto: by device and sequence length; xla: any device; short and

@@ -7,6 +7,7 @@ import pytest
 from clip_jax.checkpoints import run_config
 from clip_jax.checkpoints.run_config import is_renamed, upgrade
 
+UPGRADES = list(run_config.UPGRADES)  # of the package, without those of `table`
 RENAMED = {
     "rate": "learning_rate",
     "data.window": "data.shuffle_blocks",
@@ -60,3 +61,11 @@ def test_a_damaged_config_is_left_as_it_is(config):
 )
 def test_a_field_of_a_renamed_group_is_renamed(path, now):
     assert is_renamed(path) == now
+
+
+@pytest.mark.parametrize("config", [{"model": {"remat": "dots"}}, {"model": {"remat": "full"}}, {}])
+def test_what_a_run_saves_keeps_its_meaning(config, monkeypatch):
+    monkeypatch.setattr(run_config, "UPGRADES", UPGRADES)
+    saved = config.get("model", {}).get("remat")
+    model = upgrade(copy.deepcopy(config)).get("model", {})
+    assert model.get("remat") == ("hidden" if saved == "dots" else saved)
