@@ -28,9 +28,12 @@ LAWS = {
     "batched": (0.5, 0.3, 1.0, 40.0, 0.1, 2.0, 100.0),
 }
 WRONG = {  # forms that cannot describe a law
-    "power": "additive", "saturating": "power", "additive": "power", "repeated": "additive",
+    "power": "additive",
+    "saturating": "power",
+    "additive": "power",
+    "repeated": "additive",
     "batched": "additive",
-}  # fmt: skip
+}
 LEVELS = {
     "law": tuple(LAWS),
     "noise": (0.01, 0.03, 0.1),

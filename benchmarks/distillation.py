@@ -45,13 +45,18 @@ from clip_jax.train import open_data, train
 ROOT = Path(__file__).parents[1]
 TEACHER_STEPS = 1_200
 KINDS = {
-    "samples": "alone", "teacher": "with the teacher", "hours": "alone, equal hours",
+    "samples": "alone",
+    "teacher": "with the teacher",
+    "hours": "alone, equal hours",
     "flops": "alone, equal FLOPs",
-}  # fmt: skip
+}
 HEADER = (
-    "student", "steps", "top-1, numbers seen in training, %", "top-1, unseen numbers, %",
+    "student",
+    "steps",
+    "top-1, numbers seen in training, %",
+    "top-1, unseen numbers, %",
     "seconds of training per run",
-)  # fmt: skip
+)
 
 
 def draw(path: Path) -> None:

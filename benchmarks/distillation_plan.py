@@ -17,10 +17,15 @@ from clip_jax.pods.plan import Plan, PlanConfig, plan
 
 ROOT = Path(__file__).parents[1]
 HEADER = (
-    "teacher", "memory, GB per chip", "frozen parameters, MB per chip",
-    "FLOPs per step (teacher's share, %)", "overlapped bound, ms (MFU, %)",
-    "sequential bound, ms (MFU, %)", "hours per 1B pairs", "cost per 1B pairs, $",
-)  # fmt: skip
+    "teacher",
+    "memory, GB per chip",
+    "frozen parameters, MB per chip",
+    "FLOPs per step (teacher's share, %)",
+    "overlapped bound, ms (MFU, %)",
+    "sequential bound, ms (MFU, %)",
+    "hours per 1B pairs",
+    "cost per 1B pairs, $",
+)
 
 
 def make(teacher: str) -> Plan:

@@ -29,9 +29,12 @@ from clip_jax.train import train
 ROOT = Path(__file__).parents[1]
 SIDE = 64
 HEADER = (
-    "images", "top-1, seen combinations, %", "top-1, unseen combinations, %", "padding, %",
+    "images",
+    "top-1, seen combinations, %",
+    "top-1, unseen combinations, %",
+    "padding, %",
     "seconds of training per run",
-)  # fmt: skip
+)
 
 
 def draw(folder: Path, train_images: int, test_images: int) -> None:

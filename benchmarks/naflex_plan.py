@@ -34,10 +34,15 @@ ROWS = [
     f"{SO400M}:1024:8192:attention:{V5E}",
 ]
 HEADER = (
-    "model, patches", "batch, pairs", "memory, GB per chip", "attention",
-    "overlapped bound, ms (MFU, %)", "sequential bound, ms (MFU, %)",
-    "MFU of valid patches, % (overlapped bound)", "compile time, s",
-)  # fmt: skip
+    "model, patches",
+    "batch, pairs",
+    "memory, GB per chip",
+    "attention",
+    "overlapped bound, ms (MFU, %)",
+    "sequential bound, ms (MFU, %)",
+    "MFU of valid patches, % (overlapped bound)",
+    "compile time, s",
+)
 
 
 def make(row: str, attention: str) -> Plan:

@@ -15,9 +15,7 @@ import sys
 from collections import Counter
 
 CONFIGS = ("vit_b16", "siglip_b16")
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"
-}  # fmt: skip
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
 def histogram(config: str) -> dict[str, int]:

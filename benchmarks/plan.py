@@ -49,21 +49,39 @@ PODS: list[tuple[str, str, dict[str, Any]]] = [  # config, topology, and what di
     ("datacomp_medium", V5E_8, {}),
 ]
 COST = (
-    "config", "slice", "batch, pairs", "memory, GB per chip", "sequential bound, ms (MFU, %)",
-    "schedule estimate, ms (MFU, %)", "XLA's cost model, ms (MFU, %)", "training time, h",
+    "config",
+    "slice",
+    "batch, pairs",
+    "memory, GB per chip",
+    "sequential bound, ms (MFU, %)",
+    "schedule estimate, ms (MFU, %)",
+    "XLA's cost model, ms (MFU, %)",
+    "training time, h",
     "cost, $",
-)  # fmt: skip
+)
 BOUNDS = (
-    "config", "HBM traffic, GB", "compute, ms", "HBM, ms", "ICI, ms", "MFU, % (overlapped bound)"
-)  # fmt: skip
+    "config",
+    "HBM traffic, GB",
+    "compute, ms",
+    "HBM, ms",
+    "ICI, ms",
+    "MFU, % (overlapped bound)",
+)
 ESTIMATE = (
-    "config", "collectives without overlap, % of the schedule estimate",
-    "operations without a schedule, %", "model TFLOP per chip and step", "compile time, s",
-)  # fmt: skip
+    "config",
+    "collectives without overlap, % of the schedule estimate",
+    "operations without a schedule, %",
+    "model TFLOP per chip and step",
+    "compile time, s",
+)
 MEMORY = (
-    "config", "mesh, data × fsdp × tensor", "remat", "peak, GB per chip", "parameters, GB",
+    "config",
+    "mesh, data × fsdp × tensor",
+    "remat",
+    "peak, GB per chip",
+    "parameters, GB",
     "optimizer, GB",
-)  # fmt: skip
+)
 
 
 def make(name: str, topology: str, changes: dict[str, Any]) -> tuple[str, Plan]:

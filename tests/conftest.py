@@ -207,16 +207,27 @@ FAMILIES = {
     "eva02": dataclasses.replace(
         TINY,
         vision=RotaryConfig(
-            **_VISION | {"patch_size": 8}, rotary="rows", activation="swiglu", inner_norm=True,
-            key_bias=False, pool="class_token", pre_norm=False, patch_bias=True,
-            projection_bias=True, mlp_ratio=2,
+            **_VISION | {"patch_size": 8},
+            rotary="rows",
+            activation="swiglu",
+            inner_norm=True,
+            key_bias=False,
+            pool="class_token",
+            pre_norm=False,
+            patch_bias=True,
+            projection_bias=True,
+            mlp_ratio=2,
         ),
     ),
     "eva_post_norm": dataclasses.replace(
         TINY,
         vision=RotaryConfig(
-            **_VISION | {"patch_size": 8}, rotary="none", norm="branch", key_bias=False,
-            pool="class_token", pre_norm=False,
+            **_VISION | {"patch_size": 8},
+            rotary="none",
+            norm="branch",
+            key_bias=False,
+            pool="class_token",
+            pre_norm=False,
         ),
     ),
     "tips": dataclasses.replace(
@@ -237,7 +248,7 @@ FAMILIES = {
             image_size=64, layers=(1, 2, 1, 1), width=8, layer_scale=0.5, head="mlp"
         ),
     ),
-}  # fmt: skip
+}
 
 
 def larger(config: CLIPConfig) -> CLIPConfig:

@@ -252,13 +252,16 @@ def test_sigterm_is_caught_for_a_while():
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, ("", 0, 1)),
         (
             {
-                "TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1", "MEGASCALE_SLICE_ID": "2",
-                "MEGASCALE_NUM_SLICES": "3", "MEGASCALE_COORDINATOR_ADDRESS": "first",
+                "TPU_WORKER_HOSTNAMES": "t0,t1",
+                "TPU_WORKER_ID": "1",
+                "MEGASCALE_SLICE_ID": "2",
+                "MEGASCALE_NUM_SLICES": "3",
+                "MEGASCALE_COORDINATOR_ADDRESS": "first",
             },
             ("first", 5, 6),
         ),
         (dict(zip(processes._EXPLICIT, ("h:1", "2", "0"), strict=True)), ("h:1", 0, 2)),
     ],
-)  # fmt: skip
+)
 def test_the_position_of_a_process_is_known_before_it_connects(environment, expected):
     assert processes.position(environment) == expected

@@ -52,14 +52,28 @@ CONFIGS = {
     "options": replace(
         VIT,
         vision=replace(
-            VISION, activation="gelu_tanh", pool="mean", pre_norm=False, layer_scale=0.1,
-            num_heads=4, mlp_ratio=4.3637, norm_epsilon=1e-6,
+            VISION,
+            activation="gelu_tanh",
+            pool="mean",
+            pre_norm=False,
+            layer_scale=0.1,
+            num_heads=4,
+            mlp_ratio=4.3637,
+            norm_epsilon=1e-6,
         ),
         text=replace(
-            TEXT, activation="gelu", causal=False, pool="last", projection_bias=True,
-            context_length=9, num_heads=4, mlp_ratio=3.0, vocab_size=49_408,
+            TEXT,
+            activation="gelu",
+            causal=False,
+            pool="last",
+            projection_bias=True,
+            context_length=9,
+            num_heads=4,
+            mlp_ratio=3.0,
+            vocab_size=49_408,
         ),
-        init_logit_scale=10.0, init_logit_bias=-10.0,
+        init_logit_scale=10.0,
+        init_logit_bias=-10.0,
     ),
     "eos": replace(VIT, text=replace(TEXT, pool="eos", eos_token_id=589)),
     "resnet": replace(
@@ -78,7 +92,7 @@ CONFIGS = {
         vision=replace(SIGLIP.vision, image_size=32, patch_size=8, **_SMALL),
         text=replace(SIGLIP.text, context_length=6, vocab_size=40, tokenizer=_NO_WORDS, **_SMALL),
     ),
-}  # fmt: skip
+}
 _SIGLIP = CONFIGS["siglip"]
 CONFIGS["naflex"] = replace(_SIGLIP, vision=replace(_SIGLIP.vision, max_patches=20))
 

@@ -10,10 +10,13 @@ from clip_jax.data.images import OPENAI_MEAN, Preprocess
 from clip_jax.errors import InputError
 
 SETTINGS = {
-    "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32},
-    "crop_size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.1, 0.2, 0.3],
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 32},
+    "crop_size": {"height": 32, "width": 32},
+    "resample": 2,
+    "image_mean": [0.1, 0.2, 0.3],
     "image_std": [0.4, 0.5, 0.6],
-}  # fmt: skip
+}
 CLIPS = Preprocess(image_size=32, rules="transformers")
 MEANT = replace(CLIPS, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear")
 

@@ -123,9 +123,11 @@ def test_adapters_that_are_their_own_base(adapters, tmp_path):
 
 
 MODULES = (
-    "text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.10.mlp.fc1",
-    "vision_model.encoder.layers.0.self_attn.q_proj", "vision_model.encoder.layers.0.mlp.fc1",
-)  # fmt: skip
+    "text_model.encoder.layers.0.mlp.fc1",
+    "text_model.encoder.layers.10.mlp.fc1",
+    "vision_model.encoder.layers.0.self_attn.q_proj",
+    "vision_model.encoder.layers.0.mlp.fc1",
+)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,11 @@ CLIP = TextConfig(vocab_size=600, context_length=16)
 CONFIG, VOCABULARY = "tokenizer_config.json", "tokenizer.json"
 BERT, XLM_R = "BertTokenizer", "XLMRobertaTokenizer"
 KINDS = {
-    BERT: "wordpiece", XLM_R: "unigram", "GemmaTokenizer": "byte_fallback",
+    BERT: "wordpiece",
+    XLM_R: "unigram",
+    "GemmaTokenizer": "byte_fallback",
     "PreTrainedTokenizerFast": "wordpiece",
-}  # fmt: skip
+}
 
 
 def change(path, names, value):
@@ -51,9 +53,13 @@ def read(path):
 
 LEFT = {"direction": "Left", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
-    "strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 4,
-    "pad_type_id": 0, "pad_token": "[MASK]",
-}  # fmt: skip
+    "strategy": {"Fixed": 9},
+    "direction": "Left",
+    "pad_to_multiple_of": None,
+    "pad_id": 4,
+    "pad_type_id": 0,
+    "pad_token": "[MASK]",
+}
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,10 @@ def test_a_row_of_zeros_stays_one():
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ([[1, 2, 3, 4], [[5, 0.5], [10, 4.0]]],
-         Augmentation((1, 2, 3, 4), None, ((5, 0.5), (10, 4.0)))),
+        (
+            [[1, 2, 3, 4], [[5, 0.5], [10, 4.0]]],
+            Augmentation((1, 2, 3, 4), None, ((5, 0.5), (10, 4.0))),
+        ),
         ([[1, 2, 3, 4], True, [[0, 0]]], Augmentation((1, 2, 3, 4), True, ((0, 0.0),))),
         ([[1, 2, 3, 4], False], Augmentation((1, 2, 3, 4), False)),
         ([False, None], Augmentation(None, False, None)),
@@ -140,7 +142,7 @@ def test_a_row_of_zeros_stays_one():
         ([[1, 2, 3, 4], [None, [3, -9.5]]], Augmentation((1, 2, 3, 4), None, (None, (3, -9.5)))),
         ([], Augmentation()),
     ],
-)  # fmt: skip
+)
 def test_fields_are_known_by_their_types(fields, expected):
     inside = json.dumps({"param_aug": json.dumps([fields])}).encode()  # JSON in JSON
     for member in (paug(fields), inside, json.dumps(inside.decode()).encode()):
@@ -204,7 +206,7 @@ def test_arrays_of_synthetic_captions_of_old_and_new_sets():
         ({"paug.json": paug([], size="8")}, "size '8' is not"),
         ({"pth.gz": b"\x1f\x8b is no gzip"}, "decompressing"),
     ],
-)  # fmt: skip
+)
 def test_damaged_members_are_samples_with_a_reason(members, message):
     with pytest.raises(SampleError, match=message):
         from_members(members, 2)

@@ -146,15 +146,18 @@ def test_tfds_has_the_order_of_the_published_names(name):
 @pytest.mark.parametrize(
     ("name", "folders", "called"),
     [
-        ("country211", ["AD", *(f"B{chr(65 + i // 26)}{chr(65 + i % 26)}" for i in range(209)),
-                        "ZW"], "Andorra"),
+        (
+            "country211",
+            ["AD", *(f"B{chr(65 + i // 26)}{chr(65 + i % 26)}" for i in range(209)), "ZW"],
+            "Andorra",
+        ),
         ("fer2013", ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"], "angry"),
         ("gtsrb", [f"{i:05d}" for i in range(43)], "red and white circle 20 kph speed limit"),
         ("clevr_count_all", [str(i) for i in range(3, 11)], "three"),
         ("flowers", [str(i) for i in range(1, 103)], "pink primrose"),
         ("hateful_memes", ["0", "1"], "meme"),
     ],
-)  # fmt: skip
+)
 def test_folders_that_stand_for_published_names(name, folders, called, tmp_path):
     write_folder(tmp_path / name / "test", folders)
     data = catalog.open_data_set(BY_NAME[name], tmp_path)

@@ -40,8 +40,16 @@ FAMILIES = {
     "mean": replace(
         TINY,
         vision=ViTConfig(
-            image_size=16, patch_size=8, width=32, depth=2, num_heads=2, pool="mean",
-            pre_norm=False, layer_scale=0.5, activation="gelu", mlp_ratio=3.3,
+            image_size=16,
+            patch_size=8,
+            width=32,
+            depth=2,
+            num_heads=2,
+            pool="mean",
+            pre_norm=False,
+            layer_scale=0.5,
+            activation="gelu",
+            mlp_ratio=3.3,
         ),
         text=replace(TINY.text, pool="eos", eos_token_id=519, activation="gelu_tanh"),
     ),
@@ -55,12 +63,14 @@ FAMILIES = {
     ),
     "mammut": MAMMUT,
     "siglip": replace(
-        SIGLIP, embed_dim=32, dtype="float32",
+        SIGLIP,
+        embed_dim=32,
+        dtype="float32",
         # 35 pixels: three of them belong to no patch
         vision=replace(SIGLIP.vision, image_size=35, patch_size=8, **SMALL),
         text=replace(SIGLIP.text, context_length=16, vocab_size=520, tokenizer=RULES, **SMALL),
     ),
-}  # fmt: skip
+}
 FAMILIES["naflex"] = naflex(FAMILIES["siglip"])
 FAMILIES |= conftest.FAMILIES
 # Each pool, with and without a class token, whose tokens a decoder attends to.

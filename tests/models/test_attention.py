@@ -117,12 +117,17 @@ def cudnn_by_xla(qkv, heads, causal, lengths):
         (interpreted, (19, 2, 64), (19, 1, 7), 3e-6, jnp.float32),
         (interpreted, (21, 2, 72), (20, 21, 1), 3e-6, jnp.float32),  # So400m's heads, row by row
         # The last block of keys, and all but the first key, are padding.
-        (functools.partial(attention.splash, interpret=True), (1030, 1, 64), (513, 1), 2e-5,
-         jnp.float32),
+        (
+            functools.partial(attention.splash, interpret=True),
+            (1030, 1, 64),
+            (513, 1),
+            2e-5,
+            jnp.float32,
+        ),
         (cudnn_by_xla, (7, 2, 8), (7, 1, 4), 2e-2, jnp.bfloat16),
     ],
     ids=["xla", "short", "short, any heads", "splash", "cudnn"],
-)  # fmt: skip
+)
 def test_padding_is_not_attended_to(attend, shape, lengths, bound, dtype):
     """Valid tokens agree with float64; what padding contains changes no bit of their output and
     gradient, and padding has a gradient of exactly zero."""

@@ -13,9 +13,14 @@ from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.text import TokenizerConfig
 
 KINDS = (
-    CLIPConfig, Preprocess, LoRAConfig, TokenizerConfig, *typing.get_args(Vision),
-    *typing.get_args(Text), *typing.get_args(DecoderConfig),
-)  # fmt: skip
+    CLIPConfig,
+    Preprocess,
+    LoRAConfig,
+    TokenizerConfig,
+    *typing.get_args(Vision),
+    *typing.get_args(Text),
+    *typing.get_args(DecoderConfig),
+)
 INTEGERS = [
     (kind, name)
     for kind in KINDS

@@ -29,8 +29,12 @@ from tests.conftest import (
 ALL = LoRAConfig(rank=3, alpha=4.0, targets=("*",))
 QV = LoRAConfig(rank=2, targets=("*/attn/q", "*/attn/v"), rank_stabilized=True)
 MODELS = {
-    "CLIP": TINY, "SigLIP": NAFLEX_SIGLIP, "CoCa": COCA, "MaMMUT": MAMMUT, "ResNet": RESNET,
-}  # fmt: skip
+    "CLIP": TINY,
+    "SigLIP": NAFLEX_SIGLIP,
+    "CoCa": COCA,
+    "MaMMUT": MAMMUT,
+    "ResNet": RESNET,
+}
 
 
 def drawn(model: CLIPConfig, own: LoRAConfig) -> Params:

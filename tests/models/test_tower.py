@@ -230,8 +230,12 @@ def test_a_new_tower_has_layers_and_adapters(mixer):
     assert visual["projection"].max() == 1
     adapters = lora.adapted(MIXER, lora.LoRAConfig(targets=("visual/*",)))
     assert {each.kernel.split("/")[1] for each in adapters} == {
-        "stem", "tokens_0", "channels_0", "tokens_1", "channels_1",
-    }  # fmt: skip
+        "stem",
+        "tokens_0",
+        "channels_0",
+        "tokens_1",
+        "channels_1",
+    }
 
 
 def test_a_new_tower_takes_another_size(mixer):

@@ -32,12 +32,18 @@ TEXT = {"context_length": 12, "vocab_size": 600, "width": 64}
 SETTINGS = {
     "embed_dim": 64,
     "vision_cfg": {
-        "image_size": 32, "layers": 2, "width": 128, "patch_size": 8, "output_tokens": True,
-        "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 9,
+        "image_size": 32,
+        "layers": 2,
+        "width": 128,
+        "patch_size": 8,
+        "output_tokens": True,
+        "attentional_pool": True,
+        "attn_pooler_heads": 4,
+        "attn_pooler_queries": 9,
     },
     "text_cfg": TEXT | {"heads": 2, "layers": 2, "embed_cls": True, "output_tokens": True},
     "multimodal_cfg": TEXT | {"heads": 4, "layers": 3},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -45,24 +45,32 @@ OPEN_CLIP = {
     "sigmoid, gelu tanh, heads of 32, wide MLP; end of text by id": (
         {"init_logit_bias": -10.0},
         {"act_kwargs": {"approximate": "tanh"}, "head_width": 32, "mlp_ratio": 4.3637},
-        {"heads": 2, "pool_type": "eos", "eos_id": 49407, "proj_bias": True,
-         "norm_kwargs": {"eps": 1e-6}},
+        {
+            "heads": 2,
+            "pool_type": "eos",
+            "eos_id": 49407,
+            "proj_bias": True,
+            "norm_kwargs": {"eps": 1e-6},
+        },
     ),
     "gelu, custom text": ({"custom_text": True}, {}, {}),
     "resnet": ({}, RESNET, {}),
     "resnet, quickgelu": ({"quick_gelu": True}, RESNET, {}),
-}  # fmt: skip
+}
 HUGGING_FACE = {
     "legacy eos": ({}, {"eos_token_id": 2}),
-    "one gelu, new eos": (
-        {"hidden_act": "gelu", "layer_norm_eps": 1e-6}, {"eos_token_id": 49407}
-    ),
+    "one gelu, new eos": ({"hidden_act": "gelu", "layer_norm_eps": 1e-6}, {"eos_token_id": 49407}),
     "gelu, odd MLP, eos below others": (
         {"hidden_act": "gelu", "intermediate_size": 201},
-        {"hidden_act": "gelu", "intermediate_size": 77, "num_attention_heads": 4,
-         "eos_token_id": 49407, "vocab_size": 49410},
+        {
+            "hidden_act": "gelu",
+            "intermediate_size": 77,
+            "num_attention_heads": 4,
+            "eos_token_id": 49407,
+            "vocab_size": 49410,
+        },
     ),
-}  # fmt: skip
+}
 OPENAI = {
     "vit": (48, 64, 2, 128, 16, 20, 49408, 64, 1, 2),
     "resnet": (48, 64, (1, 2, 1, 1), 16, None, 20, 49408, 64, 1, 2),

@@ -268,13 +268,19 @@ def test_timms_names_have_the_sizes_that_we_say():
 # ------------------------------------------------------------------ small models of transformers
 
 VISION = {
-    "image_size": 42, "patch_size": 14, "hidden_size": 48, "num_hidden_layers": 2,
+    "image_size": 42,
+    "patch_size": 14,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
     "num_attention_heads": 3,
-}  # fmt: skip
+}
 TEXT = {
-    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-}  # fmt: skip
+}
 CLIP = {"vision_config": VISION | {"intermediate_size": 100}, "projection_dim": EMBED}
 BERT = TEXT | {"max_position_embeddings": 80}
 CLASSES = {
@@ -441,15 +447,20 @@ def test_defaults_of_image_processors(tmp_path, kind, size):
 
 PIXELS = {
     "PE-Core-B-16": {
-        "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
     },
     "MobileCLIP-B": {
-        "mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear",
+        "mean": [0.0] * 3,
+        "std": [1.0] * 3,
+        "interpolation": "bilinear",
         "resize_mode": "shortest",
     },
     "roberta-ViT-B-32": {},
     "xlm-roberta-base-ViT-B-32": {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PIXELS)
@@ -543,17 +554,20 @@ def test_open_clips_other_settings(tmp_path, name, change, message):
 @pytest.mark.parametrize(
     ("name", "section", "change", "message"),
     [
-        ("AltCLIP", "text", {"project_dim": 32},
-         r"text_config.project_dim=32 .*must be 24"),
+        ("AltCLIP", "text", {"project_dim": 32}, r"text_config.project_dim=32 .*must be 24"),
         ("AltCLIP", "text", {"pad_token_id": 0}, r"text_config.pad_token_id=0 .*must be 1"),
         ("AltCLIP", "text", {"hidden_act": "silu"}, r"text_config.hidden_act='silu'"),
-        ("TIPSv2", "vision", {"use_swiglu_ffn": True},
-         r"vision_config.use_swiglu_ffn=True .*must be False"),
+        (
+            "TIPSv2",
+            "vision",
+            {"use_swiglu_ffn": True},
+            r"vision_config.use_swiglu_ffn=True .*must be False",
+        ),
         ("TIPSv2", "vision", {"qkv_bias": False}, r"vision_config.qkv_bias=False .*must be True"),
         ("TIPSv2", "text", {"scale_sqrt_depth": False}, r"text_config.scale_sqrt_depth=False"),
         ("TIPSv2", "text", {"hidden_act": "gelu"}, r"text_config.hidden_act='gelu'.*'relu'"),
     ],
-)  # fmt: skip
+)
 def test_transformers_other_settings(tmp_path, name, section, change, message):
     settings = CLASSES[name][f"{section}_config"] | change
     save_class(tmp_path, name, **{f"{section}_config": settings})

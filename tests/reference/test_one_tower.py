@@ -22,13 +22,20 @@ from tests.reference import families
 from tests.reference.parity import random_weights
 
 SIZES = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 IMAGE = {"image_size": 32, "patch_size": 8, "projection_dim": 16, **SIZES}
 TEXT = {
-    "vocab_size": 900, "max_position_embeddings": 12, "projection_dim": 16, "bos_token_id": 898,
-    "eos_token_id": 899, **SIZES,
-}  # fmt: skip
+    "vocab_size": 900,
+    "max_position_embeddings": 12,
+    "projection_dim": 16,
+    "bos_token_id": 898,
+    "eos_token_id": 899,
+    **SIZES,
+}
 
 
 @pytest.mark.parametrize("name", ["CLIPVisionModelWithProjection", "CLIPTextModelWithProjection"])

@@ -92,10 +92,12 @@ THEIRS = {
         "vit",
         {
             "target_modules": ["q_proj", "v_proj", "visual_projection", "text_projection"],
-            "use_rslora": True, "lora_dropout": 0.1, "alpha_pattern": {"q_proj": 2},
+            "use_rslora": True,
+            "lora_dropout": 0.1,
+            "alpha_pattern": {"q_proj": 2},
         },
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", THEIRS)

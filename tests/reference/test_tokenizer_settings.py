@@ -192,9 +192,13 @@ def _change(path: Path, file: str, names: str, value: Any) -> None:
 
 LEFT = {"direction": "Left", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
-    "strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": 8, "pad_id": 0,
-    "pad_type_id": 0, "pad_token": "cat",
-}  # fmt: skip
+    "strategy": {"Fixed": 9},
+    "direction": "Left",
+    "pad_to_multiple_of": 8,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "cat",
+}
 CAT = {
     "content": "cat",
     "lstrip": True,
@@ -351,8 +355,12 @@ def outcome(path: Path, family: str, *changes: Change) -> str | None:
 
 # Families with a class of transformers that another family has, too: a few settings.
 SAME_CLASS = (
-    "AltCLIP", "open_clip, Gemma", "open_clip, BERT", "open_clip, XLM-R", "open_clip, CLIP's BPE",
-)  # fmt: skip
+    "AltCLIP",
+    "open_clip, Gemma",
+    "open_clip, BERT",
+    "open_clip, XLM-R",
+    "open_clip, CLIP's BPE",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

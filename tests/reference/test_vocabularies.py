@@ -63,10 +63,14 @@ SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "un
         ("sentencepiece_model", "SiglipTokenizer", {}, ("punctuation", None, 1, 1, "right")),
         # Its class pads left where the folder says nothing.
         ("byte_fallback", "Siglip2Tokenizer", SPECIAL, ("lower", None, 1, 0, "left")),
-        ("byte_fallback", "Siglip2Tokenizer", SPECIAL | {"padding_side": "right"},
-         ("lower", None, 1, 0, "right")),
+        (
+            "byte_fallback",
+            "Siglip2Tokenizer",
+            SPECIAL | {"padding_side": "right"},
+            ("lower", None, 1, 0, "right"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_transformers(tmp_path, kind, cls, options, rules):
     write_folder(tmp_path, kind, tokenizer_class=cls, **options)
     config = tokenizer_files.read(tmp_path, TEXT, UNKNOWN)

@@ -15,9 +15,13 @@ from clip_jax.data.sources.array_record_file import ArrayRecordFile
 from tests.data.conftest import write_records
 
 OPTIONS = (
-    "group_size:1", "group_size:1,brotli:3", "group_size:3,zstd:1", "group_size:2,uncompressed",
-    "group_size:7,snappy", "group_size:2,pad_to_block_boundary:true",
-)  # fmt: skip
+    "group_size:1",
+    "group_size:1,brotli:3",
+    "group_size:3,zstd:1",
+    "group_size:2,uncompressed",
+    "group_size:7,snappy",
+    "group_size:2,pad_to_block_boundary:true",
+)
 
 
 def draw(count, largest=9_000):

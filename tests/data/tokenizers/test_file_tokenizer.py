@@ -18,9 +18,11 @@ from tests import vocabularies
 
 TEXT = TextConfig(context_length=8, vocab_size=1_000, width=8, num_heads=1, pool="last")
 KINDS = {
-    "sentencepiece_model": "tokenizer.model", "byte_fallback": "tokenizer.json",
-    "wordpiece": "tokenizer.json", "unigram": "tokenizer.json",
-}  # fmt: skip
+    "sentencepiece_model": "tokenizer.model",
+    "byte_fallback": "tokenizer.json",
+    "wordpiece": "tokenizer.json",
+    "unigram": "tokenizer.json",
+}
 
 
 @pytest.fixture(scope="module")
