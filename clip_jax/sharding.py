@@ -89,9 +89,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """Return the mesh of devices that are not at hand. Raises InputError unless all are used."""
+    return AbstractMesh(mesh_sizes(config, devices), AXES)
+
+
 def batch_shards(mesh: AnyMesh) -> int:
     """Return the number of shards of a global batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def shards_of_heads(mesh: AnyMesh) -> int:
+    """Return over how many devices the heads of attention are split."""
+    return mesh.shape[DIMENSIONS["N"]]
 
 
 def data_part(mesh: Mesh) -> tuple[int, int]:

@@ -45,11 +45,13 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
         for x in visit.computation.values():
             key, times = (visit.name, x.name), visit.times
             if between := hlo.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes):
-                # From the same chip of every other slice, over the network along the data axis.
+                # From the same chip of every other slice, over the network along the first axis.
                 if x.opcode == "recv":
                     kind, arrays = between.lower().replace("_", "-"), (x.shapes[0][:2],)
-                    sides = (("data",), slices, slices, times, "", _is_overlapped(x, visit))
-                    result[key] = _collective(kind, arrays, *sides)
+                    axis, overlapped = next(iter(mesh)), _is_overlapped(x, visit)
+                    result[key] = _collective(
+                        kind, arrays, (axis,), slices, slices, times, "", overlapped
+                    )
                 continue
             kind = x.opcode.removesuffix("-start")
             if kind not in KINDS:

@@ -188,7 +188,7 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
         compiled = lowered.compile(compiler_options=options)
         text, units = compiled.as_text(), topology.chip.matrix_units
         schedules = schedule.read(folder, units) if folder and units else None
-        known = {
+        measured = {
             "fits": True,
             "peak_bytes": peak(compiled),
             "works": tuple(read(text, schedules, parts)),
@@ -198,29 +198,30 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
         arguments = sum(held[name] for name in ("parameters", "optimizer", "terms", "batch"))
         if (needed := needed_bytes(str(error), arguments)) is None:
             raise
-        known = {"fits": False, "peak_bytes": needed}
+        measured = {"fits": False, "peak_bytes": needed}
     loss = peak(compile_loss(program))  # last: its schedules have names of the step's
     return Facts(
         mesh=tuple(mesh.shape.values()),
         form=", ".join(filter(None, forms)),
         versions=", ".join(versions),
         compile_seconds=CLOCK.now() - start,
-        attention=attention_of(recipe.model, devices[0], mesh.shape["tensor"]),
+        attention=attention_of(recipe.model, devices[0], sharding.shards_of_heads(mesh)),
         loss=loss,
         **held,
-        **known,
+        **measured,
     )
 
 
-def attention_of(model: CLIPConfig, device: Any, tensor: int) -> tuple[tuple[str, str], ...]:
-    """Return the backend of each tower's attention in training; convolutions have none."""
+def attention_of(model: CLIPConfig, device: Any, shards: int) -> tuple[tuple[str, str], ...]:
+    """Return the backend of each tower's attention in training, whose heads are split over devices;
+    convolutions have none."""
     backends = []
     for name, tower in (("image", model.vision), ("text", model.text)):
         if tower.attention_tokens is None:
             continue
         backend = model.attention
         if backend == "auto":
-            size = (tower.attention_tokens, tower.num_heads // tensor, tower.head_width)
+            size = (tower.attention_tokens, tower.num_heads // shards, tower.head_width)
             backend = attention.choose(device, *size, model.dtype)
         backends.append((name, backend))
     return tuple(backends)
@@ -267,8 +268,8 @@ def compile_loss(program: Program) -> Any:
     objective, model, mesh = program.recipe.objective, program.model, program.mesh
     state, rows = program.state, sharding.batch_sharding(mesh)
     inputs = {name: x for name, x in program.batch.items() if name != "learning_rate"}
-    known = base_of(state) | state.params
-    scalars = {name: x for name, x in known.items() if not isinstance(x, dict)}
+    params = base_of(state) | state.params
+    scalars = {name: x for name, x in params.items() if not isinstance(x, dict)}
     carried = State(None, None, None, state.carried, state.frozen)
 
     def encoded(state: State, inputs: Any) -> Any:

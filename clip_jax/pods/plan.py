@@ -6,6 +6,7 @@ collectives are read from the result; times are bounds at the chips' peaks, and 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,6 +137,11 @@ class Plan:
     fit_compiles: int = 0  # compilations that --fit needed
     lengths: tuple["Plan", ...] = ()  # of each batch size and length, if the run has several
 
+    @property
+    def rows(self) -> int:
+        """Number of pairs in one shard of a batch."""
+        return self.batch_size // math.prod(self.mesh[axis] for axis in sharding.BATCH_AXES)
+
     def per_billion_pairs(self) -> dict[str, float | None]:
         """Return hours and price of 1B pairs, with and without the teachers' FLOPs at this MFU."""
         billions = sum(x.cost.steps * x.batch_size for x in self.lengths or (self,)) / 1e9
@@ -218,11 +224,12 @@ def request(config: PlanConfig, recipe: Recipe | None = None) -> Request:
     """Return what the compiled step depends on, by default of the config's own recipe. Raises
     InputError if the mesh cannot shard it."""
     devices, recipe = config.topology.devices, recipe or config.recipe
-    data, fsdp, _ = sharding.mesh_sizes(config.mesh, devices)
-    if recipe.batch_size % (data * fsdp):
+    mesh = sharding.abstract_mesh(config.mesh, devices)
+    if recipe.batch_size % (shards := sharding.batch_shards(mesh)):
+        sizes = " × ".join(f"{axis}={mesh.shape[axis]}" for axis in sharding.BATCH_AXES)
         raise InputError(
-            f"batch_size={recipe.batch_size} cannot be split over {data * fsdp} batch shards of "
-            f"{config.topology} (mesh data={data} × fsdp={fsdp}); change --batch-size or --mesh."
+            f"batch_size={recipe.batch_size} cannot be split over {shards} batch shards of "
+            f"{config.topology} (mesh {sizes}); change --batch-size or --mesh."
         )
     schedules = config.schedules and config.topology.is_tpu
     return Request(recipe=recipe, mesh=config.mesh, topology=config.topology, schedules=schedules)
@@ -363,8 +370,7 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
     """
     left = COMPILES
     devices = config.topology.devices
-    data, fsdp, _ = sharding.mesh_sizes(config.mesh, devices)
-    shards = data * fsdp
+    shards = sharding.batch_shards(sharding.abstract_mesh(config.mesh, devices))
 
     def attempt(remat: Remat, per_device: int) -> Plan:
         nonlocal left

@@ -28,11 +28,10 @@ HOW = {
 def describe(plan: Plan) -> str:
     """Format a plan's memory, collectives, times and cost."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    rows = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
     memory, gigabytes = plan.memory, plan.memory.bytes_per_device["total"] / 1e9
     lines = [
-        f"{plan.name}: {plan.devices} devices, mesh {mesh}, batch {plan.batch_size:,} ({rows} per "
-        f"shard), remat {plan.remat}, {plan.form} loss, {plan.versions}",
+        f"{plan.name}: {plan.devices} devices, mesh {mesh}, batch {plan.batch_size:,} "
+        f"({plan.rows} per shard), remat {plan.remat}, {plan.form} loss, {plan.versions}",
         f"{'fits' if memory.fits else 'DOES NOT FIT'}: {gigabytes:.2f} GB of "
         f"{memory.hbm_bytes / 1e9:.1f} GB per device" + (SHARE if plan.is_gpu else ""),
     ]
