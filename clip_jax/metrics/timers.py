@@ -61,9 +61,11 @@ class Goodput:
 
     def values(self) -> dict[str, float]:
         """Return seconds by activity, their sum, and the share of steps in it."""
-        own = {name: self._timers.total[name] for name in self.PARTS}
-        own["steps"] = max(self._timers.elapsed() - sum(own.values()), 0.0)
-        seconds = {name: own.get(name, 0.0) + value for name, value in self._earlier.items()}
+        in_this_start = {name: self._timers.total[name] for name in self.PARTS}
+        in_this_start["steps"] = max(self._timers.elapsed() - sum(in_this_start.values()), 0.0)
+        seconds = {
+            name: in_this_start.get(name, 0.0) + value for name, value in self._earlier.items()
+        }
         total = sum(seconds.values())
         return {f"seconds/{name}": value for name, value in seconds.items()} | {
             "seconds/total": total,

@@ -147,8 +147,8 @@ def read_shapes(text: str) -> Iterator[Shape]:
 
 def trips(instruction: Instruction, computations: Mapping[str, Computation]) -> int:
     """Return the trip count of a loop: as XLA states it, or as its condition's only constant."""
-    if known := search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes):
-        return int(known)
+    if count := search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes):
+        return int(count)
     inside = [computations[name] for name in instruction.called("condition")]
     inside += [computations[n] for c in inside for x in c.values() for n in x.called("calls")]
     limits = {

@@ -169,8 +169,8 @@ class _Paths:
         """Return the metrics for Prometheus."""
         if error := _wrong_token(self._token, request):
             return JSONResponse({"error": str(error)}, 401, _HEADERS[401])
-        known = generate_latest(self._service.metrics.registry)
-        return Response(known, media_type=CONTENT_TYPE_LATEST)
+        content = generate_latest(self._service.metrics.registry)
+        return Response(content, media_type=CONTENT_TYPE_LATEST)
 
     async def failed(self, _: Request, error: Exception) -> Response:
         """Return the error of an unknown path, another method, or a bug."""

@@ -266,8 +266,8 @@ class Service:
 def _only(request: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """Return the fields of a request; unknown ones are an error."""
     if unknown := sorted(request.keys() - defaults):
-        known = ", ".join(defaults)
-        raise Answer(400, f"unknown field {shown(unknown[0])}; the fields are {known}.")
+        fields = ", ".join(defaults)
+        raise Answer(400, f"unknown field {shown(unknown[0])}; the fields are {fields}.")
     return defaults | request
 
 

@@ -102,8 +102,8 @@ def _dims(dims: tuple[int, ...]) -> tuple[int, ...]:
 def test_only_parameters_and_features_are_gathered_and_gradients_stay_split(sizes, form, planned):
     text = planned[1]
     if form == "ring":
-        one = program(sizes, form)
-        text = one.step.lower(one.state, one.batch).compile().as_text()
+        sharded = program(sizes, form)
+        text = sharded.step.lower(sharded.state, sharded.batch).compile().as_text()
     assert faults(text, sizes) == []
     assert f"[{BATCH},{MODEL.text.context_length},{MODEL.text.width}]" not in text
     mesh = program(sizes).mesh

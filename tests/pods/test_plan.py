@@ -181,9 +181,9 @@ def test_a_frozen_teachers_memory_flops_and_price():
     state = Program(recipe, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))).state
     held = pod.held_bytes(state, {})
     assert held["terms"] == held["frozen"] == pytest.approx(held["parameters"] / 2, rel=1e-3)
-    known = dataclasses.replace(facts(planning.request(CONFIG)), terms=5 << 20, frozen=4 << 20)
-    planned: Any = assess(CONFIG, known, recipe)
-    alone = assess(CONFIG, known)
+    compiled = dataclasses.replace(facts(planning.request(CONFIG)), terms=5 << 20, frozen=4 << 20)
+    planned: Any = assess(CONFIG, compiled, recipe)
+    alone = assess(CONFIG, compiled)
     forward = flops.forward(TINY)
     assert planned.speed.teacher_flops_per_step == 2_048 * (forward.image + 2 * forward.text)
     student = planned.speed.model_flops_per_step - planned.speed.teacher_flops_per_step
@@ -330,9 +330,9 @@ def test_topologies_and_meshes_are_compared():
 )
 def test_a_step_may_take_a_chips_memory_or_what_jax_takes_of_a_gpus(topology, most):
     config = dataclasses.replace(CONFIG, topology=Topology.parse(topology))
-    known = dataclasses.replace(facts(planning.request(config)), fits=True)
+    compiled = dataclasses.replace(facts(planning.request(config)), fits=True)
     for size, fits in [(most - 0.1e9, True), (most + 0.1e9, False)]:
-        plan = assess(config, dataclasses.replace(known, peak_bytes=int(size)))
+        plan = assess(config, dataclasses.replace(compiled, peak_bytes=int(size)))
         assert plan.memory.fits == fits
     assert plan.speed.mfus["bound"] is None
     text = describe(plan)

@@ -47,8 +47,8 @@ class Client:
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answered:
         """Send JSON, or bytes as they are."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        known = {} if data is None else {"content-length": str(len(data))}
-        return asyncio.run(self.call(path, [data or b""], known | (headers or {}), data is None))
+        length = {} if data is None else {"content-length": str(len(data))}
+        return asyncio.run(self.call(path, [data or b""], length | (headers or {}), data is None))
 
     async def call(
         self,
@@ -82,10 +82,10 @@ class Client:
             sent.append(message)
 
         await build(self.service, self.token, self.clock)(scope, receive, send)
-        known = {k.decode(): x.decode() for k, x in sent[0]["headers"]}
+        headers = {k.decode(): x.decode() for k, x in sent[0]["headers"]}
         content = b"".join(message.get("body", b"") for message in sent)
-        is_json = known["content-type"] == "application/json"
-        return sent[0]["status"], json.loads(content) if is_json else content.decode(), known
+        is_json = headers["content-type"] == "application/json"
+        return sent[0]["status"], json.loads(content) if is_json else content.decode(), headers
 
 
 @pytest.fixture(scope="session")

@@ -395,6 +395,6 @@ def test_images_of_mixed_shapes_are_batched_at_one_length(tmp_path):
 
 
 def test_health_names_the_image_size_of_a_fixed_resolution(client, model):
-    known = client.ask("/health")[1]
-    assert known["image_size"] == model.config.vision.image_size
-    assert "tokens" not in known
+    health = client.ask("/health")[1]
+    assert health["image_size"] == model.config.vision.image_size
+    assert "tokens" not in health
