@@ -8,6 +8,7 @@ person named it, with `--import` or in Python; a file only records the name.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -104,6 +105,27 @@ def origin(kind: type) -> str | None:
     if module == "__main__":
         return getattr(sys.modules[module], "__file__", None) or module
     return module
+
+
+def version() -> str:
+    """Return a hash of the source of users' parts, with the other modules of their packages."""
+    digest = hashlib.sha256()
+    for name in sorted({kind.__module__.partition(".")[0] for kind in of_users()}):
+        for path in _sources(name):
+            digest.update(f"{name} {path.name} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _sources(name: str) -> list[Path]:
+    """List the files of a module at the top level."""
+    if _NAMES.get(name, "").endswith(".py"):
+        return [Path(_NAMES[name])]
+    module = sys.modules.get(name)
+    folders = getattr(module, "__path__", ())
+    if paths := [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]:
+        return paths
+    file = getattr(module, "__file__", None)
+    return [Path(file)] if file else []
 
 
 def opened(hint: Any) -> Any:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from clip_jax import processes, sharding
+from clip_jax import parts, processes, sharding
 from clip_jax.checkpoints.claim import Claim, count_start
 from clip_jax.checkpoints.manager import Checkpoints, Restored, restore_step
 from clip_jax.checkpoints.resume import branch_point, check_branch, check_resumable, differences
@@ -293,7 +293,7 @@ def agree(
     data = pipeline.fingerprints()
     facts = {
         "config": to_dict(config),
-        "code": f"{processes.code_version()}, jax {jax.__version__}",
+        "code": f"{processes.code_version()}, parts {parts.version()}, jax {jax.__version__}",
         "data": data,
         "vocabulary": vocabulary.digest(config.model.text.tokenizer),
         "data sets of evaluators": evaluations.measured(),

@@ -104,6 +104,19 @@ def test_an_entry_point_is_a_short_name():
     assert parts.needed(to_dict(config_with("brief_parts", "Brief"))) == ("brief",)
 
 
+def test_the_version_changes_with_any_module_of_a_part():
+    """Otherwise `plan` returns what it stored of another program."""
+    Path("early_parts").mkdir()
+    Path("early_parts/__init__.py").write_text("from early_parts import factors, losses\n")
+    Path("early_parts/factors.py").write_text("FACTOR = 2.0\n")
+    write("Early", "early_parts/losses.py")
+    parts.load("early_parts")
+    before = parts.version()
+    assert before == parts.version()
+    Path("early_parts/factors.py").write_text("FACTOR = 3.0\n")
+    assert before != parts.version()
+
+
 def test_an_import_in_python_is_enough():
     write("Plain", "plain_parts.py")
     sys.path.append(".")
