@@ -173,7 +173,7 @@ def assert_same_shapes(name: str, to: str) -> None:
     config = zoo.get(name)
     with torch.device("meta"):
         model, _ = model_of(to, name, config)
-    table = {"openai": openai.rows, "open-clip": open_clip_format.table}.get(to, hugging_face.rows)
+    table = {"openai": openai.rows, "open-clip": open_clip_format.rows}.get(to, hugging_face.rows)
     state = {n: x for n, x in model.state_dict().items() if not n.endswith(openai.COUNTER)}
     assert shapes_by(table(config), config) == {n: tuple(x.shape) for n, x in state.items()}
     ours = sum(prod(s) for p, s in param_shapes(config).items() if "batch_stats" not in p)

@@ -44,7 +44,7 @@ def manifest(weights: Weights) -> dict[str, Any]:
     """Return what a user of the weights needs to know, as plain JSON values."""
     config, vision, text = weights.config, weights.config.vision, weights.config.text
     tokenizer = text.tokenizer
-    own = tokenizer.file == "clip"
+    is_clip = tokenizer.file == "clip"
     values = to_dict(weights.preprocess)
     newer = {"fill": 0, "rules": "openai", "max_patches": None, "patch_size": None}
     # At their defaults, entries that older folders lack are left out.
@@ -57,7 +57,7 @@ def manifest(weights: Weights) -> dict[str, Any]:
         "image_pooling": vision.pool,
         "text_pooling": text.pool,
         "tokenizer": tokenizer.file.rpartition("/")[2] or "missing",
-        "vocab_size": text.clip_vocab_size if own else text.vocab_size,
+        "vocab_size": text.clip_vocab_size if is_clip else text.vocab_size,
         "context_length": text.context_length,
         "case_folding": tokenizer.clean not in ("none", "whitespace"),
         "text_cleaning": tokenizer.clean,

@@ -109,7 +109,7 @@ class Row(NamedTuple):
             return shape
         sizes = {"1": 1, **self.sizes(shape)}
         groups = _AXIS.findall(self.sides[0])
-        theirs = tuple(math.prod(sizes[a] for a in (g or one).split()) for g, one in groups)
+        theirs = tuple(math.prod(sizes[a] for a in (g or axis).split()) for g, axis in groups)
         return theirs[1:] if len(self.names) > 1 else theirs
 
     def to_ours(self, arrays: Sequence[np.ndarray], shape: Shape) -> np.ndarray:

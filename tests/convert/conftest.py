@@ -130,7 +130,9 @@ def cast(weights: Weights, dtype: DType) -> Weights:
     return replace(weights, params=params)
 
 
-def write_lora_run(workdir: Path, base: AnyPath, own: LoRAConfig, head: Head | None = None) -> Path:
+def write_lora_run(
+    workdir: Path, base: AnyPath, adapters: LoRAConfig, head: Head | None = None
+) -> Path:
     """Write a run of adapters of a base, and of a classifier, as `train` leaves it at step 1."""
     objective = (SoftmaxConfig(),)
     if head is not None:
@@ -138,7 +140,7 @@ def write_lora_run(workdir: Path, base: AnyPath, own: LoRAConfig, head: Head | N
     config = Config(
         model=replace(read_weights(base).config, dtype="float32"),
         init_from=str(base),
-        lora=own,
+        lora=adapters,
         objective=objective,
         steps=1,
         optim=OptimConfig(warmup_steps=0),

@@ -53,8 +53,8 @@ def test_a_classifier_follows_the_weights(tmp_path, capsys):
     head = Head(("a", "é"), ("{}", "a photo of {}"), kernel)
     plain = make_weights("vit")
     write_weights(plain, tmp_path / "plain", "clip-jax")
-    own = LoRAConfig(rank=2, targets=("visual/proj",))
-    last = write_lora_run(tmp_path / "run", tmp_path / "plain", own, head)
+    adapters = LoRAConfig(rank=2, targets=("visual/proj",))
+    last = write_lora_run(tmp_path / "run", tmp_path / "plain", adapters, head)
     for to in ("clip-jax", "hugging-face", "peft", "open-clip"):
         source = tmp_path / "run" if to == "peft" else last
         last = tmp_path / to

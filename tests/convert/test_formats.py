@@ -339,9 +339,9 @@ def test_settings_of_old_hugging_face_files(tmp_path):
     path = tmp_path / "config.json"
     content = json.loads(path.read_text())
     for tower in ("vision", "text"):
-        kept = content[f"{tower}_config"] | {"layer_norm_eps": 1e-3}
-        del kept["hidden_act"], kept["model_type"]  # it has its default, not the other's
-        content[f"{tower}_config_dict"] = kept
+        section = content[f"{tower}_config"] | {"layer_norm_eps": 1e-3}
+        del section["hidden_act"], section["model_type"]  # it has its default, not the other's
+        content[f"{tower}_config_dict"] = section
         content[f"{tower}_config"] = {"hidden_size": 512, "hidden_act": "gelu"}
     path.write_text(json.dumps(content))
     tensors = read_tensors(tmp_path / "model.safetensors")
@@ -479,8 +479,8 @@ def test_the_base_of_adapters_is_the_one_that_they_began_with(tmp_path):
     """A run's step and its newest are read; another base, or none, is one message."""
     weights, base = make_weights("vit"), tmp_path / "base"
     write_weights(weights, base, "clip-jax")
-    own = LoRAConfig(rank=2, alpha=1.0, targets=("visual/proj",))
-    run = write_lora_run(tmp_path / "run", base, own)
+    adapters = LoRAConfig(rank=2, alpha=1.0, targets=("visual/proj",))
+    run = write_lora_run(tmp_path / "run", base, adapters)
     for name in ("run", "run@1"):
         params = read_weights(tmp_path / name).params
         assert set(params) == set(weights.params)
@@ -547,8 +547,8 @@ def test_a_model_that_computes_something_else_does_not_begin(tmp_path, field, va
         assert starting_params(read_weights(tmp_path), config)
         return
     owner, _, name = field.rpartition(".")
-    own = getattr(weights.config, owner) if owner else weights.config
-    message = f"{field} is {getattr(own, name)!r} in the weights and {value!r} in the model; set"
+    part = getattr(weights.config, owner) if owner else weights.config
+    message = f"{field} is {getattr(part, name)!r} in the weights and {value!r} in the model; set"
     with pytest.raises(InputError, match=re.escape(message)):
         starting_params(read_weights(tmp_path), config)
 

@@ -72,8 +72,8 @@ NAFLEX = Preprocess(
 def test_naflex_there_and_back(tmp_path, rules):
     """Its two classes are two rules; those that transformers lacks become torchvision's."""
     image_processor.write(tmp_path, replace(NAFLEX, rules=rules, interpolation="bicubic"), "Siglip")
-    kept = rules if rules == "transformers" else "torchvision"
-    expected = replace(NAFLEX, rules=kept, interpolation="bicubic")
+    written = rules if rules == "transformers" else "torchvision"
+    expected = replace(NAFLEX, rules=written, interpolation="bicubic")
     assert image_processor.read(tmp_path, 64, "Siglip2", 16) == expected
 
 
@@ -112,7 +112,7 @@ def test_a_naflex_processor_fits_its_model(tmp_path, content, patch_size, says):
 
 
 @pytest.mark.parametrize(
-    ("kind", "own", "expected"),
+    ("kind", "model", "expected"),
     [
         (None, "CLIP", ("shortest", "bicubic", OPENAI_MEAN)),
         (None, "Siglip", ("squash", "bicubic", (0.5, 0.5, 0.5))),
@@ -123,10 +123,10 @@ def test_a_naflex_processor_fits_its_model(tmp_path, content, patch_size, says):
         ("ViTImageProcessor", "CLIP", ("squash", "bilinear", (0.5, 0.5, 0.5))),
     ],
 )
-def test_what_a_file_leaves_out_its_class_decides(tmp_path, kind, own, expected):
+def test_what_a_file_leaves_out_its_class_decides(tmp_path, kind, model, expected):
     content = {"image_processor_type": kind, "size": None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-    pixels = image_processor.read(tmp_path, 448 if own == "Tipsv2" else 224, own)
+    pixels = image_processor.read(tmp_path, 448 if model == "Tipsv2" else 224, model)
     assert (pixels.resize_mode, pixels.interpolation, pixels.mean) == expected
 
 

@@ -41,8 +41,10 @@ def test_there_and_back(tmp_path, name):
     """PEFT's scale and its products, which `read` computes, are those of our own merge."""
     base, to = tmp_path / "base", "hugging-face" if name == "siglip" else "clip-jax"
     write_weights(make_weights(name), base, to)
-    own = replace(PARTS, rank_stabilized=name == "vit", targets=(*PARTS.targets, "text/*proj*"))
-    weights = read_weights(write_lora_run(tmp_path / "run", base, own))
+    adapters = replace(
+        PARTS, rank_stabilized=name == "vit", targets=(*PARTS.targets, "text/*proj*")
+    )
+    weights = read_weights(write_lora_run(tmp_path / "run", base, adapters))
     write_weights(weights, tmp_path / "peft", "peft")
     start, found = (flatten(read_weights(tmp_path / x).params) for x in ("base", "peft"))
     for path, x in flatten(weights.params).items():

@@ -65,17 +65,17 @@ def text_settings(name: str) -> Any:
     """The settings that transformers would get from the hub."""
     import transformers
 
-    known = bert.KNOWN[name]
+    text = bert.KNOWN[name]
     kind = transformers.XLMRobertaConfig if name.startswith("xlm") else transformers.RobertaConfig
     return kind(
-        vocab_size=known.vocab_size,
-        hidden_size=known.width,
-        num_hidden_layers=known.depth,
-        num_attention_heads=known.num_heads,
-        intermediate_size=known.mlp_width,
-        max_position_embeddings=known.num_positions,
-        type_vocab_size=known.token_types,
-        layer_norm_eps=known.norm_epsilon,
+        vocab_size=text.vocab_size,
+        hidden_size=text.width,
+        num_hidden_layers=text.depth,
+        num_attention_heads=text.num_heads,
+        intermediate_size=text.mlp_width,
+        max_position_embeddings=text.num_positions,
+        type_vocab_size=text.token_types,
+        layer_norm_eps=text.norm_epsilon,
         pad_token_id=1,
     )
 
@@ -158,9 +158,9 @@ def moved(model: Any) -> Any:
             if name.endswith(("temperature", "logit_scale")):
                 continue
             if x.ndim < 2 or "embed" in name or "token" in name or "latent" in name:
-                one = x.ndim == 1 and name.endswith("weight")
-                one = one or any(part in name for part in ("gamma", "lambda"))
-                x.normal_(float(one), 0.1)
+                mean = x.ndim == 1 and name.endswith("weight")
+                mean = mean or any(part in name for part in ("gamma", "lambda"))
+                x.normal_(float(mean), 0.1)
             elif name.endswith(("weight", "proj")):  # at fresh ones, attention is nearly uniform
                 x.normal_(0, x[0].numel() ** -0.5)
     return lively(model)

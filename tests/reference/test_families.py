@@ -305,8 +305,8 @@ def save_class(folder, name, dtype=torch.float32, **changes):
     if name == "TIPSv2":
         pixels = transformers.Tipsv2ImageProcessor(size=size)
     else:
-        own = "ChineseCLIP" if name == "ChineseCLIP" else "CLIP"
-        pixels = getattr(transformers, f"{own}ImageProcessor")
+        processor = "ChineseCLIP" if name == "ChineseCLIP" else "CLIP"
+        pixels = getattr(transformers, f"{processor}ImageProcessor")
         pixels = pixels(size={"shortest_edge": 42}, crop_size=size)
     words = tokenizer(name)
     words.model_max_length = LENGTH
@@ -606,8 +606,8 @@ def test_transformers_other_settings(tmp_path, name, section, change, message):
 def test_formats_without_a_family(tmp_path, name, messages):
     config = zoo.get(name)
     sizes: dict[str, Any] = {"width": 48, "depth": 1, "num_heads": 3, "vocab_size": VOCAB}
-    own = TokenizerConfig() if type(config.text) is TextConfig else TokenizerConfig(file="")
-    text = replace(config.text, tokenizer=own, **sizes)
+    tokenizer = TokenizerConfig() if type(config.text) is TextConfig else TokenizerConfig(file="")
+    text = replace(config.text, tokenizer=tokenizer, **sizes)
     config = replace(config, embed_dim=48, vision=smaller(config.vision), text=text)
     weights = random_weights(config)
     for to, message in messages.items():

@@ -35,8 +35,8 @@ def unit(values):
 def test_peft_loads_our_adapters(folders, tmp_path, name, dtype):
     """`--verify` compares with the adapters in PEFT; the files alone give the same."""
     targets = ("*/attn/q", "*/attn/v", "*/attn/out_proj", "*/mlp/*", "text/text_projection")
-    own = LoRAConfig(rank=4, alpha=6.0, targets=targets, rank_stabilized=name == "vit")
-    run = write_lora_run(tmp_path / "run", folders / name, own)
+    adapters = LoRAConfig(rank=4, alpha=6.0, targets=targets, rank_stabilized=name == "vit")
+    run = write_lora_run(tmp_path / "run", folders / name, adapters)
     settings = {"source": run, "to": "peft", "verify": True, "dtype": dtype}
     verification = convert(ConvertConfig(destination=tmp_path / "peft", **settings)).verification
     assert verification is not None
@@ -58,8 +58,8 @@ def test_peft_loads_our_adapters(folders, tmp_path, name, dtype):
 
 @pytest.mark.parametrize("to", ["openai", "open-clip", "hugging-face"])
 def test_merged_adapters_load_everywhere(folders, tmp_path, to):
-    own = LoRAConfig(rank=4, targets=("*/attn/*", "*/mlp/*", "*proj*", "visual/conv1"))
-    run = write_lora_run(tmp_path / "run", folders / "vit", own)
+    adapters = LoRAConfig(rank=4, targets=("*/attn/*", "*/mlp/*", "*proj*", "visual/conv1"))
+    run = write_lora_run(tmp_path / "run", folders / "vit", adapters)
     settings = {"source": run, "destination": tmp_path / "out", "to": to, "verify": True}
     verification = convert(ConvertConfig(**settings)).verification
     assert verification is not None

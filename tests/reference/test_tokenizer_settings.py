@@ -166,11 +166,11 @@ def _folders(root: Path) -> dict[str, Path]:
             (path / "config.json").write_text(json.dumps({"model_type": kind}))
             continue
         built_in = family == "open_clip, built in"
-        own = {} if built_in else {"hf_tokenizer_name": "local", "pool_type": "last"}
+        tokenizer = {} if built_in else {"hf_tokenizer_name": "local", "pool_type": "last"}
         content = {
             "embed_dim": 8,
             "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-            "text_cfg": {"context_length": LENGTH, "layers": 1} | own,
+            "text_cfg": {"context_length": LENGTH, "layers": 1} | tokenizer,
         }
         (path / OPEN_CLIP).write_text(json.dumps({"model_cfg": content}))
     return folders
@@ -328,16 +328,16 @@ def compared(path: Path, kind: str | None) -> str:
         texts = [x for x in texts if "<|" not in x]
     if rules.clean == "punctuation":  # a sentencepiece model reads no marker in a text
         texts = [x for x in texts if not any(y in x for y in ("</s>", "<unk>", "<pad>"))]
-    own = make_tokenizer(text)(texts, text.context_length, True)
+    ids = make_tokenizer(text)(texts, text.context_length, True)
     if rules.clean == "lower" and "GemmaTokenizer" in (path / CONFIG).read_text():
         texts = ["".join(map(str.lower, x)) for x in texts]  # as training did, not this class
     try:
         reference = np.asarray(theirs(path, kind)(texts))
     except Exception as error:
         return f"they fail: {error!r:.99}"
-    if own.shape != reference.shape:
-        return f"shape {own.shape} instead of {reference.shape}"
-    wrong = int((own != reference).any(1).sum())
+    if ids.shape != reference.shape:
+        return f"shape {ids.shape} instead of {reference.shape}"
+    wrong = int((ids != reference).any(1).sum())
     return f"{wrong} of {len(texts)} differ" if wrong else "equal"
 
 

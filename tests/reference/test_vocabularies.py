@@ -76,13 +76,13 @@ def test_transformers(tmp_path, kind, cls, options, rules):
     config = tokenizer_files.read(tmp_path, TEXT, UNKNOWN)
     names = ("clean", "begin_id", "end_id", "pad_id", "pad_side")
     assert rules == tuple(getattr(config, name) for name in names)
-    reference, own = theirs(tmp_path, cls), ours(config)
+    reference, tokenizer = theirs(tmp_path, cls), ours(config)
 
     @many
     @example(["", " ", "A Photo, of: the CAT!", "A two_words, photo!", "猫 ΑΣ", "x " * 40])
     @given_texts
     def check(texts):
-        np.testing.assert_array_equal(own(texts), reference(texts))
+        np.testing.assert_array_equal(tokenizer(texts), reference(texts))
 
     check()
 
@@ -155,14 +155,14 @@ def test_open_clip(open_clip, tmp_path, kind, options, rules):
     write_tokenizer(folders[1], config.text)
     again = {"model_cfg": content | {"text_cfg": text_cfg(config.text)}}
     (folders[1] / "open_clip_config.json").write_text(json.dumps(again))
-    own = ours(config.text.tokenizer)
+    tokenizer = ours(config.text.tokenizer)
     reference, written = (open_clip.get_tokenizer(f"local-dir:{path}") for path in folders)
 
     @many
     @example(["", "A two_words, photo! &amp; Ünïcödé", "schÃ¶n 猫", "x " * 40])
     @given_texts
     def check(texts):
-        ids = own(texts)
+        ids = tokenizer(texts)
         np.testing.assert_array_equal(ids, reference(texts).numpy())
         np.testing.assert_array_equal(ids, written(texts).numpy())
 
