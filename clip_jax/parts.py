@@ -147,8 +147,8 @@ def _union(kinds: Sequence[Any]) -> Any:
     bases = {base for kind in kinds for base in getattr(kind, "__mro__", ()) if _is_base(base)}
     every = dict.fromkeys([*kinds, *of_users(bases)])
     owners: dict[str, Any] = {}
-    for kind in every:
-        other = owners.setdefault(getattr(kind, "__name__", str(kind)), kind)
+    for kind in filter(dataclasses.is_dataclass, every):
+        other = owners.setdefault(kind.__name__, kind)
         if other is not kind:
             raise InputError(
                 f"{kind.__module__} and {other.__module__} both define {kind.__name__}, of which "

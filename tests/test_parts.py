@@ -18,6 +18,7 @@ from clip_jax.convert import run
 from clip_jax.errors import InputError
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.serialize import from_dict, to_dict
+from clip_jax.storage.files import AnyPath
 from tests.conftest import DIGITS
 
 LOSS = """
@@ -172,6 +173,7 @@ def test_a_class_with_the_name_of_a_built_in_one_is_an_error():
     parts.load("taken_parts.py")
     with pytest.raises(InputError, match=r"taken_parts and clip_jax.* both define SoftmaxConfig"):
         parts.opened(tuple[SoftmaxConfig | None, ...])
+    assert parts.opened(AnyPath) == AnyPath  # two classes of one name, which are no parts
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from clip_jax import processes, sharding
+from clip_jax import parts, processes, sharding
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.config import Config
 from clip_jax.config_files import of_run
@@ -108,10 +108,18 @@ class Evaluators:
 
 
 def config_of_run(path: AnyPath) -> Config | None:
-    """Return the config of a run directory; None if there is none that can be read."""
+    """Return the config of a run directory; None if there is none that can be read.
+
+    Raises InputError if it needs users' modules that were not imported.
+    """
     path, _ = split_name(path)
     try:
-        return of_run(parse(content_of(path / "config.json")))
+        content = parse(content_of(path / "config.json"))
+    except (OSError, ValueError):
+        return None
+    parts.check(content, path / "config.json")
+    try:
+        return of_run(content)
     except (OSError, ValueError):
         return None
 
