@@ -147,7 +147,7 @@ def _union(kinds: Sequence[Any]) -> Any:
     bases = {base for kind in kinds for base in getattr(kind, "__mro__", ()) if _is_base(base)}
     every = dict.fromkeys([*kinds, *of_users(bases)])
     owners: dict[str, Any] = {}
-    for kind in filter(dataclasses.is_dataclass, every):
+    for kind in (kind for kind in every if _is_part(kind)):
         other = owners.setdefault(kind.__name__, kind)
         if other is not kind:
             raise InputError(
@@ -173,8 +173,9 @@ def of_users(bases: Iterable[type] = (Part,)) -> list[type]:
 
 
 def _is_part(kind: type) -> bool:
-    is_public = not kind.__name__.startswith("_") and "<locals>" not in kind.__qualname__
-    return is_public and "__dataclass_fields__" in vars(kind) and not inspect.isabstract(kind)
+    if "__dataclass_fields__" not in vars(kind) or inspect.isabstract(kind):
+        return False
+    return not kind.__name__.startswith("_") and "<locals>" not in kind.__qualname__
 
 
 def _subclasses(kind: type) -> Iterator[type]:
