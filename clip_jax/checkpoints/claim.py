@@ -157,10 +157,10 @@ class _Renewal:
     def _renew(self) -> None:
         while not self._clock.wait(self._over, RENEW_SECONDS):
             try:
-                kept = _extend(self._folder, self._number + 1, self._me)
+                is_extended = _extend(self._folder, self._number + 1, self._me)
             except _OUT_OF_REACH:  # tried again at the next renewal
                 continue
-            if not kept:
+            if not is_extended:
                 say(
                     f"another {self._work} has taken over {self._folder.rpartition('/')[0]}, since "
                     f"this one did not renew its lease for {LEASE_SECONDS} seconds."

@@ -85,14 +85,15 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             ),
         )
-        self._best_value = self._best_kept()
+        self._best_value = self._best_stored()
 
-    def _best_kept(self) -> float:
+    def _best_stored(self) -> float:
         """Return the best result among the existing checkpoints; -inf without any."""
         if not self._config.best or self._config.best_of == "watcher":
             return float("inf")
-        kept = (retention.stored(self._directory, step) or {} for step in self._manager.all_steps())
-        return max(map(self._config.value, kept), default=float("-inf"))
+        steps = self._manager.all_steps()
+        results = (retention.stored(self._directory, step) or {} for step in steps)
+        return max(map(self._config.value, results), default=float("-inf"))
 
     def is_best(self, results: retention.Results) -> bool:
         """Say whether a step with these results must be saved as the best so far."""
@@ -122,10 +123,10 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state),
                 position=_PositionSave(position, checksums(state)),
             )
-            kept = dict(results or {}) if self._config.best else None
+            metrics = dict(results or {}) if self._config.best else None
             with files.writing(self._directory):  # errors may be of the previous save's thread
-                self._manager.save(step, args=items, metrics=kept, force=True)
-            self._best_value = max(self._best_value, self._config.value(kept or {}))
+                self._manager.save(step, args=items, metrics=metrics, force=True)
+            self._best_value = max(self._best_value, self._config.value(metrics or {}))
 
     def restore(self, state: Any) -> Restored:
         """Restore the newest intact checkpoint, with the shapes and shardings of `state`.
@@ -145,7 +146,7 @@ class Checkpoints:
             messages = [self._put_aside(*each) for each in damaged.items() if processes.is_lead()]
             processes.gather(None)  # no process lists the steps before that is done
             self._manager.reload()
-            self._best_value = self._best_kept()
+            self._best_value = self._best_stored()
             return Restored(step, *restored, tuple(messages))
         each = "; ".join(f"that of step {step} is damaged ({why})" for step, why in damaged.items())
         raise InputError(
@@ -192,20 +193,20 @@ def restore_step(workdir: AnyPath, step: int, state: Any) -> Restored:
 
 
 def restore_params(
-    workdir: AnyPath, step: int, shapes: Params, places: Any = None, ema: bool = True
+    workdir: AnyPath, step: int, shapes: Params, shardings: Any = None, ema: bool = True
 ) -> Params:
     """Restore only the parameters of a checkpoint, whatever mesh they were trained on.
 
-    `places` are their shardings: each device reads only its own shard. By default all go to the
-    first device. `shapes` are those of the parameters to restore, of which the checkpoint may have
-    more. If the run averages its weights (optim.ema_decay), the average is returned unless
-    `ema` is off. Raises Unusable if the checkpoint is damaged.
+    With `shardings`, each device reads only its own shard. By default all go to the first device.
+    `shapes` are those of the parameters to restore, of which the checkpoint may have more. If the
+    run averages its weights (optim.ema_decay), the average is returned unless `ema` is off. Raises
+    Unusable if the checkpoint is damaged.
     """
-    if places is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = jax.tree.map(lambda _: one, shapes)
+    if shardings is None:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: first, shapes)
     shapes = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, places
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
     )
     trainable, batch_stats = split_batch_stats(shapes)
     with _refusing(workdir, step) as folder:

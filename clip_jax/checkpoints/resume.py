@@ -120,12 +120,12 @@ def _begin_alike(old: Any, new: Any, samples: int) -> bool:
     end, and are first read in a later phase."""
     if not (old and "members" in old and "members" in new):
         return False
-    known, phases = len(old["members"]), len(old["phases"])
-    added = [0.0] * (len(new["members"]) - known)
+    members, phases = len(old["members"]), len(old["phases"])
+    added = [0.0] * (len(new["members"]) - members)
     padded = [x | {"weights": [*x["weights"], *added]} for x in old["phases"]]
     return (
-        new["members"][:known] == old["members"]
-        and [x["weight"] for x in new["members"][known:]] == added
+        new["members"][:members] == old["members"]
+        and [x["weight"] for x in new["members"][members:]] == added
         and new["phases"][:phases] == padded
         and all(x["from_sample"] >= samples for x in new["phases"][phases:])
     )

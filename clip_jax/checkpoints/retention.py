@@ -105,13 +105,13 @@ def named_step(workdir: AnyPath, which: str) -> int:
         raise Unusable(
             f"{workdir / 'checkpoints'} has no checkpoint; wait until the run has saved one."
         )
-    kept = f"{workdir} has checkpoints of steps {', '.join(map(str, steps))}"
+    available = f"{workdir} has checkpoints of steps {', '.join(map(str, steps))}"
     if which == "best":
         config = from_dict(CheckpointConfig, read_run_config(workdir).get("checkpoint", {}))
         if not config.best:
             raise InputError(
                 f"{workdir}@best: the run was trained without --checkpoint.best; use {workdir}@"
-                f"{steps[-1]}, for example ({kept})."
+                f"{steps[-1]}, for example ({available})."
             )
         if config.best_of == "watcher":
             rows = {row["step"]: row for row in read_rows(workdir / WATCHED)}
@@ -119,12 +119,13 @@ def named_step(workdir: AnyPath, which: str) -> int:
             rows = {step: stored(workdir / "checkpoints", step) or {} for step in steps}
         if not any(config.has_value(rows.get(step, {})) for step in steps):
             raise InputError(
-                f"{workdir}@best: none of its checkpoints has a finite {config.best} yet; {kept}."
+                f"{workdir}@best: none of its checkpoints has a finite {config.best} yet; "
+                f"{available}."
             )
         return max(steps, key=lambda step: (config.value(rows.get(step, {})), step))
     if which and int(which) not in steps:
         raise Unusable(
-            f"{kept}, not of {which}; choose one of these, or train that run with a larger "
+            f"{available}, not of {which}; choose one of these, or train that run with a larger "
             "--checkpoint.keep."
         )
     return int(which) if which else steps[-1]
@@ -147,14 +148,14 @@ class Retention(policies.PreservationPolicy):
 
     def __init__(self, workdir: AnyPath, config: CheckpointConfig) -> None:
         self._workdir, self._config = workdir, config
-        kept = [policies.LatestN(config.keep), policies.CustomSteps(config.also)]
+        rules = [policies.LatestN(config.keep), policies.CustomSteps(config.also)]
         if config.best:
-            kept.append(
+            rules.append(
                 policies.BestN(
                     get_metric_fn=config.value, n=1, keep_checkpoints_without_metrics=False
                 )
             )
-        self._policy = policies.AnyPreservationPolicy(kept)
+        self._policy = policies.AnyPreservationPolicy(rules)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [x.step for x in checkpoints]
@@ -168,8 +169,11 @@ class Retention(policies.PreservationPolicy):
             )
             for x, row in zip(checkpoints, results, strict=True)
         ]
-        keep = self._policy.should_preserve(infos, context=context)
-        return [kept or step in unwatched for step, kept in zip(steps, keep, strict=True)]
+        preserved = self._policy.should_preserve(infos, context=context)
+        return [
+            is_preserved or step in unwatched
+            for step, is_preserved in zip(steps, preserved, strict=True)
+        ]
 
     def _look(self, steps: Sequence[int]) -> tuple[list[int], list[Results]]:
         """List the oldest steps that a watcher has yet to finish, and its rows of all steps.
