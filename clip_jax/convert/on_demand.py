@@ -21,7 +21,7 @@ class Parameter:
     read: Callable[[Index], np.ndarray]  # where the format allows it, only that part of the file
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self.read(index if isinstance(index, tuple) else (index,))
+        return np.asarray(self.read(index if isinstance(index, tuple) else (index,)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.read(()), dtype, copy=copy)
