@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -153,7 +153,8 @@ class Preprocess:
         if self.resize_mode in ("squash", "naflex"):
             return image.resize(self.image_spec.fit(*image.size), resample)
         if self.resize_mode == "shortest":
-            return _crop_of_resized(image, size, resample, down=self.rules != "openai")
+            square = _square(image.size, size, down=self.rules != "openai")
+            return _crop_of_resized(image, square, resample)
         longer = max(image.size)
         width, height = (max(1, round(side * size / longer)) for side in image.size)
         resized = image.resize((width, height), resample)
@@ -223,10 +224,8 @@ def read_crops(
             box = random_box(*full, rng, scale, aspect)
         elif not crops and isinstance(spec, Square):
             square = _square(full, spec.side, rng)
-            _, box = square
-            crop = _crop_of_resized(
-                decoded[factor], spec.side, Image.Resampling.BICUBIC, full, factor, square
-            )
+            box = square.box
+            crop = _crop_of_resized(decoded[factor], square, Image.Resampling.BICUBIC, factor)
             crops.append(np.array(crop))
             continue
         elif not crops:
@@ -252,7 +251,8 @@ def _reduce(image: Image.Image, spec: ImageSpec, scale: tuple[float, float] | No
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
     """Resize the shorter side of an RGB image to `size` (bicubic) and crop the middle square."""
-    return np.array(_crop_of_resized(image, size, Image.Resampling.BICUBIC))
+    square = _square(image.size, size)
+    return np.array(_crop_of_resized(image, square, Image.Resampling.BICUBIC))
 
 
 def fitted(pixels: UInt8[np.ndarray, "H W C"], spec: ImageSpec) -> UInt8[np.ndarray, "h w C"]:
@@ -276,53 +276,55 @@ def _resized_box(
     return np.array(image.resize(size, Image.Resampling.BICUBIC, box=reduced))
 
 
-def _crop_of_resized(
-    image: Image.Image,
-    size: int,
-    resample: Image.Resampling,
-    full: tuple[int, int] | None = None,
-    factor: int = 1,
-    square: tuple[int, Box] | None = None,
-    down: bool = False,
-) -> Image.Image:
-    """Resize the shorter side to `size`; crop a square, as `_square` chose it, else the middle.
+class _Square(NamedTuple):
+    """A square of an image whose shorter side is resized to that of the square."""
 
-    `full` is the size of the image before it was reduced by `factor`, if it was.
-    """
-    full = full or image.size
-    offset, (left, top, right, bottom) = square or _square(full, size, down=down)
-    resized_long = size * max(full) // min(full)
-    if factor > 1 or size * resized_long > _MAX_RESIZED_PIXELS:
-        # In a reduced image the crop's border lies between pixels, and a sliver, once resized,
-        # would fill the memory. Resizing only the cropped part gives the same pixels, up to the
-        # rounding of its border to float32.
-        box = (left / factor, top / factor, right / factor, bottom / factor)
-        return image.resize((size, size), resample, box=box)
-    wide = full[0] > full[1]
-    left, top = (offset, 0) if wide else (0, offset)
-    resized = image.resize((resized_long, size) if wide else (size, resized_long), resample)
-    return resized.crop((left, top, left + size, top + size))
+    full: tuple[int, int]  # width and height of the image
+    side: int  # in pixels of the resized image
+    offset: int  # along its longer side
+
+    @property
+    def resized_long(self) -> int:
+        """The longer side of the resized image."""
+        return self.side * max(self.full) // min(self.full)
+
+    @property
+    def box(self) -> Box:
+        """The square in the full image."""
+        short, long = sorted(self.full)
+        start = self.offset * long / self.resized_long
+        end = (self.offset + self.side) * long / self.resized_long
+        if self.full[0] > self.full[1]:
+            return (start, 0, end, short)
+        return (0, start, short, end)
 
 
 def _square(
-    full: tuple[int, int], size: int, rng: np.random.Generator | None = None, down: bool = False
-) -> tuple[int, Box]:
-    """Choose a square of an image whose shorter side is resized to `size`, at random with `rng`.
-
-    Return its offset along the longer side, and its box in the full image. `down` rounds the
-    middle's offset down.
-    """
-    short, long = sorted(full)
-    resized_long = size * long // short
-    spare = resized_long - size
+    full: tuple[int, int], side: int, rng: np.random.Generator | None = None, down: bool = False
+) -> _Square:
+    """Choose a square at random with `rng`, else the middle, whose offset `down` rounds down."""
+    spare = _Square(full, side, 0).resized_long - side
     # round: halves go to the even number, as in torchvision's CenterCrop
     middle = spare // 2 if down else round(spare / 2)
-    offset = middle if rng is None else int(rng.integers(spare + 1))
-    start = offset * long / resized_long
-    end = (offset + size) * long / resized_long
-    if full[0] > full[1]:
-        return offset, (start, 0, end, short)
-    return offset, (0, start, short, end)
+    return _Square(full, side, middle if rng is None else int(rng.integers(spare + 1)))
+
+
+def _crop_of_resized(
+    image: Image.Image, square: _Square, resample: Image.Resampling, factor: int = 1
+) -> Image.Image:
+    """Resize an image and crop the square; `image` is 1 / `factor` of the full one."""
+    side, resized_long = square.side, square.resized_long
+    if factor > 1 or side * resized_long > _MAX_RESIZED_PIXELS:
+        # In a reduced image the crop's border lies between pixels, and a sliver, once resized,
+        # would fill the memory. Resizing only the cropped part gives the same pixels, up to the
+        # rounding of its border to float32.
+        left, top, right, bottom = square.box
+        box = (left / factor, top / factor, right / factor, bottom / factor)
+        return image.resize((side, side), resample, box=box)
+    wide = square.full[0] > square.full[1]
+    left, top = (square.offset, 0) if wide else (0, square.offset)
+    resized = image.resize((resized_long, side) if wide else (side, resized_long), resample)
+    return resized.crop((left, top, left + side, top + side))
 
 
 def random_box(
