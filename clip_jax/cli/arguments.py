@@ -119,8 +119,10 @@ def read_run(
     from clip_jax.config import Config
     from clip_jax.config_files import load_config
 
-    own = {x.name for x in dataclasses.fields(kind)} - {x.name for x in dataclasses.fields(Config)}
-    _check_renamed(args, own)
+    of_command, of_run = (
+        {field.name for field in dataclasses.fields(fields_of)} for fields_of in (kind, Config)
+    )
+    _check_renamed(args, of_command - of_run)
     path = leading(args)[0] if leading(args) else None
     rest = list(args[1:] if path else args)
     if path is None and not {"-h", "--help", "--help-all"} & set(rest):
@@ -201,10 +203,10 @@ def _shortened(names: Sequence[str], verb: str) -> Generator[None]:
         print(f"All {len(options)} options: clip-jax {verb.replace(' [--json]', '')} --help-all")
 
 
-def _check_renamed(args: Sequence[str], own: Collection[str]) -> None:
+def _check_renamed(args: Sequence[str], options: Collection[str]) -> None:
     """Raise InputError for a flag of an earlier version or another tool, naming the current one.
 
-    `own` are the command's options beyond those of a training run.
+    `options` are those of the command that a training run lacks.
     """
     from clip_jax.checkpoints.run_config import is_renamed
 
@@ -214,7 +216,7 @@ def _check_renamed(args: Sequence[str], own: Collection[str]) -> None:
             now = f"is now --{new.replace('_', '-')}" if new else "was removed"
             raise InputError(f"{flag} {now}.")
         for names, instead in _ELSEWHERE:
-            if flag[2:] not in own and flag[2:].replace("_", "-") in names.split():
+            if flag[2:] not in options and flag[2:].replace("_", "-") in names.split():
                 raise InputError(f"there is no option {flag}; use {instead}.")
 
 

@@ -8,6 +8,10 @@ from clip_jax.pods.compile import Request, compile_step
 from clip_jax.pods.topology import Topology
 from clip_jax.sharding import MeshConfig
 from tests.pods.conftest import MODEL, recipe
+from tests.workflow.my_parts.hard_negatives import HardNegativeConfig
+from tests.workflow.my_parts.mixer import MlpMixerConfig
+
+MINE = MlpMixerConfig(image_size=16, patch_size=4, width=32, depth=1, token_width=16, mlp_width=64)
 
 
 def request(
@@ -66,3 +70,13 @@ def test_a_step_that_does_not_fit_says_what_it_needs():
     assert not facts.fits
     assert facts.peak_bytes > facts.parameters + facts.optimizer > 16e9
     assert not facts.works
+
+
+def test_parts_of_a_user_are_imported_by_the_process_that_compiles():
+    model = dataclasses.replace(MODEL, vision=MINE)
+    asked = request("v5e:2x2", model, fsdp=2)
+    losses = (HardNegativeConfig(),)
+    asked = dataclasses.replace(asked, recipe=dataclasses.replace(asked.recipe, objective=losses))
+    facts = compile_step(asked)
+    assert (facts.fits, facts.form) == (True, "dense")
+    assert any(work.part == "token mixing" for work in facts.works)
