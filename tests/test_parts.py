@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
+import jax.numpy as jnp
 import pytest
 
 from clip_jax import parts
@@ -15,8 +16,11 @@ from clip_jax.cli import arguments, commands
 from clip_jax.config import Config
 from clip_jax.config_files import load_config
 from clip_jax.convert import run
+from clip_jax.data.sources.any import PathConfig, open_single
+from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError
 from clip_jax.losses import SoftmaxConfig
+from clip_jax.optim import make_optimizer
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage.files import AnyPath
 from tests.conftest import DIGITS
@@ -30,6 +34,46 @@ class {name}(SoftmaxConfig):
     \"\"\"Softmax of a sharper temperature.\"\"\"
 
     factor: float = 2.0  # Factor on the logit scale.
+"""
+
+
+SEVERAL = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import optax
+
+from clip_jax.data.sources import SourceConfig
+from clip_jax.evals.evaluator import EvaluatorConfig
+from clip_jax.models.tower import TokenizerConfig
+from clip_jax.optim.optimizer import Optimizer, decay
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(Optimizer):
+    def chain(self, config, rows):
+        return [optax.scale_by_lion(config.b1, config.b2), decay(config)]
+
+@dataclass(frozen=True, kw_only=True)
+class Letters(TokenizerConfig):
+    file: str = ""
+
+    def make(self, text):
+        return lambda texts, length, truncate=False: np.array(
+            [[ord(c) % text.vocab_size for c in line.ljust(length)[:length]] for line in texts]
+        )
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(SourceConfig):
+    path: str
+    suffixes: ClassVar[tuple[str, ...]] = (".lines",)
+
+    def open(self, *_):
+        return f"opened {self.path}"
+
+@dataclass(frozen=True, kw_only=True)
+class Quiet(EvaluatorConfig):
+    every_steps: int = 5
 """
 
 
@@ -95,6 +139,27 @@ def test_a_module_of_the_working_directory_is_recorded_by_its_name():
     parts.load("bright_parts")
     written = to_dict(config_with("bright_parts.losses", "Bright"))
     assert parts.needed(written) == ("bright_parts",)
+
+
+def test_each_kind_of_part_has_a_field_and_is_used():
+    Path("several_parts.py").write_text(SEVERAL)
+    parts.load("several_parts.py")
+    mine, run = sys.modules["several_parts"], load_config(DIGITS)
+    text = dataclasses.replace(run.model.text, tokenizer=mine.Letters())
+    config = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, text=text),
+        optim=dataclasses.replace(run.optim, optimizer=mine.Lion()),
+        data=dataclasses.replace(run.data, source=mine.Lines(path="a.lines")),
+        evals=(mine.Quiet(),),
+    )
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+    rows = config.model.dimensions()
+    params = {name: jnp.ones(2) for name in ("logit_scale", "logit_bias")}
+    state = make_optimizer(config.optim, rows).init(params)
+    assert "ScaleByLionState" in str(state)
+    assert make_tokenizer(config.model.text)(["ab"], 3).tolist() == [[97, 98, 32]]
+    assert open_single(PathConfig(path="b.lines"), 16) == "opened b.lines"
 
 
 def test_an_entry_point_is_a_short_name():
