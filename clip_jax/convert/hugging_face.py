@@ -6,7 +6,7 @@ its settings.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from clip_jax.convert import (
     bert,
@@ -22,12 +22,10 @@ from clip_jax.convert.settings import Settings, read_json, write_json
 from clip_jax.convert.state_dict import Row, from_params, table, to_params
 from clip_jax.convert.target import Target, check_assumptions, rounded
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
-from clip_jax.convert.weights import DType, Weights
-from clip_jax.convert.weights import cast as cast_array
+from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.models.images import Patches
-from clip_jax.models.vit import ViTConfig
 from clip_jax.optim.wrappers import TOWERS, Tower
 
 # A model is written as the first family that it fits.
@@ -124,13 +122,13 @@ def read(folder: Path) -> Weights:
             tower = replace(getattr(config, alone.field), projection=False)
             config = replace(config, embed_dim=tower.width, **{alone.field: tower})
     tensors = family.from_file(tensors, Settings(content, str(path)), str(file))
-    vision, text = cast(ViTConfig, config.vision), config.text
-    patch_size = vision.patch_size if vision.max_patches else None
+    vision, text = config.vision, config.text
+    patch_size = vision.patch_size if vision.is_naflex else None
     preprocess = image_processor.read(folder, vision.image_size, family.processor, patch_size)
     tokenizer = tokenizer_files.read(folder, text, text.tokenizer)
     config = replace(
         config,
-        vision=replace(vision, max_patches=preprocess.max_patches),
+        vision=vision.with_max_patches(preprocess.max_patches),
         text=replace(text, tokenizer=tokenizer),
         image_mean=preprocess.mean,
         image_std=preprocess.std,
@@ -169,7 +167,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     family, table_ = family_of(config), _rows_of(config, only)
     tensors = family.to_file(from_params(table_, weights.params), config)
     exact = {name for row in table_ if row.ours in family.exact for name in row.names}
-    tensors = {n: x if n in exact else cast_array(x, dtype) for n, x in tensors.items()}
+    tensors = {n: x if n in exact else cast(x, dtype) for n, x in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     stored = next(x for n, x in sorted(tensors.items()) if x.ndim > 1).dtype.name
