@@ -125,7 +125,7 @@ def _advice(weights: Weights, has_remedy: bool) -> str:
     """Return the end of an error about a format that cannot express a model: what can be done."""
     able = able_formats(weights)
     if not able:
-        return "; one tower alone can start a run, by --init-from and --init-towers."
+        return "; one tower alone can start a run, too, by --init-from and --init-towers."
     if able == ["clip-jax"] and not has_remedy:
         return "; no other library's format can express it, so choose --to clip-jax."
     *names, last = able
