@@ -151,7 +151,7 @@ def number_split(digits: int, seed: int = 0) -> tuple[list[int], list[int]]:
         order = rng.permutation(count)
         unseen, seen = np.split(order, [int(_UNSEEN_SHARE * count)])
         places = [np.unique(seen // 10**power % 10) for power in range(digits)]
-        if all(len(own) == 10 for own in places):
+        if all(len(values) == 10 for values in places):
             return sorted(seen.tolist()), sorted(unseen.tolist())
 
 
@@ -307,7 +307,7 @@ class _Writer:
 
     def write(self, number: int, digits: int, rng: np.random.Generator) -> UInt8[np.ndarray, "..."]:
         choices = [self._of_digit[int(digit)] for digit in f"{number:0{digits}d}"]
-        scans = np.array([own[rng.integers(len(own))] for own in choices])
+        scans = np.array([indices[rng.integers(len(indices))] for indices in choices])
         return render(scans, rng, self._image_size, self._jitter)
 
 
