@@ -2,7 +2,8 @@
 
 A config file is Python with `get_config() -> Config`; flags override its fields by name.
 
-A renamed field needs a row in `RENAMED` of `checkpoints/run_config.py`, so that older runs resume.
+A renamed field needs a function in `UPGRADES` of `checkpoints/run_config.py`, so that older runs
+resume.
 """
 
 import functools

@@ -15,12 +15,8 @@ def _rename_remat(config: dict[str, Any]) -> None:
         model["remat"] = "hidden"
 
 
-# Renamed fields of a run's `Config`: path in an older version, and current path, in the same group.
-# None: the field was removed and changed no result. A path goes through lists: `evals.pool` is a
-# field of each evaluator.
-RENAMED: dict[str, str | None] = {}
-
-# Structural changes, applied after the table: each edits the dict, unless it is current already.
+# Changes of field names and values since older versions: each edits the dict of a run's `Config`,
+# unless it is current already.
 UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_remat]
 
 
@@ -29,36 +25,9 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
 
     A dict that has them already is unchanged.
     """
-    for old, new in RENAMED.items():
-        _rename(config, old.split("."), new and new.rpartition(".")[2])
     for change in UPGRADES:
         change(config)
     return config
-
-
-def _rename(node: Any, path: list[str], new: str | None) -> None:
-    """Give a field a new name in its group; without one, remove it."""
-    if isinstance(node, list):
-        for each in node:
-            _rename(each, path, new)
-    elif isinstance(node, dict) and path[0] in node:
-        if path[1:]:
-            _rename(node[path[0]], path[1:], new)
-        else:
-            value = node.pop(path[0])
-            if new:
-                node.setdefault(new, value)
-
-
-def is_renamed(path: str) -> tuple[bool, str | None]:
-    """Say whether a field or its group was renamed, and return the current path.
-
-    The path is None if the field was removed.
-    """
-    for old, new in RENAMED.items():
-        if path == old or path.startswith(old + "."):
-            return True, new and new + path[len(old) :]
-    return False, path
 
 
 def read_run_config(workdir: AnyPath, *, recover: bool = False) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def read_run(
     of_command, of_run = (
         {field.name for field in dataclasses.fields(fields_of)} for fields_of in (kind, Config)
     )
-    _check_renamed(args, of_command - of_run)
+    _check_elsewhere(args, of_command - of_run)
     path = leading(args)[0] if leading(args) else None
     rest = list(args[1:] if path else args)
     if path is None and not {"-h", "--help", "--help-all"} & set(rest):
@@ -203,18 +203,12 @@ def _shortened(names: Sequence[str], verb: str) -> Generator[None]:
         print(f"All {len(options)} options: clip-jax {verb.replace(' [--json]', '')} --help-all")
 
 
-def _check_renamed(args: Sequence[str], options: Collection[str]) -> None:
-    """Raise InputError for a flag of an earlier version or another tool, naming the current one.
+def _check_elsewhere(args: Sequence[str], options: Collection[str]) -> None:
+    """Raise InputError for a flag of another tool, naming the one to use.
 
     `options` are those of the command that a training run lacks.
     """
-    from clip_jax.checkpoints.run_config import is_renamed
-
     for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-        old, new = is_renamed(flag[2:].replace("-", "_"))
-        if old:
-            now = f"is now --{new.replace('_', '-')}" if new else "was removed"
-            raise InputError(f"{flag} {now}.")
         for names, instead in _ELSEWHERE:
             if flag[2:] not in options and flag[2:].replace("_", "-") in names.split():
                 raise InputError(f"there is no option {flag}; use {instead}.")

@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 
 from clip_jax import __main__ as console_script
-from clip_jax.checkpoints import run_config
 from clip_jax.cli import arguments
 from clip_jax.cli.commands import COMMANDS, demo, main
 from clip_jax.serve.demo import DemoConfig
@@ -64,21 +63,6 @@ def test_wrong_use_is_one_message_and_exit_code_2(command, says, capsys, monkeyp
     assert printed.err.count("\n") == 1
     assert bool(printed.out) == ("ladder" in command)  # which shows its runs first
     assert (tmp_path / "file").read_text() == "as it was\nx\n"
-
-
-@pytest.mark.parametrize(
-    ("flag", "says"),
-    [
-        ("--data.old-window", "--data.old-window is now --data.order"),
-        ("--was_group.seed=3", "--was_group.seed is now --data.seed"),
-        ("--gone", "--gone was removed"),
-    ],
-)
-def test_a_flag_of_an_older_version_is_named_with_its_new_name(flag, says, capsys, monkeypatch):
-    table = {"data.old_window": "data.order", "was_group": "data", "gone": None}
-    monkeypatch.setattr(run_config, "RENAMED", table)
-    assert main(["train", str(ROOT / "configs/digits.py"), flag]) == 2
-    assert capsys.readouterr().err == f"clip-jax: {says}.\n"
 
 
 @pytest.mark.parametrize(("end", "code"), [(Diverged("why"), 1), (Preempted("why"), 3)])
