@@ -72,12 +72,12 @@ def test_what_is_drawn_depends_on_the_generator_alone():
     config = AugmentationsConfig(smallest_crop=0.25, flip=0.5, operations=3, size=32)
     drawn = [draw(80, 60, np.random.default_rng(i), config) for i in range(200)]
     assert drawn == [draw(80, 60, np.random.default_rng(i), config) for i in range(200)]
-    boxes = np.array([one.box for one in drawn])
+    boxes = np.array([augmentation.box for augmentation in drawn])
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, :2] + boxes[:, 2:] <= (60, 80)).all()
     assert 0.24 < boxes[:, 2:].prod(1).min() / 4800 < 0.3
-    assert 60 < sum(one.flip is True for one in drawn) < 140
-    assert {len(one.operations or ()) for one in drawn} == {3}
+    assert 60 < sum(augmentation.flip is True for augmentation in drawn) < 140
+    assert {len(augmentation.operations or ()) for augmentation in drawn} == {3}
     without = AugmentationsConfig(operations=0)
     assert draw(80, 60, np.random.default_rng(0), without).operations == ()
     assert draw(80, 60, np.random.default_rng(0), without).flip is None

@@ -24,8 +24,8 @@ def test_groups_hold_each_pair_once_in_shards_of_equal_size(samples, per_task, s
     verdicts = (rng.random(samples) < 0.7).astype(np.uint8) * CANDIDATE
     config = PrepareConfig(source="x", destination=tmp_path, samples_per_shard=size, shuffle=True)
     groups = settle.groups(layout, config, verdicts)
-    kept = np.flatnonzero(verdicts == CANDIDATE)
-    wanted = kept[np.argsort(orders[kept])].tolist()
+    survivors = np.flatnonzero(verdicts == CANDIDATE)
+    wanted = survivors[np.argsort(orders[survivors])].tolist()
     bits = layout.pair_buckets.bit_length() - 1
     got, shards = [], []
     for group in groups:
@@ -41,11 +41,11 @@ def test_groups_hold_each_pair_once_in_shards_of_equal_size(samples, per_task, s
 def test_ties_at_the_edge_of_the_top_share_go_to_the_earlier(tmp_path):
     layout = Layout(tmp_path, 30, 4)
     write_rows(layout, np.arange(30, dtype=np.uint64))
-    for share, kept in (("0.07", 3), ("0.1", 3), ("0.3", 9), ("0.5", 15)):
+    for share, count in (("0.07", 3), ("0.1", 3), ("0.3", 9), ("0.5", 15)):
         config = PrepareConfig(
             source="x", destination=tmp_path, score_column="s", top_share=float(share)
         )
         verdicts = settle.settle(layout, config, np.full(30, CANDIDATE, np.uint8))
-        best = sorted(range(30), key=lambda i: (-(i % 7), i))[:kept]
+        best = sorted(range(30), key=lambda i: (-(i % 7), i))[:count]
         assert np.flatnonzero(verdicts == CANDIDATE).tolist() == sorted(best)
         assert layout.verdicts.read_bytes() == verdicts.tobytes()

@@ -152,11 +152,11 @@ def test_parts_write_every_pair_verbatim_and_their_report_adds_up(source, tmp_pa
     assert report["quantiles"]["shorter side, pixels"]["50%"] == pytest.approx(18, rel=0.12)
     assert all(6 <= value <= 7 for value in report["quantiles"]["caption, characters"].values())
     for name, damaged in (("report.json", "{}"), ("report.json", "["), ("prepare.json", "{")):
-        kept = (folder / name).read_text()
+        content = (folder / name).read_text()
         (folder / name).write_text(damaged)
         with pytest.raises(InputError, match=rf"{name} is damaged: .* Restore a copy"):
             prepare(PrepareConfig(**how))
-        (folder / name).write_text(kept)
+        (folder / name).write_text(content)
     (folder / "report.json").unlink()  # as the message says
     assert prepare(PrepareConfig(**how)) == report
     assert "16  kept" in describe(report)

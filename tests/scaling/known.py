@@ -50,7 +50,7 @@ def crossing_of(first: Law, second: Law, least: float, most: float) -> float:
 
     def gap(log_compute: float) -> float:
         compute, sizes = np.exp(log_compute), (0.3, 3e3)
-        one, other = (x.optimum(compute, sizes).error for x in (first, second))
-        return float(np.log(one / other))
+        first_error, second_error = (x.optimum(compute, sizes).error for x in (first, second))
+        return float(np.log(first_error / second_error))
 
     return float(np.exp(brentq(gap, np.log(least), np.log(most))))

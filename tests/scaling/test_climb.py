@@ -125,9 +125,9 @@ def test_branches_follow_their_parent(tmp_path):
         climb(LadderCommand(spec=spec, root=tmp_path / "root", only="w16*"), print)
     assert order == ["w16-parent-seed0", "w16@160-seed0", "w16@96-seed0"]
     for row in collected(tmp_path):
-        own = {"96": 2 / 6, "160": 4 / 10}.get(row["samples_seen"], 1)
-        own = own if row["schedule"] == "cool_down" else 1
-        assert float(row["flops_spent"]) == pytest.approx(own * float(row["training_flops"]))
+        share = {"96": 2 / 6, "160": 4 / 10}.get(row["samples_seen"], 1)
+        share = share if row["schedule"] == "cool_down" else 1
+        assert float(row["flops_spent"]) == pytest.approx(share * float(row["training_flops"]))
 
 
 def test_configs_alone_are_written_and_are_ordinary_runs(tmp_path):

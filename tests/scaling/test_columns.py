@@ -58,8 +58,8 @@ def test_the_tables_of_open_clip_and_of_its_benchmark_are_read(tmp_path: Path):
     wanted |= {"mparams": "427.62", "imagenet1k_acc1": "0.7921", "ImageNet v2": "0.7205"}
     assert {name: first[name] for name in wanted} == wanted
     assert (second["samples_seen"], third["samples_seen"]) == (12.8e9, None)
-    kept = table("open_clip", tmp_path).select("imagenet1k_acc1", ("samples_seen>0",))
-    assert [row["pretrained"] for row in kept.rows] == ["datacomp_xl_s13b_b90k", "openai"]
+    selected = table("open_clip", tmp_path).select("imagenet1k_acc1", ("samples_seen>0",))
+    assert [row["pretrained"] for row in selected.rows] == ["datacomp_xl_s13b_b90k", "openai"]
     small, large = table("clip_benchmark", tmp_path).rows
     assert (small["imagenet1k_acc1"], small["imagenetv2_acc1"]) == ("0.63322", "0.5595")
     assert large["mscoco_captions_img_r5"] == "0.6364"
@@ -229,8 +229,8 @@ def test_conditions_compare_numbers_and_match_patterns(condition: str):
         }
         for arch, samples, epoch in zip("abcd", ("400M", "3e9", "12.8B", ""), "3231", strict=True)
     ]
-    kept = RunTable(rows).select("top1", (condition,))
-    assert "".join(row["arch"] for row in kept.rows) == CONDITIONS[condition]
+    selected = RunTable(rows).select("top1", (condition,))
+    assert "".join(row["arch"] for row in selected.rows) == CONDITIONS[condition]
 
 
 def test_conditions_that_cannot_be_read_are_explained():

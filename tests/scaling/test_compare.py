@@ -66,9 +66,9 @@ def test_one_crossing_inside_the_data(form: Form):
 def test_families_in_the_other_order_have_the_same_crossing():
     laws: Any = KNOWN["power"], INSIDE["power"]
     fits = [fit_law("power", runs_of(x, seed), draws=100, seed=seed) for seed, x in enumerate(laws)]
-    one, back = compare.compare(fits[0], fits[1]), compare.compare(fits[1], fits[0])
+    forward, back = compare.compare(fits[0], fits[1]), compare.compare(fits[1], fits[0])
     assert [x.better for x in back.segments] == [1, None, 0]
-    (first,), (second,) = one.crossings, back.crossings
+    (first,), (second,) = forward.crossings, back.crossings
     assert second.better == 0
     assert second.compute == pytest.approx(first.compute)
     assert (second.low, second.high) == pytest.approx((first.low, first.high))

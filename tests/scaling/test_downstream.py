@@ -35,9 +35,9 @@ def test_accuracy_follows_from_a_predicted_loss(tmp_path: Path):
     result = relate(config)
     assert result["slope"]["value"] == pytest.approx(-1.5)
     assert result["intercept"] == pytest.approx(0.4)
-    one, ranged, far = result["predictions"].values()
-    assert one["value"] == pytest.approx(special.expit(0.4))
-    np.testing.assert_allclose(one["interval"], one["value"], rtol=1e-6)
+    single, ranged, far = result["predictions"].values()
+    assert single["value"] == pytest.approx(special.expit(0.4))
+    np.testing.assert_allclose(single["interval"], single["value"], rtol=1e-6)
     half = 1.5 * np.log(0.65 / 0.55) / 2
     middle = 0.4 - 1.5 * np.log(0.6)
     np.testing.assert_allclose(

@@ -136,11 +136,11 @@ def test_a_point_has_a_trial_for_every_combination():
     points = grid(swept_ladder(sweep, rules=rules), Path("root"))
     assert len(points) == len({point.name for point in points}) == 2**4
     by_name = {point.name: point.config for point in points}
-    one = by_name["w@1K-rate0.5-batch64-warmup2-decay0.2-seed0"]
+    trial = by_name["w@1K-rate0.5-batch64-warmup2-decay0.2-seed0"]
     # The base: 2e-3 and 2 steps of warm-up at batch 16; four times the batch, twice the rate.
-    assert (one.batch_size, one.steps, one.optim.weight_decay) == (64, 16, 0.2)
-    assert one.optim.learning_rate == pytest.approx(0.5 * 2 * 2e-3)
-    assert one.optim.warmup_steps == 2 * 1  # a tenth of 16 steps at most, by the rules
+    assert (trial.batch_size, trial.steps, trial.optim.weight_decay) == (64, 16, 0.2)
+    assert trial.optim.learning_rate == pytest.approx(0.5 * 2 * 2e-3)
+    assert trial.optim.warmup_steps == 2 * 1  # a tenth of 16 steps at most, by the rules
     single = grid(swept_ladder(SweepConfig(learning_rates=(0.5,)), seeds=(0, 3)), Path("root"))
     assert [point.name for point in single] == ["w@1K-seed0", "w@1K-seed3"]
 

@@ -101,8 +101,8 @@ def test_a_prediction_that_the_runs_do_not_determine_is_refused():
     few = fit_law("additive", few.runs.where(few.runs.size < 8), "all", draws=100)
     assert few.fitted.values("size") == 3
     two = fit_law("additive", few.runs.where(few.runs.size < 5), "all", draws=100)
-    own = {name: SIZES[name] for name in MODELS[:2]}
-    assert len(choices(two, own, 6e9 * 1e9)) == 2
+    of_table = {name: SIZES[name] for name in MODELS[:2]}
+    assert len(choices(two, of_table, 6e9 * 1e9)) == 2
     with pytest.raises(InputError, match=r"predict no ViT-B-32 of .* at least three model sizes"):
         choices(two, SIZES, 6e9 * 1e9)
 
@@ -251,12 +251,12 @@ def test_repetition_is_counted_by_its_law_or_named(tmp_path):
     assert plain["epochs"] == pytest.approx(plain["samples"] / 1e6)
     seen = f"each pair is seen {plain['epochs']:.1f} times. Beyond 4 epochs"
     assert plain["warnings"][-1].startswith(seen)
-    known = planned(tmp_path, **few, form="repeated", law=REPEATED)
-    assert not any("each pair" in line for line in known["warnings"])
+    repeated = planned(tmp_path, **few, form="repeated", law=REPEATED)
+    assert not any("each pair" in line for line in repeated["warnings"])
     truth = {name: REPEATED(size, 5e8 / size, 1e6) for name, size in SIZES.items()}
-    assert known["model"] == min(truth, key=truth.__getitem__) == "ViT-L-16"
-    assert known["size"] > plain["size"]
-    assert known["error"] == pytest.approx(truth["ViT-L-16"], rel=5e-3)
+    assert repeated["model"] == min(truth, key=truth.__getitem__) == "ViT-L-16"
+    assert repeated["size"] > plain["size"]
+    assert repeated["error"] == pytest.approx(truth["ViT-L-16"], rel=5e-3)
     enough = planned(tmp_path, unique="10B", budget="3e18")["warnings"]
     assert not any("each pair" in line for line in enough)
 

@@ -82,22 +82,22 @@ def study(tmp_path: Path) -> Generator[Study]:
 
 
 def test_workers_take_the_first_that_is_free_and_none_takes_another_s(study: Study):
-    one, two = study.worker("one"), study.worker("two")
-    assert [study.take(worker) for worker in (one, two, one, two)] == ["a", "b", "c", ""]
-    assert not one.is_over()  # it may have to take over
-    assert study.end(one, study.jobs["a"]) == "; 2 left"
-    assert study.end(one, study.jobs["c"]) == "; 1 left"
-    assert [study.take(one), study.take(two)] == ["", ""]
+    first, second = study.worker("one"), study.worker("two")
+    assert [study.take(worker) for worker in (first, second, first, second)] == ["a", "b", "c", ""]
+    assert not first.is_over()  # it may have to take over
+    assert study.end(first, study.jobs["a"]) == "; 2 left"
+    assert study.end(first, study.jobs["c"]) == "; 1 left"
+    assert [study.take(first), study.take(second)] == ["", ""]
     assert study.said == [
         WAITING,
         "a: already done by another process",
         "c: already done by another process",
     ]
-    study.end(two, study.jobs["b"])
-    assert study.take(one) == ""
-    assert one.is_over()
-    assert two.is_over()
-    with one, two:
+    study.end(second, study.jobs["b"])
+    assert study.take(first) == ""
+    assert first.is_over()
+    assert second.is_over()
+    with first, second:
         pass
     assert study.log() == [
         ("claim", "a"),
@@ -125,58 +125,58 @@ def test_of_two_who_claim_at_once_one_goes_on_to_the_next(study: Study):
 
 
 def test_a_killed_worker_s_job_is_taken_over_on_its_machine_at_once(study: Study):
-    one, two = study.worker(names="a"), study.worker(names="a")
-    assert [study.take(one), study.take(two)] == ["a", ""]
+    first, second = study.worker(names="a"), study.worker(names="a")
+    assert [study.take(first), study.take(second)] == ["a", ""]
     study.clock.advance(10 * LEASE_SECONDS)
-    assert study.take(two) == ""  # its process lives on, though the worker may not
+    assert study.take(second) == ""  # its process lives on, though the worker may not
     study.kill()
-    assert study.take(two) == "a"
+    assert study.take(second) == "a"
 
 
 @pytest.mark.parametrize("sign", ["worker", "run"])
 def test_on_another_machine_once_there_was_no_sign_of_life(study: Study, sign: str):
-    one, two = study.worker("one", names="a"), study.worker("two", names="a")
-    assert [study.take(one), study.take(two)] == ["a", ""]
+    first, second = study.worker("one", names="a"), study.worker("two", names="a")
+    assert [study.take(first), study.take(second)] == ["a", ""]
     for beat in range(10):
         study.clock.advance(LEASE_SECONDS - 3 * SCAN_SECONDS)
         if sign == "worker":
-            assert not one.lost()
+            assert not first.lost()
         else:  # of a process in a bucket, whose worker was killed
             (study.root / "a/lease").mkdir(parents=True, exist_ok=True)
             (study.root / f"a/lease/{beat:012d}").touch()
-        assert study.take(two) == ""
+        assert study.take(second) == ""
     study.clock.advance(LEASE_SECONDS - 2 * SCAN_SECONDS)
-    assert study.take(two) == ""
-    assert study.take(two) == "a"
+    assert study.take(second) == ""
+    assert study.take(second) == "a"
     # A worker that stood still loses its job, and writes nothing about it.
     study.clock.advance(RENEW_SECONDS)
-    assert one.lost() == {"a"}
-    study.end(one, study.jobs["a"], "stopped")
+    assert first.lost() == {"a"}
+    study.end(first, study.jobs["a"], "stopped")
     assert study.log() == [("claim", "a"), ("claim", "a")]
-    assert not one.is_over()
+    assert not first.is_over()
 
 
 def test_what_failed_is_tried_again_by_later_workers_alone(study: Study):
-    one, two = study.worker("one", names="ab"), study.worker("two", names="ab")
-    assert study.take(one) == "a"
-    study.end(one, study.jobs["a"], "failed", "exit code 1")
-    assert study.take(two) == "b"
-    assert one.failures == {"a": "exit code 1"}
-    assert two.failures == {"a": "exit code 1 (on one)"}
-    study.end(two, study.jobs["b"], "stopped")
-    assert study.take(one) == "b"
+    first, second = study.worker("one", names="ab"), study.worker("two", names="ab")
+    assert study.take(first) == "a"
+    study.end(first, study.jobs["a"], "failed", "exit code 1")
+    assert study.take(second) == "b"
+    assert first.failures == {"a": "exit code 1"}
+    assert second.failures == {"a": "exit code 1 (on one)"}
+    study.end(second, study.jobs["b"], "stopped")
+    assert study.take(first) == "b"
     assert study.take(study.worker("three")) == "a"
 
 
 def test_a_stopped_job_is_the_first_to_be_taken_again(study: Study):
     """Else its checkpoint waits until all others of the study are done."""
-    one = study.worker()
-    assert [study.take(one), study.take(one)] == ["a", "b"]
-    study.end(one, study.jobs["b"], "stopped")
-    assert [study.take(one), study.take(one)] == ["b", "c"]
-    study.end(one, study.jobs["a"], "stopped")
-    study.end(one, study.jobs["b"], "stopped")
-    assert [study.take(one), study.take(one)] == ["b", "a"]
+    first = study.worker()
+    assert [study.take(first), study.take(first)] == ["a", "b"]
+    study.end(first, study.jobs["b"], "stopped")
+    assert [study.take(first), study.take(first)] == ["b", "c"]
+    study.end(first, study.jobs["a"], "stopped")
+    study.end(first, study.jobs["b"], "stopped")
+    assert [study.take(first), study.take(first)] == ["b", "a"]
 
 
 def test_jobs_wait_for_their_input_and_are_dropped_if_it_fails(study: Study):
@@ -184,27 +184,27 @@ def test_jobs_wait_for_their_input_and_are_dropped_if_it_fails(study: Study):
         return job if job.name == "a" else job._replace(after="a", is_ready=made.exists)
 
     made = study.root / "made"
-    one, two = study.worker("one", change=after_a), study.worker("two", change=after_a)
-    assert [study.take(one), study.take(two)] == ["a", ""]
+    first, second = study.worker("one", change=after_a), study.worker("two", change=after_a)
+    assert [study.take(first), study.take(second)] == ["a", ""]
     made.touch()
-    assert study.take(two) == "b"
+    assert study.take(second) == "b"
     made.unlink()
-    study.end(one, study.jobs["a"], "failed", "exit code 1")
-    assert [study.take(one), study.take(two)] == ["", ""]
-    assert one.failures["c"] == two.failures["c"] == "not started, because a failed"
+    study.end(first, study.jobs["a"], "failed", "exit code 1")
+    assert [study.take(first), study.take(second)] == ["", ""]
+    assert first.failures["c"] == second.failures["c"] == "not started, because a failed"
 
 
 def test_no_job_starts_that_would_exceed_the_limit_with_those_of_all_workers(study: Study):
     def afford(names: Collection[str]) -> bool:
         return sum({"a": 5, "b": 3, "c": 2}[name] for name in set(names)) <= 7
 
-    one, two = (study.worker(host, afford=afford) for host in ("one", "two"))
-    assert [study.take(one), study.take(two)] == ["a", "c"]
-    assert two.left_out == ["b"]
+    first, second = (study.worker(host, afford=afford) for host in ("one", "two"))
+    assert [study.take(first), study.take(second)] == ["a", "c"]
+    assert second.left_out == ["b"]
     assert study.said == ["b: left out, since it would exceed the limit"]
-    study.end(one, study.jobs["a"], "failed", "exit code 1")  # which has cost all the same
-    assert study.take(one) == ""
-    assert one.left_out == ["b"]
+    study.end(first, study.jobs["a"], "failed", "exit code 1")  # which has cost all the same
+    assert study.take(first) == ""
+    assert first.left_out == ["b"]
     assert study.take(study.worker("three", afford=afford)) == "a"  # what was begun may go on
 
 
@@ -212,34 +212,34 @@ def test_jobs_whose_input_is_too_expensive_are_left_out(study: Study):
     def after_a(job: Job) -> Job:
         return job._replace(after="a", is_ready=lambda: False) if job.name == "b" else job
 
-    one = study.worker(afford=lambda names: "a" not in names, change=after_a)
-    assert study.take(one) == "c"
-    assert study.take(one) == ""
-    assert one.left_out == ["a", "b"]
+    first = study.worker(afford=lambda names: "a" not in names, change=after_a)
+    assert study.take(first) == "c"
+    assert study.take(first) == ""
+    assert first.left_out == ["a", "b"]
 
 
 def test_a_bucket_that_is_out_of_reach_is_asked_again(study: Study):
-    one = study.worker()
+    first = study.worker()
     with mock.patch.object(files, "create", autospec=True, side_effect=OSError("unreachable")):
-        assert study.take(one) == ""
+        assert study.take(first) == ""
     assert study.said == [f"{study.root} is out of reach and tried again: unreachable"]
-    assert study.take(one) == "a"
+    assert study.take(first) == "a"
     with mock.patch.object(files, "write_whole", autospec=True, side_effect=OSError("lost")):
-        study.end(one, study.jobs["a"])
+        study.end(first, study.jobs["a"])
     assert study.log() == [("claim", "a")]
     study.clock.advance(RENEW_SECONDS)
-    one.lost()
+    first.lost()
     assert study.log() == [("claim", "a"), ("done", "a")]
 
 
 def test_who_works_on_what_can_be_read_meanwhile(study: Study):
-    one = study.worker("one")
-    study.take(one)
+    first = study.worker("one")
+    study.take(first)
     (words,) = workers(study.root, study.clock.unix()).values()
     assert words.startswith("process ")
     assert words.endswith(" on one")
     assert workers(study.root, study.clock.unix() + 600)["a"].endswith("on one, silent for 10 min")
-    study.end(one, study.jobs["a"])
+    study.end(first, study.jobs["a"])
     assert workers(study.root, study.clock.unix()) == {}
 
 

@@ -57,8 +57,8 @@ def test_every_member_has_its_own_epochs(config):
     sizes = (20, 30, 10)
     found = keys(config, sizes, range(600))
     for member, size in enumerate(sizes):
-        own = [key for which, key in found if which == member]
-        epochs = [own[i : i + size] for i in range(0, len(own) - size + 1, size)]
+        of_member = [key for which, key in found if which == member]
+        epochs = [of_member[i : i + size] for i in range(0, len(of_member) - size + 1, size)]
         assert len(epochs) > 3
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert epochs[0] != epochs[1]

@@ -160,33 +160,33 @@ def indexed():
 def test_the_index_is_built_once_and_follows_changes(tmp_path, indexed):
     for i in range(3):
         write_tar(tmp_path / f"{i}.tar", pair("a", b"old"))
-    kept = tmp_path / "elsewhere"
+    index_folder = tmp_path / "elsewhere"
     for _ in range(2):
-        assert len(open_tar(tmp_path / "{0..2}.tar", index=str(kept))) == 3
+        assert len(open_tar(tmp_path / "{0..2}.tar", index=str(index_folder))) == 3
     assert len(indexed()) == 3
     write_tar(tmp_path / "1.tar", pair("a", b"new") + pair("b"))
     whole = (tmp_path / "1.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[:700])
     for _ in range(2):  # a bad one is read each time
         with pytest.raises(InputError, match=r"1\.tar \(truncated"):
-            open_tar(tmp_path / "{0..2}.tar", index=str(kept))
+            open_tar(tmp_path / "{0..2}.tar", index=str(index_folder))
     (tmp_path / "1.tar").write_bytes(whole)
-    source = open_tar(tmp_path / "{0..2}.tar", index=str(kept))
+    source = open_tar(tmp_path / "{0..2}.tar", index=str(index_folder))
     assert (len(source), source.load(1, RNG)[0]) == (4, b"new")
     assert indexed()[3:] == [f"{tmp_path}/1.tar"] * 3
-    (summary,) = kept.glob("*.arrow")
-    rows = sorted(kept.glob("*/*.arrow"))
+    (summary,) = index_folder.glob("*.arrow")
+    rows = sorted(index_folder.glob("*/*.arrow"))
     assert len(rows) == 3
     for file in (summary, rows[2]):
         file.write_bytes(file.read_bytes()[:-100])  # not whole: built again
-    assert len(open_tar(tmp_path / "{0..2}.tar", index=str(kept))) == 4
+    assert len(open_tar(tmp_path / "{0..2}.tar", index=str(index_folder))) == 4
     assert indexed()[6:] == [f"{tmp_path}/2.tar"]
     other = tar_index._SHARDS.with_metadata({b"endings": b"jpg txt"})  # of what is read
     with (
         mock.patch.object(tar_index, "_SHARDS", other),
         mock.patch.object(tar_index, "_ENDINGS", other.metadata),
     ):
-        open_tar(tmp_path / "{0..2}.tar", index=str(kept))
+        open_tar(tmp_path / "{0..2}.tar", index=str(index_folder))
     assert len(indexed()) == 7 + 3
 
 

@@ -219,9 +219,9 @@ def test_a_copy_is_kept(tmp_path, files, kind):
     config = TokenizerConfig(file=files[kind])
     assert vocabulary.keep(config, str(tmp_path)) == KINDS[kind]
     assert vocabulary.keep(config, str(tmp_path)) == KINDS[kind]  # again, as at a resumption
-    kept = (tmp_path / KINDS[kind]).read_bytes()
-    assert kept == vocabulary.read_vocabulary(files[kind])
+    content = (tmp_path / KINDS[kind]).read_bytes()
+    assert content == vocabulary.read_vocabulary(files[kind])
     assert vocabulary.keep(TokenizerConfig(), str(tmp_path)) == "clip"
-    (tmp_path / KINDS[kind]).write_bytes(kept + b" ")
+    (tmp_path / KINDS[kind]).write_bytes(content + b" ")
     with pytest.raises(ValueError, match=f"{KINDS[kind]} and .* differ; use another"):
         vocabulary.keep(config, str(tmp_path))
