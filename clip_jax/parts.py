@@ -31,6 +31,10 @@ _PACKAGE = "clip_jax"
 _NAMES: dict[str, str] = {}  # name of each module that was loaded -> what `--import` was passed
 
 
+class NotImported(InputError):
+    """A file needs users' modules that were not imported."""
+
+
 class Part:
     """Mark a class as a public base, as its direct base class.
 
@@ -231,7 +235,8 @@ def needed(content: Any) -> tuple[str, ...]:
 
 
 def check(content: Any, where: Any) -> None:
-    """Raise InputError if the content of a JSON file needs modules that were not imported."""
+    """Raise InputError if the content of a JSON file needs parts that no imported module has:
+    NotImported if a module is missing."""
     names = {kind.__name__ for kind in of_users()}
     missing: dict[str, list[str]] = {}
     for name, kind in _recorded(content):
@@ -245,7 +250,7 @@ def check(content: Any, where: Any) -> None:
                 f"{where} needs {kinds}, which {', '.join(missing)} does not define; import the "
                 "version of the module that the file was written with."
             )
-        raise InputError(
+        raise NotImported(
             f"{where} needs {kinds} of {', '.join(missing)}, not imported: a file imports nothing "
             f"by itself. Pass {passed}, or in Python import the module first."
         )

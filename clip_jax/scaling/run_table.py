@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from clip_jax import flops
+from clip_jax import flops, parts
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import WATCHED
 from clip_jax.checkpoints.run_config import read_run_config
@@ -334,6 +334,8 @@ def gather(paths: Sequence[AnyPath], columns: Sequence[str] = ()) -> tuple[RunTa
         for file in sorted(files):
             try:
                 rows += [_ours(file)] if file.name == "result.json" else _table(file, columns)
+            except parts.NotImported:
+                raise
             except InputError as reason:
                 if file == path:
                     raise  # a table by name; those in folders may be of other kinds
@@ -351,8 +353,8 @@ def _table(file: AnyPath, columns: Sequence[str]) -> list[Row]:
 def _ours(file: AnyPath) -> Row:
     """Read the row of a run of `clip-jax train`. Raises InputError if it is unfinished."""
     result = read_json(file, "step", "samples_seen")
+    run = read_run_config(file.parent)
     try:
-        run = read_run_config(file.parent)
         row = of_run(run, end := run["steps"])
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"no config.json of a run beside it ({error!r})") from error
