@@ -56,10 +56,12 @@ def load(name: str) -> None:
     target = next((entry.module for entry in entries), name)
     if os.getcwd() not in sys.path:  # the console script lacks it
         sys.path.append(os.getcwd())
-    try:
-        spec = importlib.util.find_spec(target)
-    except (ImportError, ValueError):
-        spec = None
+    package, spec = target.partition(".")[0], None
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(package)
+    if spec is not None and package != target:
+        with blamed_on(spec.origin or package):  # which imports the package
+            spec = importlib.util.find_spec(target)
     if spec is None:
         raise InputError(
             f"--import {name}: there is no module {target!r}. Pass a module that Python finds from "
@@ -73,27 +75,36 @@ def load(name: str) -> None:
 def _load_file(path: Path) -> None:
     file = str(path.absolute())
     if (loaded := sys.modules.get(path.stem)) is None:
-        # Under this name, worker processes import it again.
-        sys.modules[path.stem] = run_file(path)
+        run_file(path, registered=True)
         sys.path.append(os.path.dirname(file))
-    elif loaded.__file__ != file:
+    elif (origin := getattr(loaded, "__file__", None)) != file:
         raise InputError(
             f"--import {path}: a module {path.stem!r} was imported already, from "
-            f"{loaded.__file__}; rename one of the two files."
+            f"{origin or 'Python itself'}; rename one of the two files."
         )
 
 
-def run_file(path: Path) -> ModuleType:
+def run_file(path: Path, *, registered: bool = False) -> ModuleType:
     """Run a Python file as a module, and remember the path as the name of its parts.
 
-    Errors in the file become InputErrors that name the line.
+    If it is to be `registered`, Python knows the module by the file's name: worker processes import
+    it again, and annotations that are texts are looked up in it. Errors in the file become
+    InputErrors that name the line.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
     if spec is None or spec.loader is None or not path.is_file():
-        raise InputError(f"{path} is not a Python file; pass the path of one.")
+        problem = "is not a Python file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {problem}; pass the path of a Python file.")
     module = importlib.util.module_from_spec(spec)
-    with blamed_on(path):
-        spec.loader.exec_module(module)
+    if registered:
+        sys.modules[path.stem] = module
+    try:
+        with blamed_on(path):
+            spec.loader.exec_module(module)
+    except BaseException:
+        if registered:
+            del sys.modules[path.stem]
+        raise
     _NAMES[path.stem] = str(path)
     return module
 
@@ -194,7 +205,7 @@ def fields_opened(kind: Any) -> Generator[None]:
     with contextlib.ExitStack() as restored:
         for contained in _contained(kind) if of_users() else ():
             for base in contained.__mro__:
-                annotations = vars(base).get("__annotations__", {})
+                annotations = inspect.get_annotations(base)
                 changed = {
                     name: opened(hint)
                     for name, hint in annotations.items()

@@ -184,7 +184,7 @@ class Parent(NamedTuple):
 
 def parent_of(config: Config) -> Parent | None:
     """Return the parent run and step of `branch_from`, if it is set."""
-    if config.branch_from is None:
+    if not config.branch_from:
         return None
     workdir, step = branch_point(config.branch_from)
     return Parent(epath.Path(workdir), step)

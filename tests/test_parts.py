@@ -248,17 +248,31 @@ def test_a_class_with_the_name_of_a_built_in_one_is_an_error():
     ("name", "content", "message"),
     [
         ("absent_parts", None, "there is no module 'absent_parts'"),
-        ("absent_parts.py", None, "absent_parts.py is not a Python file"),
+        ("absent_parts.py", None, "absent_parts.py does not exist"),
         ("broken_parts.py", "x = 1\nraise KeyError('y')", "broken_parts.py:2: KeyError: 'y'"),
         ("broken_parts", "import absent_thing", "broken_parts.py:1: .*absent_thing"),
+        ("broken_pack.parts", None, "broken_pack/__init__.py:1: TypeError: y"),
         ("json.py", "", "a module 'json' was imported already"),
+        ("time.py", "", "a module 'time' was imported already, from Python itself"),
     ],
 )
 def test_what_cannot_be_imported_is_named(name, content, message):
+    Path("broken_pack").mkdir()
+    Path("broken_pack/__init__.py").write_text("raise TypeError('y')")
     if content is not None:
         Path(f"{name.removesuffix('.py')}.py").write_text(content)
     with pytest.raises(InputError, match=message):
         parts.load(name)
+
+
+def test_annotations_of_a_file_may_be_texts():
+    path = write("Late", "late_loss.py")
+    future = "from __future__ import annotations\nfrom typing import ClassVar\n"
+    path.write_text(f"{future}{path.read_text()}    name: ClassVar[str] = 'late'\n")
+    parts.load("late_loss.py")
+    written = to_dict(config_with("late_loss", "Late"))
+    assert to_dict(from_dict(Config, written)) == written
+    assert written["objective"][0]["factor"] == 2.0
 
 
 def test_the_flag_is_taken_out_of_any_position():

@@ -322,10 +322,10 @@ def main() -> None:
 
     The arguments are a folder for schedules, and the modules of users' parts.
     """
-    for module in sys.argv[2:]:
-        parts.load(module)
-    request = from_dict(Request, json.load(sys.stdin))
     try:
+        for module in sys.argv[2:]:
+            parts.load(module)
+        request = from_dict(Request, json.load(sys.stdin))
         result = to_dict(facts(request, _devices(request.topology), Path(sys.argv[1])))
     except InputError as error:
         result = {"error": str(error)}
