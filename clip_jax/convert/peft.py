@@ -150,7 +150,8 @@ def read(folder: Path, open_base: Callable[[str], Weights]) -> Weights:
     def merge() -> Params:
         return _merged(weights, adapters, settings, patterns, folder)
 
-    return replace(weights, params=read_together(weights.params, merge))
+    # A base that is a run could else be read by shard, without the adapters.
+    return replace(weights, params=read_together(weights.params, merge), read_sharded=None)
 
 
 def _merged(

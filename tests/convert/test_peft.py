@@ -68,6 +68,12 @@ def test_rounded_adapters(adapters, tmp_path):
     assert "--to hugging-face" in (tmp_path / "out/README.md").read_text()
 
 
+def test_no_shard_of_a_base_is_read_instead_of_the_merged_model(adapters):
+    """A base that is a run can be read by shard."""
+    base = replace(read_weights(adapters / "base"), read_sharded=lambda shapes, shardings: shapes)
+    assert peft.read(adapters / "peft", lambda path: base).read_sharded is None
+
+
 def change(adapters: Path, folder: Path, **settings: object) -> Path:
     """Write a copy of the adapters with other settings."""
     shutil.copytree(adapters / "peft", folder, dirs_exist_ok=True)
