@@ -95,10 +95,10 @@ def _short_backward(
     split: Split,
     interpret: bool,
     room: int,
-    kept: tuple[Array, Lengths],
+    residuals: tuple[Array, Lengths],
     gradient: Array,
 ) -> tuple[Array, None]:
-    qkv, lengths = kept
+    qkv, lengths = residuals
     call = functools.partial(_call, _backward, heads, causal, interpret, room)
     return split(call, qkv.ndim)(qkv, gradient, *_known(lengths)), None
 
@@ -189,8 +189,8 @@ def _by_token(
 
     def body(*refs: Any) -> None:
         refs, scratch = refs[: -inputs - outputs], refs[-inputs - outputs :]
-        *known, out_ref = refs
-        ins, first = known[len(lengths) :], pl.program_id(0) * rows
+        *in_refs, out_ref = refs
+        ins, first = in_refs[len(lengths) :], pl.program_id(0) * rows
         for ref, spread in zip(ins, scratch[:inputs], strict=True):
             spread[...] = pltpu.bitcast(ref[...].reshape(length * rows, _LANES), jnp.int32)
 
@@ -200,11 +200,13 @@ def _by_token(
             for i in at:
                 read = [x[pl.ds(i, length, stride=words), :] for x in scratch[:inputs]]
                 for j, values in enumerate(zip(*(_unpack(x, dtype) for x in read), strict=True)):
-                    pending.append((values, known[0][first + i * packed + j] if lengths else None))
+                    pending.append(
+                        (values, in_refs[0][first + i * packed + j] if lengths else None)
+                    )
             results = kernel(pending)
             for n, i in enumerate(at):
-                own = zip(*results[n * packed : (n + 1) * packed], strict=True)
-                for spread, x in zip(scratch[inputs:], own, strict=True):
+                unpacked = zip(*results[n * packed : (n + 1) * packed], strict=True)
+                for spread, x in zip(scratch[inputs:], unpacked, strict=True):
                     tiled, rest = zip(*x, strict=True)
                     count = tiled[0].shape[1]
                     spread[pl.ds(i, count, stride=words), :] = _pack(tiled, dtype).T
@@ -269,19 +271,19 @@ def _by_row(
     dim = width // heads
 
     def body(*refs: Any) -> None:
-        *known, out_ref = refs
-        qkv_ref, *more = known[len(lengths) :]
-        real = known[0][pl.program_id(0)] if lengths else None
+        *in_refs, out_ref = refs
+        qkv_ref, *more = in_refs[len(lengths) :]
+        real = in_refs[0][pl.program_id(0)] if lengths else None
 
         def compute(first: Any, size: int) -> None:
             lanes = [pl.ds(n * width + first, size) for n in range(3)]
             read = [qkv_ref[0, :, x] for x in lanes] + [ref[0, :, lanes[0]] for ref in more]
             [result] = kernel([(read, real)])
-            for own, (tiled, rest) in zip(lanes, result, strict=False):
+            for out_lanes, (tiled, rest) in zip(lanes, result, strict=False):
                 count = tiled.shape[1]
-                out_ref[0, :count, own] = tiled.astype(out_ref.dtype).T
+                out_ref[0, :count, out_lanes] = tiled.astype(out_ref.dtype).T
                 if rest is not None:
-                    out_ref[0, count:, own] = rest.astype(out_ref.dtype)
+                    out_ref[0, count:, out_lanes] = rest.astype(out_ref.dtype)
 
         def register(i: Any, _: Any) -> Any:
             compute(pl.multiple_of(i * _LANES, _LANES), _LANES)
@@ -367,7 +369,7 @@ def _forward(
 
     def head(row: int, n: int) -> Generator:
         (q, k, v), real = rows[row]
-        scores = product(_near(k, heads[n]), _own(q[:tiled], heads[n]), 1, 1)
+        scores = product(_near(k, heads[n]), _only_near(q[:tiled], heads[n]), 1, 1)
         yield
         e, total = _softmax(scores, dim, causal, real, 0)
         yield
@@ -401,8 +403,8 @@ def _backward(
 
     def head(row: int, n: int) -> Generator:
         (q, k, v, do), real = rows[row]
-        scores = product(_near(k, heads[n]), _own(q[:tiled], heads[n]), 1, 1)
-        dweights = product(_near(v, heads[n]), _own(do[:tiled], heads[n]), 1, 1)
+        scores = product(_near(k, heads[n]), _only_near(q[:tiled], heads[n]), 1, 1)
+        dweights = product(_near(v, heads[n]), _only_near(do[:tiled], heads[n]), 1, 1)
         yield
         dscores, weights = _dsoftmax(scores, dweights, dim, causal, real, 0)
         ds, w = dscores.astype(q.dtype), weights.astype(q.dtype)
@@ -419,8 +421,8 @@ def _backward(
 
     results: list[list[Output]] = []
     parts = _staggered(rows, heads, last, head)
-    for ((q, _, _, do), _), (rests, own) in zip(rows, parts, strict=True):
-        *outs, ds, w = map(list, zip(*own, strict=True))
+    for ((q, _, _, do), _), (rests, of_heads) in zip(rows, parts, strict=True):
+        *outs, ds, w = map(list, zip(*of_heads, strict=True))
         if few:
             rests[1] += _unstack(product(jnp.concatenate(ds), q[:tiled], 1, 0), heads)
             rests[2] += _unstack(product(jnp.concatenate(w), do[:tiled], 1, 0), heads)
@@ -444,40 +446,40 @@ def _heads(x: Array, dim: int) -> list[Part]:
     return [None] if width == dim else [(at, at + dim) for at in range(0, width, dim)]
 
 
-def _only(x: Array, own: Part) -> Array:
+def _only(x: Array, head: Part) -> Array:
     """Set the lanes of other heads to zero."""
-    if own is None:
+    if head is None:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where((lane >= own[0]) & (lane < own[1]), x, jnp.zeros((), x.dtype))
+    return jnp.where((lane >= head[0]) & (lane < head[1]), x, jnp.zeros((), x.dtype))
 
 
-def _near(x: Float[Array, "L W"], own: Part) -> Array:
+def _near(x: Float[Array, "L W"], head: Part) -> Array:
     """Return the registers that have lanes of a head."""
-    return x if own is None else x[:, own[0] // _LANES * _LANES : _up(own[1], _LANES)]
+    return x if head is None else x[:, head[0] // _LANES * _LANES : _up(head[1], _LANES)]
 
 
-def _own(x: Float[Array, "L W"], own: Part) -> Array:
+def _only_near(x: Float[Array, "L W"], head: Part) -> Array:
     """Return the registers that have lanes of a head, with the lanes of others set to zero."""
-    if own is None:
+    if head is None:
         return x
-    before = own[0] // _LANES * _LANES
-    return _only(_near(x, own), (own[0] - before, own[1] - before))
+    before = head[0] // _LANES * _LANES
+    return _only(_near(x, head), (head[0] - before, head[1] - before))
 
 
-def _rows(x: Float[Array, "W L"], own: Part) -> Float[Array, "K L"]:
-    return x if own is None else x[slice(*own)]
+def _rows(x: Float[Array, "W L"], head: Part) -> Float[Array, "K L"]:
+    return x if head is None else x[slice(*head)]
 
 
 def _stack(x: Float[Array, "R W"], heads: list[Part]) -> Float[Array, "N_R W"]:
     """Repeat a few rows for each head, with its own lanes."""
-    return jnp.concatenate([_only(x, own) for own in heads])
+    return jnp.concatenate([_only(x, head) for head in heads])
 
 
 def _unstack(x: Float[Array, "N_R W"], heads: list[Part]) -> Float[Array, "R W"]:
     """Combine the lanes that each head's rows have for itself."""
     parts = jnp.split(x, len(heads))
-    return sum((_only(y, own) for y, own in zip(parts, heads, strict=True)), jnp.float32(0))
+    return sum((_only(y, head) for y, head in zip(parts, heads, strict=True)), jnp.float32(0))
 
 
 def _softmax(
