@@ -120,7 +120,7 @@ def config_of_run(path: AnyPath) -> Config | None:
     parts.check(content, path / "config.json")
     try:
         return of_run(content)
-    except (OSError, ValueError):
+    except ValueError:
         return None
 
 
