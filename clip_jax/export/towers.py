@@ -8,10 +8,12 @@ have no KV cache: all tokens are computed again for each new one.
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from einops import rearrange
 
+from clip_jax import parts
 from clip_jax.errors import InputError
 from clip_jax.export.graph import Graph
 from clip_jax.export.patches import GRID, MASK
@@ -42,9 +44,22 @@ def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
     return graph.exact(_features(config.text, graph, ids))
 
 
-@functools.singledispatch
 def _features(tower: TowerConfig, graph: Graph, inputs: str) -> str:
-    """Embed normalised pixels, or token ids; each family has its function below."""
+    """Embed normalised pixels, or token ids."""
+    if type(tower).onnx is not TowerConfig.onnx or _has_other_module(tower):
+        return tower.onnx(graph, inputs)
+    return _of_family(tower, graph, inputs)
+
+
+def _has_other_module(tower: Any) -> bool:
+    """Say whether a user's class computes something else than the built-in one that it extends."""
+    built_in: Any = next(kind for kind in type(tower).__mro__ if parts.origin(kind) is None)
+    return type(tower).module is not built_in.module
+
+
+@functools.singledispatch
+def _of_family(tower: TowerConfig, graph: Graph, inputs: str) -> str:
+    """Embed the inputs of a built-in tower; each family has its function below."""
     return tower.onnx(graph, inputs)
 
 
@@ -60,7 +75,7 @@ def _project(graph: Graph, x: str) -> str:
 # ------------------------------------------------------------------ texts
 
 
-@_features.register
+@_of_family.register
 def _(text: TextConfig, graph: Graph, ids: str) -> str:
     if text.sees_padding:
         ids = _at_full_length(graph, text, ids)
@@ -300,7 +315,7 @@ def _mlp(graph: Graph, c: BlockConfig, x: str, path: str, layer: int | None = No
 # ------------------------------------------------------------------ vision transformers
 
 
-@_features.register
+@_of_family.register
 def _(vision: ViTConfig, graph: Graph, x: str) -> str:
     return _project(graph, _vit(graph, vision, x)[0])
 
@@ -315,6 +330,8 @@ def _caption_tokens(vision: ImageTowerConfig, graph: Graph, x: str) -> tuple[str
 
 @_caption_tokens.register
 def _(vision: ViTConfig, graph: Graph, x: str) -> tuple[str, str | None]:
+    if _has_other_module(vision):
+        return _caption_tokens.dispatch(ImageTowerConfig)(vision, graph, x)
     return _vit(graph, vision, x, tokens=True)
 
 
@@ -488,7 +505,7 @@ def _query_pool(graph: Graph, config: ViTConfig, x: str, mask: str | None) -> st
 # ------------------------------------------------------------------ ConvNeXts
 
 
-@_features.register
+@_of_family.register
 def _(config: ConvNeXtConfig, graph: Graph, x: str) -> str:
     def last(x: str) -> str:  # channels, for norms and linear maps
         return graph.op("Transpose", x, perm=[0, 2, 3, 1])
@@ -527,7 +544,7 @@ def _(config: ConvNeXtConfig, graph: Graph, x: str) -> str:
 # ------------------------------------------------------------------ ResNets
 
 
-@_features.register
+@_of_family.register
 def _(config: ResNetConfig, graph: Graph, x: str) -> str:
     for name, norm, stride in (("conv1", "bn1", 2), ("conv2", "bn2", 1), ("conv3", "bn3", 1)):
         x = graph.op("Relu", _conv(graph, x, f"visual/{name}", f"visual/{norm}", stride))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -11,8 +12,11 @@ import pytest
 from clip_jax.convert import image_processor
 from clip_jax.convert.verify import our_outputs, relative_difference
 from clip_jax.errors import InputError
+from clip_jax.export import towers
 from clip_jax.export.onnx import other_ids, outputs, write
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TokenizerConfig
+from clip_jax.models.vit import ViTConfig
 from tests.export.conftest import NAFLEX, SQUARE, Family, programs, rows, shorter
 
 
@@ -179,3 +183,26 @@ def test_what_float16_cannot_hold_and_what_readers_cannot_do_is_refused(tmp_path
     left = replace(weights.config.text, tokenizer=TokenizerConfig(pad_side="left"))
     with pytest.raises(InputError, match="immich pads texts on the right"):
         write(replace(weights, config=replace(weights.config, text=left)), tmp_path, "immich")
+
+
+def test_a_class_that_extends_a_built_in_tower_is_not_exported_as_that():
+    class Renamed(ViTConfig):
+        pass
+
+    class Other(ViTConfig):
+        def module(self, embed_dim, remat, unroll, layout):
+            raise NotImplementedError
+
+    class Described(Other):
+        def onnx(self, graph, inputs):
+            return f"features of {inputs}"
+
+    graph = mock.Mock(computed=str, exact=str)
+    assert towers.image_tower(graph, CLIPConfig(vision=Described()), "x") == "features of x"
+    with pytest.raises(InputError, match="Other has no form in ONNX"):
+        towers.image_tower(graph, CLIPConfig(vision=Other()), "x")
+    with pytest.raises(InputError, match="captions of a Other"):
+        towers._caption_tokens(Other(), graph, "x")
+    with mock.patch.object(towers, "_vit", return_value=("features", None)):
+        graph.has.return_value = False
+        assert towers.image_tower(graph, CLIPConfig(vision=Renamed()), "x") == "features"
