@@ -42,7 +42,8 @@ class Contrastive(Term):
     - `losses(image, text, scale, bias)`: the losses of the images and texts, from their statistics
       [B] by name. The loss is the mean of the array, or the sum of the means of several.
     - `gradient(pairs, image, text, scale, bias)`: d Σ losses / d logits of a block, if it is known
-      in closed form. Otherwise JAX derives it: sums over blocks have sums of derivatives.
+      in closed form. Otherwise JAX derives it: sums over blocks have sums of derivatives. A class
+      that overrides `sums` or `losses` of a built-in loss does not use that loss's gradient.
 
     Besides its own statistics, every loss has `top` = max_j c_ij, `ties` (how many pairs reach it),
     `positive` = Σ c_ij over the positive pairs, `exp_sum` = Σ_j exp(s · (c_ij − top)), and `count`,
@@ -242,9 +243,15 @@ def _pair_loss(config: Contrastive, one_to_one: bool) -> PairLoss:
     """Return the functions of a loss, whose closed gradient is that of one text for each image."""
 
     def sums(scale: Array, bias: Array) -> Sums:
-        return with_ties(common_sums(scale, one_to_one) | config.sums(scale, bias))
+        common, further = common_sums(scale, one_to_one), config.sums(scale, bias)
+        if taken := sorted(common.keys() & further.keys()):
+            raise InputError(
+                f"{type(config).__name__}.sums defines {', '.join(taken)}, which every contrastive "
+                "loss has already; give yours another name."
+            )
+        return with_ties(common | further)
 
-    is_closed = one_to_one and type(config).gradient is not Contrastive.gradient
+    is_closed = one_to_one and _has_closed_gradient(type(config))
     return PairLoss(
         sums=sums,
         losses=config.losses,
@@ -253,6 +260,19 @@ def _pair_loss(config: Contrastive, one_to_one: bool) -> PairLoss:
         widths=config.widths,
         block_size=config.block_size,
     )
+
+
+def _has_closed_gradient(kind: type[Contrastive]) -> bool:
+    """Return whether a class has a gradient that is that of its sums and losses.
+
+    One that overrides these alone inherits the gradient of another loss.
+    """
+
+    def definer(name: str) -> int:
+        return next(i for i, base in enumerate(kind.__mro__) if name in vars(base))
+
+    is_newest = definer("gradient") <= min(definer("sums"), definer("losses"))
+    return is_newest and kind.gradient is not Contrastive.gradient
 
 
 def choose_form(

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from clip_jax.errors import InputError
 from clip_jax.losses import (
     Contrastive,
     SigmoidConfig,
@@ -100,8 +101,6 @@ class Hinge(Contrastive):
 @dataclass(frozen=True, kw_only=True)
 class Weighted(SigmoidConfig):
     """Each pair's sigmoid loss times the weights of its image and its text; no closed gradient."""
-
-    gradient = Contrastive.gradient
 
     def sums(self, scale, bias):
         def losses(pairs):
@@ -264,3 +263,13 @@ def test_a_maximum_that_several_pairs_reach_shares_its_gradient() -> None:
         return jax.jit(jax.grad(value, (0, 1)))(image, text)
 
     assert_close(gradients("dense"), gradients("blocked"))
+
+
+def test_a_statistic_that_every_loss_has_cannot_be_defined_again() -> None:
+    class Taken(SoftmaxConfig):
+        def sums(self, scale, bias):
+            return {"count": SumOf(lambda pairs: pairs.cosine)}
+
+    image = jnp.eye(2)
+    with pytest.raises(InputError, match=r"Taken\.sums defines count, .* give yours another name"):
+        contrastive_loss(Taken(), image, image, jnp.float32(1))
