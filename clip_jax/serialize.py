@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from typing import Any, Literal
@@ -18,7 +19,7 @@ def to_dict(config: Any) -> Any:
     """
     if dataclasses.is_dataclass(config):
         values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        module = parts.origin(type(config))
+        module = parts.origin(type(config)) if isinstance(config, parts.Part) else None
         record = {"type": type(config).__name__} | ({"import": module} if module else {})
         return record | values
     if isinstance(config, list | tuple):
@@ -60,6 +61,11 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
         if type(data) is not kind:
             raise InputError(f"{where} is {data!r:.200}; it must be of type {kind.__name__}.")
         return data
+    if not (isinstance(kind, type) and issubclass(kind, os.PathLike)):
+        raise InputError(
+            f"{where} is annotated as {kind}, which a config cannot hold; use bool, int, float, "
+            "str, Literal, a path, a dataclass, or a tuple or list of these."
+        )
     if not isinstance(data, str):
         raise InputError(f"{where} is {data!r:.200}; it must be a string.")
     return as_path(data)  # a path or a URL

@@ -275,6 +275,21 @@ def test_annotations_of_a_file_may_be_texts():
     assert written["objective"][0]["factor"] == 2.0
 
 
+def test_a_part_may_contain_dataclasses_and_no_dicts():
+    path = write("Nested", "nested_loss.py")
+    inner = "@dataclass(frozen=True)\nclass Inner:\n    size: int = 1\n\n@dataclass(frozen"
+    text = path.read_text().replace("@dataclass(frozen", inner, 1)
+    path.write_text(text + "    inner: Inner = Inner()\n    table: dict | None = None\n")
+    parts.load("nested_loss.py")
+    written = to_dict(config_with("nested_loss", "Nested"))
+    assert written["objective"][0]["inner"] == {"type": "Inner", "size": 1}
+    parts.check(written, "config.json")
+    assert to_dict(from_dict(Config, written)) == written
+    written["objective"][0]["table"] = {}
+    with pytest.raises(InputError, match=r"objective\[0\].table .* annotated as .*dict"):
+        from_dict(Config, written)
+
+
 def test_the_flag_is_taken_out_of_any_position():
     args = ["--import", "a", "plan", "x.py", "--import=b.py", "--json", "--import", "c"]
     assert arguments.without_imports(args) == (["a", "b.py", "c"], ["plan", "x.py", "--json"])
