@@ -17,7 +17,7 @@ from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.decoder import CoCaConfig
 from clip_jax.models.lora import LoRAConfig, draw, join
-from clip_jax.models.vit import ViTConfig, drop_patches
+from clip_jax.models.vit import ViTConfig, choose_patches
 from clip_jax.optim import OptimConfig
 from tests.conftest import COCA, MAMMUT, RESNET, TINY
 
@@ -133,10 +133,9 @@ def test_a_step_is_counted_as_its_config_says():
     """49 patches at 0.6 leave 20, by the tower and by the count; a locked tower sees them all."""
     plain = zoo.get("ViT-B-32")
     flip = replace(plain, vision=replace(plain.vision, patch_dropout=0.6))
-    images = jax.ShapeDtypeStruct((2, 49, 8), jnp.float32)
     keys = jax.eval_shape(functools.partial(jax.random.split, num=2), jax.random.key(0))
-    drop = functools.partial(drop_patches, count=flip.vision.kept_patches)
-    assert jax.eval_shape(drop, images, keys)[0].shape == (2, 20, 8)
+    choose = functools.partial(choose_patches, patches=49, count=flip.vision.kept_patches)
+    assert jax.eval_shape(choose, keys)[0].shape == (2, 20)
 
     def step(model, *locked):
         return flops.of_step(Config(model=model, batch_size=8, optim=OptimConfig(locked=locked)))

@@ -268,20 +268,18 @@ class ViTConfig(ImageTowerConfig):
         return ends + blocks + HEADS[self.pool].operations(self, embed_dim, tokens, training)
 
 
-def drop_patches(
-    x: Float[Array, "B L D"], keys: Key[Array, " B"], count: int, length: Lengths = None
-) -> tuple[Float[Array, "B l D"], Lengths]:
-    """Keep a random choice of each image's patches, which depends on its key only.
+def choose_patches(
+    keys: Key[Array, " B"], patches: int, count: int, length: Lengths = None
+) -> tuple[Int[Array, "B l"], Lengths]:
+    """Choose at random which of each image's patches are kept; it depends on its key only.
 
     With `length`, the valid patches of each image, the same share of these is kept, first.
     """
-    patches = x.shape[1]
     noise = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
     if length is not None:
         noise = jnp.where(jnp.arange(patches) < length[:, None], noise, jnp.inf)
         length = jnp.clip(jnp.round(length * (count / patches)).astype(jnp.int32), 1, count)
-    indices = jnp.argsort(noise, axis=1)[:, :count]  # top_k would gather from all devices
-    return jnp.take_along_axis(x, indices[:, :, None], axis=1), length
+    return jnp.argsort(noise, axis=1)[:, :count], length  # top_k would gather from all devices
 
 
 def resize_positions(
@@ -411,21 +409,11 @@ class ViT(nn.Module):
             bias = named("-", nn.initializers.zeros)
             self.proj_bias = self.param("proj_bias", bias, (self.embed_dim,))
 
-    def attended(
-        self, length: Lengths, keys: Key[Array, " B"] | None, count: int
-    ) -> Lengths | attention.Rotation:
-        """Return what all blocks get; with `keys`, patches were dropped but for `count`."""
-        if (tables := self.config.rotation()) is None:
-            return length
+    def keep(self, x: Float[Array, "B L D"], chosen: Int[Array, "B k"]) -> Float[Array, "B l D"]:
+        """Keep the chosen patches, and all tokens before those of the patches."""
         extra = self.config.extra_tokens
-
-        def of_kept(x: Float[Array, "L K"]) -> Float[Array, "*B l K"]:
-            if keys is None:
-                return x
-            x = jnp.broadcast_to(x, (len(keys), *x.shape))  # the same choice of patches again
-            return jnp.concatenate([x[:, :extra], drop_patches(x[:, extra:], keys, count)[0]], 1)
-
-        return attention.Rotation(*(of_kept(jnp.asarray(table)) for table in tables))
+        patches = jnp.take_along_axis(x[:, extra:], chosen[:, :, None], axis=1)
+        return jnp.concatenate([x[:, :extra], patches], axis=1)
 
     def __call__(
         self,
@@ -451,7 +439,7 @@ class ViT(nn.Module):
         c = self.config
         c.image_spec.check(images)
         patch, table, extra = c.patch_size, self.positional_embedding, c.extra_tokens
-        length, count = None, 0
+        length = None
         if extra > (first := c.extra_positions):  # tokens without positions
             none = jnp.zeros((extra - first, c.width))
             table = jnp.concatenate([table[:first], none, table[first:]])
@@ -475,15 +463,19 @@ class ViT(nn.Module):
             token = jnp.broadcast_to(token, (x.shape[0], extra, c.width))
             x = jnp.concatenate([token, x], axis=1)
         x = x + table.astype(x.dtype)
-        keys = keys if c.patch_dropout else None
-        if keys is not None:
-            count = max(round((x.shape[1] - extra) * (1 - c.patch_dropout)), 1)
-            patches, length = drop_patches(x[:, extra:], keys, count, length)
-            x = jnp.concatenate([x[:, :extra], patches], axis=1)
+        rotation = c.rotation()
+        if keys is not None and c.patch_dropout:
+            patches = x.shape[1] - extra
+            count = max(round(patches * (1 - c.patch_dropout)), 1)
+            chosen, length = choose_patches(keys, patches, count, length)
+            x = self.keep(x, chosen)
+            of_images = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(x), *a.shape)), rotation)
+            rotation = jax.tree.map(lambda a: self.keep(a, chosen), of_images)
         if c.pre_norm:
             x = self.ln_pre(x)
         length = None if length is None else length + extra
-        x, every = self.transformer(x, self.attended(length, keys, count), collect=collect)
+        attended = length if rotation is None else attention.Rotation(*map(jnp.asarray, rotation))
+        x, every = self.transformer(x, attended, collect=collect)
         return join_tokens(x, length), every
 
     def pool_and_tokens(self, tokens: ImageTokens) -> tuple[Float[Array, "B E"], ImageTokens]:

@@ -16,7 +16,7 @@ from clip_jax.models.images import NaFlex, Patches, concatenate, zeros
 from clip_jax.models.layers import apart
 from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
-from clip_jax.models.vit import ViTConfig, drop_patches, resize_positions
+from clip_jax.models.vit import ViTConfig, choose_patches, resize_positions
 from tests.conftest import batch, decode_text, parameters
 
 # ------------------------------------------------------------------ positions
@@ -226,19 +226,17 @@ def test_token_by_token_gives_the_same_logits(name):
 def test_patch_dropout_keeps_each_images_own_share():
     """Of its valid patches, each once and equally often; an image keeps at least one."""
     lengths, draws, kept = np.array([24, 9, 7, 1], np.int32), 400, 12
-    numbers = jnp.broadcast_to(jnp.arange(1.0 * LENGTH)[:, None], (len(lengths), LENGTH, 1))
 
     @jax.jit
     def draw(key):
-        return drop_patches(
-            numbers, jax.random.split(key, len(lengths)), kept, jnp.asarray(lengths)
-        )
+        keys = jax.random.split(key, len(lengths))
+        return choose_patches(keys, LENGTH, kept, jnp.asarray(lengths))
 
     chosen, counts = jax.vmap(draw)(jax.random.split(jax.random.key(0), draws))
-    assert chosen.shape == (draws, len(lengths), kept, 1)
+    assert chosen.shape == (draws, len(lengths), kept)
     for i, (length, count) in enumerate(zip(lengths, (12, 4, 4, 1), strict=True)):
         np.testing.assert_array_equal(counts[:, i], count)  # halves go to the even number
-        valid = np.sort(chosen[:, i, :count, 0], axis=1).astype(int)
+        valid = np.sort(chosen[:, i, :count], axis=1)
         assert valid.max() < length
         assert (np.diff(valid, axis=1) > 0).all()
         often = np.bincount(valid.ravel(), minlength=length) / draws
