@@ -75,8 +75,8 @@ def load(name: str) -> None:
 def _load_file(path: Path) -> None:
     file = str(path.absolute())
     if (loaded := sys.modules.get(path.stem)) is None:
+        sys.path.append(os.path.dirname(file))  # of modules that the file imports
         run_file(path, registered=True)
-        sys.path.append(os.path.dirname(file))
     elif (origin := getattr(loaded, "__file__", None)) != file:
         raise InputError(
             f"--import {path}: a module {path.stem!r} was imported already, from "

@@ -275,6 +275,13 @@ def test_annotations_of_a_file_may_be_texts():
     assert written["objective"][0]["factor"] == 2.0
 
 
+def test_a_file_imports_modules_beside_it():
+    write("Beside", "elsewhere/beside_loss.py")
+    Path("elsewhere/all_losses.py").write_text("from beside_loss import Beside")
+    parts.load("elsewhere/all_losses.py")
+    assert "Beside" in [kind.__name__ for kind in parts.of_users()]
+
+
 def test_a_part_may_contain_dataclasses_and_no_dicts():
     path = write("Nested", "nested_loss.py")
     inner = "@dataclass(frozen=True)\nclass Inner:\n    size: int = 1\n\n@dataclass(frozen"
