@@ -1,7 +1,6 @@
 """Text towers BERT, RoBERTa and XLM-RoBERTa, in open_clip and in AltCLIP and ChineseCLIP."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -199,13 +198,7 @@ def _write(config: CLIPConfig, model_type: str) -> dict[str, Any]:
     return hugging_face_clip.projected(model_type, vision, words, config.embed_dim)
 
 
-def _family(
-    name: str,
-    model_type: str,
-    prefix: str,
-    default: BertConfig,
-    from_file: Callable[[Tensors, Settings, str], Tensors] = lambda tensors, *_: tensors,
-) -> Family:
+def _family(class_name: str, model_type: str, prefix: str, default: BertConfig) -> Family:
     """Return the row of a class, whose text tower has this default and this prefix of tensors."""
     tower = Convention(names=((r"^text/", f"{prefix}/"),))
     assumptions: Assumptions = {
@@ -220,14 +213,13 @@ def _family(
         return isinstance(text, BertConfig) and (text.head == "norm") == (default.head == "norm")
 
     return Family(
-        name=name,
+        class_name=class_name,
         model_type=model_type,
         fits=fits,
         assumptions=lambda weights: assumptions,
         convention=_TOWER + _CLASSES + tower + hugging_face_family.convention("text_projection"),
         read=functools.partial(_read, default=default),
-        write=functools.partial(_write, model_type=model_type),
-        from_file=from_file,
+        write=_write,
     )
 
 
@@ -238,5 +230,7 @@ def _renamed(tensors: Tensors, *_: Any) -> Tensors:
 
 
 _CHINESE = _text("ChineseCLIP-ViT-B-16", vocab_size=30_522)
-ALTCLIP = _family("AltCLIP", "altclip", "text_model/roberta", _text("AltCLIP"), _renamed)
-CHINESE_CLIP = _family("ChineseCLIP", "chinese_clip", "text_model", _CHINESE)
+ALTCLIP = replace(
+    _family("AltCLIPModel", "altclip", "text_model/roberta", _text("AltCLIP")), from_file=_renamed
+)
+CHINESE_CLIP = _family("ChineseCLIPModel", "chinese_clip", "text_model", _CHINESE)

@@ -184,7 +184,7 @@ def infer(arrays: Tensors, source: str) -> CLIPConfig:
 
 
 def _tower(arrays: Tensors, blocks: str, width: int, source: str) -> dict[str, Any]:
-    query = f"{blocks}/MultiHeadDotProductAttention_0/query/kernel"
+    query = f"{blocks}/{_ATTENTION}/query/kernel"
     depth, _, heads, _ = shape_of(arrays, query, 4, source)
     hidden = shape_of(arrays, f"{blocks}/MlpBlock_0/Dense_0/kernel", 3, source)[2]
     ratio = mlp_ratio(width, hidden)

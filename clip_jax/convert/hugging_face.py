@@ -83,7 +83,7 @@ def _rows_of(config: CLIPConfig, tower: Tower | None) -> list[Row]:
 def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`."""
     family = family_of(weights.config)
-    settings = family.write(weights.config)
+    settings = family.write(weights.config, family.model_type)
     for model_type, alone in _ALONE.items():
         if alone.tower == weights.only_tower:
             section = settings[f"{alone.field}_config"] | {"model_type": model_type}
@@ -181,7 +181,8 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
 def _rounded(weights: Weights, dtype: DType | None) -> Params:
     """Return the parameters in a file, of which some are never rounded."""
     exact = {name: weights.params[name] for name in family_of(weights.config).exact}
-    return rounded(weights, dtype) | exact if exact else rounded(weights, dtype)
+    params = rounded(weights, dtype)
+    return params | exact if exact else params
 
 
 def outputs(

@@ -94,21 +94,15 @@ def _is_metaclip_2(config: CLIPConfig) -> bool:
     return config.text.pool == "eos" and config.text.tokenizer.file != "clip"
 
 
-METACLIP_2 = Family(
-    name="MetaClip2",
-    model_type="metaclip_2",
-    fits=_is_metaclip_2,
-    assumptions=_assumptions,
-    convention=hugging_face_family.convention("text_projection"),
-    read=_read,
-    write=lambda config: _write(config, "metaclip_2"),
-)
 CLIP = Family(
-    name="CLIP",
+    class_name="CLIPModel",
     model_type="clip",
     fits=lambda config: True,  # the last family, whose name is that of errors
     assumptions=_assumptions,
     convention=hugging_face_family.convention("text_projection"),
     read=_read,
-    write=lambda config: _write(config, "clip"),
+    write=_write,
+)
+METACLIP_2 = replace(
+    CLIP, class_name="MetaClip2Model", model_type="metaclip_2", fits=_is_metaclip_2
 )

@@ -22,7 +22,7 @@ from clip_jax.models.layers import Activation
 class Family:
     """Models of one class of transformers."""
 
-    name: str  # of the class, without the ending Model
+    class_name: str
     model_type: str  # in config.json
     fits: Callable[[CLIPConfig], bool]  # whether a model is written as this class
     assumptions: Callable[[Weights], Assumptions]
@@ -30,17 +30,14 @@ class Family:
     # Returns the architecture, given the content and the path of config.json. Its tokenizer is that
     # of a folder without such files. Raises InputError for an option that we do not have.
     read: Callable[[dict[str, Any], Path], CLIPConfig]
-    write: Callable[[CLIPConfig], dict[str, Any]]  # the inverse, without class, model_type, dtype
+    # The inverse, without class, model_type and dtype; it is also given the model_type.
+    write: Callable[[CLIPConfig, str], dict[str, Any]]
     processor: str = "CLIP"  # class of the image processor, without the ending ImageProcessor
     # Change the tensors on the file's side of the convention; `from_file` is also given the content
     # of config.json and the name of the file, `to_file` the architecture.
     from_file: Callable[[Tensors, Settings, str], Tensors] = lambda tensors, *_: tensors
     to_file: Callable[[Tensors, CLIPConfig], Tensors] = lambda tensors, _: tensors
     exact: tuple[str, ...] = ()  # parameters that are never rounded
-
-    @property
-    def class_name(self) -> str:
-        return f"{self.name}Model"
 
 
 # ------------------------------------------------------------------ names of tensors

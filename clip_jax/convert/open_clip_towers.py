@@ -19,7 +19,7 @@ from clip_jax.models.clip import CLIPConfig, Text, Vision
 from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.text import Pool, TextConfig
+from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 
 
@@ -33,8 +33,8 @@ class TowerFamily:
     # an option that we do not have.
     read: Callable[[Settings, bool], Any]
     write: Callable[[Any], dict[str, Any]]  # the section, without the tokenizer
-    convention: Callable[[Any], Convention]
-    assumptions: Callable[[CLIPConfig], Assumptions]
+    convention: Callable[[Any], Convention] = lambda tower: Convention()
+    assumptions: Callable[[CLIPConfig], Assumptions] = lambda config: {}
     is_custom: bool = False  # whether open_clip needs the class with both towers apart
 
 
@@ -116,7 +116,6 @@ TIMM = TowerFamily(
     read=_read_timm,
     write=_write_timm,
     convention=lambda vision: timm.family_named(vision).convention,
-    assumptions=lambda config: {},
     is_custom=True,
 )
 
@@ -170,8 +169,6 @@ RESNET = TowerFamily(
     describes=lambda section: isinstance(section.values.get("layers"), list),
     read=_read_resnet,
     write=_write_resnet,
-    convention=lambda vision: Convention(),
-    assumptions=lambda config: {},
 )
 
 
@@ -243,7 +240,6 @@ VIT = TowerFamily(
     describes=lambda section: True,
     read=_read_vit,
     write=_write_vit,
-    convention=lambda vision: Convention(),
     assumptions=_vit_assumptions,
 )
 IMAGE_TOWERS = (TIMM, RESNET, VIT)
@@ -264,13 +260,12 @@ _TEXT: Table = {
 
 
 def _read_text(section: Settings, quick_gelu: bool) -> TextConfig:
-    pools: dict[str, Pool] = {"argmax": "argmax", "eos": "eos", "last": "last"}
     pool = section.get("pool_type", "argmax", str)
     correct = section.get("correct_cls_mask", False, bool)
     is_coca = section.get("embed_cls", False, bool)
     eos = section.count("eos_id", 2)
     projection = section.get("proj_type", "linear", str)
-    if pool not in pools or projection not in ("linear", "none"):
+    if pool not in ("argmax", "eos", "last") or projection not in ("linear", "none"):
         raise InputError(
             f"{section.where}: pool_type={pool!r:.99} with proj_type="
             f"{projection!r:.99} is not supported."
@@ -278,7 +273,7 @@ def _read_text(section: Settings, quick_gelu: bool) -> TextConfig:
     return TextConfig(
         **section.fields(_TEXT),
         causal=not section.get("no_causal_mask", False, bool),
-        pool="class_token" if is_coca else pools[pool],
+        pool="class_token" if is_coca else pool,
         correct_class_mask=correct or not is_coca,
         eos_token_id=eos if pool == "eos" else TextConfig.eos_token_id,
         projection=projection == "linear",

@@ -96,15 +96,14 @@ def _read(
     )
 
 
-def _write(config: CLIPConfig) -> dict[str, Any]:
+def _write(config: CLIPConfig, model_type: str) -> dict[str, Any]:
     vision = hugging_face_family.tower_settings(IMAGE, config.vision)
     text = hugging_face_family.tower_settings(TEXT, config.text)
     text["projection_size"] = config.embed_dim
     if config.vision.is_naflex:
         del vision["image_size"]
         vision["num_patches"] = config.vision.grid**2
-        return hugging_face_family.with_types("siglip2", vision, text)
-    return hugging_face_family.with_types("siglip", vision, text)
+    return hugging_face_family.with_types(model_type, vision, text)
 
 
 def _to_file(tensors: Tensors, config: CLIPConfig) -> Tensors:
@@ -117,7 +116,7 @@ def _to_file(tensors: Tensors, config: CLIPConfig) -> Tensors:
 
 
 SIGLIP = Family(
-    name="Siglip",
+    class_name="SiglipModel",
     model_type="siglip",
     fits=lambda config: _is_siglip(config) and not config.vision.is_naflex,
     assumptions=assumptions,
@@ -128,7 +127,7 @@ SIGLIP = Family(
     to_file=_to_file,
 )
 SIGLIP_2 = Family(
-    name="Siglip2",
+    class_name="Siglip2Model",
     model_type="siglip2",
     fits=lambda config: _is_siglip(config) and config.vision.is_naflex,
     assumptions=assumptions,

@@ -87,7 +87,7 @@ def _read(content: dict[str, Any], path: Path) -> CLIPConfig:
     )
 
 
-def _write(config: CLIPConfig) -> dict[str, Any]:
+def _write(config: CLIPConfig, _: str) -> dict[str, Any]:
     return {
         "vision_config": by_table(_IMAGE, config.vision),
         "text_config": by_table(_TEXT, config.text),
@@ -109,15 +109,14 @@ def _from_file(tensors: Tensors, settings: Settings, source: str) -> Tensors:
 
 def _to_file(tensors: Tensors, _: CLIPConfig) -> Tensors:
     """Undo `_from_file`, with zeros for pre-training's mask token."""
-    none = tensors["vision_encoder.cls_token"][:, :0]
-    tensors = {_REGISTERS: none} | tensors
-    temperature = np.exp(-np.asarray(tensors[_TEMPERATURE], np.float32))
     token = tensors["vision_encoder.cls_token"]
+    tensors = {_REGISTERS: token[:, :0]} | tensors
+    temperature = np.exp(-np.asarray(tensors[_TEMPERATURE], np.float32))
     return tensors | {_TEMPERATURE: temperature, _MASK: np.zeros_like(token[0])}
 
 
 TIPS = Family(
-    name="Tipsv2",
+    class_name="Tipsv2Model",
     model_type="tipsv2",
     fits=lambda config: isinstance(config.vision, TipsConfig),
     assumptions=lambda weights: _ASSUMPTIONS,
