@@ -11,13 +11,15 @@ from typing import Any
 from clip_jax.convert.settings import count_of, number_of, read_json, write_json
 from clip_jax.data.images import Interpolation, Preprocess
 from clip_jax.errors import InputError, naming
+from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD
 from clip_jax.serialize import from_dict, to_dict
 
 CONFIG_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
 _RESAMPLE: dict[Interpolation, int] = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
-_HALF = (0.5, 0.5, 0.5)
-_SIGLIP = Preprocess(mean=_HALF, std=_HALF, resize_mode="squash", rules="transformers")
+_SIGLIP = Preprocess(
+    mean=INCEPTION_MEAN, std=INCEPTION_STD, resize_mode="squash", rules="transformers"
+)
 # Defaults of the classes of transformers.
 _CLASSES = {
     "CLIP": Preprocess(rules="transformers"),

@@ -14,7 +14,7 @@ from clip_jax.convert.tensor_files import Tensors
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
-from clip_jax.models.clip import CLIPConfig, Params, parameters
+from clip_jax.models.clip import CLIPConfig, Params, Vision, parameters
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.optim import Tower
 from clip_jax.storage.files import AnyPath
@@ -73,10 +73,14 @@ def default_preprocess(config: CLIPConfig, like: Preprocess | None = None) -> Pr
     vision = config.vision
     size, mean, std = vision.image_size, config.image_mean, config.image_std
     preprocess = replace(like or Preprocess(), image_size=size, mean=mean, std=std)
-    if not vision.is_naflex:
-        return preprocess
+    return _for_naflex(preprocess, vision) if vision.is_naflex else preprocess
+
+
+def _for_naflex(preprocess: Preprocess, vision: Vision) -> Preprocess:
+    """Return preprocessing with the sizes of a NaFlex tower."""
     return replace(
         preprocess,
+        image_size=vision.image_size,
         resize_mode="naflex",
         max_patches=vision.max_patches,
         patch_size=vision.patch_size,
@@ -181,7 +185,9 @@ def with_input(
     if weights.only_tower == "text":
         return weights
     if tokens is not None:
-        return _with_tokens(weights, tokens)
+        vision = vision.with_max_patches(tokens)
+        config = replace(weights.config, vision=vision)
+        return replace(weights, config=config, preprocess=_for_naflex(preprocess, vision))
     if image_size is None or (image_size == vision.image_size and not is_naflex):
         return weights
     vision = vision.with_image_size(image_size)
@@ -232,15 +238,3 @@ def at_length(weights: Weights, tokens: int | None, path: str | AnyPath) -> Weig
             f"clip-jax convert {path} NEW --to clip-jax --tokens {tokens}."
         )
     return with_input(weights, tokens=tokens)
-
-
-def _with_tokens(weights: Weights, tokens: int) -> Weights:
-    vision = weights.config.vision.with_max_patches(tokens)
-    preprocess = replace(
-        weights.preprocess,
-        image_size=vision.image_size,
-        resize_mode="naflex",
-        max_patches=tokens,
-        patch_size=vision.patch_size,
-    )
-    return replace(weights, config=replace(weights.config, vision=vision), preprocess=preprocess)
