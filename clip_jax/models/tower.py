@@ -316,10 +316,10 @@ class TextTowerConfig(TowerConfig, Part):
     def begin_id(self) -> int | None:
         """The id before each text; in CLIP's vocabulary the last but one."""
         is_clip = self.tokenizer.file == "clip"
-        return self.clip_vocab_size - 2 if is_clip else self.tokenizer.begin_id
+        return self.end_of_text_id - 1 if is_clip else self.tokenizer.begin_id
 
     @property
     def end_id(self) -> int | None:
         """The id after each text; in CLIP's vocabulary the last."""
         is_clip = self.tokenizer.file == "clip"
-        return self.clip_vocab_size - 1 if is_clip else self.tokenizer.end_id
+        return self.end_of_text_id if is_clip else self.tokenizer.end_id
