@@ -85,7 +85,7 @@ def _load_file(path: Path) -> None:
 
 
 def run_file(path: Path, *, registered: bool = False) -> ModuleType:
-    """Run a Python file as a module, and remember the path as the name of its parts.
+    """Run a Python file as a module, and remember the path as the name of its parts, if any.
 
     If it is to be `registered`, Python knows the module by the file's name: worker processes import
     it again, and annotations that are texts are looked up in it. Errors in the file become
@@ -105,7 +105,9 @@ def run_file(path: Path, *, registered: bool = False) -> ModuleType:
         if registered:
             del sys.modules[path.stem]
         raise
-    _NAMES[path.stem] = str(path)
+    classes = (x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Part))
+    if registered or any(kind.__module__ == path.stem for kind in classes):
+        _NAMES[path.stem] = str(path)
     return module
 
 

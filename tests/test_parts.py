@@ -275,6 +275,14 @@ def test_annotations_of_a_file_may_be_texts():
     assert written["objective"][0]["factor"] == 2.0
 
 
+def test_a_config_without_parts_does_not_name_a_module_of_its_name():
+    write("Same", f"{DIGITS.stem}.py")
+    parts.load(DIGITS.stem)
+    kind = vars(sys.modules[DIGITS.stem])["Same"]
+    load_config(DIGITS)
+    assert parts.origin(kind) == DIGITS.stem
+
+
 def test_a_file_imports_modules_beside_it():
     write("Beside", "elsewhere/beside_loss.py")
     Path("elsewhere/all_losses.py").write_text("from beside_loss import Beside")
