@@ -30,14 +30,14 @@ def test_missing_fields_take_defaults():
         ({"embed_dims": 512}, r"config has unknown fields \['embed_dims'\]; CLIPConfig has embed"),
         ({"embed_dim": True}, r"config.embed_dim is True; it must be of type int"),
         ({"dtype": "float16"}, r"config.dtype is 'float16'; it must be one of \['float32'"),
-        ({"vision": {"width": 768}}, r"config.vision.type is None; it must be one of \['ConvNeXt"),
+        ({"vision": {"width": 768}}, r"config.vision.type is None; it must be one of .*'ConvNeXt"),
         (
             {"vision": {"type": ["ViTConfig"]}},
             r"config.vision.type is \['ViTConfig'\]; it must be one",
         ),
         (
             {"text": {"type": "ViTConfig"}},
-            r"config.text.type is 'ViTConfig'; it must be one of \['Bert",
+            r"config.text.type is 'ViTConfig'; it must be one of .*'Bert",
         ),
         (
             {"text": {"type": "TextConfig", "width": 100, "num_heads": 3}},
