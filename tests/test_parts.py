@@ -291,12 +291,12 @@ def test_a_file_imports_modules_beside_it():
 
 
 def test_a_part_may_contain_dataclasses_and_no_dicts():
-    path = write("Nested", "nested_loss.py")
+    path = write("Boxed", "nested_loss.py")
     inner = "@dataclass(frozen=True)\nclass Inner:\n    size: int = 1\n\n@dataclass(frozen"
     text = path.read_text().replace("@dataclass(frozen", inner, 1)
     path.write_text(text + "    inner: Inner = Inner()\n    table: dict | None = None\n")
     parts.load("nested_loss.py")
-    written = to_dict(config_with("nested_loss", "Nested"))
+    written = to_dict(config_with("nested_loss", "Boxed"))
     assert written["objective"][0]["inner"] == {"type": "Inner", "size": 1}
     parts.check(written, "config.json")
     assert to_dict(from_dict(Config, written)) == written
