@@ -197,8 +197,17 @@ class Evaluations:
     """A run's evaluators: each runs every `every_steps` steps, and all run at the last step."""
 
     def __init__(self, configs: Sequence[Any], steps: int) -> None:
-        """`configs` have `make() -> Evaluator`; `steps` is the length of the run."""
+        """`configs` have `make() -> Evaluator`; `steps` is the length of the run.
+
+        Raises InputError for an evaluator that would run every 0 steps.
+        """
         self._evaluators: list[Evaluator] = [config.make() for config in configs]
+        for evaluator in self._evaluators:
+            if evaluator.every_steps < 1:
+                raise InputError(
+                    f"{type(evaluator).__name__} has every_steps={evaluator.every_steps}; it must "
+                    "be at least 1: change it in the evaluator's config."
+                )
         self._steps = steps
         self._results: dict[int, set[str]] = {}  # metrics that each evaluator yielded
 

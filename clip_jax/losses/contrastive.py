@@ -279,11 +279,12 @@ def choose_form(
     config: Contrastive, batch: int, embed_dim: int, shards: int, teachers: Sequence[int] = ()
 ) -> Form:
     """Resolve `auto`: dense if a device's logits fit the budget, blocked if embeddings do, with
-    those of teachers of the given widths."""
+    those of prefixes, and of teachers of the given widths."""
     budget = config.budget_mib * 2**20 / 4  # float32s
     if config.form != "auto":
         return config.form
-    if batch**2 // shards * (1 + len(teachers)) <= budget:
+    matrices = 1 + len(config.widths) + len(teachers)
+    if batch**2 // shards * matrices <= budget:
         return "dense"
     width = embed_dim + sum(teachers)
     return "blocked" if batch * width <= budget or shards == 1 else "ring"

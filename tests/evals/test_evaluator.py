@@ -93,6 +93,12 @@ def test_each_has_its_turn_and_all_at_the_last_step():
     assert Evaluations([Named(2, {}, ("x", "y")), Fixed(1, {})], 1).measured() == ["x", "y"]
 
 
+@pytest.mark.parametrize("every", [0, -1])
+def test_an_evaluator_runs_every_step_at_most(every):
+    with pytest.raises(InputError, match=f"Fixed has every_steps={every}; it must be at least 1"):
+        Evaluations([Fixed(every, {})], 1)
+
+
 def test_the_tables_of_a_second_suite_have_a_folder_of_their_own():
     """Both write results.csv; the first suite's would be lost."""
     suites = [Named(1, {}, (name,)) for name in ("a", "b", "c")]

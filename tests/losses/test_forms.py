@@ -48,6 +48,12 @@ def test_auto_takes_dense_then_blocked_then_ring() -> None:
         assert choose_form(config, batch, 512, devices) == form
     assert choose_form(SigmoidConfig(form="ring"), 8, 8, 1) == "ring"
 
+    class WithPrefixes(SoftmaxConfig):
+        widths = (8, 64)  # each has a matrix of its own
+
+    assert choose_form(WithPrefixes(budget_mib=256), 4096, 512, 1) == "dense"
+    assert choose_form(WithPrefixes(budget_mib=256), 8192, 512, 1) == "blocked"
+
 
 class Device:
     """What the mesh and the ring ask of a TPU device."""
