@@ -210,6 +210,11 @@ def contrastive_loss(
         logit_bias = jnp.zeros_like(logit_scale)
     if logit_bias is None:
         raise ValueError(f"{type(config).__name__} needs logit_bias, but got None.")
+    if len(teachers) != len(config.teachers):
+        raise ValueError(
+            f"{type(config).__name__} has {len(config.teachers)} teachers, but got the embeddings "
+            f"of {len(teachers)}."
+        )
     if config.mask_same_caption and caption_ids is None:
         raise ValueError("mask_same_caption=True needs caption_ids, but got None.")
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)

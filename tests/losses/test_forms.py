@@ -153,6 +153,8 @@ def test_captions_are_numbered_like_numpy_unique() -> None:
 
 def test_invalid_input_is_named(mesh: Mesh) -> None:
     x, scale = jnp.eye(12), jnp.float32(10)
+    with pytest.raises(ValueError, match=r"SoftmaxConfig has 0 teachers, but got .* of 1"):
+        contrastive_loss(SoftmaxConfig(), x, x, jnp.float32(1), teachers=[(x, x)])
     with pytest.raises(ValueError, match="SigmoidConfig needs logit_bias"):
         contrastive_loss(SigmoidConfig(), x, x, scale)
     with pytest.raises(ValueError, match="caption_ids"):

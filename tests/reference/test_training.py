@@ -12,6 +12,7 @@ import torch
 from clip_jax import sharding
 from clip_jax.convert import open_clip as conversion
 from clip_jax.convert import open_clip_config
+from clip_jax.convert.on_demand import loaded
 from clip_jax.convert.openai import read as read_openai_names
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.convert.weights import Weights
@@ -113,7 +114,7 @@ def test_the_same_training(open_clip, name):
         weights = read_openai_names(tensors, "open_clip", activation=config.text.activation)
 
     theirs = train_there(open_clip, config, optim, model)
-    ours, trained = train_here(config, optim, weights.params)
+    ours, trained = train_here(config, optim, loaded(weights.params))
     assert np.abs(np.divide(ours, theirs) - 1).max() <= 1e-4
 
     for key, expected in model.state_dict().items():
