@@ -154,8 +154,13 @@ def fields() -> Iterator[tuple[type, str, Any]]:
 
 
 def row_of(rows: dict[str, Row], kind: type, field: str) -> Row:
-    """The row of a field, in the table of its class or of one that inherits it."""
-    kinds = [kind, *(x for x in config_classes() if kind in x.__mro__), *kind.__mro__]
+    """The row of a field, in the table of its class or of one that inherits it as it is."""
+
+    def source(x: type) -> type:
+        return next(y for y in x.__mro__ if field in vars(y).get("__annotations__", {}))
+
+    heirs = [x for x in config_classes() if kind in x.__mro__ and source(x) is source(kind)]
+    kinds = [kind, *heirs, *kind.__mro__]
     names = [f"{x.__name__}.{field}" for x in kinds]
     assert set(names) & set(rows), f"no table has {kind.__name__}.{field}"
     return next(rows[name] for name in names if name in rows)
