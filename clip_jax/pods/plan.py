@@ -79,7 +79,7 @@ class Memory:
     """Memory of one device."""
 
     fits: bool
-    hbm_bytes: float  # that a run may use
+    hbm_bytes: float  # memory of one device that a run may use
     bytes_per_device: dict[str, int]  # by part, and the total
     token_embedding_bytes: dict[str, int]  # its part of parameters and optimizer
     frozen_bytes: int  # parameters of frozen models, a part of the terms

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -92,6 +93,8 @@ def test_scripts_and_data_in_pages_are_well_formed(tmp_path):
                 list(yaml.safe_load_all(block.text))
             elif block.language == "json":
                 json.loads(block.text)
+            elif block.language == "toml":
+                tomllib.loads(block.text)
             else:
                 assert block.language in ("text", "python", "console", "bibtex", "js"), (
                     page,
