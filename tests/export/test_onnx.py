@@ -13,6 +13,7 @@ from clip_jax.convert import image_processor
 from clip_jax.convert.verify import our_outputs, relative_difference
 from clip_jax.errors import InputError
 from clip_jax.export import towers
+from clip_jax.export.graph import Graph
 from clip_jax.export.onnx import other_ids, outputs, write
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TokenizerConfig
@@ -197,7 +198,7 @@ def test_a_class_that_extends_a_built_in_tower_is_not_exported_as_that():
         def onnx(self, graph, inputs):
             return f"features of {inputs}"
 
-    graph = mock.Mock(computed=str, exact=str)
+    graph = mock.Mock(spec=Graph, computed=str, exact=str)
     assert towers.image_tower(graph, CLIPConfig(vision=Described()), "x") == "features of x"
     with pytest.raises(InputError, match="Other has no form in ONNX"):
         towers.image_tower(graph, CLIPConfig(vision=Other()), "x")
