@@ -189,7 +189,7 @@ def of_users(bases: Iterable[type] = (Part,)) -> list[type]:
     return list(newest.values())
 
 
-def _is_part(kind: type) -> bool:
+def _is_part(kind: Any) -> bool:
     if "__dataclass_fields__" not in vars(kind) or inspect.isabstract(kind):
         return False
     return not kind.__name__.startswith("_") and "<locals>" not in kind.__qualname__

@@ -40,6 +40,7 @@ class Packed:
     """At most LENGTH patches, in about the shape of the image."""
 
     side: int = 4 * PATCH
+    max_patches = None
 
     def fit(self, width, height):
         rows = max(1, min(LENGTH, math.floor(math.sqrt(LENGTH * height / width))))
@@ -59,6 +60,9 @@ class Packed:
             jax.ShapeDtypeStruct((batch_size, 2), jnp.int32),
             jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         )
+
+    def check(self, images):
+        assert images.pixels.shape[1:] == (LENGTH, PATCH * PATCH * 3)
 
 
 class PackedTower(nn.Module):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -124,9 +125,9 @@ def rates_of(config: CLIPConfig) -> dict[str, np.ndarray]:
     """Return the learning rates of a model's parameters, where each layer's are half the next's."""
     rows = config.dimensions()
 
-    def ones(path: str) -> np.ndarray:  # one number, of a stack one for each layer
+    def ones(path: str) -> jax.Array:  # one number, of a stack one for each layer
         sizes = zip(rows[path].split(), parameters(config)[path].value.shape, strict=True)
-        return np.ones([size if name == "depth" else 1 for name, size in sizes], np.float32)
+        return jnp.ones([size if name == "depth" else 1 for name, size in sizes], jnp.float32)
 
     updates = unflatten({path: ones(path) for path in rows})
     scaled, _ = scale_layers(0.5, rows, config.layers_from).update(updates, optax.EmptyState())
