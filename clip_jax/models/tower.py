@@ -2,8 +2,8 @@
 
 A tower is a frozen dataclass derived from `ImageTowerConfig` or `TextTowerConfig`, whose `module`
 returns its Flax module. The rest of the package asks these classes alone, so a new tower is one
-file. `module` and `operations` must be defined; every other answer has a default. A tower that has
-a setting of the list "fixed" defines it as a field or a property.
+file. `module` and `operations` must be defined; every other answer has a default, which a tower may
+replace by a field or a property.
 """
 
 from collections.abc import Iterable, Mapping
@@ -279,9 +279,8 @@ class TextTowerConfig(TowerConfig, Part):
 
     # Settings of some towers, fixed for all others.
     masks_padding = False  # whether padding, on the right, is neither attended to nor pooled
-    has_class_token = (
-        False  # whether the embedding is the state of a learned token after the text's
-    )
+    # Whether the embedding is the state of a learned token after the text's.
+    has_class_token = False
     writes_captions = False  # whether it is a `TextTransformer` that caption decoders can extend
 
     def module(self, **options: Any) -> nn.Module:
