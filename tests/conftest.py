@@ -47,7 +47,7 @@ from clip_jax.optim import OptimConfig
 from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import State, shapes
-from tests import guard
+from tests import compilations, guard
 
 # A shell starts background jobs with SIGINT ignored, which processes inherit; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -56,6 +56,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Threefry's rounds, unrolled into every initialiser, take most of a small model's compile time.
 jax.config.update("jax_default_prng_impl", "rbg")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `tests/compilations.py`."""
+    parser.addoption("--compilations", type=Path, help="file for what JAX compiles for each test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -85,6 +90,8 @@ def pytest_configure(config: pytest.Config) -> None:
         for file in folder.glob("*"):  # most of the older ones are of code that has changed since
             if file.stat().st_mtime < time.time() - 7 * 86_400:
                 file.unlink(missing_ok=True)
+    if path := config.getoption("compilations"):
+        config.pluginmanager.register(compilations.Compilations(path))
     guard.install()
 
 
