@@ -18,7 +18,7 @@ from typing import Any
 
 # Folders of `tests/` that README's command leaves out, to which these rules do not apply; each is
 # run by a stage of `.ci/run`.
-ELSEWHERE = ("contract", "workflow", "reference", "programs")
+ELSEWHERE = ("contract", "mesh", "workflow", "reference", "programs")
 
 _LEADS_THROUGH = ("subprocess", "socket", "multiprocessing", "concurrent", "contextlib")
 _WHY = "in a unit test: see `tests/guard.py`"

@@ -1,0 +1,1 @@
+"""Whole steps on several meshes, of every family, and runs from start to end in one process."""
