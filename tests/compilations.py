@@ -1,22 +1,23 @@
-"""What JAX compiles for each test: `pytest --compilations FILE` writes it, and
+"""What JAX compiles for each test: `pytest --compilations FILE` writes it. Of such files
 
-    python -m tests.compilations FILE [FILE ...] [--rows 15]
+    python -m tests.compilations totals FILE ...
+    python -m tests.compilations table [--rows 15] FILE ...
+    python -m tests.compilations check FILE ...
 
-prints it by file of tests, and ends with exit code 1 if a unit test compiles a program of more than
-LIMIT operations. What needs a larger one belongs to a kind of tests of its own, such as
-`tests/mesh`. A program counts where a test asks for it, even if the cache of compiled programs has
-it: a fixture's counts for the first test that needs it.
+print the totals, the slowest files and tests, and the unit tests that compile a program of more
+than LIMIT operations, with which `check` ends in exit code 1: they belong to a kind of tests of
+their own, such as `tests/mesh`. A program counts where a test asks for it, even if the cache of
+compiled programs has it; a fixture's counts for the first test that needs it.
 """
 
 import argparse
 import functools
 import json
-import os
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Generator, Iterable
 from pathlib import Path
+from time import perf_counter, process_time  # before tests/guard.py replaces them
 from typing import Any
 
 import jax
@@ -44,13 +45,13 @@ class Compilations:
         @functools.wraps(compile_or_load)
         def counted(backend: Any, computation: Any, *args: Any, **kwargs: Any) -> Any:
             operations = _operations(computation)
-            began = time.perf_counter()
+            began = perf_counter()
             program = compile_or_load(backend, computation, *args, **kwargs)
             self._programs.append(
                 {
                     "name": str(computation.operation.attributes["sym_name"]).strip('"'),
                     "operations": operations,
-                    "seconds": time.perf_counter() - began,
+                    "seconds": perf_counter() - began,
                 }
             )
             return program
@@ -65,14 +66,14 @@ class Compilations:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """Write the test's line once its fixtures have ended."""
         self._programs, self._traced = [], 0.0
-        began, began_cpu = time.perf_counter(), time.process_time()
+        began, began_cpu = perf_counter(), process_time()
         try:
             return (yield)
         finally:
             row = {
                 "test": item.nodeid,
-                "seconds": time.perf_counter() - began,
-                "cpu": time.process_time() - began_cpu,
+                "seconds": perf_counter() - began,
+                "cpu": process_time() - began_cpu,
                 "traced": self._traced,
                 "programs": self._programs,
             }
@@ -128,33 +129,47 @@ def too_large(rows: Iterable[dict[str, Any]]) -> list[tuple[str, str, int]]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--rows", type=int, default=15, help="files and tests to print")
-    arguments = parser.parse_args()
-    rows = read(arguments.files)
+def print_table(rows: list[dict[str, Any]], most: int) -> None:
+    """Print the slowest files and the slowest tests."""
     table = summary(rows)
     header = ("file", "tests", "seconds", "CPU", "programs", "tracing", "compiling")
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     totals = [sum(row[column] for row in table) for column in range(1, len(header))]
-    for file, *numbers in [*table[: arguments.rows], ("all", *totals)]:
+    for file, *numbers in [*table[:most], ("all", *totals)]:
         print(f"| {file} | " + " | ".join(f"{number:.0f}" for number in numbers) + " |")
-    print("\n| slowest tests | seconds | CPU | programs | largest program |\n|---|---|---|---|---|")
-    for row in sorted(rows, key=lambda row: -row["seconds"])[: arguments.rows]:
+    print("\n| test | seconds | CPU | programs | largest program |\n|---|---|---|---|---|")
+    for row in sorted(rows, key=lambda row: -row["seconds"])[:most]:
         largest = max((program["operations"] for program in row["programs"]), default=0)
         print(
             f"| {row['test']} | {row['seconds']:.1f} | {row['cpu']:.1f} | "
             f"{len(row['programs'])} | {largest} |"
         )
-    large = too_large(rows)
-    for test, name, operations in large:
-        print(f"{test} compiles {name} with {operations} operations; a unit test's have {LIMIT}")
-    return int(bool(large))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=("totals", "table", "check"))
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--rows", type=int, default=15, help="rows of each table")
+    arguments = parser.parse_args()
+    rows = read(arguments.files)
+    programs = [program for row in rows for program in row["programs"]]
+    if arguments.verb == "totals":
+        print(
+            f"{len(rows)} tests asked for {len(programs)} programs, whose compilation or reading "
+            f"took {sum(program['seconds'] for program in programs):.0f} s"
+        )
+    elif arguments.verb == "table":
+        print_table(rows, arguments.rows)
+    else:
+        large = too_large(rows)
+        for test, name, operations in large:
+            print(f"{test} compiles {name} of {operations} operations; {LIMIT} are allowed")
+        return int(bool(large))
+    return 0
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.exit(main())
