@@ -51,7 +51,7 @@ class AverageConfig(SuiteConfig):
     curve: tuple[float, ...] = ()
     # Result to choose by, DATASET/METRIC. None: acc1 of the first data set, by a classifier if any.
     metric: str | None = None
-    ema: bool = True  # Of runs with optim.ema_decay, take the moving average of the weights.
+    ema: bool = True  # Read the moving average of the weights of runs with optim.ema_decay.
     overwrite: bool = False  # Replace an existing output.
 
     def __post_init__(self) -> None:

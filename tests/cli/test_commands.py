@@ -1,21 +1,25 @@
 """Wrong use, and how the console script starts itself."""
 
 import contextlib
+import dataclasses
+import functools
 import io
 import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
 
 from clip_jax import __main__ as console_script
 from clip_jax.cli import arguments
-from clip_jax.cli.commands import COMMANDS, demo, main
+from clip_jax.cli.commands import COMMANDS, demo, main, train
+from clip_jax.config_files import load_config
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.train import Diverged, Preempted
-from tests.conftest import ROOT
+from tests.conftest import DIGITS, ROOT
 
 SCALE = ("ladder", "collect", "choose", "fit", "plan", "relate", "report")
 
@@ -150,35 +154,56 @@ def test_the_console_script_starts_itself_once_with_huge_pages():
         execute.assert_called_once()
 
 
+# Commands with all their arguments; the help of those with few options is complete.
+SHORTENED = {
+    "train": "train configs/pairs.py",
+    "plan": "plan configs/digits.py",
+    "evaluate": "evaluate runs/x",
+    "prepare": "prepare a b",
+    "average": "average a b c",
+    "bench input": "bench input configs/pairs.py",
+    "bench step": "bench step configs/pairs.py",
+}
+
+
+def printed_help(print_it: Callable[[], object]) -> str:
+    """What a call prints without a terminal's encoding, for which boxes are drawn in ASCII."""
+    printed = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, COLUMNS="100"),
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit),
+    ):
+        print_it()
+    return printed.getvalue()
+
+
+@functools.cache
+def complete_help(command: str) -> str:
+    return printed_help(lambda: main([*command.split(), "--help-all"]))
+
+
 def test_help_shows_the_options_used_most_and_help_all_every_one(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")  # on which groups of options stand side by side
     monkeypatch.chdir(ROOT)
-    commands = {
-        "train": "train configs/pairs.py",
-        "plan": "plan configs/digits.py",
-        "evaluate": "evaluate runs/x",
-        "prepare": "prepare a b",
-        "average": "average a b c",
+    assert SHORTENED.keys() - {"bench input", "bench step"} == arguments._MOST_USED.keys() - {
+        "bench"
     }
-    assert commands.keys() == arguments._MOST_USED.keys() - {"bench"}
-    commands["bench input"] = "bench input configs/pairs.py"
-    commands["bench step"] = "bench step configs/pairs.py"
     shown = {}
-    for name, command in commands.items():
-        for flag in ("--help", "--help-all"):
-            with pytest.raises(SystemExit):
-                main([*command.split(), flag])
-            text = capsys.readouterr().out
-            shown[name, flag] = re.findall(r"^(?:│ |  )--([a-z][\w.-]*)", text, re.M)
-            if flag == "--help":
-                count = int(re.search(r"All (\d+) options: clip-jax .* --help-all", text)[1])
-        assert len(shown[name, "--help-all"]) == count
-        assert ("  model.vision: ViTConfig | ResNetConfig | " in text) == ("configs/" in command)
+    for name, command in SHORTENED.items():
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        text, complete = capsys.readouterr().out, complete_help(command)
+        shown[name] = re.findall(r"^  --([a-z][\w.-]*)", text, re.M)
+        count = int(re.search(r"All (\d+) options: clip-jax .* --help-all", text)[1])
+        assert len(re.findall(r"^  --[a-z]", complete, re.M)) == count
+        is_run = "configs/" in command
+        assert ("  model.vision: ViTConfig | ResNetConfig | " in complete) == is_run
     for name, few in arguments._MOST_USED.items():
         if name != "bench":
-            assert shown[name, "--help"] == [*few]
-    both = {*shown["bench input", "--help"], *shown["bench step", "--help"]}
-    assert both == {*arguments._MOST_USED["bench"]}
+            assert shown[name] == [*few]
+    assert {*shown["bench input"], *shown["bench step"]} == {*arguments._MOST_USED["bench"]}
 
 
 # Notes of its authors, for which the field has words of its own.
@@ -187,23 +212,25 @@ PRIVATE = (
     "features of unit length", "lies whole", "encoding in chunks", "tides", "dealt", "peers ",
 )  # fmt: skip
 WITH_HELP = [
-    *(f"train configs/{path.name}" for path in (ROOT / "configs").glob("[!l_]*.py")),
-    *("plan configs/digits.py", "bench input configs/digits.py", "bench step configs/digits.py"),
+    *SHORTENED.values(),
     *(f"scale {verb}" for verb in SCALE),
-    *("evaluate", "predict", "embed", "search", "demo", "serve", "convert", "export", "prepare"),
+    *("predict", "embed", "search", "demo", "serve", "convert", "export"),
     *("sample-data", "configs"),
 ]
 
 
-@pytest.mark.parametrize("command", WITH_HELP)
-def test_every_help_text_stands_alone(command, monkeypatch):
-    """It is a phrase of its own, and does not go on where the option's name ends."""
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.chdir(ROOT)
-    printed = io.StringIO()  # without a terminal's encoding: boxes are drawn in ASCII
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-        main([*command.split(), "--help-all"])
-    joined = re.sub(r", *\n  (?! )", ", ", printed.getvalue())  # long names go on in a second line
+def components(value: object) -> dict[type, object]:
+    """One of each dataclass in a config that has options."""
+    if isinstance(value, tuple):
+        return {kind: x for part in value for kind, x in components(part).items()}
+    if not dataclasses.is_dataclass(value) or not vars(value):
+        return {}
+    return components(tuple(vars(value).values())) | {type(value): value}
+
+
+def assert_stands_alone(help_text: str) -> None:
+    """Each option's text is a phrase of its own, and does not go on where its name ends."""
+    joined = re.sub(r", *\n  (?! )", ", ", help_text)  # long names go on in a second line
     blocks = re.findall(r"^  --[a-z].*\n(?: {6}.*\n)*", joined, re.M)
     assert blocks
     for block in blocks:
@@ -213,6 +240,22 @@ def test_every_help_text_stands_alone(command, monkeypatch):
         assert not re.match(r"(Of|Which|Whose)\b", text), (option, text)
         assert re.search(r"\. \((default|required|repeatable).*\)$", text), (option, text)
         assert not [word for word in PRIVATE if word in text.lower()]
+
+
+@pytest.mark.parametrize("command", WITH_HELP)
+def test_every_help_text_stands_alone(command):
+    assert_stands_alone(complete_help(command))
+
+
+def test_help_texts_of_every_component_of_a_bundled_config_stand_alone():
+    """Those that the commands above do not show, each by itself."""
+    paths = [x for x in (ROOT / "configs").glob("[!_]*.py") if not x.name.startswith("ladder_")]
+    every = components(tuple(map(load_config, sorted(paths))))
+    shown = components((load_config(ROOT / "configs/pairs.py"), load_config(DIGITS)))
+    assert len(every) > len(shown) + 15
+    for kind in every.keys() - shown.keys():
+        read = functools.partial(arguments.parse, kind, ["--help-all"], "train", train)
+        assert_stands_alone(printed_help(functools.partial(read, every[kind])))
 
 
 def test_bundled_configs_are_listed_and_printed(capsys, monkeypatch):
