@@ -11,11 +11,12 @@ import pytest
 
 from clip_jax.config_files import load_config
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
-from clip_jax.scaling import html_report, planning
-from clip_jax.scaling.fit import FitConfig
+from clip_jax.scaling import fit
 from clip_jax.scaling.grid import grid
 from clip_jax.scaling.ladder import BranchesConfig, LadderConfig
+from clip_jax.scaling.laws import Runs
 from clip_jax.scaling.run_table import CollectConfig, collect
+from clip_jax.scaling.uncertainty import Fit, Form, Procedure, fit_law
 from clip_jax.serialize import to_dict
 from tests.conftest import ROOT, tiny_digits
 
@@ -33,13 +34,13 @@ def get_ladder():
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let plans and reports take few of the bootstrap's draws, which take most of their time."""
+    """Let fits of tables take few of the bootstrap's draws, which take most of their time."""
 
-    def few(**options: Any) -> FitConfig:
-        return FitConfig(**(options | {"draws": 100}))
+    def few(form: Form, runs: Runs, procedure: Procedure, *, draws: int, **options: Any) -> Fit:
+        draws = 20 if procedure in ("all", "frontier") else 100
+        return fit_law(form, runs, procedure, draws=draws, **options)
 
-    for module in (planning, html_report):
-        monkeypatch.setattr(module, "FitConfig", few)
+    monkeypatch.setattr(fit, "fit_law", few)
 
 
 def tiny_ladder(**changes: Any) -> LadderConfig:

@@ -1,6 +1,7 @@
 """A run for a budget: the choice of a law whose truth is known, settings, time and price."""
 
 import csv
+import functools
 import itertools
 import json
 import math
@@ -28,9 +29,10 @@ SEEN = (1e7, 1e8, 1e9, 1e10)
 BATCHES = (1_024, 4_096, 16_384, 65_536)
 
 
-def fitted(law: Law = LAW, form: str = "additive") -> Fit:
+@functools.cache
+def fitted() -> Fit:
     size, samples = map(np.ravel, np.meshgrid([*SIZES.values()], SEEN))
-    return fit_law(form, Runs(size, samples, law(size, samples)), "all", draws=100)
+    return fit_law("additive", Runs(size, samples, LAW(size, samples)), "all", draws=100)
 
 
 def write(path: Path, law: Law = LAW) -> Path:
