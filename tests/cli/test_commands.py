@@ -187,9 +187,7 @@ def complete_help(command: str) -> str:
 def test_help_shows_the_options_used_most_and_help_all_every_one(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")  # on which groups of options stand side by side
     monkeypatch.chdir(ROOT)
-    assert SHORTENED.keys() - {"bench input", "bench step"} == arguments._MOST_USED.keys() - {
-        "bench"
-    }
+    assert {command.split()[0] for command in SHORTENED} == arguments._MOST_USED.keys()
     shown = {}
     for name, command in SHORTENED.items():
         with pytest.raises(SystemExit):
