@@ -283,10 +283,15 @@ def batch(config: CLIPConfig, size: int = 16) -> dict[str, Any]:
     return {"image": image, "text": tokens}
 
 
-def parameters(config: CLIPConfig) -> Params:
+@functools.cache
+def parameter_shapes(config: CLIPConfig) -> Params:
+    """Shapes of a model's parameters, traced once by each process."""
+    return jax.eval_shape(CLIP(config).init, jax.random.key(0))
+
+
+def parameters(config: CLIPConfig, seed: int = 1) -> Params:
     """Parameters from NumPy: the same on every version of jax."""
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    rng = np.random.default_rng(seed)
 
     def draw(path, x):
         if path[-1].key in ("scale", "var"):
@@ -302,7 +307,7 @@ def parameters(config: CLIPConfig) -> Params:
             scale = factor * np.prod(x.shape[:-1]) ** -0.5
         return (scale * rng.standard_normal(x.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
 
 
 # Adam divides by |gradient| + ε: with the paper's ε of 1e-6 it would show rounding, not the mesh.
@@ -329,8 +334,7 @@ def sums_of_step(params: Params, metrics: dict[str, Any]) -> dict[str, dict[str,
 
 def parameter_tree(config: CLIPConfig = TINY) -> dict[str, list[int]]:
     """Paths and shapes of a tiny model's parameters: the public format."""
-    params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-    return {name: list(x.shape) for name, x in by_path(params).items()}
+    return {name: list(x.shape) for name, x in by_path(parameter_shapes(config)).items()}
 
 
 def assert_close(expected: Any, got: Any, key_bias: float = 1e-6) -> None:
@@ -353,7 +357,7 @@ def assert_close(expected: Any, got: Any, key_bias: float = 1e-6) -> None:
 
 def write_tiny_model(folder: Path, seed: int = 0, config: CLIPConfig = TINY) -> None:
     """Write a model folder with random weights."""
-    params = jax.tree.map(np.asarray, jax.jit(CLIP(config).init)(jax.random.key(seed)))
+    params = jax.tree.map(np.asarray, parameters(config, seed))
     weights = Weights(config=config, params=params, preprocess=default_preprocess(config))
     write_weights(weights, folder, "clip-jax")
 
