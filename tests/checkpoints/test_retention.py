@@ -123,6 +123,14 @@ def test_of_several_processes_the_first_looks_for_all(tmp_path):
         assert kept(tmp_path, [1, 2, 3, 4], keep=1, best=WATCHERS) == [1, 2, 4]
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_the_best_of_a_result_without_a_name_is_refused(name):
+    """Else no result has that name, and a run keeps no best checkpoint."""
+    with pytest.raises(InputError, match=r"^checkpoint\.best is empty; set it to the name"):
+        CheckpointConfig(best=name)
+    assert CheckpointConfig(best="acc").best == "acc"
+
+
 # ------------------------------------------------------------------ names
 
 
