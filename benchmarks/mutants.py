@@ -1,82 +1,94 @@
 """Insert deliberate faults into the package, one at a time, and see whether the tests catch them.
 
     python benchmarks/mutants.py check --checkout DIR
-    python benchmarks/mutants.py record --checkout DIR --output map.json [-- PYTEST-ARGS ...]
-    python benchmarks/mutants.py run --checkout DIR --map map.json --output result.json
-    python benchmarks/mutants.py compare OLD.json NEW.json
+    python benchmarks/mutants.py record --checkout DIR --map MAP [TESTS ...]
+    python benchmarks/mutants.py draw --checkout DIR --map MAP --seed 53 --count 300 FAULTS.json
+    python benchmarks/mutants.py run --checkout DIR --map MAP --results R.jsonl [FAULTS.json]
+    python benchmarks/mutants.py table --checkout DIR --results R.jsonl [FAULTS.json]
+    python benchmarks/mutants.py compare OLD.jsonl NEW.jsonl
 
-The faults are listed in `mutants.toml`.
+The faults are those of `mutants.toml`, which people wrote, or those that `draw` has drawn.
 
 - check: Find the code of each fault in a checkout, and parse the faulty version.
-- record: Run the tests under coverage, and write which of them execute the lines of each fault.
-  Code that runs in processes started by a test is not seen.
-- run: Insert each fault into a copy of the checkout, and run its tests, quickest first, until one
-  fails. A test that also fails without the fault does not count, and the others are tried.
+- record: Run each file of tests under coverage, and write which tests execute which statements into
+  the folder MAP. Files that have not changed since are left out. Code that runs in processes
+  started by a test is not seen.
+- draw: Draw faults by the rules of `fault_rules.py` in statements that some test executes. Each
+  folder and each top-level module gets its share. The tests' results play no role.
+- run: Insert each fault, and run the tests that execute its statement, quickest first, until one
+  fails. A test that also fails without the fault does not count, and the others are tried. Each
+  result is appended at once; faults that have a result are left out.
+- table: Print the results by folder, and the faults that survived, except those that
+  `equivalent_mutants.toml` explains.
 - compare: Print a table of two results. The exit code is 1 if the second misses a fault that the
   first caught.
 
-It needs coverage, pytest, pytest-cov and pytest-xdist.
+The checkout should not change during a command. It needs coverage and the tests' requirements.
 """
 
 import argparse
 import ast
-import contextlib
+import collections
+import difflib
+import hashlib
 import json
+import math
 import os
-import queue
-import shutil
-import signal
-import subprocess
+import random
+import struct
 import sys
-import tempfile
-import threading
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Collection, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FAULTS = Path(__file__).with_suffix(".toml")
-OLDER = "_at_e1a3b50"  # ends the keys that are tried where the text is not found
-MOST = 40  # tests taken of those that only run some function of a module
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-# A module that pytest loads: it writes down what becomes of each test.
-PLUGIN = """
-import json, os
+import fault_rules
+import fork_server
+from fault_rules import Candidate, File, Statement
 
-def pytest_runtest_logreport(report):
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        with open(os.environ["MUTANTS_REPORTS"], "a") as file:
-            print(json.dumps([report.nodeid, report.outcome, report.duration]), file=file)
-"""
+LISTED = Path(__file__).with_suffix(".toml")
+EQUIVALENT = LISTED.with_name("equivalent_mutants.toml")
+OLDER = "_at_e1a3b50"  # ends the keys that are tried where the text is not found
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+STAGES = (8.0, 40.0)  # CPU seconds of the tests that one process runs; the last takes all others
+OUTCOMES = ("caught", "timed out", "survived", "survived (cap)", "no tests")
+MODULES = "modules.json"  # file of a map: libraries that the tests import
 
 
 # ------------------------------------------------------------------ faults
 
 
 class Fault(NamedTuple):
-    """A fault as located in a checkout. `what` is its name."""
+    """A fault as located in a checkout."""
 
-    number: int  # from 1, in the order of the file
+    id: str
     file: str
     function: str
     what: str
     content: str  # of the file with the fault in it
-    lines: range  # of the statement that the fault changes
-    bodies: set[int]  # lines of the file that are in some function; others run at import
+    statements: list[Statement]  # that the fault changes
 
 
-def read_faults(root: Path) -> list[Fault]:
-    """Locate all faults in a checkout; end the program at the first that is missing."""
-    faults = tomllib.loads(FAULTS.read_text(encoding="utf-8"))["fault"]
-    assert len({row["what"] for row in faults}) == len(faults), "two faults have one name"
-    found = (locate(root, number, row) for number, row in enumerate(faults, 1))
-    return [fault for fault in found if fault]
+def read_faults(root: Path, path: Path | None) -> list[Fault]:
+    """Locate the faults of a file in a checkout; end the program at a listed one that is missing.
+    Drawn ones whose code has changed are left out, with a line."""
+    if path is None:
+        rows = tomllib.loads(LISTED.read_text(encoding="utf-8"))["fault"]
+        assert len({row["what"] for row in rows}) == len(rows), "two faults have one name"
+        faults = [_listed(root, number, row) for number, row in enumerate(rows, 1)]
+        return [fault for fault in faults if fault]
+    located = []
+    for row in json.loads(path.read_text()):
+        if fault := _drawn(root, row):
+            located.append(fault)
+        else:
+            print(f"{row['id']} {row['file']}, {row['function']}: its code has changed")
+    return located
 
 
-def locate(root: Path, number: int, row: dict[str, str]) -> Fault | None:
+def _listed(root: Path, number: int, row: dict[str, str]) -> Fault | None:
     """Locate a fault by its keys, or those for an older commit; None if that lacked the code."""
     has_function = False
     for ending in ("", OLDER):
@@ -94,10 +106,9 @@ def locate(root: Path, number: int, row: dict[str, str]) -> Fault | None:
             content = "".join([*lines[: first - 1], changed, *lines[last:]])
             ast.parse(content)
             start = first + inside[: inside.index(old)].count("\n")
-            around = statement(tree, start, start + old.count("\n"))
-            functions = [x for x in ast.walk(tree) if isinstance(x, FUNCTIONS)]
-            bodies = {n for x in functions for n in range(x.body[0].lineno, x.end_lineno + 1)}
-            return Fault(number, file, function, row["what"], content, around, bodies)
+            end = start + old.count("\n")
+            around = _around(fault_rules.statements(File(source)), start, end)
+            return Fault(str(number), file, function, row["what"], content, around)
     raise SystemExit(
         f"fault {number} ({row['file']}, {row['function']}: {row['what']}) is not found in "
         f"{root}: its text must occur there exactly once."
@@ -117,107 +128,274 @@ def extent(tree: ast.Module, function: str, length: int) -> tuple[int, int]:
     return node.lineno, node.end_lineno
 
 
-def statement(tree: ast.Module, first: int, last: int) -> range:
-    """Return the lines of the smallest statement around these; of a block, only its head."""
-    around = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.stmt):
-            body = getattr(node, "body", None)
-            end = max(body[0].lineno - 1, node.lineno) if body else node.end_lineno
-            if node.lineno <= first and last <= end:
-                around.append(range(node.lineno, end + 1))
-    return min(around, key=len, default=range(first, last + 1))
+def _around(statements: Sequence[Statement], first: int, last: int) -> list[Statement]:
+    """Return the smallest statement around some lines, else those that have some of them."""
+    around = [x for x in statements if x.first <= first and last <= x.last]
+    if around:
+        return [min(around, key=lambda x: x.last - x.first)]
+    return [x for x in statements if x.first <= last and first <= x.last]
+
+
+def _drawn(root: Path, row: dict[str, Any]) -> Fault | None:
+    """Locate a drawn fault by the text of its statement; None if that is gone."""
+    path = root / row["file"]
+    if not path.is_file():
+        return None
+    file = File(path.read_text(encoding="utf-8"))
+    same = _same(file, row["function"], row["statement"].encode())
+    if len(same) <= row["nth"]:
+        return None
+    statement = same[row["nth"]]
+    start = statement.start + row["start"]
+    new = row["new"].encode()
+    candidate = Candidate(row["rule"], statement, start, start + len(row["old"].encode()), new)
+    content = fault_rules.changed(file, candidate)
+    if content is None:
+        return None
+    return Fault(row["id"], row["file"], row["function"], row["rule"], content, [statement])
+
+
+def _same(file: File, function: str, text: bytes) -> list[Statement]:
+    """List the statements of a function that have the same text."""
+    return [
+        x
+        for x in fault_rules.statements(file)
+        if x.function == function and file.source[x.start : x.end] == text
+    ]
+
+
+def difference(root: Path, fault: Fault) -> str:
+    """Return the lines that a fault takes away and adds."""
+    before = (root / fault.file).read_text(encoding="utf-8").splitlines()
+    lines = difflib.unified_diff(before, fault.content.splitlines(), n=0, lineterm="")
+    return "\n".join(x for x in lines if not x.startswith(("---", "+++", "@@")) and x[1:].strip())
 
 
 # ------------------------------------------------------------------ record
 
 
-def run_pytest(
-    folder: Path, scratch: Path, args: Sequence[str], seconds: float | None = None, **more: str
-) -> tuple[int | None, list[list[Any]]]:
-    """Run pytest in a checkout; return its exit code, None if it took too long, and the reports:
-    test, outcome and seconds of each set-up, call and tear-down."""
-    scratch.mkdir(exist_ok=True)
-    (scratch / "mutants_plugin.py").write_text(PLUGIN)
-    reports = scratch / "reports"
-    reports.write_text("")
-    unwanted = ("PYTHONPYCACHEPREFIX", "PYTEST_ADDOPTS", "JAX_COMPILATION_CACHE_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
-    environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{scratch}", "JAX_PLATFORMS": "cpu"}
-    environment |= {"MUTANTS_REPORTS": str(reports), **more}
-    with (scratch / "output").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-p", "mutants_plugin", *args],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            stdout=output if seconds else None,
-            stderr=output if seconds else None,
-        )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # with all that tests have started
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    lines = reports.read_text().splitlines(keepends=True)
-    return code, [json.loads(line) for line in lines if line.endswith("\n")]
+def _key(file: File, statement: Statement) -> str:
+    return _digest(file.source[statement.start : statement.end])
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()[:10]
 
 
 def record(args: argparse.Namespace) -> None:
-    """Write which tests execute the lines of each fault."""
-    import coverage
-
-    checkout = args.checkout.resolve()
-    faults = read_faults(checkout)
-    with tempfile.TemporaryDirectory() as folder:
-        settings, kept = Path(folder, "coveragerc"), f"{folder}/coverage"
-        settings.write_text("[run]\nbranch = false\nconcurrency = thread\nsource = clip_jax\n")
-        how = ("--cov=clip_jax", "--cov-context=test", "--cov-report=", f"--cov-config={settings}")
-        options, more = [*how, *args.pytest], {"COVERAGE_FILE": kept, "COVERAGE_CORE": "ctrace"}
-        code, reports = run_pytest(checkout, Path(folder), options, **more)
-        if code not in (0, 1):
-            raise SystemExit(f"pytest ended with exit code {code}; nothing is recorded.")
-        data = coverage.CoverageData(kept)
-        data.read()
-        contexts = {x.file: data.contexts_by_lineno(str(checkout / x.file)) for x in faults}
-    seconds: dict[str, float] = defaultdict(float)  # of the tests that passed
-    for test, _, took in reports:
-        seconds[test] += took
-    for test in {test for test, outcome, _ in reports if outcome != "passed"}:
-        del seconds[test]
-    tests = {x.what: tests_of(x, contexts[x.file], seconds) for x in faults}
-    args.output.write_text(json.dumps(tests, indent=1))
-    covered = sum(map(bool, tests.values()))
-    print(f"{len(seconds)} tests passed; there are some for {covered} of {len(faults)} faults")
-
-
-def tests_of(fault: Fault, contexts: dict[int, list[str]], seconds: dict[str, float]) -> list[str]:
-    """List the tests that may notice a fault: those that run its lines, and behind them the others
-    of the module's own file, since what is compiled or cached is run by the first test alone."""
-    called, set_up = covering(contexts, fault.lines)
-    shared = {file_of(test) for test in set_up} - {file_of(test) for test in called}
-    chosen = called | set_up | {test for test in seconds if file_of(test) in shared}
-    own = {test for test in seconds if is_mirror(file_of(test), fault.file)}
-    if not fault.bodies.issuperset(fault.lines):  # it runs at import
-        some = set.union(*covering(contexts, fault.bodies)) & seconds.keys()
-        chosen |= own | set(sorted(some, key=seconds.__getitem__)[:MOST])
-    parts = (chosen & seconds.keys(), own - chosen)
-    return [test for part in parts for test in sorted(part, key=lambda x: (seconds[x], x))]
+    """Write which tests of each file execute which statements."""
+    checkout, folder = args.checkout.resolve(), args.map
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = _modules(folder)
+    fork_server.preload(modules)
+    for test_file in _test_files(checkout, args.tests):
+        path = folder / f"{test_file.removesuffix('.py').replace('/', '+')}.json"
+        digest = _digest((checkout / test_file).read_bytes())
+        if path.exists() and json.loads(path.read_text())["digest"] == digest and not args.again:
+            continue
+        began = time.monotonic()
+        recorded = fork_server.record(checkout, test_file, args.cache.resolve())
+        tests = list(recorded["seconds"])
+        hits = _hits(checkout, recorded["lines"], {test: i for i, test in enumerate(tests)})
+        row = {
+            "file": test_file,
+            "digest": digest,
+            "tests": list(recorded["seconds"].items()),
+            "failed": recorded["failed"],
+            "hits": hits,
+        }
+        path.write_text(json.dumps(row))
+        modules += [name for name in recorded["modules"] if name not in {*modules}]
+        (folder / MODULES).write_text(json.dumps(modules))
+        failed = f", {len(recorded['failed'])} failed" if recorded["failed"] else ""
+        took = time.monotonic() - began
+        print(f"{test_file}: {len(tests)} tests passed{failed}; {took:.0f} s", flush=True)
 
 
-def covering(contexts: dict[int, list[str]], lines: Collection[int]) -> tuple[set[str], set[str]]:
-    """Return the tests that run some of the lines, and those that do so in their set-up alone."""
-    hits = {context.rpartition("|") for line in lines for context in contexts.get(line, ())}
-    called = {test for test, _, phase in hits if test and phase != "setup"}
-    return called, {test for test, _, _ in hits if test} - called
+def _test_files(checkout: Path, chosen: Sequence[str]) -> list[str]:
+    """List the files of unit tests and of tests/mesh, or those chosen by files and folders."""
+    others = ("contract", "workflow", "reference", "programs")
+    files = sorted(str(x.relative_to(checkout)) for x in (checkout / "tests").rglob("test_*.py"))
+    if chosen:
+        return [x for x in files if any(x == y or x.startswith(f"{y}/") for y in chosen)]
+    left_out = ("tests/test_house.py", *(f"tests/{name}/" for name in others))
+    return [x for x in files if not x.startswith(left_out)]
 
 
-def file_of(test: str) -> str:
-    return test.partition("::")[0]
+def _hits(
+    checkout: Path, lines: dict[str, dict[str, list[str]]], numbers: dict[str, int]
+) -> dict[str, dict[str, dict[str, list[str]]]]:
+    """Return by file, function and statement the tests that execute it, and those that do so in
+    their set-up alone, as bits of hexadecimal numbers."""
+    result: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for name, by_line in lines.items():
+        file = File((checkout / name).read_text(encoding="utf-8"))
+        functions: dict[str, dict[str, list[int]]] = defaultdict(dict)
+        for statement in fault_rules.statements(file):
+            called = set_up = 0
+            for line in range(statement.first, statement.last + 1):
+                for context in by_line.get(str(line), ()):
+                    phase, _, test = context.partition("|")
+                    if test in numbers:
+                        bit = 1 << numbers[test]
+                        called |= bit if phase == "call" else 0
+                        set_up |= bit if phase != "call" else 0
+            if called or set_up:
+                bits = functions[statement.function].setdefault(_key(file, statement), [0, 0])
+                bits[0] |= called
+                bits[1] |= set_up
+        result[name] = {
+            function: {key: [f"{x:x}" for x in bits] for key, bits in keys.items()}
+            for function, keys in functions.items()
+        }
+    return result
+
+
+def _modules(folder: Path) -> list[str]:
+    path = folder / MODULES
+    return json.loads(path.read_text()) if path.exists() else ["jax", "flax", "optax", "pytest"]
+
+
+class Recorded(NamedTuple):
+    """What is recorded of one file of tests."""
+
+    file: str
+    tests: list[tuple[str, float]]  # with their CPU seconds
+    hits: dict[str, dict[str, dict[str, list[str]]]]
+
+
+def read_map(folder: Path) -> list[Recorded]:
+    """Read what `record` wrote."""
+    rows = (json.loads(path.read_text()) for path in sorted(folder.glob("tests+*.json")))
+    return [Recorded(row["file"], [*map(tuple, row["tests"])], row["hits"]) for row in rows]
+
+
+# ------------------------------------------------------------------ draw
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Write faults that are drawn by rule, spread over all folders and top-level modules."""
+    checkout, recorded = args.checkout.resolve(), read_map(args.map)
+    strata: dict[str, list[tuple[str, File, Candidate]]] = defaultdict(list)
+    sizes: collections.Counter[str] = collections.Counter()  # statements that are executed
+    for path in sorted((checkout / "clip_jax").rglob("*.py")):
+        name = str(path.relative_to(checkout))
+        stratum = str(Path(name).parent) if path.parent.name != "clip_jax" else name
+        file = File(path.read_text(encoding="utf-8"))
+        executed = _executed(recorded, name)
+        if not executed:
+            continue
+        for candidate in fault_rules.candidates(file):
+            statement = candidate.statement
+            if statement.at_import or (statement.function, _key(file, statement)) in executed:
+                strata[stratum].append((name, file, candidate))
+        sizes[stratum] += len({x.statement for _, file_, x in strata[stratum] if file_ is file})
+    chosen = [args.only] if args.only else sorted(strata)
+    counts = _shares({name: sizes[name] for name in chosen}, args.count)
+    rows = [row for name in chosen for row in _draw(args.seed, name, strata[name], counts[name])]
+    random.Random(args.seed).shuffle(rows)  # so that the first results are of all folders
+    args.faults.write_text(json.dumps(rows, indent=1))
+    total = sum(map(len, strata.values()))
+    print(f"drew {len(rows)} of {total} faults in {len(chosen)} folders and top-level modules")
+
+
+def _executed(recorded: Sequence[Recorded], name: str) -> set[tuple[str, str]]:
+    """Return function and key of the statements of a file that some test executes."""
+    return {
+        (function, key)
+        for row in recorded
+        for function, keys in row.hits.get(name, {}).items()
+        for key in keys
+    }
+
+
+def _shares(sizes: dict[str, int], count: int) -> dict[str, int]:
+    """Divide a count by the roots of sizes, the largest remainders first; each gets one or more."""
+    roots = {name: math.sqrt(size) for name, size in sizes.items()}
+    exact = {name: count * x / sum(roots.values()) for name, x in roots.items()}
+    shares = {name: max(int(x), 1) for name, x in exact.items()}
+    for name in sorted(exact, key=lambda name: shares[name] - exact[name]):
+        shares[name] += sum(shares.values()) < count
+    return shares
+
+
+def _draw(
+    seed: int, stratum: str, rows: Sequence[tuple[str, File, Candidate]], count: int
+) -> Iterator[dict[str, Any]]:
+    """Yield faults of one stratum: first a rule, by the root of its number of faults, then a fault
+    of a statement that has none yet."""
+    rng = random.Random(f"{seed} {stratum}")
+    by_rule: dict[str, list[tuple[str, File, Candidate]]] = defaultdict(list)
+    for row in rows:
+        by_rule[row[2].rule].append(row)
+    taken: set[tuple[str, Statement]] = set()
+    while count and by_rule:
+        rules = sorted(by_rule)
+        (rule,) = rng.choices(rules, [math.sqrt(len(by_rule[x])) for x in rules])
+        name, file, candidate = by_rule[rule].pop(rng.randrange(len(by_rule[rule])))
+        if not by_rule[rule]:
+            del by_rule[rule]
+        statement = candidate.statement
+        if (name, statement) in taken or fault_rules.changed(file, candidate) is None:
+            continue
+        taken.add((name, statement))
+        count -= 1
+        text = file.source[statement.start : statement.end]
+        row = {
+            "rule": rule,
+            "file": name,
+            "function": statement.function,
+            "statement": text.decode(),
+            "nth": _same(file, statement.function, text).index(statement),
+            "start": candidate.start - statement.start,
+            "old": file.source[candidate.start : candidate.end].decode(),
+            "new": candidate.new.decode(),
+        }
+        yield {"id": _digest(json.dumps(row).encode()), **row}
+
+
+# ------------------------------------------------------------------ run
+
+
+def groups_of(
+    recorded: Sequence[Recorded], fault: Fault, file: File
+) -> list[list[tuple[str, float]]]:
+    """List the tests that may notice a fault, by file: those that execute its statement, then the
+    others of these files, since what is compiled or cached is executed by the first test alone."""
+    direct: list[tuple[float, list[tuple[str, float]]]] = []
+    others: list[tuple[float, list[tuple[str, float]]]] = []
+    matches = [_matches(recorded, fault, file, level) for level in range(3)]
+    bits_of = next((x for x in matches if any(any(bits) for bits in x)), matches[0])
+    for row, (called, set_up) in zip(recorded, bits_of, strict=True):
+        is_own = is_mirror(row.file, fault.file)
+        chosen = [x for i, x in enumerate(row.tests) if (called | set_up) >> i & 1]
+        rest = [x for i, x in enumerate(row.tests) if not (called | set_up) >> i & 1]
+        for groups, tests in ((direct, chosen), (others, rest if chosen or is_own else [])):
+            if tests:
+                cost = (1 + sum(seconds for _, seconds in tests)) * (0.1 if is_own else 1)
+                groups.append((cost, sorted(tests, key=lambda x: x[1])))
+    return [tests for groups in (direct, others) for _, tests in sorted(groups)]
+
+
+def _matches(
+    recorded: Sequence[Recorded], fault: Fault, file: File, level: int
+) -> list[tuple[int, int]]:
+    """Return for each file of tests which of them execute a fault's statement, as bits: in their
+    calls, and in their set-up. For a statement that runs at import, or that is newer than the map,
+    it is that of its function or class (level 1), or of its file (level 2)."""
+    keys = {(x.function, _key(file, x)) for x in fault.statements if not x.at_import}
+    names = {x.function for x in fault.statements}
+    result = []
+    for row in recorded:
+        called = set_up = 0
+        for function, bits_by_key in row.hits.get(fault.file, {}).items():
+            is_inside = any(function == x or function.startswith(f"{x}.") for x in names)
+            for key, bits in bits_by_key.items():
+                if ((function, key) in keys, is_inside, True)[level]:
+                    called |= int(bits[0], 16)
+                    set_up |= int(bits[1], 16)
+        result.append((called, set_up))
+    return result
 
 
 def is_mirror(test_file: str, file: str) -> bool:
@@ -227,111 +405,165 @@ def is_mirror(test_file: str, file: str) -> bool:
     return (*path.parts[1:-1], f"test_{name}.py") in (parts[1:], parts[2:])
 
 
-# ------------------------------------------------------------------ run
+def _stages(groups: Sequence[Sequence[tuple[str, float]]]) -> Iterator[dict[str, float]]:
+    """Yield the tests that one process runs, and their usual seconds."""
+    limits, stage, total = iter(STAGES), {}, 0.0
+    limit = next(limits)
+    for group in groups:
+        cost = 1 + sum(seconds for _, seconds in group)
+        if stage and total + cost > limit:
+            yield stage
+            stage, total, limit = {}, 0.0, next(limits, math.inf)
+        stage |= dict(group)
+        total += cost
+    if stage:
+        yield stage
+
+
+class Judge:
+    """Runs the tests of faults."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._checkout = args.checkout.resolve()
+        self._cache = args.cache.resolve()
+        self._cap = args.cpu_seconds
+        self._holds: dict[str, bool] = {}  # whether a test passes alone, without a fault
+
+    def __call__(self, fault: Fault, groups: Sequence[list[tuple[str, float]]]) -> dict[str, Any]:
+        """Return the outcome of one fault, and the test that decided it."""
+        used, dropped, stages = 0.0, set(), [*_stages(groups)]
+        while stages:
+            tests = {test: x for test, x in stages.pop(0).items() if test not in dropped}
+            change = (fault.file, fault.content)
+            left = self._cap - used
+            ended = fork_server.run_tests(self._checkout, tests, left, self._cache, change)
+            used += ended.cpu
+            outcome = {"passed": "", "cap": "survived (cap)", "timed out": "timed out"}.get(
+                ended.outcome, "caught"
+            )
+            if ended.outcome == "failed" and not self._is_sound(ended.test):
+                dropped |= {ended.test, *ended.passed}
+                stages.insert(0, tests)
+                continue
+            if not outcome and used >= self._cap and stages:
+                outcome = "survived (cap)"
+            if outcome:
+                return self._row(outcome, ended.test, ended.message, used, dropped)
+        return self._row("survived" if groups else "no tests", "", "", used, dropped)
+
+    def _row(
+        self, outcome: str, test: str, message: str, cpu: float, dropped: set[str]
+    ) -> dict[str, Any]:
+        unsound = [test for test in dropped if not self._holds.get(test, True)]
+        decided = {"outcome": outcome, "test": test, "message": message}
+        return decided | {"cpu": round(cpu, 1), "unsound": unsound}
+
+    def _is_sound(self, test: str) -> bool:
+        """Return whether a test passes without a fault. That of a file is one of its import."""
+        if "::" not in test:
+            return True
+        if test not in self._holds:
+            ended = fork_server.run_tests(self._checkout, {test: 60.0}, 600, self._cache)
+            self._holds[test] = ended.outcome == "passed"
+        return self._holds[test]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Judge each fault, several at a time, each in a copy of the checkout."""
-    checkout, tests = args.checkout.resolve(), json.loads(args.map.read_text())
-    faults = [x for x in read_faults(checkout) if not args.only or x.number in args.only]
-    if lacking := [x.number for x in faults if x.what not in tests]:
-        raise SystemExit(f"{args.map} knows nothing of the faults {lacking}: record it anew.")
-    results: dict[int, dict[str, Any]] = {}
-    copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-    lock = threading.Lock()
-
-    def one(fault: Fault) -> None:
-        copy, began = copies.get(), time.monotonic()
-        try:
-            outcome = judge(fault, copy, tests[fault.what], args)
-        finally:
-            copies.put(copy)
-        names = ("number", "file", "function", "what")
-        outcome = {name: getattr(fault, name) for name in names} | outcome
-        with lock:
-            results[fault.number] = outcome | {"seconds": round(time.monotonic() - began, 1)}
-            args.output.write_text(json.dumps([results[x] for x in sorted(results)], indent=1))
-            line = f"{fault.number} {fault.file}: {outcome['outcome']}  {outcome['test']}"
-            print(f"{len(results)}/{len(faults)}  {line}", flush=True)
-
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as threads:
-        for job in range(args.jobs):
-            copy = Path(scratch, str(job), "checkout")
-            ignore = shutil.ignore_patterns(".git", ".pytest_cache", "__pycache__", ".venv*")
-            shutil.copytree(checkout, copy, symlinks=True, ignore=ignore)
-            copies.put(copy)
-        list(threads.map(one, faults))
+    """Judge each fault that has no result yet, several at a time."""
+    checkout, recorded = args.checkout.resolve(), read_map(args.map)
+    done = {} if not args.results.exists() else read_results(args.results)
+    plans = []
+    for fault in read_faults(checkout, args.faults):
+        before = done.get(fault.id, {}).get("outcome", "")
+        if (before and before not in args.again) or (args.only and fault.id not in args.only):
+            continue
+        file = File((checkout / fault.file).read_text(encoding="utf-8"))
+        plans.append((fault, groups_of(recorded, fault, file)))
+    del recorded
+    fork_server.preload(_modules(args.map))
+    tickets, tickets_in = os.pipe()
+    os.write(tickets_in, b"".join(struct.pack("<i", i) for i in range(len(plans))))
+    os.close(tickets_in)
+    children = []
+    for _ in range(args.jobs):
+        if not (pid := os.fork()):
+            judge = Judge(args)
+            while ticket := os.read(tickets, 4):
+                number = struct.unpack("<i", ticket)[0]
+                _judge(judge, *plans[number], args.results, f"{number + 1}/{len(plans)}")
+            os._exit(0)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
 
 
-def judge(fault: Fault, copy: Path, tests: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Return the outcome of one fault, the test that caught it, and tests that fail without it."""
-    dropped: list[str] = []
-    passed: set[str] = set()
-    limit = 60 * args.minutes
-    ends = time.monotonic() + limit
-
-    def tell(outcome: str, test: str = "") -> dict[str, Any]:
-        return {"outcome": outcome, "test": test, "dropped": dropped}
-
-    def attempt(names: Sequence[str], seconds: float) -> tuple[int | None, list[list[Any]]]:
-        """Run some tests up to the first that fails."""
-        listed = copy.parent / "tests.txt"
-        listed.write_text("".join(f"{name}\n" for name in names))
-        without = ("-p", "no:cacheprovider", "-p", "no:randomly", "-n", "0", "-m", args.mark)
-        return run_pytest(
-            copy, copy.parent / "scratch", ["-x", "-q", *without, f"@{listed}"], seconds
-        )
-
-    while tests:
-        with applied(fault, copy):
-            code, reports = attempt(tests, max(ends - time.monotonic(), 1))
-        failed = next((test for test, outcome, _ in reports if outcome == "failed"), "")
-        if code in (None, 0):
-            return tell("timeout" if code is None else "not caught")
-        if code != 1 or not failed:
-            return tell(f"exit code {code}")
-        if attempt([failed], limit)[0] == 0:
-            return tell("caught", failed)
-        dropped.append(failed)
-        passed |= {test for test, _, _ in reports} - {failed}
-        tests = [test for test in tests if test not in passed and test not in dropped]
-    return tell("not caught" if passed else "no tests")
+def _judge(
+    judge: Judge, fault: Fault, groups: Sequence[list[tuple[str, float]]], results: Path, at: str
+) -> None:
+    """Append a fault's result to a file."""
+    began = time.monotonic()
+    row = {name: getattr(fault, name) for name in ("id", "file", "function", "what")}
+    row |= judge(fault, groups) | {"seconds": round(time.monotonic() - began, 1)}
+    with results.open("a") as file:  # one write: several processes share the file
+        file.write(json.dumps(row) + "\n")
+    line = f"{fault.id} {fault.file}, {fault.function} ({fault.what}): {row['outcome']}"
+    print(f"{at}  {line}  {row['test']}  {row['cpu']} CPU s", flush=True)
 
 
-@contextlib.contextmanager
-def applied(fault: Fault, copy: Path) -> Generator[None]:
-    """Insert a fault into a copy for the duration of a block. Bytecode of the module is deleted
-    each time, since Python compares modification times that are too coarse."""
-    path = copy / fault.file
-    before = path.read_text(encoding="utf-8")
-
-    def put(content: str) -> None:
-        path.write_text(content, encoding="utf-8")
-        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
-            compiled.unlink()
-
-    try:
-        put(fault.content)
-        yield
-    finally:
-        put(before)
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Read results by the faults' ids; of several of one fault, the last."""
+    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
-# ------------------------------------------------------------------ compare
+# ------------------------------------------------------------------ table, compare
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print the results by folder, and the survivors that nobody has explained."""
+    checkout = args.checkout.resolve()
+    results = read_results(args.results)
+    faults = {fault.id: fault for fault in read_faults(checkout, args.faults)}
+    explained = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8")) if EQUIVALENT.exists() else {}
+    equivalent = {row["id"] for row in explained.get("fault", ())}
+    rows = [row for id_, row in results.items() if id_ in faults]
+    for title, of in (("folder", _folder), ("rule", lambda row: row["what"])):
+        if title == "rule" and args.faults is None:
+            break
+        header = (title, "faults", *OUTCOMES, "equivalent", "survive, not equivalent")
+        print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+        for name in [*sorted({of(row) for row in rows}), "all"]:
+            part = [row for row in rows if name in (of(row), "all")]
+            counts = collections.Counter(row["outcome"] for row in part)
+            survived = [row for row in part if row["outcome"].startswith("survived")]
+            same = sum(row["id"] in equivalent for row in survived)
+            numbers = (len(part), *(counts[x] for x in OUTCOMES), same, len(survived) - same)
+            print(f"| {name} | " + " | ".join(map(str, numbers)) + " |")
+        print()
+    print(f"{len(rows)} of {len(faults)} faults are judged.\n")
+    for row in rows:
+        if row["outcome"] not in ("caught", "timed out") and row["id"] not in equivalent:
+            fault = faults[row["id"]]
+            print(f"{fault.id}  {fault.file}, {fault.function} ({fault.what}): {row['outcome']}")
+            print(difference(checkout, fault) + "\n")
+
+
+def _folder(row: dict[str, Any]) -> str:
+    path = Path(row["file"])
+    return str(path.parent if len(path.parts) > 2 else path)
 
 
 def compare(args: argparse.Namespace) -> int:
     """Print both results as a table; return 1 if the new one misses what the old one caught."""
     both = [
-        {row["what"]: row for row in json.loads(path.read_text())} for path in (args.old, args.new)
+        {row["what"]: row for row in read_results(path).values()} for path in (args.old, args.new)
     ]
-    rows = sorted((both[0] | both[1]).values(), key=lambda row: row["number"])
+    rows = sorted((both[0] | both[1]).values(), key=lambda row: int(row["id"]))
     caught, missed = [0, 0], 0
     print("| Fault | File | Function | What | Old | New |\n|---|---|---|---|---|---|")
     for row in rows:
         old, new = (x[row["what"]]["outcome"] if row["what"] in x else "not run" for x in both)
         location = f"`{row['file']}` | `{row['function']}`"
-        print(f"| {row['number']} | {location} | {row['what']} | {old} | {new} |")
+        print(f"| {row['id']} | {location} | {row['what']} | {old} | {new} |")
         caught = [n + (x == "caught") for n, x in zip(caught, (old, new), strict=True)]
         missed += old == "caught" != new
     print(f"\nOf {len(rows)} faults the old tests catch {caught[0]}, the new ones {caught[1]}.")
@@ -345,29 +577,44 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    of = {name: verbs.add_parser(name) for name in ("check", "record", "run", "compare")}
-    for name in ("check", "record", "run"):
+    commands = {"check": check, "record": record, "draw": draw, "run": run, "table": table}
+    of = {name: verbs.add_parser(name) for name in (*commands, "compare")}
+    for name in commands:
         of[name].add_argument("--checkout", type=Path, required=True, help="source tree to test")
+    for name in ("record", "draw", "run"):
+        of[name].add_argument("--map", type=Path, required=True, help="folder that `record` writes")
     for name in ("record", "run"):
-        of[name].add_argument("--output", type=Path, required=True, help="JSON file to write")
-    of["record"].add_argument("pytest", nargs="*", help="arguments for pytest, after --")
-    of["run"].add_argument("--map", type=Path, required=True, help="output of `record`")
-    of["run"].add_argument("--jobs", type=int, default=2, help="faults to test in parallel")
+        of[name].add_argument(
+            "--cache", type=Path, default=Path("compiled"), help="folder of compiled programs"
+        )
+    of["record"].add_argument("tests", nargs="*", help="files and folders of tests; default: all")
+    of["record"].add_argument("--again", action="store_true", help="record unchanged files, too")
+    of["draw"].add_argument("--seed", type=int, required=True)
+    of["draw"].add_argument("--count", type=int, required=True, help="number of faults")
+    of["draw"].add_argument("--only", help="one folder or top-level module, such as clip_jax/evals")
+    for name in ("check", "draw", "run", "table"):
+        number = "?" if name != "draw" else None
+        of[name].add_argument("faults", type=Path, nargs=number, help="JSON file of drawn faults")
+    for name in ("run", "table"):
+        of[name].add_argument("--results", type=Path, required=True, help="JSON lines of results")
+    of["run"].add_argument("--jobs", type=int, default=1, help="faults to test in parallel")
     of["run"].add_argument(
-        "--minutes", type=float, default=5.0, help="time limit for the tests of one fault"
+        "--cpu-seconds", type=float, default=150.0, help="limit for the tests of one fault"
     )
-    of["run"].add_argument("--only", type=int, nargs="+", help="numbers of the faults to test")
+    of["run"].add_argument("--only", nargs="+", help="ids of the faults to test")
     of["run"].add_argument(
-        "--mark", default="", help="pytest's -m expression; by default all tests run"
+        "--again", nargs="+", default=(), help="outcomes of faults to test again, such as survived"
     )
     for name in ("old", "new"):
         of["compare"].add_argument(name, type=Path)
     args = parser.parse_args()
-    if args.verb == "check":
-        count = len(read_faults(args.checkout.resolve()))
-        print(f"all {count} faults were located in the checkout, and parse")
-        return 0
-    return {"record": record, "run": run, "compare": compare}[args.verb](args) or 0
+    return {**commands, "compare": compare}[args.verb](args) or 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Locate all faults."""
+    count = len(read_faults(args.checkout.resolve(), args.faults))
+    print(f"all {count} faults were located in the checkout, and parse")
 
 
 if __name__ == "__main__":
