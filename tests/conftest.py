@@ -27,12 +27,14 @@ from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from clip_jax.cli import arguments, commands
 from clip_jax.config import Config
 from clip_jax.convert.formats import write_weights
+from clip_jax.convert.state_dict import unflatten
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.image_folder import FolderConfig
 from clip_jax.losses import ClassifierConfig, DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.clip import parameters as boxes
 from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
@@ -285,8 +287,8 @@ def batch(config: CLIPConfig, size: int = 16) -> dict[str, Any]:
 
 @functools.cache
 def parameter_shapes(config: CLIPConfig) -> Params:
-    """Shapes of a model's parameters, traced once by each process."""
-    return jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    """Shapes of a model's parameters, traced once by each process, for the package as well."""
+    return unflatten({name: box.value for name, box in boxes(config).items()})
 
 
 def parameters(config: CLIPConfig, seed: int = 1) -> Params:

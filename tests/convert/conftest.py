@@ -23,7 +23,7 @@ from clip_jax.convert.weights import DType, Head, Weights, default_preprocess
 from clip_jax.errors import InputError
 from clip_jax.losses import ClassifierConfig, SoftmaxConfig
 from clip_jax.models import zoo
-from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
@@ -33,7 +33,7 @@ from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import shapes
 from clip_jax.storage.files import AnyPath
-from tests.conftest import COCA, MAMMUT
+from tests.conftest import COCA, MAMMUT, parameter_shapes
 
 VISION = ViTConfig(image_size=32, patch_size=8, width=128, depth=2, num_heads=2)
 TEXT = TextConfig(vocab_size=600, context_length=16, width=64, depth=3, num_heads=1)
@@ -101,8 +101,11 @@ CONFIGS["naflex"] = replace(_SIGLIP, vision=replace(_SIGLIP.vision, max_patches=
 def make_weights(name: str) -> Weights:
     config = CONFIGS[name]
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+    def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
+        return rng.normal(size=x.shape).astype(np.float32)
+
+    params = jax.tree.map(draw, parameter_shapes(config))
     preprocess = default_preprocess(config)
     if name == "siglip":
         preprocess = replace(preprocess, resize_mode="squash")
