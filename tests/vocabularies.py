@@ -152,7 +152,7 @@ def large_bpe(path: Path, size: int = 256_000) -> Path:
     return path
 
 
-def large_unigram(path: Path, size: int = 250_000) -> Path:
+def large_unigram(path: Path, size: int = 140_000) -> Path:
     """Write a unigram as XLM-V's, which has 901,629 pieces."""
     content = json.loads(unigram(path).read_text())
     pieces, rng = content["model"]["vocab"], random.Random(0)

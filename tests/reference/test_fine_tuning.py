@@ -1,4 +1,4 @@
-"""Fine-tuning a Hugging Face folder here is the same training as in PyTorch; soups load there."""
+"""Fine-tuning a Hugging Face folder here is the same training as in PyTorch."""
 
 import dataclasses
 import math
@@ -13,17 +13,14 @@ from clip_jax import sharding
 from clip_jax.config import Config
 from clip_jax.config_files import with_weights
 from clip_jax.convert.fitting import starting_params
-from clip_jax.convert.formats import read_weights, verify, write_weights
+from clip_jax.convert.formats import read_weights
 from clip_jax.convert.hugging_face import rows
-from clip_jax.convert.state_dict import flatten, from_params
+from clip_jax.convert.state_dict import from_params
 from clip_jax.errors import InputError
-from clip_jax.inference.average import combine
 from clip_jax.losses import SigmoidConfig, SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.optim import OptimConfig, schedule
 from clip_jax.step import Program
-from tests.convert.conftest import CONFIGS
-from tests.reference.parity import random_weights
 
 STEPS, BATCH, SIZE, LENGTH, WORDS = 20, 16, 32, 16, 500
 OPTIM = OptimConfig(
@@ -141,20 +138,3 @@ def test_what_does_not_fit_a_siglip(folder, capsys):
     match = "context_length=12 does not fit .* pools the last of 16 .*context-length 16"
     with pytest.raises(InputError, match=match):
         starting_params(read_weights(folder), dataclasses.replace(config.model, text=text))
-
-
-@pytest.mark.parametrize(
-    ("name", "to"), [("vit", "open-clip"), ("vit", "hugging-face"), ("siglip", "hugging-face")]
-)
-def test_a_soup_loads_there(tmp_path, name, to):
-    first = random_weights(CONFIGS[name])
-    rng = np.random.default_rng(1)
-    moved = jax.tree.map(
-        lambda x: x + rng.normal(0, 0.02, x.shape).astype(np.float32), first.params
-    )
-    soup = combine([first, dataclasses.replace(first, params=moved)], (1.0, 3.0))
-    write_weights(soup, tmp_path / "soup", to)
-    assert verify(soup, tmp_path / "soup", to).passed
-    again = flatten(read_weights(tmp_path / "soup").params)
-    for path, x in flatten(soup.params).items():
-        np.testing.assert_array_equal(again[path], x, err_msg=path)

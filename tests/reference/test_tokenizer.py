@@ -7,6 +7,7 @@ import html
 
 import ftfy
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -33,14 +34,20 @@ TEXTS = st.lists(
 ).map(lambda pairs: "".join(piece + between for piece, between in pairs))
 
 
+@pytest.fixture(scope="module")
+def open_clips(open_clip):
+    """open_clip's tokenizer, which takes long to build."""
+    return open_clip.tokenizer.SimpleTokenizer()
+
+
 @settings(derandomize=True, deadline=None, max_examples=40)
 @example(texts=[" ".join(PIECES[i:]) for i in range(0, len(PIECES), 3)])
 @given(texts=st.lists(TEXTS, min_size=1, max_size=20))
-def test_same_ids(openai_clip, open_clip, texts):
+def test_same_ids(openai_clip, open_clips, texts):
     ids = TOKENIZER(texts, truncate=True)
     np.testing.assert_array_equal(ids, openai_clip.tokenize(texts, truncate=True).numpy())
     # Each library has its own markers, which no text here holds.
-    np.testing.assert_array_equal(ids, open_clip.tokenizer.SimpleTokenizer()(texts).numpy())
+    np.testing.assert_array_equal(ids, open_clips(texts).numpy())
 
 
 def test_markers_and_decoding_are_openais(openai_clip):

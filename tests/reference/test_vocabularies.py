@@ -94,7 +94,7 @@ FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
     ("kind", "size", "megabytes", "cls", "options"),
     [
         ("large_bpe", 256_000, 30, "Siglip2Tokenizer", SPECIAL),
-        ("large_unigram", 250_000, 10, "PreTrainedTokenizerFast", {"pad_token": "<pad>"}),
+        ("large_unigram", 140_000, 5, "PreTrainedTokenizerFast", {"pad_token": "<pad>"}),
     ],
 )
 def test_vocabularies_of_gemmas_size_and_of_xlm_vs_kind(
@@ -107,7 +107,7 @@ def test_vocabularies_of_gemmas_size_and_of_xlm_vs_kind(
     text = replace(text, tokenizer=tokenizer_files.read(tmp_path, text, UNKNOWN))
     texts = vocabularies.odd_strings(1_000)
     ids = make_tokenizer(text)(texts, LENGTH, True)
-    assert ids.max() > size // 2
+    assert ids.max() > max(size // 2, 2**16)
     np.testing.assert_array_equal(ids, theirs(tmp_path, cls)(texts))
     (tmp_path / "out").mkdir()
     tokenizer_files.write(tmp_path / "out", text)
