@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from clip_jax.cli.commands import main
 from tests.conftest import losses
 from tests.data.conftest import make_pairs
 from tests.workflow.conftest import training
@@ -29,7 +30,7 @@ def write_data(folder: Path) -> None:
     (folder / "pairs.b64").write_text("\n".join(lines))
 
 
-def test_parts_of_a_user_train_resume_evaluate_and_export_by_import_alone(tmp_path, start):
+def test_parts_of_a_user_train_resume_evaluate_and_export_by_import_alone(tmp_path, start, capsys):
     write_data(tmp_path)
     killed, through = tmp_path / "killed", tmp_path / "through"
     killed.mkdir()
@@ -44,14 +45,16 @@ def test_parts_of_a_user_train_resume_evaluate_and_export_by_import_alone(tmp_pa
     os.kill(two.pid(0), signal.SIGKILL)
     two.end(code=137)
     own_config = killed / "config.json"  # which imports nothing
-    for refused in (("train", own_config), ("evaluate", killed)):
-        (line,) = start(*command, *refused).end(code=2)
+    for refused in (["train", str(own_config)], ["evaluate", str(killed)]):
+        assert main(refused) == 2
+        (line,) = capsys.readouterr().err.splitlines()
         for part in ("MlpMixerConfig", "JsonImagesConfig", "HardNegativeConfig"):
             assert part in line.partition(" needs ")[2]
         assert f"Pass --import {MINE}" in line
-    again = training(killed, *named, config=own_config, small=())
+    one_process = {"processes": 1, "devices": 8, "small": ()}
+    again = training(killed, *named, config=own_config, **one_process)
     assert "resuming from step 6" in "\n".join(start(*again).end())
-    alone = training(through, *named, processes=1, devices=8, config=CONFIG, small=())
+    alone = training(through, *named, config=CONFIG, **one_process)
     start(*alone, MY_DATA=data).end()
     assert list(losses(killed)) == list(range(1, STEPS + 1))
     assert losses(killed) == pytest.approx(losses(through), rel=1e-4)
