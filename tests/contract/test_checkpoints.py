@@ -21,13 +21,12 @@ from clip_jax.config import Config
 from clip_jax.inference import evaluate, loading, watch
 from clip_jax.inference.evaluate import EvaluateConfig
 from clip_jax.metrics.tracking import Writer
-from clip_jax.models.clip import CLIP
 from clip_jax.serialize import to_dict
 from clip_jax.storage import bucket as bucket_client
 from clip_jax.storage import files
 from clip_jax.storage.json_files import Lines, read_rows
 from tests.clock import HandClock
-from tests.conftest import TINY
+from tests.conftest import TINY, parameters
 from tests.contract.conftest import FEW, PAIRS, write_pictures
 
 EVERY = CheckpointConfig(every_steps=1, keep=2)
@@ -155,8 +154,12 @@ def test_lines_are_written_once_a_minute_and_at_the_end(bucket):
     assert list(board.iterdir())
 
 
-def test_a_run_keeps_what_its_watcher_has_yet_to_read(workdir):
-    """Both at once: the watcher's sleep lets the run save on, also while it evaluates."""
+def test_a_run_keeps_what_its_watcher_has_yet_to_read(gs):
+    """Both at once: the watcher's sleep lets the run save on, also while it evaluates.
+
+    tests/workflow has both on disk; the tests above have each operation in buckets of both kinds.
+    """
+    workdir = files.as_path(f"{gs.url}/run")
     config = Config(
         model=TINY,
         steps=6,
@@ -164,7 +167,7 @@ def test_a_run_keeps_what_its_watcher_has_yet_to_read(workdir):
     )
     files.write_whole(workdir / "config.json", json.dumps(to_dict(config)))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
-    params = jax.jit(CLIP(TINY).init)(jax.random.key(0))
+    params = jax.tree.map(jnp.asarray, parameters(TINY))
     steps, accuracy, looks = iter(range(1, 7)), {1: 0.2, 3: 0.9, 5: 0.3, 6: 0.1}, []
 
     def save(*_):
