@@ -129,12 +129,13 @@ def test_two_train_as_one_until_sigterm_to_one_and_another_goes_on(one, tmp_path
 
 
 def test_an_exception_and_a_hang_in_one_process_end_all_and_are_shown(tmp_path, start):
-    two = start(*training(tmp_path), TROUBLE="1:3:raise")
+    once = ("--evals.0.every-steps", STEPS)  # which no run reaches: nothing is evaluated
+    two = start(*training(tmp_path, *once), TROUBLE="1:3:raise")
     last = two.end(code=1)[-1]
     assert last.startswith("launch: process 1 ended first, with exit code 1"), two.output
     assert "the disk of this host is on fire" in last, two.output
 
-    two = start(*training(tmp_path), TROUBLE="1:5:hang")
+    two = start(*training(tmp_path, *once), TROUBLE="1:5:hang")
     lines = two.end(code=1)
     shown = [line for line in lines if "nothing finished in 30 minutes" in line]
     assert [line[:3] for line in shown[:2]] == ["[0]", "[1]"], two.output
