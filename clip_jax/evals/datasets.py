@@ -1,13 +1,14 @@
 """Labelled and captioned images on disk, in the layouts that the evaluators read."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int8
+from jaxtyping import Int, Int8, UInt8
 
 from clip_jax.data import digits
 from clip_jax.data.class_folders import SPLITS, read_class_names, read_classes, spaced
@@ -310,11 +311,9 @@ def open_digits(split: Split) -> Labelled:
     config, per_number = digits.DigitsConfig(), 20
     numbers = range(10**config.digits)
     if split == "test":
-        images, labels = digits.evaluation_set(config, numbers, per_number, _DIGITS_SIZE)
+        images, labels = _drawn_digits(per_number, "held out")
     else:
-        images, labels = digits.evaluation_set(
-            config, numbers, 2 * per_number, _DIGITS_SIZE, "training"
-        )
+        images, labels = _drawn_digits(2 * per_number, "training")
         mine = np.arange(len(labels)) % 2 == (split == "train")
         images, labels = images[mine], labels[mine]
     names = [digits.number_words(number, config.digits) for number in numbers]
@@ -325,3 +324,12 @@ def open_digits(split: Split) -> Labelled:
         _DIGITS_TEMPLATES,
         labels.tolist(),
     )
+
+
+@functools.cache  # the training and the validation split share their images
+def _drawn_digits(
+    per_number: int, hands: Literal["held out", "training"]
+) -> tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"]]:
+    config = digits.DigitsConfig()
+    numbers = range(10**config.digits)
+    return digits.evaluation_set(config, numbers, per_number, _DIGITS_SIZE, hands)

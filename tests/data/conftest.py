@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -36,6 +37,7 @@ PICTURES = [_rng.integers(0, 256, (48, 48 + 8 * i, 3), np.uint8) for i in range(
 Pairs = Sequence[tuple[str, bytes, str]]  # file name of the image, its bytes, caption
 
 
+@functools.cache
 def make_pairs(count: int) -> Pairs:
     """Pictures, shifted, as JPEG, PNG and WebP in turns."""
     pairs = []
@@ -45,13 +47,13 @@ def make_pairs(count: int) -> Pairs:
         pixels = np.roll(PICTURES[i % len(PICTURES)], i, axis=1)
         Image.fromarray(pixels).save(file, how)
         pairs.append((f"{i:05d}.{suffix}", file.getvalue(), f'picture, "{i}"\nzwölf'))
-    return pairs
+    return tuple(pairs)
 
 
 # ------------------------------------------------------------------ every format
 
 
-def parts(pairs: list[Any], count: int) -> list[list[Any]]:
+def parts(pairs: Sequence[Any], count: int) -> list[Sequence[Any]]:
     size = -(-len(pairs) // count)
     return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 

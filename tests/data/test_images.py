@@ -27,6 +27,8 @@ from clip_jax.models.images import NaFlex, Square
 
 def save(image: Image.Image, format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
+    if format == "PNG":
+        options = {"compress_level": 1} | options
     image.save(file, format, **options)
     return file.getvalue()
 
@@ -252,12 +254,12 @@ def test_naflex_preprocessing_takes_any_mode_and_size(photo, rules):
     over = Image.alpha_composite(white, transparent).convert("RGB")
     kinds = {
         "gray": (photo.convert("L"), photo.convert("L").convert("RGB")),
-        "palette": (photo.quantize(37), photo.quantize(37).convert("RGB")),
+        "palette": (photo.convert("P"), photo.convert("P").convert("RGB")),
         "alpha": (transparent, photo if rules == "openai" else over),
         "row": (photo.resize((1000, 1)), photo.resize((1000, 1))),
         "column": (photo.resize((1, 1000)), photo.resize((1, 1000))),
         "pixel": (photo.resize((1, 1)), photo.resize((1, 1))),
-        "sliver": (photo.resize((100_000, 3)), photo.resize((100_000, 3))),
+        "sliver": (photo.resize((33_333, 1)), photo.resize((33_333, 1))),
     }
     for name, (image, plain) in kinds.items():
         size = NAFLEX.fit(*image.size)
@@ -274,7 +276,7 @@ def test_naflex_preprocessing_takes_any_mode_and_size(photo, rules):
 @pytest.mark.parametrize("shape", [(640, 480), (480, 640), (2000, 200), (1, 900), (1, 1), (2, 1)])
 def test_training_takes_the_full_image_or_a_box_at_its_own_aspect_ratio(photo, shape, scale):
     image = photo.resize(shape)
-    for kind in (image, image.convert("L"), image.quantize(20)):
+    for kind in (image, image.convert("L"), image.convert("P")):
         found = read_crop(save(kind), NAFLEX, np.random.default_rng(5), scale)
         box = (0, 0, *shape)
         if scale is not None:

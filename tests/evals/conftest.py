@@ -19,6 +19,7 @@ from clip_jax.evals.evaluator import Encoder
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
+from tests.conftest import parameter_shapes
 
 SMALL = CLIPConfig(
     embed_dim=16,
@@ -36,7 +37,7 @@ def mesh_of(devices: int = 8, **sizes: int) -> Mesh:
 def drawn(config: CLIPConfig = SMALL, scale: float = 0.5) -> Params:
     """Parameters from NumPy: quicker than compiling the initialisation."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    shapes = parameter_shapes(config)
     return jax.tree.map(lambda x: rng.normal(0, scale, x.shape).astype(np.float32), shapes)
 
 

@@ -21,11 +21,11 @@ from clip_jax.errors import InputError
 from clip_jax.inference import average
 from clip_jax.inference.average import AverageConfig, combine, fitting
 from clip_jax.inference.loading import model_of, prompt_head
-from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.optim import OptimConfig
 from clip_jax.optim.wrappers import AverageState
-from tests.conftest import write_states
+from tests.conftest import parameter_shapes, write_states
 from tests.evals.conftest import SMALL, png
 
 CLASSES = ("bright", "dark", "grey")
@@ -35,7 +35,7 @@ SIGLIP = replace(SMALL, init_logit_bias=-10.0)  # with every kind of array: a bi
 def drawn(seed: int, config: CLIPConfig = SIGLIP, *, head: bool = True) -> Weights:
     """A small model, with a classifier of CLASSES."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0))
+    shapes = parameter_shapes(config)
     params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
     kernel = rng.normal(0, 0.5, (len(CLASSES), config.embed_dim)).astype(np.float32)
     own = Head(CLASSES, ("a {}",), kernel) if head else None

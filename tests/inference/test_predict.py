@@ -16,7 +16,7 @@ from clip_jax.cli.commands import main
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.weights import Head
 from clip_jax.inference.loading import Model, load
-from tests.conftest import COCA, write_tiny_model
+from tests.conftest import write_tiny_model
 from tests.data.conftest import write_tar
 from tests.evals.conftest import unit
 
@@ -79,20 +79,6 @@ def rows(output):
 
 
 # ------------------------------------------------------------------ predict
-
-
-def test_a_model_with_a_decoder_writes_captions(folder, tmp_path, run, refused):
-    """Also where it has fewer positions than captions are long by default; no others do."""
-    text, coca = dataclasses.replace(COCA.text, vocab_size=520), tmp_path / "coca"
-    write_tiny_model(coca, config=dataclasses.replace(COCA, text=text))
-    photos = [folder / "photos/000.png", folder / "photos/002.png"]
-    captions = ["--images", *photos, "--caption"]
-    results, _ = run("predict", coca, *captions)
-    model = load(coca)
-    assert [x["caption"] for x in results] == model.caption(model.preprocess(photos))
-    too_long = refused("predict", coca, *captions, "--generation.max-length", "11")
-    assert "text.context_length=10" in too_long
-    assert "no decoder" in refused("predict", folder / "model", *captions)
 
 
 def test_probabilities_are_the_softmax_of_scaled_cosines(folder, run, capsys):

@@ -5,6 +5,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -111,3 +112,9 @@ def write_reinforcers(folder: Path, small: CLIPConfig = TINY) -> Path:
         weights = Weights(config=config, params=params, preprocess=default_preprocess(config))
         write_weights(weights, folder / name, "clip-jax")
     return folder
+
+
+def assert_same_content(one: Any, other: Any) -> None:
+    """Compare all fields of what is stored with two pairs."""
+    pairs = (dataclasses.asdict(more) for more in (one, other))
+    jax.tree.map(np.testing.assert_array_equal, *pairs)

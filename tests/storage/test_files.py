@@ -102,9 +102,10 @@ def test_a_folder_with_signs_of_a_pattern_in_its_name_is_itself(tmp_path):
     assert files.expand(f"{tmp_path}/odd[1]/*.tar") == [f"{tmp_path}/odd[1]/0.tar"]
 
 
+@mock.patch.object(files, "_MOST_FILES", 1_000)  # a million in earnest
 def test_braces_that_mean_too_many_files_are_refused():
     for pattern in ("{0..99999999999}.tar", "{0..99999}/{0..99999}.tar"):
-        with pytest.raises(InputError, match="stands for more than 1,000,000 files"):
+        with pytest.raises(InputError, match="stands for more than 1,000 files"):
             files.expand(pattern)
     assert files.expand("{08..10}/{a,b}") == ["08/a", "08/b", "09/a", "09/b", "10/a", "10/b"]
 

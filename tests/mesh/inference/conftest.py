@@ -1,0 +1,3 @@
+"""What a command prints, as in tests/inference."""
+
+from tests.inference.conftest import run as run
