@@ -5,7 +5,6 @@ from pathlib import Path
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +18,7 @@ from tests.evals.conftest import SMALL, drawn, encoder_on, mesh_of
 
 def test_embeddings_on_a_mesh_are_the_pure_functions():
     """Several batches, the last one part empty; bytes are normalised, floats are taken as such."""
-    rng, model, params = np.random.default_rng(0), CLIP(SMALL), jax.tree.map(jnp.asarray, drawn())
+    rng, model, params = np.random.default_rng(0), CLIP(SMALL), drawn()
     pixels = rng.integers(0, 256, (13, 16, 16, 3), np.uint8)
     tokens = rng.integers(1, 600, (13, 16), np.int32)
     mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
@@ -27,12 +26,12 @@ def test_embeddings_on_a_mesh_are_the_pure_functions():
     encoder = dataclasses.replace(encoder_on(mesh), params=placed)
 
     @jax.jit
-    def plain(pixels, tokens):
+    def plain(params, pixels, tokens):
         normal = model.normalize(pixels)
         features = model.encode_image(params, normal), model.encode_text(params, tokens)
         return normal, *features, *map(l2_normalize, features)
 
-    normal, raw, _, images, texts = map(np.asarray, plain(pixels, tokens))
+    normal, raw, _, images, texts = map(np.asarray, plain(params, pixels, tokens))
     got = encoder.compute(embed_images, pixels, batch_size=6)  # eight, for four shards
     np.testing.assert_allclose(got, images, atol=1e-5)
     got = encoder.compute(embed_images, normal, normalize=False)

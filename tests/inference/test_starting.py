@@ -17,6 +17,13 @@ from clip_jax.step import Program
 from tests.conftest import larger, tiny_digits, write_states
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one step; no test changes it."""
+    write_states(tiny(), workdir := tmp_path_factory.mktemp("run"))
+    return workdir
+
+
 def tiny(**changes):
     return tiny_digits(**{"steps": 1, "evals": ()} | changes)
 
@@ -31,21 +38,17 @@ def begin(config, program):
         return initial_state(config, program, weight_files, params)
 
 
-def test_a_run_begins_with_the_tower_that_it_takes_from_another(tmp_path):
-    write_states(tiny(steps=1), tmp_path)
-    config = tiny(init_from=str(tmp_path), init_towers=("image",), model=larger(tiny().model))
+def test_a_run_begins_with_the_tower_that_it_takes_from_another(run):
+    config = tiny(init_from=str(run), init_towers=("image",), model=larger(tiny().model))
     program = Program(config.recipe, make_mesh(config.mesh))
     params, drawn = begin(config, program).params, program.init().params
-    assert_identical(
-        params["visual"], starting_params(read_weights(tmp_path), config.model)["visual"]
-    )
+    assert_identical(params["visual"], starting_params(read_weights(run), config.model)["visual"])
     assert_identical(params["text"], drawn["text"])
 
 
-def test_a_live_teacher_computes_what_its_weights_were_trained_for(tmp_path):
+def test_a_live_teacher_computes_what_its_weights_were_trained_for(run):
     """Its activation and its token ids are those of the weights, which no shape shows."""
-    config = tiny(steps=1)
-    write_states(config, tmp_path)
+    config = tiny()
     text, mesh = config.model.text, make_mesh(config.mesh)
     rules = dataclasses.replace(text.tokenizer, clean="lower")
     for field, value, message in (
@@ -54,20 +57,17 @@ def test_a_live_teacher_computes_what_its_weights_were_trained_for(tmp_path):
     ):
         other = dataclasses.replace(text, **{field: value})
         model = dataclasses.replace(config.model, text=other)
-        wrong = LiveTeacher(weights=str(tmp_path), model=model)
+        wrong = LiveTeacher(weights=str(run), model=model)
         with pytest.raises(InputError, match=rf"teachers.weights=.*{message}"):
             frozen_params((DistillationConfig(teachers=(wrong,)),), mesh, WeightFiles())
 
 
-def test_a_run_begins_with_other_settings_if_they_are_named(tmp_path):
-    write_states(tiny(steps=1), tmp_path)
+def test_a_run_begins_with_other_settings_if_they_are_named(run):
     text = dataclasses.replace(tiny().model.text, activation="relu")
     model = dataclasses.replace(tiny().model, text=text, image_mean=(0.5, 0.5, 0.5))
-    config = tiny(init_from=str(tmp_path), model=model)
+    config = tiny(init_from=str(run), model=model)
     program = Program(config.recipe, make_mesh(config.mesh))
     with pytest.raises(InputError, match=r"image_mean is .*text.activation is .*--init-differen"):
         begin(config, program)
     named = dataclasses.replace(config, init_differences=("image_mean", "text.*"))
-    assert_identical(
-        begin(named, program).params, starting_params(read_weights(tmp_path), tiny().model)
-    )
+    assert_identical(begin(named, program).params, starting_params(read_weights(run), tiny().model))
