@@ -1,23 +1,115 @@
-"""When a range of an object is asked for once more, on a clock that the test moves."""
+"""Which bytes are read from an object, and when a range is requested again."""
 
 import asyncio
+import io
+import itertools
+import statistics
 from collections import deque
 from unittest import mock
 
 import obstore
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from obstore.store import MemoryStore
 
 from clip_jax.storage import bucket
 from tests.clock import HandClock
 
+# ------------------------------------------------------------------ which bytes
 
-def ask(*waits, usual=(), answers):
-    """Ask for a range; return the number of requests after each wait, the answer, the durations.
 
-    `answers` are given at the end, each to the request of its number: bytes or an error.
-    """
-    requests: list[asyncio.Future[bytes]] = []
-    clock, seconds = HandClock(), deque(usual, maxlen=64)
+def stored(content):
+    """A bucket with one object."""
+    store = MemoryStore()
+    obstore.put(store, "x", content)
+    return mock.patch.object(bucket, "_bucket", autospec=True, return_value=store)
+
+
+@given(
+    content=st.binary(min_size=1, max_size=100),
+    ranges=st.lists(st.tuples(st.integers(0, 120), st.integers(0, 40)), min_size=1, max_size=8),
+    near=st.integers(0, 30),
+    failing=st.sets(st.integers(0, 7), max_size=1),
+)
+@example(content=b"abc", ranges=[(1, 0)], near=0, failing=set())
+def test_ranges_are_those_of_the_object_or_an_error(content, ranges, near, failing):
+    """In any order, overlapping or beyond the end. One request has near ones, and nothing else."""
+    plain, spans = obstore.get_range_async, []
+
+    async def request(store, path, *, start, end):
+        spans.append((start, end))
+        if len(spans) - 1 in failing:
+            raise OSError("reset")
+        return await plain(store, path, start=start, end=end)
+
+    with (
+        stored(content),
+        mock.patch.object(bucket, "NEAR", near),
+        mock.patch.object(bucket, "_seconds", deque(maxlen=64)),
+        mock.patch.object(obstore, "get_range_async", autospec=True, side_effect=request),
+    ):
+        bucket.requested()
+        try:
+            parts = bucket.read_ranges("gs://b/x", ranges)
+        except OSError:
+            assert any(number < len(spans) for number in failing)
+            return
+    assert parts == [content[at : at + size] for at, size in ranges]
+    spans.sort()
+    assert all(a[1] + near < b[0] for a, b in itertools.pairwise(spans))
+    assert {start for start, _ in spans} <= {at for at, _ in ranges}
+    assert {end for _, end in spans} <= {at + size for at, size in ranges}
+    sizes = [len(content[start:end]) for start, end in spans]
+    assert bucket.requested() == (len(spans), sum(sizes))
+
+
+SEEKS = st.tuples(st.just("seek"), st.integers(-40, 120), st.sampled_from([0, 1, 2]))
+READS = st.tuples(st.just("read"), st.integers(-1, 60)) | st.sampled_from([("readline",)])
+
+
+@given(
+    content=st.text("a\n", max_size=100).map(str.encode),
+    block=st.integers(1, 40),
+    calls=st.lists(SEEKS | READS, max_size=10),
+)
+def test_an_open_object_reads_as_a_file_on_a_disk(content, block, calls):
+    expected = io.BytesIO(content)
+    with stored(content), mock.patch.object(bucket, "BUFFER", block):
+        file = bucket.open_object("gs://b/x")
+        for name, *arguments in calls:
+            if name == "seek":
+                at, whence = arguments
+                if at + (0, expected.tell(), len(content))[whence] < 0:
+                    continue
+            assert getattr(file, name)(*arguments) == getattr(expected, name)(*arguments)
+            assert file.tell() == expected.tell()
+        assert file.read() == expected.read()
+
+
+# ------------------------------------------------------------------ when it is requested again
+
+
+def late_after(usual):
+    """Seconds after which an answer is late: 1, or four times the usual."""
+    return max(1.0, 4 * statistics.median(usual)) if usual else 1.0
+
+
+WAITS = st.floats(0.1, 20)
+ANSWERS = st.tuples(st.integers(0, 3), st.booleans())  # of which pending request; good or an error
+
+
+@given(
+    usual=st.lists(st.floats(0.1, 30), max_size=3),
+    events=st.lists(WAITS | ANSWERS, max_size=12),
+)
+@example(usual=[], events=[0.9, 0.1, 1.9, 0.1, 4.0, 1000.0, (2, True)])  # four at a time
+@example(usual=[1.0, 2.0, 30.0], events=[7.9, 0.2, (0, True)])
+@example(usual=[], events=[1.0, (0, False), (0, True)])
+@example(usual=[], events=[1.0, (1, False), (0, False)])
+def test_a_late_answer_is_requested_again_and_the_first_good_one_counts(usual, events):
+    """At intervals that double, while at most four are pending. An error counts if none is."""
+    clock, seconds, requests = HandClock(), deque(usual, maxlen=64), []
 
     def request(store, path, *, start, end):
         assert (store, path, start, end) == ("store", "key", 3, 7)
@@ -29,42 +121,42 @@ def ask(*waits, usual=(), answers):
             await asyncio.sleep(0)
 
     async def main():
-        task, counts = asyncio.ensure_future(bucket._range("store", "key", 3, 7)), []
+        task = asyncio.ensure_future(bucket._range("store", "key", 3, 7))
+        late = late_after(usual)
+        begun = clock.now()
+        pending, expected, due = [0], 1, begun + late
         await turns()
-        for wait in waits:
-            clock.advance(wait)
+        for event in [*events, (0, True)]:
+            if isinstance(event, float):
+                clock.advance(event)
+                if len(pending) < 4 and clock.now() >= due:
+                    late *= 2
+                    pending.append(expected)
+                    expected += 1
+                    due = clock.now() + late
+            else:
+                number = pending.pop(event[0] % len(pending))
+                if event[1]:
+                    requests[number].set_result(b"%d" % number)
+                else:
+                    requests[number].set_exception(OSError(f"cut {number}"))
+                    due = clock.now() + late
             await turns()
-            counts.append(len(requests))
-        for number, answer in answers.items():
-            assert not task.done()
-            set_it = requests[number].set_result if answer else requests[number].set_exception
-            set_it(answer or OSError(f"cut {number}"))
-            await turns()
-        answer = await task
-        assert all(request.done() for request in requests)  # answered or cancelled
-        return counts, answer, [*seconds]
+            assert len(requests) == expected
+            assert task.done() == (isinstance(event, tuple) and (event[1] or not pending))
+            if task.done():
+                break
+        if event[1]:
+            assert task.result() == b"%d" % number
+        else:
+            with pytest.raises(OSError, match=f"cut {number}"):
+                task.result()
+        assert [*seconds] == [*usual, pytest.approx(clock.now() - begun)]
+        assert all(request.cancelled() for i, request in enumerate(requests) if i in pending)
 
     with (
         mock.patch.object(obstore, "get_range_async", autospec=True, side_effect=request),
         mock.patch.object(bucket, "CLOCK", clock),
         mock.patch.object(bucket, "_seconds", seconds),
     ):
-        return asyncio.run(main())
-
-
-def test_a_late_answer_is_asked_for_again_at_growing_intervals_and_the_soonest_counts():
-    waits = (0.9, 0.1, 1.9, 0.1, 4, 1000)  # at most four at a time
-    assert ask(*waits, answers={2: b"third"}) == ([1, 2, 2, 3, 4, 4], b"third", [1007.0])
-    assert ask(0.5, answers={0: b"first"}) == ([1], b"first", [0.5])
-
-
-def test_late_is_four_times_the_usual():
-    usual = [1.0, 2.0, 30.0]
-    answer = ask(7.9, 0.2, usual=usual, answers={0: b"first"})
-    assert answer == ([1, 2], b"first", [*usual, pytest.approx(8.1)])
-
-
-def test_an_error_counts_once_no_other_request_is_waited_for():
-    assert ask(1, answers={0: None, 1: b"second"})[:2] == ([2], b"second")
-    with pytest.raises(OSError, match="cut 0"):
-        ask(1, answers={1: None, 0: None})
+        asyncio.run(main())
