@@ -2,11 +2,16 @@
 
 import datetime
 import json
-import random
+import math
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from clip_jax import processes
 from clip_jax.checkpoints.retention import (
@@ -20,15 +25,14 @@ from clip_jax.checkpoints.retention import (
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 
-ACCURACY = {"best": "acc"}
 WATCHERS = {"best": "acc", "best_of": "watcher"}
 
 
-def kept(workdir, steps, best=None, of_run=None, **config):
+def kept(workdir, steps, of_run=None, **config):
     """Ask which of made-up steps stay; `of_run` are results that are kept with them."""
     now, of_run = datetime.datetime.min, of_run or {}
     infos = [SimpleNamespace(step=x, time=now, metrics=of_run.get(x)) for x in steps]
-    config = {"keep": 2, "keep_unwatched": 2} | config | (best or {})
+    config = {"keep": 2, "keep_unwatched": 2} | config
     policy = Retention(workdir, CheckpointConfig(**config))
     stays = policy.should_preserve(infos, context=None)
     return [step for step, stay in zip(steps, stays, strict=True) if stay]
@@ -42,75 +46,111 @@ def write_rows(workdir, *rows):
 # ------------------------------------------------------------------ which are kept
 
 
-def test_the_newest_and_the_steps_named_stay(tmp_path):
-    assert kept(tmp_path, [1, 2, 3, 4, 5]) == [4, 5]
-    assert kept(tmp_path, [1, 2, 3, 4, 5], keep=1, also=(1, 3)) == [1, 3, 5]
+ACCURACIES = st.fixed_dictionaries(
+    {}, optional={"acc": st.sampled_from([0.1, 0.2, 0.9, math.nan, math.inf]), "loss": st.just(2.0)}
+)
+STEP = st.integers(1, 12)
+CONFIGS = st.builds(
+    CheckpointConfig,
+    keep=st.integers(1, 3),
+    keep_unwatched=st.integers(1, 3),
+    also=st.lists(STEP, max_size=2).map(tuple),
+    best=st.sampled_from(["acc", None]),
+    best_mode=st.sampled_from(["max", "min"]),
+    best_of=st.sampled_from(["run", "watcher"]),
+)
 
 
-def test_the_best_stays(tmp_path):
-    of_run = {1: {"acc": 0.2}, 2: {"acc": 0.9}, 3: {"acc": 0.9}, 4: {"acc": float("nan")}}
-    of_run |= {5: {"acc": 0.1}, 6: {"loss": 2.0}}
-    steps = [*range(1, 9)]
-    assert kept(tmp_path, steps, best=ACCURACY, of_run=of_run) == [3, 7, 8]  # of two, the newer
-    lowest = ACCURACY | {"best_mode": "min"}
-    assert kept(tmp_path, steps, best=lowest, of_run=of_run) == [5, 7, 8]
-    assert kept(tmp_path, steps, best=WATCHERS, of_run=of_run) == [7, 8]  # whose are none yet
+@given(
+    steps=st.sets(STEP, min_size=1).map(sorted),
+    config=CONFIGS,
+    of_run=st.dictionaries(STEP, ACCURACIES),
+    rows=st.none() | st.lists(st.tuples(STEP, ACCURACIES), max_size=12),  # None: nobody watches
+    incomplete=st.sampled_from(["", '{"step": 4, "ac']),
+)
+def test_the_newest_the_named_the_best_and_the_unwatched_stay(
+    steps, config, of_run, rows, incomplete
+):
+    """No other step stays, and those that stay would stay again."""
+    expected, newest_rows = {*steps[-config.keep :], *config.also}, dict(rows or [])
+    if rows is not None:
+        expected |= {*[x for x in steps if x not in newest_rows][: config.keep_unwatched]}
+    results = of_run if config.best_of == "run" else newest_rows
+    values = {step: results.get(step, {}).get("acc", math.nan) for step in steps}
+    finite = [step for step in steps if math.isfinite(values[step])]
+    if config.best and finite:
+        sign = 1 if config.best_mode == "max" else -1
+        expected |= {max(finite, key=lambda step: (sign * values[step], step))}  # of two, the newer
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder)
+        if rows is not None:
+            write_rows(workdir, *({"step": step} | row for step, row in rows))
+            with (workdir / WATCHED).open("a") as file:
+                file.write(incomplete)
+        stays = kept(workdir, steps, of_run=of_run, **vars(config))
+        assert stays == [step for step in steps if step in expected]
+        assert kept(workdir, stays, of_run=of_run, **vars(config)) == stays
 
 
-def test_the_oldest_that_a_watcher_has_not_finished_with_stay(tmp_path):
-    steps = [2, 4, 6, 8, 10, 12]
-    assert kept(tmp_path, steps) == [10, 12]  # nobody watches
-    write_rows(tmp_path)
-    assert kept(tmp_path, steps) == [2, 4, 10, 12]
-    write_rows(tmp_path, {"step": 2, "acc": 0.1}, {"step": 6, "skipped": "it is damaged"})
-    assert kept(tmp_path, steps) == [4, 8, 10, 12]
-    assert kept(tmp_path, steps, keep_unwatched=3) == [4, 8, 10, 12]
-    with (tmp_path / WATCHED).open("a") as file:
-        file.write('{"step": 4, "ac')  # not yet a row
-    assert kept(tmp_path, steps) == [4, 8, 10, 12]
-
-
-def test_a_watchers_best_stays(tmp_path):
-    rows = [{"step": 2, "acc": 0.7}, {"step": 4, "acc": 0.3}, {"step": 6, "skipped": "damaged"}]
-    write_rows(tmp_path, *rows)
-    steps = [2, 4, 6, 8, 10, 12]
-    assert kept(tmp_path, steps, keep=1, best=WATCHERS) == [2, 8, 10, 12]
-    write_rows(tmp_path, *rows, {"step": 4, "acc": 0.8})  # of two rows the last counts
-    assert kept(tmp_path, steps, keep=1, best=WATCHERS) == [4, 8, 10, 12]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_in_whatever_order_a_run_and_its_watcher_act(seed, tmp_path):
+class RunAndWatcher(RuleBasedStateMachine):
     """What a watcher turned to stays until its row is written, and the best of that stays.
 
     The run saves and asks what to keep; only later does it delete. The watcher looks for the
     oldest step without a row, and writes its row some time later; it may be killed in between.
     All it can lose is what the run was about to delete when it looked.
     """
-    drawn, steps, rows, lost = random.Random(seed), [1], [], set()
-    read, doomed = None, []
-    write_rows(tmp_path)
-    while steps[-1] < 30 or len(rows) < 10:
-        act = drawn.choice(["save", "delete", "look", "row", "kill"])
-        if act == "save" and not doomed:
-            steps.append(steps[-1] + 1)
-            stay = kept(tmp_path, steps, best=WATCHERS)
-            doomed = [step for step in steps if step not in stay]
-        elif act == "delete":
-            steps, doomed = [step for step in steps if step not in doomed], []
-        elif act == "look" and read is None:
-            finished = {row["step"] for row in rows}
-            read = next((step for step in steps if step not in finished), None)
-            lost |= {read} & {*doomed}
-        elif act == "row" and read is not None:
-            rows.append({"step": read} | ({"acc": drawn.random()} if read in steps else {}))
-            write_rows(tmp_path, *rows)
-            read = None
-        elif act == "kill":
-            read = None
-        assert read is None or read in {*steps, *lost}
-        known = [(row["acc"], row["step"]) for row in rows if row["step"] not in lost]
-        assert not known or max(known)[1] in steps
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.workdir = Path(self.folder.name)
+        self.steps, self.doomed = [1], []  # those that exist; those about to be deleted
+        self.rows, self.read, self.lost = [], None, set()  # of the watcher
+        write_rows(self.workdir)
+
+    def teardown(self):
+        self.folder.cleanup()
+
+    @precondition(lambda self: not self.doomed)
+    @rule()
+    def save(self):
+        self.steps.append(self.steps[-1] + 1)
+        stay = kept(self.workdir, self.steps, **WATCHERS)
+        self.doomed = [step for step in self.steps if step not in stay]
+
+    @rule()
+    def delete(self):
+        self.steps = [step for step in self.steps if step not in self.doomed]
+        self.doomed = []
+
+    @precondition(lambda self: self.read is None)
+    @rule()
+    def look(self):
+        finished = {row["step"] for row in self.rows}
+        self.read = next((step for step in self.steps if step not in finished), None)
+        self.lost |= {self.read} & {*self.doomed}
+
+    @precondition(lambda self: self.read is not None)
+    @rule(accuracy=st.floats(0, 1))
+    def write(self, accuracy):
+        result = {"acc": accuracy} if self.read in self.steps else {}
+        self.rows.append({"step": self.read} | result)
+        write_rows(self.workdir, *self.rows)
+        self.read = None
+
+    @precondition(lambda self: self.read is not None)
+    @rule()
+    def kill(self):
+        self.read = None
+
+    @invariant()
+    def what_is_read_and_the_best_exist(self):
+        assert self.read is None or self.read in {*self.steps, *self.lost}
+        results = [(row["acc"], row["step"]) for row in self.rows if row["step"] not in self.lost]
+        assert not results or max(results)[1] in self.steps
+
+
+TestRunAndWatcher = RunAndWatcher.TestCase
 
 
 def test_of_several_processes_the_first_looks_for_all(tmp_path):
@@ -120,7 +160,7 @@ def test_of_several_processes_the_first_looks_for_all(tmp_path):
         mock.patch.object(processes, "is_lead", autospec=True, return_value=False),
         mock.patch.object(processes, "gather", autospec=True, return_value=[first, None]),
     ):
-        assert kept(tmp_path, [1, 2, 3, 4], keep=1, best=WATCHERS) == [1, 2, 4]
+        assert kept(tmp_path, [1, 2, 3, 4], keep=1, **WATCHERS) == [1, 2, 4]
 
 
 @pytest.mark.parametrize("name", ["", " "])
