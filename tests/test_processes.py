@@ -12,7 +12,6 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from clip_jax import processes, sharding
 from clip_jax.data.digits import DigitsConfig
@@ -24,7 +23,7 @@ from clip_jax.processes import (
     ProcessesConfig,
     Watchdog,
 )
-from clip_jax.sharding import MeshConfig, data_part, make_mesh
+from clip_jax.sharding import MeshConfig, make_mesh
 from tests.clock import HandClock
 from tests.data.conftest import open_pipeline
 
@@ -73,32 +72,6 @@ class Chip:
     slice_index: int = 0
     platform: str = "tpu"
     device_kind: str = "fake"
-
-
-def mesh_of(owners, data, fsdp, tensor):
-    array = np.array([Chip(i, owner) for i, owner in enumerate(owners)], object)
-    return Mesh(array.reshape(data, fsdp, tensor), ("data", "fsdp", "tensor"))
-
-
-@pytest.mark.parametrize(
-    ("owners", "shape", "parts"),
-    [
-        ([0, 0, 0, 0, 1, 1, 1, 1], (8, 1, 1), {0: (0, 2), 1: (1, 2)}),
-        ([0, 0, 1, 1, 2, 2, 3, 3], (2, 2, 2), {0: (0, 4), 3: (3, 4)}),
-        # A row's heads on two processes: both read it.
-        ([0, 0, 1, 1, 2, 2, 3, 3], (2, 1, 4), {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
-    ],
-)
-def test_each_process_reads_its_rows_and_those_that_share_rows_the_same(owners, shape, parts):
-    mesh = mesh_of(owners, *shape)
-    for process, expected in parts.items():
-        with mock.patch.object(jax, "process_index", autospec=True, return_value=process):
-            assert data_part(mesh) == expected
-
-
-def test_rows_that_lie_crosswise_are_refused():
-    with pytest.raises(ValueError, match=r"unequal shards of a batch"):
-        data_part(mesh_of([0, 0, 0, 1, 1, 1, 2, 2], 4, 1, 2))
 
 
 def test_slices_lie_along_data_alone():

@@ -1,15 +1,19 @@
 """What may change where a run resumes."""
 
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from clip_jax.checkpoints.resume import check_resumable, differences
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
 from clip_jax.config_files import complete, load_config, of_run, with_order
-from clip_jax.data.order.mixture import MemberConfig, MixtureConfig, PhaseConfig
+from clip_jax.data.order.mixture import MemberConfig, MixtureConfig, MixtureSource, PhaseConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
 from clip_jax.errors import InputError
@@ -17,6 +21,7 @@ from clip_jax.losses import SoftmaxConfig
 from clip_jax.optim import Constant, OptimConfig
 from clip_jax.serialize import to_dict
 from tests.conftest import ROOT
+from tests.data.conftest import Numbers
 
 
 def resume(workdir, config):
@@ -66,35 +71,105 @@ def test_a_resumed_run_has_the_same_config_but_may_be_longer_if_its_schedule_has
             resume(tmp_path, now)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(endless)))
     resume(tmp_path, replace(endless, steps=10_001, report_every=7, wandb_project="clip"))
-    assert differences({"a": 1}, {"a": 1, "b": 2}) == [("b", None, 2)]
 
 
-def test_a_resumed_mixture_may_only_have_more_members_from_a_phase_to_come(tmp_path):
-    """Other paths and weights were accepted, and changed what had been read."""
+WEIGHTS = st.sampled_from([0.0, 1.0, 3.0])
+PATHS = st.sampled_from(["a", "b", "c"])
 
-    def config(weights, *phases, paths=("a", "b", "c")):
-        members = tuple(
-            MemberConfig(source=TarConfig(path=path), weight=weight)
-            for path, weight in zip(paths, weights, strict=False)
-        )
-        mixed = tuple(PhaseConfig(from_sample=at, weights=x) for at, x in phases)
-        return Config(
-            batch_size=8, data=DataConfig(source=MixtureConfig(members=members, phases=mixed))
-        )
 
-    (tmp_path / "checkpoints/2").mkdir(parents=True)  # at sample 16
-    before = config((1.0, 3.0), (8, (1.0, 1.0)))
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(before)))
-    added = config((1.0, 3.0, 0.0), (8, (1.0, 1.0, 0.0)), (16, (1.0, 1.0, 1.0)))
-    for allowed in (before, added, config((1.0, 3.0), (8, (1.0, 1.0)), (24, (0.0, 1.0)))):
-        resume(tmp_path, allowed)
-    for other in (
-        config((1.0, 3.0), (8, (1.0, 1.0)), paths=("a", "d")),
-        config((1.0, 2.0), (8, (1.0, 1.0))),
-        config((1.0, 3.0), (8, (1.0, 2.0))),
-        config((1.0, 3.0), (8, (1.0, 1.0)), (15, (0.0, 1.0))),
-        config((1.0, 3.0, 1.0), (8, (1.0, 1.0, 0.0))),
-        config((1.0,), (8, (1.0,))),
-    ):
-        with pytest.raises(InputError, match=r"another config:\n  data\.source\."):
-            resume(tmp_path, other)
+@st.composite
+def mixtures(draw):
+    """A mixture of a few sources, and its phases by their first sample."""
+    members = draw(st.lists(st.tuples(PATHS, WEIGHTS), min_size=1, max_size=3))
+    starts = draw(st.lists(st.sampled_from([8, 15, 16, 24]), max_size=2).map(sorted))
+    weights = st.lists(WEIGHTS, min_size=len(members), max_size=len(members)).filter(any)
+    assume(any(weight for _, weight in members))
+    return members, [(start, draw(weights)) for start in starts]
+
+
+@st.composite
+def pairs_of_mixtures(draw):
+    """A mixture, and another or one that goes on where it ends."""
+    before = members, phases = draw(mixtures())
+    if draw(st.booleans()):
+        return before, draw(mixtures())
+    added = draw(st.lists(st.tuples(PATHS, WEIGHTS), max_size=1))
+    weights = [x for _, x in members] + [x for _, x in added]
+    later = [(start, [*old, *(0.0 for _ in added)]) for start, old in phases]
+    start = draw(st.sampled_from([15, 16, 24]))
+    later += [(start, weights)] * (
+        draw(st.booleans()) and start >= max([0, *(x for x, _ in phases)])
+    )
+    if draw(st.booleans()):
+        added = [(path, 0.0) for path, _ in added]
+    return before, ([*members, *added], later)
+
+
+def mixed(members, phases):
+    return MixtureConfig(
+        members=tuple(MemberConfig(source=TarConfig(path=path), weight=x) for path, x in members),
+        phases=tuple(PhaseConfig(from_sample=at, weights=tuple(x)) for at, x in phases),
+    )
+
+
+def first_samples(members, phases, count):
+    """Path and number of the samples that a run reads first."""
+    source = MixtureSource(mixed(members, phases), [Numbers(5_000) for _ in members])
+    order = source.order(seed=0)
+    samples = (source.key(order[at]).split("/") for at in range(count))
+    return [(members[int(member)][0], number) for member, number in samples]
+
+
+@given(pairs=pairs_of_mixtures())
+def test_a_mixture_that_may_resume_has_read_the_same_samples(pairs):
+    """Sixteen samples were read. Other paths and weights were accepted, and changed what had been
+    read; what adds members and later phases alone is accepted."""
+    (old, old_phases), (new, new_phases) = pairs
+    before, now = (
+        to_dict(Config(batch_size=8, data=DataConfig(source=mixed(*each)))) for each in pairs
+    )
+    added = new[len(old) :]
+    is_longer = (
+        new[: len(old)] == old
+        and not any(weight for _, weight in added)
+        and new_phases[: len(old_phases)] == [(at, x + [0.0] * len(added)) for at, x in old_phases]
+        and all(at >= 16 for at, _ in new_phases[len(old_phases) :])
+    )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "checkpoints/2").mkdir(parents=True)
+            check_resumable(Path(folder), before, now, lambda steps: 8 * steps)
+    except InputError:
+        assert not is_longer
+    else:
+        assert is_longer
+        assert first_samples(*pairs[0], 16) == first_samples(*pairs[1], 16)
+
+
+VALUES = st.booleans() | st.integers(0, 3) | st.text("ab", max_size=1)
+TREES = st.recursive(
+    VALUES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner),
+    max_leaves=8,
+)
+
+
+@given(old=TREES, new=TREES)
+def test_differences_lead_from_one_config_to_the_other(old, new):
+    """And none of them is empty, or the same field twice."""
+    listed = differences(old, new)
+    assert differences(old, old) == []
+    assert {name: (y, x) for name, x, y in listed} == {
+        name: (x, y) for name, x, y in differences(new, old)
+    }
+    for name, x, y in listed:
+        assert x != y
+        assert at(old, name) == x
+        assert at(new, name) == y
+    assert (not listed) == (old == new)
+
+
+def at(tree, name):
+    for part in filter(None, name.split(".")):
+        tree = tree[int(part)] if isinstance(tree, list) else tree.get(part)
+    return tree

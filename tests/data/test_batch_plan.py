@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_jax.data.batch_plan import BatchKind, SigLIP2Lengths, TokenBudget, doubling
 from clip_jax.errors import InputError
@@ -19,32 +21,79 @@ def spec_of(patches: int | None):
     return NaFlex(patches, 16) if patches else Square(256)
 
 
-PLANS = {
-    "doubling": doubling(8, Square(16), (3, 5)),
-    "siglip2": SigLIP2Lengths().plan(64, 256, spec_of, 500, 3),
-    "siglip2 from the first step": SigLIP2Lengths(fixed_share=0).plan(64, 256, spec_of, 90, 3),
-    "budget": TokenBudget(multiple=4).plan(64, 256, spec_of, 300, 0),
-}
+PATCHES = st.lists(st.sampled_from([64, 100, 128, 256]), min_size=1, unique=True).map(tuple)
+STEPS, SEEDS = st.integers(1, 60), st.integers(0, 9)
+SIGLIP2 = st.builds(
+    SigLIP2Lengths,
+    patches=PATCHES,
+    fixed_share=st.sampled_from([0.0, 0.5, 0.9]),
+    stretch=st.floats(1, 4),
+)
+BUDGET = st.builds(
+    TokenBudget,
+    patches=PATCHES,
+    shares=st.none(),
+    multiple=st.sampled_from([1, 4, 8]),
+)
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_every_sum_and_place_agrees_with_the_batches_one_by_one(name):
-    plan = PLANS[name]
-    steps = [*range(40), 353, 354, 480, 700]
-    kinds = [plan.at(step) for step in range(701)]
+@st.composite
+def plans(draw):
+    """A plan, and the number of its steps."""
+    steps = draw(STEPS)
+    if draw(st.booleans()):
+        doubled_at = draw(st.sets(st.integers(1, steps), max_size=3).map(sorted))
+        return doubling(draw(st.sampled_from([1, 8, 12])), Square(16), doubled_at), steps
+    lengths = draw(SIGLIP2 | BUDGET)
+    return lengths.plan(32, 256, spec_of, steps, draw(SEEDS)), steps
+
+
+@given(plans(), st.data())
+def test_every_sum_and_position_agrees_with_the_batches_one_by_one(made, data):
+    """Also after the run's last step, where its last batch is repeated."""
+    plan, steps = made
+    kinds = [plan.at(step) for step in range(steps + 5)]
+    units = [(step, i) for step, kind in enumerate(kinds) for i in range(kind.pairs // plan.unit)]
+    assert all(kind.pairs % plan.unit == 0 for kind in plan.kinds)
     sums = [0, *itertools.accumulate(kind.pairs for kind in kinds)]
-    for step in steps:
-        assert plan.samples_after(step) == sums[step]
-        first, units = plan.units_before(step), kinds[step].pairs // plan.unit
-        located = [plan.locate(first + i) for i in range(units)]
-        assert located == [(step, i, kinds[step]) for i in range(units)]
-    assert plan.counts(0, 600) == Counter(kinds[:600])
-    assert plan.counts(37, 410) == Counter(kinds[37:410])
+    assert [plan.samples_after(step) for step in range(steps + 6)] == sums
+    assert [plan.units_before(step) * plan.unit for step in range(steps + 6)] == sums
+    located = [plan.locate(number) for number in range(len(units))]
+    assert located == [(step, i, kinds[step]) for step, i in units]
+    end = data.draw(st.integers(0, steps + 5))
+    begin = data.draw(st.integers(0, end))
+    assert plan.counts(begin, end) == Counter(kinds[begin:end])
 
 
-def test_a_batch_that_doubles():
-    plan = PLANS["doubling"]
-    assert [plan.at(step).pairs for step in range(7)] == [8, 8, 8, 16, 16, 32, 32]
+@given(st.sampled_from([1, 8, 12]), st.sets(st.integers(1, 40), max_size=4).map(sorted))
+def test_a_batch_that_doubles(batch_size, doubled_at):
+    plan = doubling(batch_size, Square(16), doubled_at)
+    for step in range(50):
+        doublings = sum(at <= step for at in doubled_at)
+        assert plan.at(step) == BatchKind(batch_size * 2**doublings, Square(16))
+
+
+@given(BUDGET, STEPS, STEPS, SEEDS)
+def test_a_longer_run_begins_with_the_same_batches(lengths, steps, more, seed):
+    short, long = (lengths.plan(32, 256, spec_of, n, seed) for n in (steps, steps + more))
+    assert [short.at(step) for step in range(steps)] == [long.at(step) for step in range(steps)]
+
+
+@given(SIGLIP2, STEPS, SEEDS)
+def test_siglip2s_longest_batches_come_in_pairs_of_halves(lengths, steps, seed):
+    plan, first = lengths.plan(32, 256, spec_of, steps, seed), lengths.first_step(steps)
+    kinds = [plan.at(step) for step in range(steps)]
+    assert {*kinds[:first]} <= {BatchKind(32, Square(256))}
+    groups = itertools.groupby(kinds[first:], lambda kind: (kind.max_patches, kind.pairs))
+    runs = [(*key, len([*group])) for key, group in groups]
+    for number, (patches, pairs, count) in enumerate(runs, start=1):
+        is_longest = patches == max(lengths.patches)
+        assert pairs == (16 if is_longest else 32)
+        assert not is_longest or count % 2 == 0 or number == len(runs)  # the run ends in between
+    schedule = [lengths.schedule_step(step, steps) for step in range(steps + 1)]
+    assert schedule[: first + 1] == list(range(first + 1))
+    slopes = np.diff(schedule[first:])
+    np.testing.assert_allclose(slopes, 1 / lengths.stretch)
 
 
 def test_siglip2_draws_lengths_in_the_stretched_rest_of_the_schedule():
@@ -99,13 +148,10 @@ def test_a_kind_of_batch_is_a_model_of_the_same_parameters():
         assert model.dimensions() == NAFLEX.dimensions()
 
 
-def test_lengths_depend_on_the_seed_and_the_step_alone():
-    budget = TokenBudget(multiple=4)
-    long, short, other = (
-        [budget.plan(64, 256, spec_of, n, seed).at(step) for step in range(50)]
-        for n, seed in ((80, 5), (50, 5), (50, 6))
-    )
-    assert long == short != other
+def test_another_seed_draws_other_lengths():
+    plans = [TokenBudget(multiple=4).plan(64, 256, spec_of, 50, seed) for seed in (5, 6)]
+    one, other = ([plan.at(step) for step in range(50)] for plan in plans)
+    assert one != other
 
 
 def test_a_budget_of_tokens_gives_batch_sizes_and_shares():
