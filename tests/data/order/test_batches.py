@@ -7,10 +7,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_jax.data import digits as digits_module
 from clip_jax.data import pipeline
-from clip_jax.data.batch_plan import constant
+from clip_jax.data.batch_plan import BatchKind, BatchPlan, constant
 from clip_jax.data.digits import DigitsConfig, DigitsSource
 from clip_jax.data.order import batches
 from clip_jax.data.order.blocks import Streams
@@ -19,7 +21,7 @@ from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources import Record
 from clip_jax.data.sources.tar import TarConfig
 from clip_jax.models.images import Square
-from tests.data.conftest import assert_same, digits, of_processes, open_pipeline, take
+from tests.data.conftest import assert_same, digits, join, of_processes, open_pipeline, take
 
 
 class Rows(DigitsSource):
@@ -70,6 +72,56 @@ def test_in_blocks_a_mixture_is_alike_in_processes(rows):
     assert 260 <= sum(key.startswith("0/") for key in keys) <= 280
     counts = collections.Counter(keys)
     assert {counts[key] for key in counts if key.startswith("0/")} <= {1, 2, 3, 4}
+
+
+IMAGES = Square(8), Square(16)
+
+
+@st.composite
+def plans(draw):
+    """Batches of two sizes and two kinds of images, and a number of processes."""
+    processes = draw(st.integers(1, 4))
+    pairs = draw(st.lists(st.integers(1, 40), min_size=2, max_size=2))
+    kinds = tuple(
+        BatchKind(number * processes, images) for number, images in zip(pairs, IMAGES, strict=True)
+    )
+    kind = draw(st.lists(st.integers(0, 1), min_size=1, max_size=4))
+    begin = draw(st.sets(st.integers(1, 6), min_size=len(kind) - 1, max_size=len(kind) - 1))
+    return BatchPlan(kinds, np.array([0, *sorted(begin)]), np.array(kind)), processes
+
+
+@given(made=plans(), sizes=st.sampled_from([(8, 64), (1, 3)]), start=st.integers(0, 5))
+def test_pieces_of_all_processes_are_the_batch(made, sizes, start):
+    """Each process has consecutive rows, in pieces of the order; none reads another kind."""
+    plan, processes = made
+    order = np.random.default_rng(0).permutation(1_200)
+
+    def load(position, record, spec):
+        assert spec == plan.at(step).images
+        arrays = {"image": np.array([record])}
+        return batches.Sample(arrays, {"text": str(record)}, position, f"key {record}", [])
+
+    def tokenize(texts):
+        return np.array([[int(text)] for text in texts])
+
+    for step in (start, start + 1):
+        rows = []
+        for process in range(processes):
+            with mock.patch.object(batches, "_PIECE", sizes):
+                pieces = batches.GlobalPieces(
+                    load, {"text": tokenize}, order, plan, (process, processes)
+                )
+                each = pieces.number
+            units = range(plan.units_before(step), plan.units_before(step + 1))
+            numbers = range(units.start * each, units.stop * each)
+            rows.append(batches.join([pieces(number) for number in numbers]))
+        whole = join(rows)
+        positions = range(plan.samples_after(step), plan.samples_after(step + 1))
+        records = order[positions.start : positions.stop]
+        assert whole.index.tolist() == [*positions]
+        assert whole.image.tolist() == whole.text[:, 0].tolist() == records.tolist()
+        assert whole.keys == [f"key {record}" for record in records]
+        assert {len(row.keys) for row in rows} == {len(positions) // processes}
 
 
 def test_a_batch_is_made_in_equal_pieces_of_a_few_dozen_samples():

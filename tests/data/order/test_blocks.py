@@ -4,7 +4,7 @@ import itertools
 from unittest import mock
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_jax.data.order import blocks
@@ -42,26 +42,25 @@ def test_streams_follow_from_the_batch():
     assert {size: count_streams(size) for size in streams} == streams
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     sizes=SIZES,
     batch_size=st.sampled_from([1, 2, 6, 12, 20, 48, 64, 96, 256, 1003]),
     shuffle_blocks=st.sampled_from([1, 16, 64, 1024]),
     chunk=st.sampled_from([1, 13, 1024]),
+    seed=st.integers(0, 9),
     data=st.data(),
 )
-def test_every_record_once_an_epoch(sizes, batch_size, shuffle_blocks, chunk, data):
+def test_every_record_once_an_epoch(sizes, batch_size, shuffle_blocks, chunk, seed, data):
     """In the epochs' exact positions, and alike where one stops and goes on with processes."""
     count = sum(sizes)
     steps = -(-3 * count // batch_size)
+    how = {"seed": seed, "shuffle_blocks": shuffle_blocks}
     with mock.patch.object(blocks, "_CHUNK", chunk):
-        whole = read(
-            in_blocks(sizes, batch_size, shuffle_blocks=shuffle_blocks), batch_size, 0, steps
-        )
+        whole = read(in_blocks(sizes, batch_size, **how), batch_size, 0, steps)
         divisors = [n for n in range(1, 9) if count_streams(batch_size) % n == 0]
         stop = data.draw(st.integers(0, steps - 1))
         processes = data.draw(st.sampled_from(divisors))
-        resumed = in_blocks(sizes, batch_size, shuffle_blocks=shuffle_blocks)
+        resumed = in_blocks(sizes, batch_size, **how)
         parts = [
             read(resumed, batch_size, stop, steps - stop, process=(process, processes))
             for process in range(processes)
@@ -76,7 +75,24 @@ def test_every_record_once_an_epoch(sizes, batch_size, shuffle_blocks, chunk, da
     assert ((first <= record) & (record < last)).all()
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    sizes=SIZES,
+    batch_size=st.sampled_from([1, 6, 12, 20, 64, 256]),
+    calls=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 90)), min_size=1, max_size=4),
+    shares=st.sampled_from([Equal, OfPositions]),
+    chunk=st.sampled_from([7, 1024]),
+)
+def test_a_stream_s_record_depends_on_its_offset_alone(sizes, batch_size, calls, shares, chunk):
+    """Whatever has been read before, forward or backward."""
+    with mock.patch.object(blocks, "_CHUNK", chunk):
+        made = in_blocks(sizes, batch_size, shares=shares)
+        for number, (offset, count) in enumerate(calls):
+            stream = number % count_streams(batch_size)
+            fresh = in_blocks(sizes, batch_size, shares=shares).at(stream, 0, offset + count)
+            for array, expected in zip(made.at(stream, offset, count), fresh, strict=True):
+                np.testing.assert_array_equal(array, expected[offset:])
+
+
 @given(
     sizes=SIZES,
     batch_size=st.sampled_from([1, 6, 12, 20, 64, 256]),
@@ -94,6 +110,30 @@ def test_equal_shares_give_every_record_once(sizes, batch_size, start):
         if last > first:
             records += made.at(stream, first, last - first).record.tolist()
     assert sorted(records) == list(range(count))
+
+
+@given(
+    count=st.integers(1, 400),
+    size=st.integers(1, 60),
+    batch_size=st.sampled_from([1, 2, 12, 64]),
+    shuffle_blocks=st.sampled_from([1, 16, 64]),
+    shares=st.sampled_from([Equal, OfPositions]),
+)
+def test_a_piece_is_spread_over_no_more_places_than_a_stream_reaches(
+    count, size, batch_size, shuffle_blocks, shares
+):
+    """From this a resumed reader knows which records of a piece have been used."""
+    sizes = np.full(count, size)
+    made = in_blocks(sizes, batch_size, shuffle_blocks=shuffle_blocks, shares=shares)
+    places = 2 * int(sizes.sum()) // count_streams(batch_size)
+    for stream in range(count_streams(batch_size))[:3]:
+        if places:
+            run = made.at(stream, 0, places)
+            _, pieces = np.unique(np.stack([run.epoch, run.first]), axis=1, return_inverse=True)
+            order = np.argsort(pieces.reshape(-1), kind="stable")
+            ends = np.flatnonzero(np.diff(pieces.reshape(-1)[order], append=-1))
+            starts = np.concatenate([[0], ends[:-1] + 1])
+            assert (order[ends] - order[starts]).max() < made.reach(stream)
 
 
 def test_a_piece_is_read_by_one_stream_in_one_go():

@@ -1,9 +1,12 @@
 """Blocks read ahead: each once, within the budget, and what becomes of those that fail."""
 
+import collections
 import threading
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_jax.data.order.blocks import BlockOrder, OfPositions, Streams
 from clip_jax.data.order.read_ahead import ReadAhead
@@ -93,53 +96,62 @@ def test_what_is_held_stays_within_the_budget():
     assert np.mean(held) > budget / 2
 
 
-@pytest.mark.parametrize("start", [1, 24, 60])
-def test_resumed_it_holds_only_what_is_still_to_come(start):
-    source = Blocks(6400)
-    ahead, whole = open_ahead(source, start=start), open_ahead(Blocks(6400))
-    found, wanted = take(ahead, [start]), take(whole, range(start + 1))
-    with ahead._lock, whole._lock:
-        for key, piece in ahead._pieces.items():
-            if piece.used and piece.records:
-                records = whole._pieces[key].records
-                assert records
-                assert [x is None for x in piece.records] == [x is None for x in records]
-    end = start + 41  # within an epoch: pieces are begun, however far anybody has read ahead
-    found += take(ahead, range(start + 1, end))
-    wanted += take(whole, range(start + 1, end))
-    assert found == wanted[start * BATCH :]
-    for one in (ahead, whole):
-        one.close()
-    both = ahead._left.keys() & whole._left.keys()
-    assert both
-    assert all(ahead._left[key] == whole._left[key] for key in both)
+class Uneven(Blocks):
+    """The same with blocks of any size."""
+
+    def __init__(self, sizes, fail):
+        super().__init__(sum(sizes))
+        self.sizes, self.failing = np.array(sizes, np.int64), fail
+
+    def blocks(self):
+        return self.sizes
+
+    def fetch(self, first, last):
+        if self.fails(first):
+            self.asked.append((first, last))
+            raise SampleError("gone")
+        return super().fetch(first, last)
+
+    def fails(self, record):
+        return int(np.searchsorted(np.cumsum(self.sizes), record, "right")) in self.failing
 
 
-def test_a_stream_of_a_process_reads_only_its_own():
-    """Two halves of the streams ask for the pieces of the whole, none for another's."""
-    sources = [Blocks(6400), Blocks(6400)]
-    halves = [LANES.of_process[:8], LANES.of_process[8:]]
-    for source, streams in zip(sources, halves, strict=True):
-        ahead = open_ahead(source, streams=streams)
-        take(ahead, range(25), streams)
-        ahead.close()
-    run = order_of(sources[0]).at(0, 0, 400)
-    pieces = set(zip(run.first.tolist(), run.last.tolist(), strict=True))
-    assert pieces <= set(sources[0].asked)
-    assert sum(len(source.asked) for source in sources) < 3 * (640 + 15)
-
-
-def test_a_block_that_cannot_be_read_is_bad_samples():
-    source = Blocks(2560, fail={3: SampleError("gone")})
-    ahead = open_ahead(source)
-    failed = []
-    for step, record, piece in requests(ahead, range(10), LANES.of_process):
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=10, max_size=30),
+    fail=st.sets(st.integers(0, 29), max_size=3),
+    start=st.integers(0, 60),
+    budget=st.sampled_from([1, 3_000, 1 << 20]),
+    part=st.sampled_from([slice(None), slice(6), slice(6, 12)]),
+)
+def test_from_any_step_on_each_record_is_read_once(sizes, fail, start, budget, part):
+    """By the process whose streams have it, in their order; a block that cannot be read is bad
+    samples. What was used before, or is used now, is not held."""
+    source, lanes, end = Uneven(sizes, fail), Streams(12), start + 5
+    shares, streams = OfPositions(lanes, len(source)), lanes.of_process[part]
+    order = BlockOrder(source.blocks(), seed=0, shuffle_blocks=24, shares=shares)
+    ahead = ReadAhead(source, order, streams, width=lanes.width, start=start, budget=budget)
+    for step, record, piece in requests(ahead, range(start, end), streams):
         try:
             assert ahead.take(step, record, piece).key == str(record)
+            assert not source.fails(record)
         except SampleError:
-            failed.append(record)
+            assert source.fails(record)
     ahead.close()
-    assert sorted(failed) == list(range(30, 40))
+    later: dict[tuple[int, int], set[int]] = {}  # records that are still to come, by piece
+    pieces = set()
+    for stream in streams:
+        run = order.at(stream, 0, end + 200)
+        for at, (record, epoch, first, last) in enumerate(np.stack(run, axis=1).tolist()):
+            pieces.add((epoch, first, last))
+            later.setdefault((epoch, first), set()).update([record] * (at >= end))
+    with ahead._lock:
+        for key, piece in ahead._pieces.items():
+            assert ahead._left[key] == len(later[key])
+            if piece.records is not None:
+                is_held = [record in later[key] for record in range(key[1], piece.last)]
+                assert [x is not None for x in piece.records] == is_held
+    times = collections.Counter((first, last) for _, first, last in pieces)
+    assert collections.Counter(source.asked) <= times
 
 
 def test_a_bug_in_a_source_reaches_who_waits():

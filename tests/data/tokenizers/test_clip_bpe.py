@@ -1,13 +1,19 @@
 """Token ids, without PyTorch: golden ids of OpenAI's tokenizer, limits, small vocabularies."""
 
+import functools
+import itertools
 import pickle
 from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_jax.data.tokenizers import clip_bpe
+from clip_jax.data.tokenizers.clean import CLEANING
 from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
+from clip_jax.errors import InputError
 
 TOKENIZER = ClipTokenizer()
 
@@ -76,21 +82,63 @@ def test_a_smaller_vocabulary_is_the_beginning_of_the_full_one(size):
     assert len(small.merges) == size - 514
     assert list(small.vocab)[:-2] == list(TOKENIZER.vocab)[: size - 2]
     assert (small.start_of_text, small.end_of_text) == (size - 2, size - 1)
-    text = "forty-two dogs; vögel, 狗 and 🐈"
-    ids = small(text, context_length=200)
-    assert ids.max() == small.end_of_text == ids[0, np.count_nonzero(ids[0]) - 1]
-    assert small.decode(ids[0]) == TOKENIZER.decode(TOKENIZER(text)[0])
 
 
+WORDS = (
+    "a photo of don't WE'LL Café straße ΣΑΣ İstanbul 1,234.50 x² 日本語 हिन्दी &amp; <b> 😀 👩‍👩‍👧 "
+    "schÃ¶n " + "x" * 70
+).split()
+TEXTS = st.lists(st.sampled_from(WORDS) | st.text(max_size=6), max_size=8).map(" ".join)
+SIZES = (514, 600, 2_000, 49_408)
+OF_SIZE = {size: ClipTokenizer(size) for size in SIZES}
+
+
+@functools.cache
+def ranks(size):
+    return {pair: rank for rank, pair in enumerate(OF_SIZE[size].merges)}
+
+
+def pieces_of(text):
+    words = CLEANING["clip"](text).split()
+    return [piece for word in words for piece in clip_bpe._PIECES.findall(word)]
+
+
+def merged(piece, size):
+    """The tokens of a piece: of all neighbours, those of the first merge are joined, and again."""
+    *letters, last = [clip_bpe._LETTERS[byte] for byte in piece.encode()]
+    tokens = [*letters, f"{last}</w>"]
+    while pairs := ranks(size).keys() & {*itertools.pairwise(tokens)}:
+        first = min(pairs, key=ranks(size).__getitem__)
+        joined = []
+        for token in tokens:
+            if joined and (joined[-1], token) == first:
+                joined[-1] += token
+            else:
+                joined.append(token)
+        tokens = joined
+    return tokens
+
+
+@given(texts=st.lists(TEXTS, max_size=3), size=st.sampled_from(SIZES), length=st.integers(2, 24))
 @mock.patch.object(clip_bpe, "_MAX_CACHED_WORDS", 3)
-def test_the_cache_changes_nothing():
-    tokenizer = ClipTokenizer()
-    text = "a b c d e f g a b c d e f g don't don't " + "x" * 100
-    first, again = tokenizer(text), tokenizer(text)
-    np.testing.assert_array_equal(first, again)
-    np.testing.assert_array_equal(first, TOKENIZER(text))
+def test_ids_are_those_of_a_simple_implementation(texts, size, length):
+    """Whatever the cache holds; the text comes back, and one that is too long keeps its end."""
+    tokenizer = OF_SIZE[size]
+    rows, vocab = tokenizer(texts, length, truncate=True), tokenizer.vocab
+    for text, row in zip(texts, rows, strict=True):
+        pieces = pieces_of(text)
+        tokens = [token for piece in pieces for token in merged(piece, size)]
+        complete = [size - 2, *(vocab[token] for token in tokens), size - 1]
+        if len(complete) > length:
+            assert row.tolist() == [*complete[: length - 1], size - 1]
+            with pytest.raises(InputError, match=f"context_length={length}"):
+                tokenizer(text, length)
+        else:
+            assert row.tolist() == complete + [0] * (length - len(complete))
+            assert tokenizer.decode(row) == " ".join(pieces)
+            np.testing.assert_array_equal(tokenizer(text, length), row[None])
     assert len(tokenizer._cache) <= 3
-    assert not any(len(word) > 64 for word in TOKENIZER._cache)
+    assert all(len(word) <= 64 for word in tokenizer._cache)
 
 
 def test_pickles_small_and_equal():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_jax.data.tokenizers import make_tokenizer, read_captions, vocabulary
 from clip_jax.data.tokenizers.clean import CLEANING
@@ -35,24 +37,54 @@ def make(**rules):
     return make_tokenizer(replace(TEXT, tokenizer=TokenizerConfig(**rules)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_begin_end_padding_and_cut(files, kind):
-    plain = make(file=files[kind], clean="lower", pad_id=3)("a photo", 20)[0]
-    words = plain[plain != 3].tolist()
-    assert 1 < len(words) <= 16
-    rules = {"file": files[kind], "clean": "lower", "begin_id": 2, "end_id": 1, "pad_id": 3}
-    whole = [2, *words, 1]
-    fill = [3] * (20 - len(whole))
-    assert make(**rules)("a photo", 20)[0].tolist() == [*whole, *fill]
-    assert make(**rules, pad_side="left")("a photo", 20)[0].tolist() == [*fill, *whole]
-    short = len(whole) - 1
-    assert make(**rules)("a photo", short, True)[0].tolist() == [2, *words[:-1], 1]
-    dropped = make(**rules, cut="drop_end")("a photo", short, True)[0].tolist()
-    assert dropped == [2, *words]
-    with pytest.raises(ValueError, match=f"'a photo' has more than context_length={short} ids"):
-        make(**rules)("a photo", short)
-    with pytest.raises(ValueError, match="cannot hold begin and end"):
-        make(**rules)("a photo", 1)
+RULES = st.fixed_dictionaries(
+    {
+        "begin_id": st.sampled_from([None, 2]),
+        "end_id": st.sampled_from([None, 1]),
+        "pad_id": st.sampled_from([0, 3]),
+        "zeroed_id": st.sampled_from([None, 1, 9]),
+        "pad_side": st.sampled_from(["right", "left"]),
+        "cut": st.sampled_from(["keep_end", "drop_end"]),
+        "clean": st.sampled_from(["none", "lower", "canonicalize"]),
+    }
+)
+TEXTS = st.lists(st.sampled_from(vocabularies.captions(40)) | st.text(max_size=9), max_size=3)
+
+
+@given(kind=st.sampled_from([*KINDS]), rules=RULES, texts=TEXTS, length=st.integers(0, 20))
+def test_begin_end_padding_and_cut(files, kind, rules, texts, length):
+    """Each text has the ids that it has alone, in the order of the rules."""
+    tokenizer = make(file=files[kind], **rules)
+    begin, end = ([rules[name]] * (rules[name] is not None) for name in ("begin_id", "end_id"))
+    if length < len(begin) + len(end):
+        with pytest.raises(InputError, match="cannot hold begin and end"):
+            tokenizer(texts, length)
+        return
+    rows = tokenizer(texts, length, truncate=True)
+    assert rows.shape == (len(texts), length)
+    for text, row in zip(texts, rows, strict=True):
+        (words,) = tokenizer._encode([CLEANING[rules["clean"]](text)])
+        expected = [*begin, *words, *end]
+        if (extra := len(expected) - length) > 0:
+            with pytest.raises(InputError, match=f"has more than context_length={length} ids"):
+                tokenizer(text, length)
+            keeps = rules["cut"] == "keep_end"
+            expected = [*begin, *words[:-extra], *end] if keeps else expected[:length]
+        else:
+            fill = [rules["pad_id"]] * -extra
+            expected = [*expected, *fill] if rules["pad_side"] == "right" else [*fill, *expected]
+        assert row.tolist() == [0 if i == rules["zeroed_id"] else i for i in expected]
+
+
+LETTERS = st.characters(exclude_categories=("Cs",), exclude_characters="▁")  # it is a space there
+
+
+@given(text=st.text(LETTERS, max_size=20) | st.sampled_from(vocabularies.captions(40)))
+def test_any_text_comes_back_from_bytes(files, text):
+    """Where unknown letters are bytes, and neither begin, end nor padding is a byte's id."""
+    tokenizer = make(file=files["byte_fallback"], clean="none", begin_id=2, end_id=1, pad_id=0)
+    ids = tokenizer([text], 8 * len(text) + 9)
+    assert tokenizer.decode(ids[0]) == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
