@@ -1,13 +1,19 @@
 """The queue: every job once and the dearest first, whoever is killed, stands still or is slow."""
 
+import contextlib
 import json
+import os
 import socket
+import tempfile
 from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from clip_jax.checkpoints.claim import LEASE_SECONDS, RENEW_SECONDS
 from clip_jax.processes import Position
@@ -124,15 +130,6 @@ def test_of_two_who_claim_at_once_one_goes_on_to_the_next(study: Study):
     assert study.log() == [("claim", "a"), ("claim", "b")]
 
 
-def test_a_killed_worker_s_job_is_taken_over_on_its_machine_at_once(study: Study):
-    first, second = study.worker(names="a"), study.worker(names="a")
-    assert [study.take(first), study.take(second)] == ["a", ""]
-    study.clock.advance(10 * LEASE_SECONDS)
-    assert study.take(second) == ""  # its process lives on, though the worker may not
-    study.kill()
-    assert study.take(second) == "a"
-
-
 @pytest.mark.parametrize("sign", ["worker", "run"])
 def test_on_another_machine_once_there_was_no_sign_of_life(study: Study, sign: str):
     first, second = study.worker("one", names="a"), study.worker("two", names="a")
@@ -156,44 +153,6 @@ def test_on_another_machine_once_there_was_no_sign_of_life(study: Study, sign: s
     assert not first.is_over()
 
 
-def test_what_failed_is_tried_again_by_later_workers_alone(study: Study):
-    first, second = study.worker("one", names="ab"), study.worker("two", names="ab")
-    assert study.take(first) == "a"
-    study.end(first, study.jobs["a"], "failed", "exit code 1")
-    assert study.take(second) == "b"
-    assert first.failures == {"a": "exit code 1"}
-    assert second.failures == {"a": "exit code 1 (on one)"}
-    study.end(second, study.jobs["b"], "stopped")
-    assert study.take(first) == "b"
-    assert study.take(study.worker("three")) == "a"
-
-
-def test_a_stopped_job_is_the_first_to_be_taken_again(study: Study):
-    """Else its checkpoint waits until all others of the study are done."""
-    first = study.worker()
-    assert [study.take(first), study.take(first)] == ["a", "b"]
-    study.end(first, study.jobs["b"], "stopped")
-    assert [study.take(first), study.take(first)] == ["b", "c"]
-    study.end(first, study.jobs["a"], "stopped")
-    study.end(first, study.jobs["b"], "stopped")
-    assert [study.take(first), study.take(first)] == ["b", "a"]
-
-
-def test_jobs_wait_for_their_input_and_are_dropped_if_it_fails(study: Study):
-    def after_a(job: Job) -> Job:
-        return job if job.name == "a" else job._replace(after="a", is_ready=made.exists)
-
-    made = study.root / "made"
-    first, second = study.worker("one", change=after_a), study.worker("two", change=after_a)
-    assert [study.take(first), study.take(second)] == ["a", ""]
-    made.touch()
-    assert study.take(second) == "b"
-    made.unlink()
-    study.end(first, study.jobs["a"], "failed", "exit code 1")
-    assert [study.take(first), study.take(second)] == ["", ""]
-    assert first.failures["c"] == second.failures["c"] == "not started, because a failed"
-
-
 def test_no_job_starts_that_would_exceed_the_limit_with_those_of_all_workers(study: Study):
     def afford(names: Collection[str]) -> bool:
         return sum({"a": 5, "b": 3, "c": 2}[name] for name in set(names)) <= 7
@@ -206,16 +165,6 @@ def test_no_job_starts_that_would_exceed_the_limit_with_those_of_all_workers(stu
     assert study.take(first) == ""
     assert first.left_out == ["b"]
     assert study.take(study.worker("three", afford=afford)) == "a"  # what was begun may go on
-
-
-def test_jobs_whose_input_is_too_expensive_are_left_out(study: Study):
-    def after_a(job: Job) -> Job:
-        return job._replace(after="a", is_ready=lambda: False) if job.name == "b" else job
-
-    first = study.worker(afford=lambda names: "a" not in names, change=after_a)
-    assert study.take(first) == "c"
-    assert study.take(first) == ""
-    assert first.left_out == ["a", "b"]
 
 
 def test_a_bucket_that_is_out_of_reach_is_asked_again(study: Study):
@@ -241,6 +190,254 @@ def test_who_works_on_what_can_be_read_meanwhile(study: Study):
     assert workers(study.root, study.clock.unix() + 600)["a"].endswith("on one, silent for 10 min")
     study.end(first, study.jobs["a"])
     assert workers(study.root, study.clock.unix()) == {}
+
+
+# ------------------------------------------------------------------ workers of every fate
+
+
+@dataclass(eq=False)
+class Worker:
+    """What is expected of a worker."""
+
+    queue: Queue
+    host: str
+    start: int  # number of the events before it
+    signed: float | None  # when it last gave a sign of life; None: it has ended
+    tried: float  # when it last tried to
+    waiting: list[str] = field(default_factory=lambda: [*"abcd"])
+    running: dict[str, Job] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    due: list[tuple[str, str]] = field(default_factory=list)  # outcomes that are not yet written
+    signs: dict[tuple[str, int], tuple[float | None, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Newest:
+    """The newest event of a job."""
+
+    kind: str
+    worker: Worker
+    number: int
+
+
+class Fates(RuleBasedStateMachine):
+    """Workers on two machines take jobs, fail, stop, are killed, stand still, and lose the storage.
+
+    Each takes the first job that is free: one that is not done, that no living worker has, and that
+    has not failed since it began. Job d needs the result of job a; only `limit` jobs may begin. In
+    the end a worker on a third machine does what is left, each job once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ends = contextlib.ExitStack()
+        self.ends.enter_context(mock.patch.object(os, "fsync", autospec=True))  # which takes long
+        folder = self.ends.enter_context(tempfile.TemporaryDirectory())
+        self.study, self.clock = (made := Study(Path(folder))), made.clock
+        self.workers: list[Worker] = []
+        self.newest: dict[str, Newest] = {}
+        self.done: set[str] = set()
+        self.number = 0
+
+    @initialize(limit=st.sampled_from([2, 4]))
+    def begin(self, limit):
+        self.limit = limit
+
+    def open(self, host):
+        def after_a(job):
+            is_ready = (self.study.root / "a/done").exists
+            return job._replace(after="a", is_ready=is_ready) if job.name == "d" else job
+
+        return self.study.worker(
+            host, "abcd", lambda names: len({*names}) <= self.limit, None, after_a
+        )
+
+    def any_worker(self, number):
+        return self.workers[number % len(self.workers)]
+
+    def write(self, name, kind, worker):
+        self.number += 1
+        self.newest[name] = Newest(kind, worker, self.number)
+
+    def sign(self, worker, is_reachable=True):
+        """It shows that it lives, and writes what is due, unless another has taken the job over."""
+        worker.signed = worker.tried = self.clock.now()
+        while worker.due:
+            name, outcome = worker.due[0]
+            if self.newest[name].worker is worker:
+                if not is_reachable:
+                    return
+                self.write(name, outcome, worker)
+            worker.due.pop(0)
+
+    @precondition(lambda self: len(self.workers) < 3)
+    @rule(host=st.sampled_from(["one", "two"]))
+    def start(self, host):
+        now = self.clock.now()
+        self.workers.append(Worker(self.open(host), host, self.number, now, now))
+
+    @rule(seconds=st.sampled_from([RENEW_SECONDS, LEASE_SECONDS - 1, LEASE_SECONDS]))
+    def wait(self, seconds):
+        self.clock.advance(seconds)
+
+    @precondition(lambda self: self.workers)
+    @rule(
+        which=st.integers(0, 2), fault=st.sampled_from(["", "", "unreachable", "answered", "lost"])
+    )
+    def take(self, which, fault):
+        worker = self.any_worker(which)
+        if worker.due:
+            fault = ""
+        self.clock.advance(SCAN_SECONDS)
+        with creating(fault) as claims:
+            job = worker.queue.take()
+        if worker.due:
+            self.sign(worker)
+        name = self.first_free(worker)
+        assert name == "".join(claims)
+        if name and fault != "unreachable":
+            self.write(name, "claim", worker)
+        if not name or fault in ("unreachable", "lost"):
+            assert job is None
+        else:
+            assert job.name == name
+            worker.waiting.remove(name)
+            worker.running[name] = job
+        assert worker.queue.is_over() == (not worker.waiting)
+        assert worker.queue.failures == worker.failures
+        assert worker.queue.left_out == worker.left_out
+
+    def first_free(self, worker):
+        for name in [*worker.waiting]:
+            undone = {*worker.waiting, *worker.running, *worker.failures, *worker.left_out}
+            newest = self.newest.get(name)
+            if name == "d" and "a" in undone - self.done:
+                if "a" in worker.failures:
+                    worker.waiting.remove(name)
+                    worker.failures[name] = "not started, because a failed"
+                elif "a" in worker.left_out:
+                    worker.waiting.remove(name)
+                    worker.left_out.append(name)
+            elif any(name in other.running for other in self.workers if other.host == worker.host):
+                continue
+            elif newest and newest.kind == "failed" and newest.number > worker.start:
+                worker.waiting.remove(name)
+                worker.failures[name] = f"why (on {newest.worker.host})"
+            elif newest and newest.kind == "claim" and self.is_alive(name, worker):
+                continue
+            elif name in self.done:
+                worker.waiting.remove(name)
+            elif len({*self.newest, name}) > self.limit:
+                worker.waiting.remove(name)
+                worker.left_out.append(name)
+            else:
+                return name
+        return ""
+
+    def is_alive(self, name, observer):
+        """Whether an observer has seen a sign of life of who claimed a job lately."""
+        newest, now = self.newest[name], self.clock.now()
+        if newest.worker.host == observer.host:
+            return False  # its lock is free
+        key = name, newest.number
+        sign, since = observer.signs.get(key, (newest.worker.signed, now))
+        since = since if sign == newest.worker.signed else now
+        observer.signs[key] = newest.worker.signed, since
+        return now < since + LEASE_SECONDS
+
+    @precondition(lambda self: any(worker.running for worker in self.workers))
+    @rule(
+        which=st.integers(0, 9),
+        outcome=st.sampled_from(["done", "failed", "stopped"]),
+        is_out_of_reach=st.booleans(),
+    )
+    def finish(self, which, outcome, is_out_of_reach):
+        running = [(worker, name) for worker in self.workers for name in worker.running]
+        worker, name = running[which % len(running)]
+        self.end(worker, name, outcome, "unreachable" if is_out_of_reach else "")
+        self.done |= {name} if outcome == "done" else set()
+
+    def end(self, worker, name, outcome, fault=""):
+        with creating(fault):
+            self.study.end(worker.queue, worker.running.pop(name), outcome, "why")
+        worker.due.append((name, outcome))
+        if outcome == "failed":
+            worker.failures[name] = "why"
+        elif outcome == "stopped":
+            worker.waiting.insert(0, name)
+        self.sign(worker, is_reachable=not fault)
+
+    @precondition(lambda self: self.workers)
+    @rule(which=st.integers(0, 2))
+    def look(self, which):
+        """A worker shows that it lives, and ends the jobs that others have taken over."""
+        worker, now = self.any_worker(which), self.clock.now()
+        lost = worker.queue.lost()
+        if now >= worker.tried + RENEW_SECONDS:
+            self.sign(worker)
+            assert lost == {x for x in worker.running if self.newest[x].worker is not worker}
+        for name in lost:
+            assert self.newest[name].worker is not worker
+            self.end(worker, name, "stopped")
+
+    @precondition(lambda self: self.workers)
+    @rule(which=st.integers(0, 2))
+    def kill(self, which):
+        worker = self.any_worker(which)
+        self.workers.remove(worker)
+        for job in worker.running.values():
+            job.unlock()
+
+    @precondition(lambda self: any(not worker.running for worker in self.workers))
+    @rule(which=st.integers(0, 2))
+    def leave(self, which):
+        idle = [worker for worker in self.workers if not worker.running]
+        worker = idle[which % len(idle)]
+        with worker.queue:
+            pass
+        self.sign(worker)
+        worker.signed = None
+        self.workers.remove(worker)
+
+    def teardown(self):
+        while self.workers:
+            self.kill(0)
+        last, taken = self.open("three"), []
+        for _ in range(9):
+            self.clock.advance(LEASE_SECONDS / 2)
+            while job := last.take():
+                taken.append(job.name)
+                self.study.end(last, job)
+        assert last.is_over()
+        assert not last.failures
+        assert len(taken) == len({*taken} - self.done)
+        assert len({*taken} | self.done) == self.limit
+        self.ends.close()
+
+
+@contextlib.contextmanager
+def creating(fault: str) -> Generator[list[str]]:
+    """Files of events are created with a fault: the storage is unreachable, or what it answers is
+    lost, so that it has the file already when it is asked again, or when an error is raised."""
+    plain, claims = files.create, []
+
+    def create(path, content):
+        event = json.loads(content)
+        claims.extend([event["subject"]] if event["kind"] == "claim" else [])
+        if fault == "unreachable":
+            raise OSError(fault)
+        is_made = plain(path, content)
+        if fault == "lost":
+            raise OSError(fault)
+        return is_made and fault != "answered"
+
+    with mock.patch.object(files, "create", autospec=True, side_effect=create):
+        yield claims
+
+
+TestFates = Fates.TestCase
+TestFates.settings = settings(stateful_step_count=40)
 
 
 # ------------------------------------------------------------------ groups of hosts
