@@ -22,7 +22,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
 from clip_jax import processes
-from clip_jax.checkpoints import retention
+from clip_jax.checkpoints import orbax, retention
 from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.errors import InputError
 from clip_jax.models.clip import Params, path_name, split_batch_stats
@@ -66,6 +66,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig) -> None:
+        orbax.write_small_arrays_once()
         self._directory = retention.orbax_path(directory)
         self._config = config
         if config.best:

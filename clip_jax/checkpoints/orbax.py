@@ -3,7 +3,7 @@
 A bucket has no renames, so on `gs://` Orbax writes a step in its final location and, last of all, a
 file that marks it as complete; arrays go through TensorStore, which supports S3 as well. Only
 Orbax's checks for the prefix `gs://` prevent the same on S3. This module replaces these checks, and
-is the only one that depends on Orbax's version.
+is the only one that depends on Orbax's version. It also limits the programs that Orbax compiles.
 """
 
 import functools
@@ -11,10 +11,12 @@ import importlib
 import os
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from clip_jax.errors import InputError
 
+_LEAST_PART = 2**20  # bytes that a replica writes of an array
 _PREFIX = "s3://"
 _PATHS = "orbax.checkpoint._src.path.gcs_utils"
 _ARRAYS = "orbax.checkpoint._src.serialization.tensorstore_utils"
@@ -31,6 +33,17 @@ def enable() -> None:
             f"orbax-checkpoint {ocp.__version__} does not work with s3:// ({error}); install the "
             "version that pyproject.toml names, or use a --workdir on gs:// or a disk."
         ) from error
+
+
+@functools.cache
+def write_small_arrays_once() -> None:
+    """Let replicas share the writing of large arrays alone.
+
+    Orbax compiles a program for each slice that a replica writes, which takes seconds for a small
+    model. A version without this setting lets replicas share the writing of all arrays.
+    """
+    handler: Any = ocp.type_handlers.get_type_handler(jax.Array)
+    handler._min_slice_bytes_for_replica_parallel = _LEAST_PART
 
 
 def _extend(paths: Any, arrays: Any) -> None:

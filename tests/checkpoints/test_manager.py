@@ -132,6 +132,15 @@ def test_a_store_out_of_reach_is_no_damage():
     assert str(lost) == "ValueError: DATA_LOSS: checksum"
 
 
+def test_small_arrays_are_saved_without_a_program_for_each_replicas_part(tmp_path, caplog):
+    mesh = Mesh(np.array(jax.devices()), ("a",))
+    state = {"w": jax.device_put(np.ones((24, 3), np.float32), NamedSharding(mesh, P()))}
+    with contextlib.closing(Checkpoints(tmp_path, EVERY)) as checkpoints, jax.log_compiles():
+        checkpoints.save(1, state, {"samples": 1})
+    assert "jit(checksums)" in caplog.text
+    assert "jit(slice)" not in caplog.text
+
+
 def test_checksums_are_the_same_on_every_mesh_and_no_change_escapes():
     state = make_state(5)
     expected = jax.device_get(checksums(state))
