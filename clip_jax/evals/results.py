@@ -153,7 +153,7 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     save(figure, directory / "confusion.png")
 
     wrong = np.flatnonzero(right == 0)
-    wrong = wrong[:: max(len(wrong) // 32, 1)][:32]  # evenly spaced: data sets are sorted by class
+    wrong = wrong[:: max(-(-len(wrong) // 32), 1)]  # evenly spaced: data sets are sorted by class
     if len(wrong):
         pictures = [center_crop(decode(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]
         lines = [

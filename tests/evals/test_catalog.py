@@ -113,6 +113,7 @@ def test_a_prepared_tfds_builder(name, tmp_path):
     assert (data.count, data.load(0)[1], len(data.names)) == (1, 1, row.classes)
     assert decode(data.load(0)[0]).size == (5, 6)
     assert not any("_" in name for name in data.names)
+    assert list(data.templates) == prompts.templates(row.prompts)
     if name == "sun397":
         assert {"abbey", "apse indoor"} <= set(data.names)
     if row.published:

@@ -62,6 +62,24 @@ def test_numbers_read_backwards_are_wrong(first, second, top1, order):
         assert values[f"zero_shot/{split}/order"] == order
 
 
+def test_the_picture_has_each_image_above_the_names_of_what_it_is_taken_for(tmp_path):
+    evaluator = DigitsEvalConfig(per_number=1, max_numbers=5).make()
+    encoder = reading(evaluator, same, backwards)
+    with mock.patch.object(digits_eval, "contact_sheet", autospec=True) as sheet:
+        dict(evaluator.run(encoder, tmp_path))
+    (path, images, lines), options = sheet.call_args
+    assert path == tmp_path / "predictions.png"
+    assert options["right"] == [True] * 10
+    of = {name: evaluator._splits[name] for name in ("seen", "unseen")}
+    numbers = encoder.numbers(images).tolist()
+    assert numbers == [n for split in of.values() for n in sorted(split)]
+    for number, (first, second, _, last) in zip(numbers, lines, strict=True):
+        assert first.rpartition("  ")[0] == digits.number_words(number, 2)
+        if number != backwards(number):
+            assert second.rpartition("  ")[0] == digits.number_words(backwards(number), 2)
+        assert last == f"({'seen' if number in of['seen'] else 'unseen'} number)"
+
+
 @pytest.mark.parametrize(("shift", "expected"), [(0, 1.0), (1, 0.0)])
 def test_a_caption_is_right_in_any_words_of_its_number(shift, expected):
     """As the tokenizer gives them back: "eighty - one" is 81; another number's are wrong."""

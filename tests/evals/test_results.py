@@ -1,0 +1,80 @@
+"""Tables and pictures of a classification: the worst classes first, and what they are taken for."""
+
+import csv
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from clip_jax.evals import results
+from clip_jax.evals.datasets import Labelled
+from clip_jax.evals.reader import Outcome
+
+NAMES = [f"class {i}" for i in range(30)]
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> tuple[Path, mock.Mock, mock.Mock]:
+    """Four images of each class; of class i, i % 5 are taken for the next class."""
+    labels = np.repeat(np.arange(30), 4)
+    wrong = np.tile(np.arange(4), 30) < labels % 5
+    logits = 5.0 * np.eye(30)[np.where(wrong, (labels + 1) % 30, labels)]
+    images = [np.full((4, 4, 3), i, np.uint8) for i in range(240)]  # every second one was readable
+    data = Labelled(240, lambda i: (images[i], int(labels[i // 2])), NAMES, ["{c}"], [])
+    outcome = Outcome(
+        "zero_shot", {}, names=NAMES, logits=logits, labels=labels, indices=2 * np.arange(120)
+    )
+    with (
+        mock.patch.object(results, "save", autospec=True) as save,
+        mock.patch.object(results, "contact_sheet", autospec=True) as sheet,
+        mock.patch.object(results, "center_crop", autospec=True, side_effect=lambda x, _: x),
+        mock.patch.object(results, "decode", autospec=True, side_effect=lambda x: x),
+    ):
+        results.draw(tmp_path, data, outcome)
+    return tmp_path, save, sheet
+
+
+def test_classes_are_listed_by_their_accuracy_the_worst_first(drawn):
+    rows = list(csv.DictReader((drawn[0] / "classes.csv").read_text().splitlines()))
+    classes = [*range(4, 30, 5), *range(3, 30, 5), *range(2, 30, 5), *range(1, 30, 5)]
+    assert [row["class"] for row in rows] == [NAMES[i] for i in (*classes, *range(0, 30, 5))]
+    assert [float(row["acc1"]) for row in rows] == [x / 4 for x in range(5) for _ in range(6)]
+
+
+def test_the_confusion_matrix_has_the_twelve_worst_classes(drawn):
+    folder, save, _ = drawn
+    figure, path = save.call_args.args
+    assert path == folder / "confusion.png"
+    (axis,) = figure.axes
+    rows = [label.get_text() for label in axis.get_yticklabels()]
+    columns = [label.get_text() for label in axis.get_xticklabels()]
+    worst = [*range(4, 30, 5), *range(3, 30, 5)]
+    assert rows == [NAMES[i] for i in worst]
+    taken_for = {i for i in worst if i % 5 != 4} | {(i + 1) % 30 for i in worst}
+    assert columns == [NAMES[i] for i in sorted(taken_for)]
+    counts = np.zeros((12, len(columns)), int)
+    for row, name in enumerate(rows):
+        number = NAMES.index(name)
+        counts[row, columns.index(NAMES[(number + 1) % 30])] = number % 5
+        if number % 5 != 4:
+            counts[row, columns.index(name)] = 4 - number % 5
+    np.testing.assert_array_equal(axis.images[0].get_array(), counts)
+    shown = {(int(x.get_position()[1]), int(x.get_position()[0])): x for x in axis.texts}
+    assert {at: int(x.get_text()) for at, x in shown.items()} == {
+        at: value for at, value in np.ndenumerate(counts) if value
+    }
+    assert {shown[at].get_color() for at in zip(*np.where(counts > 2), strict=True)} == {"white"}
+
+
+def test_errors_are_spread_over_the_classes_with_what_they_were_taken_for(drawn):
+    folder, _, sheet = drawn
+    (path, images, lines), options = sheet.call_args
+    assert path == folder / "errors.png"
+    assert options["right"] == [False] * 30  # of 60 errors
+    labels = np.repeat(np.arange(30), 4)
+    wrong = np.flatnonzero(np.tile(np.arange(4), 30) < labels % 5)[::2][:32]
+    assert [image[0, 0, 0] for image in images] == [2 * i for i in wrong]
+    for i, (first, *_, last) in zip(wrong, lines, strict=True):
+        assert first.rpartition("  ")[0] == NAMES[(labels[i] + 1) % 30]
+        assert last == f"true: {NAMES[labels[i]]}"
