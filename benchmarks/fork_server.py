@@ -27,8 +27,9 @@ HERE = Path(__file__).parent.resolve()
 POLL_SECONDS = 0.05
 MEMORY = 6 << 30  # bytes of one process, above which it is killed
 TIMES_AS_LONG = 10  # a test that takes so many times its usual CPU seconds hangs,
-MORE_SECONDS = 30  # if these are exceeded, too
-SILENT_SECONDS = 240  # without the end of a test: it waits for something that does not come
+MORE_SECONDS = 15  # if these are exceeded, too
+# A process that needs so little CPU time in a minute waits for something that does not come.
+IDLE_SECONDS, WAKING_SECONDS = 60, 0.05
 
 
 class Ended(NamedTuple):
@@ -281,8 +282,8 @@ def _scratch() -> Iterator[Path]:
 def _watch(pid: int, events: Path, usual: dict[str, float] | None) -> tuple[int, float, str]:
     """Wait for a process, and kill it if a test hangs or takes too much memory. Return its status,
     its CPU seconds, and why it was killed."""
-    killed, lines = "", 0
-    began_cpu, began = 0.0, time.monotonic()
+    killed, lines, began_cpu = "", 0, 0.0
+    minute_cpu, minute = 0.0, time.monotonic()
     while True:
         ended, status, usage = os.wait4(pid, os.WNOHANG)
         if ended:
@@ -291,7 +292,11 @@ def _watch(pid: int, events: Path, usual: dict[str, float] | None) -> tuple[int,
         cpu, memory = _usage(pid)
         rows = _read(events)
         if len(rows) != lines:
-            lines, began_cpu, began = len(rows), cpu, time.monotonic()
+            lines, began_cpu = len(rows), cpu
+        idle = False
+        if time.monotonic() > minute + IDLE_SECONDS:
+            idle = cpu < minute_cpu + WAKING_SECONDS
+            minute_cpu, minute = cpu, time.monotonic()
         if usual is None or killed:
             continue
         test = rows[-1]["test"] if rows else ""
@@ -300,8 +305,8 @@ def _watch(pid: int, events: Path, usual: dict[str, float] | None) -> tuple[int,
             killed = f"{memory >> 20} MiB of memory"
         elif cpu - began_cpu > limit:
             killed = f"{cpu - began_cpu:.0f} CPU seconds, usually {usual.get(test, 10.0):.1f}"
-        elif time.monotonic() - began > SILENT_SECONDS + 4 * limit:
-            killed = f"silent for {time.monotonic() - began:.0f} s"
+        elif idle:
+            killed = f"idle for {IDLE_SECONDS} s"
         if killed:
             os.killpg(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError, PermissionError):  # with all that it has started

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 from unittest import mock
 
 import numpy as np
@@ -58,6 +59,13 @@ def test_in_blocks_processes_and_threads_do_not_matter(rows):
     for epoch in range(2):
         assert len(set(keys[epoch * 240 : (epoch + 1) * 240])) == 240
     assert {batch.reading.bytes_used for batch in whole} == {12}
+
+
+def test_a_batch_has_the_seconds_for_which_its_records_were_waited_for(rows):
+    with mock.patch.object(batches, "CLOCK", autospec=True) as clock:
+        clock.now.side_effect = itertools.count()  # a second for each record
+        (batch,) = take(dataclasses.replace(rows, threads=0), 1)
+    assert batch.reading.seconds_waited == len(batch.keys) == 12
 
 
 def test_in_blocks_a_mixture_is_alike_in_processes(rows):
