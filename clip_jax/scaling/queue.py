@@ -116,6 +116,8 @@ class Queue(contextlib.AbstractContextManager):
         pause = SCAN_SECONDS * (5 if files.is_remote(self._root) else 1)
         self._next_scan = self._clock.now() + pause
         try:
+            if self._due:  # or a stop that is written late would end the next claim of that job
+                self._beat()
             self._log.refresh()
             return self._follow() if self._group.index else self._choose()
         except (OSError, Unreachable) as error:

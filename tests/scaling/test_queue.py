@@ -181,6 +181,19 @@ def test_a_bucket_that_is_out_of_reach_is_asked_again(study: Study):
     assert study.log() == [("claim", "a"), ("done", "a")]
 
 
+def test_a_stop_that_is_written_late_does_not_end_the_next_claim(study: Study):
+    first, second = study.worker("one"), study.worker("two")
+    assert study.take(first) == "a"
+    with mock.patch.object(files, "create", autospec=True, side_effect=OSError("unreachable")):
+        study.end(first, study.jobs["a"], "stopped")
+        assert study.take(first) == ""
+    assert study.take(first) == "a"
+    study.clock.advance(RENEW_SECONDS)
+    assert not first.lost()
+    assert study.take(second) == "b"
+    assert study.log() == [("claim", "a"), ("stopped", "a"), ("claim", "a"), ("claim", "b")]
+
+
 def test_who_works_on_what_can_be_read_meanwhile(study: Study):
     first = study.worker("one")
     study.take(first)
