@@ -1,11 +1,13 @@
 import contextlib
 import dataclasses
 import threading
+from typing import Any
 from unittest import mock
 
+import grain
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_jax.data import digits as digits_module
@@ -67,35 +69,38 @@ def test_threads_and_the_step_of_a_resumption_do_not_matter(tmp_path):
         assert_same(wanted[start:], take(config, 12 - start, start=start, batch_size=4))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     samples=st.integers(1, 20),
     per_process=st.integers(1, 5),
     counts=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     sizes=st.sampled_from([(8, 64), (1, 3)]),  # of a piece, at least and at most
+    doubled_at=st.sets(st.integers(1, 3)).map(sorted),
     data=st.data(),
 )
-def test_every_sample_once_an_epoch(samples, per_process, counts, sizes, data):
+def test_every_sample_once_an_epoch(samples, per_process, counts, sizes, doubled_at, data):
     """Stopped at a random batch and resumed with another number of processes; also where epochs end
-    within a batch, and where a batch is made in pieces."""
+    within a batch, where a batch is made in pieces, and where its size doubles."""
     batch_size = per_process * np.lcm(*counts).item()
-    steps = -(-3 * samples // batch_size)
+    steps = min(-(-3 * samples // batch_size), 12)
     stop = data.draw(st.integers(0, steps))
     # No threads: beartype draws from `random` in them, which hypothesis minds.
     config = digits(samples, threads=0)
-    with loading(blank):
-        with mock.patch.object(batches, "_PIECE", sizes):
-            first, second = (
-                of_processes(config, count, processes, start=start, batch_size=batch_size)
-                for start, count, processes in zip(
-                    (0, stop), (stop, steps - stop), counts, strict=True
-                )
-            )
-        whole = take(config, steps, batch_size=batch_size)
-    keys = [key for batch in (*first, *second) for key in batch.keys]
-    for epoch in range(3):
-        assert len(set(keys[epoch * samples : (epoch + 1) * samples])) == samples
-    assert keys == [key for batch in whole for key in batch.keys]
+    how: dict[str, Any] = {"batch_size": batch_size, "doubled_at": doubled_at}
+    with (
+        loading(blank),
+        mock.patch.object(batches, "_PIECE", sizes),
+        # A permutation of few numbers takes long.
+        mock.patch.object(grain.MapDataset, "shuffle", lambda dataset: dataset),
+    ):
+        made = [
+            *of_processes(config, stop, counts[0], **how),
+            *of_processes(config, steps - stop, counts[1], start=stop, **how),
+        ]
+    keys = [key for batch in made for key in batch.keys]
+    key = DigitsSource(config.source, 8).key
+    assert keys == [key(at % samples) for at in range(len(keys))]
+    doublings = [sum(at <= step for at in doubled_at) for step in range(steps)]
+    assert [len(batch.keys) for batch in made] == [batch_size << count for count in doublings]
 
 
 def test_the_order_is_a_public_format_and_another_for_each_seed():
