@@ -136,9 +136,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     runs, results = Runs(arguments.folder.resolve()), {}
     for page in [page.resolve() for page in arguments.pages] or pages.PAGES:
-        result = results[page] = runs.run(page)
-        print(*result["problems"], sep="\n")
-        print(f"{page}: {len(result['problems'])} problems, {result['seconds']:.0f} s", flush=True)
+        if pages.runnable(page, by_hand=True):
+            result = results[page] = runs.run(page)
+            for problem in result["problems"]:
+                print(problem)
+            name, seconds = page.relative_to(pages.ROOT), round(result["seconds"])
+            print(f"{name}: {len(result['problems'])} problems, {seconds} s", flush=True)
     print("\n| page | commands | problems | seconds | CPU seconds |\n|---|---|---|---|---|")
     for page, result in results.items():
         commands, problems = pages.programs(page, by_hand=True), len(result["problems"])

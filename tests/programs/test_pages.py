@@ -196,6 +196,24 @@ def test_comments_choose_what_runs(tmp_path):
     assert len(pages.runnable(page, by_hand=True)) == 3
 
 
+def test_a_page_runs_block_by_block_and_what_differs_is_returned(tmp_path):
+    (left := tmp_path / "left").mkdir()
+    (left / "made.txt").write_text("1.00\n")
+    (folder := tmp_path / "folder").mkdir()
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- by hand, as in how-to/train.md -->\n```bash\nexit 1\n```\n\n"
+        "```bash\ncat made.txt; pwd\n```\n\n```text\n1.001\n/home/you\n```\n\n"
+        "```python\nx = 3\n```\n\n```bash\necho on | cat\n```\n\nIt prints:\n\n```text\nof\n```\n\n"
+        "```python\nprint(x)\n```\n\n```text\n3\n```\n\n```bash\nsleep 1000 &\n```\n\n"
+        "```bash\nfalse | cat\n```\n\n```bash\necho more\n```\n"
+    )
+    with mock.patch.object(pages, "ROOT", tmp_path):
+        differs, failed = pages.run(page, folder, by_hand=True, left=lambda page: left)
+    assert differs == "page.md:20: shown\nof\n\nprinted\non\n"
+    assert "failed:\nfalse | cat" in failed
+
+
 def test_sentences_are_short():
     script = ROOT / "benchmarks/reading_level.py"
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)
