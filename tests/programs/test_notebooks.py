@@ -9,7 +9,7 @@ import jupytext
 import nbformat
 import pytest
 
-from tests.conftest import ROOT, TINY, execute_notebook, write_tiny_model
+from tests.conftest import ROOT, TINY, execute_notebook, made_once, write_tiny_model
 
 NOTEBOOKS = ROOT / "notebooks"
 STEPS = 16
@@ -23,9 +23,20 @@ DRAWN = {"quickstart": 4, "zero_shot": 6, "convert": 2, "scaling": 4}
 
 def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a notebook, which must draw as many pictures as are saved in it; what it printed."""
+    monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", str(STEPS))
     printed, drawn = execute_notebook(name, folder, monkeypatch)
     assert len(drawn) == DRAWN[name]
     return printed
+
+
+@pytest.fixture
+def quickstart(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the quickstart has run, once for all tests, with what it printed."""
+
+    def run(folder: Path) -> None:
+        (folder / "printed.txt").write_text(execute("quickstart", folder, monkeypatch))
+
+    return made_once(tmp_path_factory, "quickstart", run)
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -43,11 +54,10 @@ def test_both_files_say_the_same_and_outputs_are_saved(name: str):
     assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 500_000
 
 
-def test_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", str(STEPS))
-    printed = execute("quickstart", tmp_path, monkeypatch)
+def test_quickstart_trains_and_draws(quickstart: Path):
+    printed = (quickstart / "printed.txt").read_text()
     assert "80 numbers in the training set; 20 unseen numbers: [14, " in printed
-    result = json.loads((tmp_path / f"runs/digits-{STEPS}/result.json").read_text())
+    result = json.loads((quickstart / f"runs/digits-{STEPS}/result.json").read_text())
     assert result["step"] == STEPS
     assert f"unseen numbers  top-1 {result['zero_shot/unseen/top1']:.1%}" in printed
     assert re.search(r"images closest to their own caption: \d+ of 10$", printed, re.M)
@@ -80,10 +90,9 @@ def test_scaling_recovers_the_published_fits(monkeypatch: pytest.MonkeyPatch):
     assert "held-out runs: 9, predicted from 27 others" in printed  # of the digits' ladder
 
 
-def test_convert_gives_pytorchs_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """And shows by how much other inputs move them."""
-    monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", "8")
-    printed = execute("convert", tmp_path, monkeypatch)
+def test_convert_gives_pytorchs_numbers(quickstart: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the model that quickstart has trained; and shows by how much other inputs move them."""
+    printed = execute("convert", quickstart, monkeypatch)
     for what in ("relative difference:", "of a probability:", "by one pixel:"):
         assert float(re.search(rf"{what} (\S+)", printed)[1]) <= 1e-5
     assert float(re.search(r"mean difference: (\S+)", printed)[1]) > 0.01
