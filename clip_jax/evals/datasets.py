@@ -292,6 +292,7 @@ def checked(path: AnyPath, layout: str) -> Generator[None]:
 
 
 _DIGITS_SIZE = 16  # pixels, as in configs/digits.py
+_PER_NUMBER = 20  # images of each number in each split of the digits
 # Those of the digits' captions that write the number in words.
 _DIGITS_TEMPLATES = (
     "{c}",
@@ -308,12 +309,12 @@ def open_digits(split: Split) -> Labelled:
     Training and validation images are by the training writers, test images by the held-out ones.
     Probes are fitted to every number, also to those that the model has not seen in training.
     """
-    config, per_number = digits.DigitsConfig(), 20
+    config = digits.DigitsConfig()
     numbers = range(10**config.digits)
     if split == "test":
-        images, labels = _drawn_digits(per_number, "held out")
+        images, labels = _drawn_digits(_PER_NUMBER, "held out")
     else:
-        images, labels = _drawn_digits(2 * per_number, "training")
+        images, labels = _drawn_digits(2 * _PER_NUMBER, "training")
         mine = np.arange(len(labels)) % 2 == (split == "train")
         images, labels = images[mine], labels[mine]
     names = [digits.number_words(number, config.digits) for number in numbers]

@@ -1,6 +1,7 @@
 """Layouts on disk, each with a small stand-in."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from clip_jax.data.digits import DigitsConfig, evaluation_set
 from clip_jax.data.images import decode
 from clip_jax.errors import InputError
+from clip_jax.evals import datasets
 from clip_jax.evals.datasets import (
     Contrasted,
     Labelled,
@@ -97,17 +99,19 @@ def test_splits_lie_in_a_folder_or_are_it(tmp_path):
     assert folders == [tmp_path / "train", tmp_path / "val", tmp_path / "test"]
 
 
+@mock.patch.object(datasets, "_PER_NUMBER", 4)
 def test_the_digits_are_a_data_set():
     """Test images are those that a run's evaluator draws."""
     splits = {split: open_digits(split) for split in ("train", "validation", "test")}
-    images = set()
+    images, each = set(), datasets._PER_NUMBER
     for data in splits.values():
         assert list(data.names[:3]) == ["zero zero", "zero one", "zero two"]
-        assert [label for _, label in data] == data.labels == sorted(20 * list(range(100)))
+        assert [label for _, label in data] == data.labels == sorted(each * list(range(100)))
         images |= {image.tobytes() for image, _ in data}
-    assert len(images) == 3 * 2_000
-    drawn, _ = evaluation_set(DigitsConfig(), [42], 20, 16)
-    np.testing.assert_array_equal(drawn, [splits["test"].load(840 + i)[0] for i in range(20)])
+    assert len(images) == 3 * 100 * each
+    drawn, _ = evaluation_set(DigitsConfig(), [42], each, 16)
+    found = [splits["test"].load(42 * each + i)[0] for i in range(each)]
+    np.testing.assert_array_equal(drawn, found)
 
 
 COUNTS = [10, 3, 7]  # images of each class

@@ -84,3 +84,15 @@ def assert_loads_at_any_length(model: Path, photos: Path, least: float) -> None:
     placed = Encoder(sharded.clip, sharded.params, mesh, sharded.image_preprocess, sharded.tokenize)
     packed = other.image_preprocess.batch
     np.testing.assert_allclose(placed.images(packed(paths[0])), expected[:1], atol=1e-6)
+
+
+def encoder_at(path: Path, tokens: int) -> Encoder:
+    """What evaluators measure, at a length."""
+    model = load(path, tokens=tokens)
+    return Encoder(
+        model.clip,
+        model.params,
+        make_mesh(MeshConfig()),
+        model.image_preprocess,
+        lambda texts: model.tokenize(texts, truncate=True),
+    )

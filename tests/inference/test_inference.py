@@ -6,12 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from clip_jax.data.digits import DigitsConfig
-from clip_jax.data.pipeline import DataConfig
 from clip_jax.evals.datasets import open_folder
-from clip_jax.evals.digits import DigitsEvalConfig
-from clip_jax.evals.evaluator import Encoder, Evaluations
-from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.evals.reader import ImageCache, Splits
 from clip_jax.inference.loading import load, load_on_mesh
 from clip_jax.sharding import MeshConfig, make_mesh
@@ -23,6 +18,7 @@ from tests.inference.conftest import (
     OWN,
     SIZES,
     assert_loads_at_any_length,
+    encoder_at,
     write_classes,
     write_image,
     write_photos,
@@ -108,17 +104,6 @@ def test_captions_and_pairs_are_retrieved_at_any_length(folder, tmp_path, run):
     assert values["tokens"] == OTHER
 
 
-def encoder_at(folder, tokens):
-    model = load(folder / "model", tokens=tokens)
-    return Encoder(
-        model.clip,
-        model.params,
-        make_mesh(MeshConfig()),
-        model.image_preprocess,
-        lambda texts: model.tokenize(texts, truncate=True),
-    )
-
-
 def test_decoded_images_are_kept_for_their_length_alone(folder, tmp_path):
     write_classes(tmp_path, SIZES)
     data, loads = open_folder(tmp_path / "test"), []
@@ -130,24 +115,10 @@ def test_decoded_images_are_kept_for_their_length_alone(folder, tmp_path):
     counted = dataclasses.replace(data, load=load_counted)
     images, cache = [data.load(i)[0] for i in range(data.count)], ImageCache(1 << 20)
     for tokens in (OWN, OTHER, OWN):
-        splits = Splits("data", lambda _: counted, encoder_at(folder, tokens), cache=cache)
+        splits = Splits(
+            "data", lambda _: counted, encoder_at(folder / "model", tokens), cache=cache
+        )
         model = load(folder / "model", tokens=tokens)
         expected = unit(model.encode_image(model.preprocess(images)))
         np.testing.assert_allclose(splits.embedded("test").features, expected, atol=1e-6)
     assert len(loads) == 2 * data.count  # not read again for the last
-
-
-def test_evaluators_in_training_name_their_length_and_mix_no_two(folder):
-    """An evaluator that has read its pairs at one length reads them again at another."""
-    source = DigitsConfig(split="test", digits=1)
-    pairs = PairsEvalConfig(pairs=16, pool=8, data=DataConfig(source=source, crop="center"))
-    configs = [pairs, DigitsEvalConfig(source=source, per_number=1)]
-    evaluations = Evaluations(configs, steps=1)
-
-    def measured(evaluations, tokens):
-        return list(evaluations.run(1, encoder_at(folder, tokens), folder / "evals"))
-
-    first, second = measured(evaluations, OWN), measured(evaluations, OTHER)
-    assert [values["tokens"] for values in first + second] == [OWN] * 2 + [OTHER] * 2
-    assert first[0]["info_nce"] != second[0]["info_nce"]
-    assert second == measured(Evaluations(configs, steps=1), OTHER)

@@ -1,7 +1,6 @@
 """Loading a model from a run and from files; converting it, and what is refused."""
 
 import dataclasses
-import functools
 import importlib
 import json
 from typing import Any
@@ -23,20 +22,25 @@ from clip_jax.convert.verify import Verification
 from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.evals.evaluator import compiled, embed_texts
 from clip_jax.inference.loading import Model, load, load_on_mesh
-from clip_jax.sharding import MeshConfig, make_mesh, param_shardings
-from tests.conftest import RESNET, TINY, larger, parameters, write_run
+from clip_jax.sharding import MeshConfig, make_mesh, padded_size, param_shardings
+from tests.conftest import RESNET, TINY, larger, parameters, write_run, write_tiny_model
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Work directory, architecture and parameters of a run with an image tower, by its name."""
-    folder = tmp_path_factory.mktemp("runs")
-    models = {"vit": TINY, "resnet": RESNET}
-    return functools.cache(lambda name: write_run(models[name], folder / name))
+    """Work directory, architecture and parameters of a run."""
+    return write_run(TINY, tmp_path_factory.mktemp("runs") / "vit")
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    """The same of a ResNet's folder."""
+    write_tiny_model(folder := tmp_path_factory.mktemp("resnet"), seed=1, config=RESNET)
+    return folder, RESNET, parameters(RESNET)
 
 
 def test_a_run_is_loaded(run):
-    workdir, config, params = run("vit")
+    workdir, config, params = run
     model = load(workdir)
     assert model.config == dataclasses.replace(config, dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
@@ -51,22 +55,16 @@ def test_a_run_is_loaded(run):
     assert load(workdir, dtype="bfloat16").config.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_each_device_reads_its_part_of_a_run_alone(run, name, tmp_path, monkeypatch):
+def test_each_device_reads_its_part_of_a_run_alone(run, tmp_path, monkeypatch):
     """A folder is placed on the mesh alike; parameters that are not finite are refused."""
-    workdir, _, params = run(name)
+    workdir, _, params = run
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with monkeypatch.context() as patch:
         patch.setattr(Parameter, "__array__", None)  # which has it all in this process
-        models = [load_on_mesh(workdir, mesh)]
+        model = load_on_mesh(workdir, mesh)
     convert(ConvertConfig(source=workdir, destination=tmp_path, to="clip-jax"))
-    models.append(load_on_mesh(tmp_path, mesh))
-    for model in models:
-        jax.tree.map(np.testing.assert_array_equal, model.params, params)
-        places = param_shardings(model.config, model.params, mesh)
-        assert jax.tree.map(lambda x: x.sharding, model.params) == places
-    split = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(models[0].params))
-    assert split < 0.6 * sum(x.nbytes for x in jax.tree.leaves(params))
+    for one in (model, load_on_mesh(tmp_path, mesh)):
+        assert_on_mesh(one, params, mesh)
     damaged = params | {"logit_scale": np.float32(np.inf)}
     with (
         mock.patch.object(run_format, "restore_params", autospec=True, return_value=damaged),
@@ -75,9 +73,23 @@ def test_each_device_reads_its_part_of_a_run_alone(run, name, tmp_path, monkeypa
         load_on_mesh(workdir, mesh)
 
 
+def assert_on_mesh(model, params, mesh):
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    places = param_shardings(model.config, model.params, mesh)
+    assert jax.tree.map(lambda x: x.sharding, model.params) == places
+    split = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model.params))
+    assert split < 0.6 * sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+def test_a_resnet_is_placed_on_a_mesh(resnet):
+    folder, _, params = resnet
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert_on_mesh(load_on_mesh(folder, mesh), params, mesh)
+
+
 def test_verification_of_our_own_folder(run, tmp_path, capsys):
     """If the numbers differ, the exit code is 1."""
-    workdir, config, params = run("vit")
+    workdir, config, params = run
     args = ["convert", str(workdir), str(tmp_path / "out"), "--to", "clip-jax", "--verify"]
     assert main([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["max_relative_difference"] == 0.0
@@ -97,9 +109,9 @@ def test_verification_of_our_own_folder(run, tmp_path, capsys):
     assert not Verification(image_features=np.nan, text_features=0.0).passed
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_another_image_size(run, name):
-    workdir, config, params = run(name)
+@pytest.mark.parametrize("name", ["run", "resnet"])
+def test_another_image_size(name, request):
+    workdir, config, params = request.getfixturevalue(name)
     size = 2 * config.vision.image_size
     model = load(workdir, image_size=size)
     assert model.config.vision.image_size == model.image_preprocess.image_size == size
@@ -131,7 +143,7 @@ def test_the_library_says_what_can_be_loaded():
     ],
 )
 def test_wrong_use_exits_with_2(run, tmp_path, capsys, destination, extra, says):
-    workdir, _, _ = run("vit")
+    workdir, _, _ = run
     (tmp_path / "out").mkdir()
     (tmp_path / "out/file").write_text("here")
     to = workdir if destination == "run" else tmp_path / destination
@@ -144,7 +156,7 @@ def test_wrong_use_exits_with_2(run, tmp_path, capsys, destination, extra, says)
 
 def test_another_format_in_the_same_folder(run, tmp_path):
     """What is written last is what is read, not the mark that another format left."""
-    workdir, _, params = run("vit")
+    workdir, _, params = run
     kinds = ["clip-jax", "hugging-face", "open-clip", "hugging-face", "clip-jax", "open-clip"]
     for to in kinds:
         convert(ConvertConfig(source=workdir, destination=tmp_path, to=to, overwrite=True))
@@ -195,7 +207,8 @@ def test_few_shapes_are_compiled_for_all_devices(model):
     assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(model._replicated))
     encode: Any = compiled(embed_texts, model.clip, model._mesh, normalize=False)
     encode.clear_cache()
-    for count in range(41):
+    assert {padded_size(count, 8, 40) for count in range(41)} == {8, 16, 32, 40}
+    for count in (0, 1, 9, 17, 32, 33, 40):
         model.encode_text(np.ones((count, 10), np.int32), batch_size=40)
     assert encode._cache_size() == 4
 
@@ -220,7 +233,7 @@ def test_a_batch_size_of_none_is_refused(model):
 
 
 def test_positions_are_fitted_to_resolution_and_text(run):
-    workdir, _, before = run("vit")
+    workdir, _, before = run
     params = starting_params(read_weights(workdir), larger(TINY))
     positions = params["visual"]["positional_embedding"]
     assert positions.shape == (1 + 4 * 4, 32)
@@ -235,7 +248,7 @@ def test_positions_are_fitted_to_resolution_and_text(run):
 
 def test_weights_that_do_not_fit_are_named(run):
     """The image tower alone can be taken."""
-    workdir, text = run("vit")[0], TINY.text
+    workdir, text = run[0], TINY.text
     rules = dataclasses.replace(text.tokenizer, clean="lower")
     for changes, message in (
         ({"width": 64}, r"has text/.* and the model needs"),

@@ -14,7 +14,7 @@ from clip_jax.inference.starting import frozen_params, initial_params, initial_s
 from clip_jax.losses import DistillationConfig, LiveTeacher
 from clip_jax.sharding import make_mesh
 from clip_jax.step import Program
-from tests.conftest import larger, tiny_digits, write_states
+from tests.conftest import tiny_digits, write_states
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,6 @@ def begin(config, program):
     with WeightFiles() as weight_files:
         params = initial_params(config, weight_files)
         return initial_state(config, program, weight_files, params)
-
-
-def test_a_run_begins_with_the_tower_that_it_takes_from_another(run):
-    config = tiny(init_from=str(run), init_towers=("image",), model=larger(tiny().model))
-    program = Program(config.recipe, make_mesh(config.mesh))
-    params, drawn = begin(config, program).params, program.init().params
-    assert_identical(params["visual"], starting_params(read_weights(run), config.model)["visual"])
-    assert_identical(params["text"], drawn["text"])
 
 
 def test_a_live_teacher_computes_what_its_weights_were_trained_for(run):

@@ -3,11 +3,17 @@
 import dataclasses
 import functools
 import json
+from unittest import mock
 
 import pytest
 
 from clip_jax.checkpoints.retention import WATCHED
-from clip_jax.evals import linear_probe
+from clip_jax.data.digits import DigitsConfig
+from clip_jax.data.pipeline import DataConfig
+from clip_jax.evals import datasets, linear_probe
+from clip_jax.evals.digits import DigitsEvalConfig
+from clip_jax.evals.evaluator import Evaluations
+from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.inference.loading import load
 from clip_jax.models.images import concatenate
 from tests.conftest import COCA, TINY, rows, write_run, write_tiny_model
@@ -17,6 +23,7 @@ from tests.inference.conftest import (
     OWN,
     SIZES,
     assert_loads_at_any_length,
+    encoder_at,
     write_classes,
     write_photos,
 )
@@ -78,6 +85,7 @@ def test_every_task_names_its_length(folder, tmp_path, run, monkeypatch):
     assert "tokens=9 is for" in run("evaluate", folder / "fixed", *args, "--tokens", 9, code=2)
 
 
+@mock.patch.object(datasets, "_PER_NUMBER", 4)
 def test_the_digits_and_a_watched_run_name_their_length(folder, run):
     """A watcher evaluates at the length that its option sets."""
     digits = ["--dataset", "digits", "--images", 100]
@@ -89,3 +97,19 @@ def test_the_digits_and_a_watched_run_name_their_length(folder, run):
     last = rows(folder / "run", WATCHED)[-1]
     assert (last["step"], last["tokens"]) == (2, OTHER)
     assert watched == {name: x for name, x in last.items() if name != "step"}
+
+
+def test_evaluators_in_training_name_their_length_and_mix_no_two(folder):
+    """An evaluator that has read its pairs at one length reads them again at another."""
+    source = DigitsConfig(split="test", digits=1)
+    pairs = PairsEvalConfig(pairs=16, pool=8, data=DataConfig(source=source, crop="center"))
+    configs = [pairs, DigitsEvalConfig(source=source, per_number=1)]
+    evaluations = Evaluations(configs, steps=1)
+
+    def measured(evaluations, tokens):
+        return list(evaluations.run(1, encoder_at(folder / "model", tokens), folder / "evals"))
+
+    first, second = measured(evaluations, OWN), measured(evaluations, OTHER)
+    assert [values["tokens"] for values in first + second] == [OWN] * 2 + [OTHER] * 2
+    assert first[0]["info_nce"] != second[0]["info_nce"]
+    assert second == measured(Evaluations(configs, steps=1), OTHER)
