@@ -1,6 +1,7 @@
 """The queue: every job once and the dearest first, whoever is killed, stands still or is slow."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ from unittest import mock
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from clip_jax.checkpoints.claim import LEASE_SECONDS, RENEW_SECONDS
 from clip_jax.processes import Position
@@ -234,11 +235,23 @@ class Newest:
     number: int
 
 
+WHICH = st.integers(0, 2)
+ACTS = st.sampled_from(  # what a worker does, and the storage's fault; the more often the likelier
+    [
+        *[("take", "")] * 6,
+        *[("done", ""), ("failed", ""), ("stopped", ""), ("look", "")] * 2,
+        *[("wait", "")] * 3,
+        *itertools.product(["done", "failed", "stopped"], ["unreachable"]),
+        *itertools.product(["take"], ["unreachable", "answered", "lost"]),
+    ]
+)
+
+
 class Fates(RuleBasedStateMachine):
     """Workers on two machines take jobs, fail, stop, are killed, stand still, and lose the storage.
 
     Each takes the first job that is free: one that is not done, that no living worker has, and that
-    has not failed since it began. Job d needs the result of job a; only `limit` jobs may begin. In
+    has not failed since it began. Job b needs the result of job c; only `limit` jobs may begin. In
     the end a worker on a third machine does what is left, each job once.
     """
 
@@ -253,21 +266,20 @@ class Fates(RuleBasedStateMachine):
         self.done: set[str] = set()
         self.number = 0
 
-    @initialize(limit=st.sampled_from([2, 4]))
+    @initialize(limit=st.sampled_from([1, 2, 4, 4]))
     def begin(self, limit):
         self.limit = limit
+        for host in ("one", "one", "two"):
+            self.start(host)
 
     def open(self, host):
-        def after_a(job):
-            is_ready = (self.study.root / "a/done").exists
-            return job._replace(after="a", is_ready=is_ready) if job.name == "d" else job
+        def after_c(job):
+            is_ready = (self.study.root / "c/done").exists
+            return job._replace(after="c", is_ready=is_ready) if job.name == "b" else job
 
         return self.study.worker(
-            host, "abcd", lambda names: len({*names}) <= self.limit, None, after_a
+            host, "abcd", lambda names: len({*names}) <= self.limit, None, after_c
         )
-
-    def any_worker(self, number):
-        return self.workers[number % len(self.workers)]
 
     def write(self, name, kind, worker):
         self.number += 1
@@ -284,22 +296,26 @@ class Fates(RuleBasedStateMachine):
                 self.write(name, outcome, worker)
             worker.due.pop(0)
 
-    @precondition(lambda self: len(self.workers) < 3)
-    @rule(host=st.sampled_from(["one", "two"]))
     def start(self, host):
         now = self.clock.now()
         self.workers.append(Worker(self.open(host), host, self.number, now, now))
 
-    @rule(seconds=st.sampled_from([RENEW_SECONDS, LEASE_SECONDS - 1, LEASE_SECONDS]))
-    def wait(self, seconds):
-        self.clock.advance(seconds)
+    @rule(acts=st.lists(st.tuples(WHICH, ACTS), min_size=1, max_size=6))
+    def work(self, acts):
+        for which, (act, fault) in acts:
+            worker = self.workers[which]
+            if act == "wait":
+                self.clock.advance(LEASE_SECONDS - SCAN_SECONDS)
+            elif act == "look":
+                self.look(worker)
+            elif act == "take":
+                self.take(worker, fault)
+            elif worker.running:
+                name = next(iter(worker.running))
+                self.end(worker, name, act, fault)
+                self.done |= {name} if act == "done" else set()
 
-    @precondition(lambda self: self.workers)
-    @rule(
-        which=st.integers(0, 2), fault=st.sampled_from(["", "", "unreachable", "answered", "lost"])
-    )
-    def take(self, which, fault):
-        worker = self.any_worker(which)
+    def take(self, worker, fault):
         if worker.due:
             fault = ""
         self.clock.advance(SCAN_SECONDS)
@@ -325,11 +341,11 @@ class Fates(RuleBasedStateMachine):
         for name in [*worker.waiting]:
             undone = {*worker.waiting, *worker.running, *worker.failures, *worker.left_out}
             newest = self.newest.get(name)
-            if name == "d" and "a" in undone - self.done:
-                if "a" in worker.failures:
+            if name == "b" and "c" in undone - self.done:
+                if "c" in worker.failures:
                     worker.waiting.remove(name)
-                    worker.failures[name] = "not started, because a failed"
-                elif "a" in worker.left_out:
+                    worker.failures[name] = "not started, because c failed"
+                elif "c" in worker.left_out:
                     worker.waiting.remove(name)
                     worker.left_out.append(name)
             elif any(name in other.running for other in self.workers if other.host == worker.host):
@@ -359,18 +375,6 @@ class Fates(RuleBasedStateMachine):
         observer.signs[key] = newest.worker.signed, since
         return now < since + LEASE_SECONDS
 
-    @precondition(lambda self: any(worker.running for worker in self.workers))
-    @rule(
-        which=st.integers(0, 9),
-        outcome=st.sampled_from(["done", "failed", "stopped"]),
-        is_out_of_reach=st.booleans(),
-    )
-    def finish(self, which, outcome, is_out_of_reach):
-        running = [(worker, name) for worker in self.workers for name in worker.running]
-        worker, name = running[which % len(running)]
-        self.end(worker, name, outcome, "unreachable" if is_out_of_reach else "")
-        self.done |= {name} if outcome == "done" else set()
-
     def end(self, worker, name, outcome, fault=""):
         with creating(fault):
             self.study.end(worker.queue, worker.running.pop(name), outcome, "why")
@@ -381,11 +385,9 @@ class Fates(RuleBasedStateMachine):
             worker.waiting.insert(0, name)
         self.sign(worker, is_reachable=not fault)
 
-    @precondition(lambda self: self.workers)
-    @rule(which=st.integers(0, 2))
-    def look(self, which):
+    def look(self, worker):
         """A worker shows that it lives, and ends the jobs that others have taken over."""
-        worker, now = self.any_worker(which), self.clock.now()
+        now = self.clock.now()
         lost = worker.queue.lost()
         if now >= worker.tried + RENEW_SECONDS:
             self.sign(worker)
@@ -394,39 +396,36 @@ class Fates(RuleBasedStateMachine):
             assert self.newest[name].worker is not worker
             self.end(worker, name, "stopped")
 
-    @precondition(lambda self: self.workers)
-    @rule(which=st.integers(0, 2))
-    def kill(self, which):
-        worker = self.any_worker(which)
-        self.workers.remove(worker)
+    @rule(which=WHICH, host=st.sampled_from(["one", "two"]))
+    def replace(self, which, host):
+        """A worker that has nothing to do leaves; another one and its jobs are killed."""
+        worker = self.workers.pop(which)
+        if not worker.running:
+            with worker.queue:
+                pass
+            self.sign(worker)
+            worker.signed = None
+        self.kill(worker)
+        self.start(host)
+
+    def kill(self, worker):
         for job in worker.running.values():
             job.unlock()
 
-    @precondition(lambda self: any(not worker.running for worker in self.workers))
-    @rule(which=st.integers(0, 2))
-    def leave(self, which):
-        idle = [worker for worker in self.workers if not worker.running]
-        worker = idle[which % len(idle)]
-        with worker.queue:
-            pass
-        self.sign(worker)
-        worker.signed = None
-        self.workers.remove(worker)
-
     def teardown(self):
-        while self.workers:
-            self.kill(0)
-        last, taken = self.open("three"), []
-        for _ in range(9):
-            self.clock.advance(LEASE_SECONDS / 2)
-            while job := last.take():
-                taken.append(job.name)
-                self.study.end(last, job)
-        assert last.is_over()
-        assert not last.failures
-        assert len(taken) == len({*taken} - self.done)
-        assert len({*taken} | self.done) == self.limit
-        self.ends.close()
+        with self.ends:
+            for worker in self.workers:
+                self.kill(worker)
+            last, taken = self.open("three"), []
+            for _ in range(9):
+                self.clock.advance(LEASE_SECONDS / 2)
+                while job := last.take():
+                    taken.append(job.name)
+                    self.study.end(last, job)
+            assert last.is_over()
+            assert not last.failures
+            assert len(taken) == len({*taken} - self.done)
+            assert len({*taken} | self.done) == self.limit
 
 
 @contextlib.contextmanager
@@ -450,7 +449,7 @@ def creating(fault: str) -> Generator[list[str]]:
 
 
 TestFates = Fates.TestCase
-TestFates.settings = settings(stateful_step_count=40)
+TestFates.settings = settings(stateful_step_count=12)
 
 
 # ------------------------------------------------------------------ groups of hosts
