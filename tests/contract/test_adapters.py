@@ -11,8 +11,8 @@ from clip_jax.storage import files
 from tests.convert.conftest import make_weights, write_lora_run
 
 
-def test_adapters_in_a_bucket(bucket, tmp_path):
-    base, there, out = (files.as_path(f"{bucket.url}/{name}") for name in ("base", "run", "out"))
+def test_adapters_in_a_bucket(s3, tmp_path):
+    base, there, out = (files.as_path(f"{s3.url}/{name}") for name in ("base", "run", "out"))
     write_weights(make_weights("siglip"), base, "hugging-face")
     head = Head(("a", "b"), ("{}",), np.ones((2, 32), np.float32))
     run = write_lora_run(tmp_path / "run", base, LoRAConfig(rank=2), head)

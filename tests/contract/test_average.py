@@ -13,10 +13,10 @@ from tests.convert.conftest import make_weights, write_lora_run
 from tests.evals.conftest import png
 
 
-def test_averages_in_a_bucket(bucket, tmp_path):
+def test_averages_in_a_bucket(gs, tmp_path):
     """Adapters are merged first: the average of base and run is halfway to the merged weights."""
     base, there, soup, curve = (
-        files.as_path(f"{bucket.url}/{name}") for name in ("base", "run", "soup", "curve")
+        files.as_path(f"{gs.url}/{name}") for name in ("base", "run", "soup", "curve")
     )
     write_weights(make_weights("vit"), base, "hugging-face")
     run = write_lora_run(tmp_path / "run", base, LoRAConfig(rank=2))
@@ -33,8 +33,8 @@ def test_averages_in_a_bucket(bucket, tmp_path):
         )
     for name, level in (("dark", 20), ("light", 220)):
         pixels = np.full((16, 16, 3), level, np.uint8)
-        files.write_whole(f"{bucket.url}/set/{name}/0.png", png(pixels))
-    data = (f"folder:{bucket.url}/set",)
+        files.write_whole(f"{gs.url}/set/{name}/0.png", png(pixels))
+    data = (f"folder:{gs.url}/set",)
     config = AverageConfig(models=(there, soup), output=curve, dataset=data, curve=(0.0, 1.0))
     result = average(config)
     assert result["metric"] == "set/acc1"
