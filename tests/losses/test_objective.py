@@ -1,255 +1,35 @@
-"""The objective's seam is wide enough: three terms that stand here alone — with a frozen teacher,
-with a state of their own, with vectors from the batch — go where every term goes."""
+"""An objective of several terms: what each sees, what its metrics are named, what it draws, and
+which objectives are refused. `tests/mesh/losses/test_objective.py` trains with terms of its own."""
 
-import functools
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from clip_jax import flops
-from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from clip_jax.errors import InputError
 from clip_jax.losses import (
     CaptionConfig,
     Context,
     DistillationConfig,
-    Frozen,
     SigmoidConfig,
     SoftmaxConfig,
     StoredTeacher,
     Term,
     objective,
 )
-from clip_jax.models.clip import CLIP, CLIPConfig, l2_normalize
-from clip_jax.models.inputs import StoredInput, TextInput
+from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.lora import LoRAConfig, draw
-from clip_jax.optim import OptimConfig
-from clip_jax.pods import compile as pod
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe, State, context
-from tests.conftest import COCA, MESHES, OPTIM, TINY, assert_close, batch, by_path, parameters
-
-TEACHER = replace(TINY, embed_dim=24, vision=replace(TINY.vision, width=16, depth=1))
-SCALE = 20.0
-
-
-def cross_entropy(targets: jax.Array, logits: jax.Array) -> jax.Array:
-    return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherTerm(Term):
-    """The similarities of a frozen model are the targets of the trained one's (MobileCLIP)."""
-
-    name: ClassVar[str] = "teacher"
-
-    def frozen(self):
-        return {"model": Frozen(TEACHER, "runs/teacher")}
-
-    def encode(self, x: Context):
-        model, params = replace(x.model, config=TEACHER), x.frozen["model"]
-        images, texts = model.normalize(x.inputs["image"]), x.inputs["text"]
-        embeddings = {
-            "image": model.encode_image(params, images),
-            "text": model.encode_text(params, texts),
-        }
-        return {f"of_{name}": l2_normalize(y) for name, y in embeddings.items()}
-
-    def loss(self, x: Context):
-        y = x.outputs
-        targets = jax.nn.softmax(SCALE * y["of_image"] @ y["of_text"].T)
-        logits = jnp.exp(x.params["logit_scale"]) * y["image"] @ y["text"].T
-        return cross_entropy(targets, logits), {}
-
-    def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]):
-        return batch_size**2 * (TEACHER.embed_dim + 3 * model.embed_dim)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AverageTerm(Term):
-    """A slow copy of the image tower says, less its running centre, what a token sees (DINO)."""
-
-    name: ClassVar[str] = "average"
-    needs: ClassVar[tuple[str, ...]] = ("image_tokens:-1",)
-
-    def init(self, params):
-        shape = params["visual"]["proj"].shape[-1]
-        return {"visual": jax.tree.map(jnp.copy, params["visual"]), "centre": jnp.zeros(shape)}
-
-    def encode(self, x: Context):
-        slow = x.params | {"visual": x.carried["visual"]}
-        target = x.model.encode_image(slow, x.model.normalize(x.inputs["image"]))
-        states = x.outputs["image_tokens:-1"].mean(1) @ x.params["visual"]["proj"]
-        probabilities = jax.nn.softmax(SCALE * (l2_normalize(target) - x.carried["centre"]))
-        rows = -(probabilities * jax.nn.log_softmax(l2_normalize(states))).sum(-1)
-        return {"rows": rows, "target": l2_normalize(target)}
-
-    def loss(self, x: Context):
-        return x.outputs["rows"].mean(), {"centre_norm": jnp.linalg.norm(x.carried["centre"])}
-
-    def update(self, x: Context):
-        def mix(slow, new):
-            return 0.9 * slow + 0.1 * new
-
-        visual = jax.tree.map(mix, x.carried["visual"], x.params["visual"])
-        return {"visual": visual, "centre": mix(x.carried["centre"], x.outputs["target"].mean(0))}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTerm(Term):
-    """Vectors stored with the pairs are what the image embeddings should be after a trained map
-    (regression), and what further captions should be."""
-
-    name: ClassVar[str] = "stored"
-    needs: ClassVar[tuple[str, ...]] = ("text:synthetic",)
-
-    def reads(self, model: CLIPConfig):
-        return {
-            "vectors": StoredInput("image", (model.embed_dim,)),
-            "synthetic": TextInput(model.text, synthetic=True),
-        }
-
-    def parameters(self, model: CLIPConfig):
-        return {"map": ((model.embed_dim, model.embed_dim), "E -")}
-
-    def encode(self, x: Context):
-        return {"mapped": x.outputs["image"] @ x.params[self.name]["map"]}
-
-    def loss(self, x: Context):
-        both = x.outputs["mapped"] + x.outputs["text:synthetic"]
-        return 1 - (both * x.inputs["vectors"]).sum(-1).mean(), {}
-
-
-TERMS = (TeacherTerm(weight=0.5), AverageTerm(weight=0.3), StoredTerm(weight=2.0))
-
-
-def inputs() -> dict[str, Any]:
-    rng = np.random.default_rng(3)
-    pairs = batch(TINY)
-    vectors = rng.standard_normal((16, TINY.embed_dim), np.float32)
-    return pairs | {
-        "vectors": vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
-        "synthetic": np.roll(pairs["text"], 1, axis=0),
-    }
-
-
-def program(
-    terms: Sequence[Term], mesh: str = "1", accumulation: int = 1, optim: OptimConfig = OPTIM
-) -> Program:
-    sizes, count = {"1": (MeshConfig(), 1)}.get(mesh) or (MESHES[mesh], 8)
-    recipe = Recipe(
-        model=TINY,
-        objective=cast(Any, (SoftmaxConfig(), *terms)),
-        optim=optim,
-        steps=10,
-        batch_size=16,
-        accumulation=accumulation,
-    )
-    return Program(recipe, make_mesh(sizes, jax.devices()[:count]))
-
-
-def begin(run: Program) -> Any:
-    frozen = {"teacher": {"model": parameters(TEACHER)}} if run.state.frozen else None
-    return run.init(parameters(TINY), frozen)
-
-
-def steps(run: Program, state: Any, count: int) -> tuple[Any, dict[str, Any]]:
-    metrics = {}
-    for _ in range(count):
-        state, metrics = run.step(state, run.put(inputs()))
-    return state, jax.device_get(metrics)
-
-
-@functools.cache
-def on_one_device() -> Any:
-    run = program(TERMS)
-    return jax.device_get(steps(run, begin(run), 2))
-
-
-def test_terms_are_the_same_on_a_mesh_and_accumulated() -> None:
-    (expected, metrics), run = on_one_device(), program(TERMS, "2x2x2", accumulation=2)
-    state, got = steps(run, begin(run), 2)
-    assert_close(metrics, got)
-    assert_close(*(optax.tree.get(x.opt_state, "mu") for x in (expected, state)))
-    assert_close(expected.carried, state.carried)
-    jax.tree.map(np.testing.assert_array_equal, state.frozen, begin(run).frozen)
-    weights = {"contrastive": 1, "teacher": 0.5, "average": 0.3, "stored": 2}
-    total = sum(weight * got[f"{name}_loss"] for name, weight in weights.items())
-    assert got["loss"] == pytest.approx(total, rel=1e-6)
-    assert got["centre_norm"] > 0
-    placed = jax.tree.map(lambda x: x.sharding, run.state)
-    assert placed.carried["average"]["visual"] == placed.params["visual"]
-
-
-def test_terms_are_saved_and_resumed_bit_for_bit_without_their_teacher(tmp_path) -> None:
-    run = program(TERMS, "4x2")
-    state, _ = steps(run, begin(run), 1)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
-    checkpoints.save(1, state.saved(), {"samples": 16})
-    checkpoints.wait()
-    expected = jax.device_get(steps(run, state, 1))  # which takes the state's memory
-    restored = checkpoints.restore(run.state.saved())
-    checkpoints.close()
-    resumed = run.resume(restored.state, begin(run).frozen)
-    jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(steps(run, resumed, 1)))
-    assert restored.state.keys() == {"step", "params", "opt_state", "carried"}
-    assert restored.state["carried"].keys() == {"average"}
-
-
-@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)
-def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
-    def counted(terms: Sequence[Term]) -> tuple[dict[str, int], int]:
-        run = program(terms)
-        return pod.held_bytes(run.state, run.batch), flops.of_step(run.recipe).total
-
-    def size(config: CLIPConfig, part: Any = lambda params: params) -> int:
-        return sum(x.nbytes for x in jax.tree.leaves(part(parameters(config))))
-
-    (held, work), (without, least) = counted([term]), counted([])
-    sizes = {
-        "teacher": size(TEACHER),
-        "average": size(TINY, lambda params: params["visual"]) + 4 * TINY.embed_dim,
-        "stored": 16 * 4 * (TINY.embed_dim + TINY.text.context_length),
-    }
-    entry = "batch" if term.name == "stored" else "terms"
-    arrays = sum(4 * math.prod(shape) for shape, _ in term.parameters(TINY).values())
-    more = {entry: sizes[term.name], "parameters": arrays, "optimizer": 2 * arrays}
-    more["frozen"] = sizes["teacher"] * (term.name == "teacher")
-    assert held == without | {name: without[name] + size for name, size in more.items()}
-    encoded = {
-        "teacher": flops.forward(TEACHER).total,
-        "stored": 3 * flops.forward(TINY).text,  # of the further captions, with two gradients
-    }
-    assert work - least == 2 * term.macs(TINY, 16, ()) + 16 * encoded.get(term.name, 0)
-    compiled = pod.compile_loss(program([term]))
-    ((_, outputs, _, _), _) = compiled.args_info
-    assert pod.peak(compiled) > 0
-    assert outputs.keys() > {"image", "text"} or term.name == "average"
-
-
-def test_a_skipped_update_leaves_what_terms_carry_as_it_was() -> None:
-    run = program([AverageTerm(), StoredTerm()], optim=replace(OPTIM, skip_norm_ratio=10.0))
-    begun = begin(run)
-    before = jax.device_get(begun.carried)
-    unusable = inputs() | {"vectors": np.full((16, TINY.embed_dim), np.nan, np.float32)}
-    state, metrics = run.step(begun, run.put(unusable))
-    assert metrics["skipped_updates"] == 1
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.carried))
-    state, metrics = run.step(state, run.put(inputs()))
-    assert metrics["skipped_updates"] == 1
-    assert (state.carried["average"]["centre"] != before["average"]["centre"]).any()
+from tests.conftest import COCA, OPTIM, TINY, by_path
 
 
 def test_each_term_sees_what_it_carries_itself() -> None:
     @dataclass(frozen=True, kw_only=True)
-    class First(StoredTerm):
+    class First(Term):
         name: ClassVar[str] = "first"
 
         def init(self, params):
@@ -276,14 +56,14 @@ def test_a_metric_of_several_terms_has_their_names_and_none_is_overwritten() -> 
     """A later term's accuracy replaced an earlier term's, and the step's loss a term's own."""
 
     @dataclass(frozen=True, kw_only=True)
-    class First(StoredTerm):
+    class First(Term):
         name: ClassVar[str] = "first"
 
         def loss(self, x: Context):
             return 1.0, {"accuracy": 0.25, "norm": 2.0, "loss": 3.0, "second_loss": 4.0}
 
     @dataclass(frozen=True, kw_only=True)
-    class Second(StoredTerm):
+    class Second(Term):
         name: ClassVar[str] = "second"
 
         def loss(self, x: Context):
@@ -308,7 +88,9 @@ def test_a_metric_of_several_terms_has_their_names_and_none_is_overwritten() -> 
 
 def test_the_names_of_the_steps_own_metrics_are_known_to_the_objective() -> None:
     """A term's metric of another name of the step would be overwritten."""
-    run = program([], optim=replace(OPTIM, skip_norm_ratio=10.0))
+    optim = replace(OPTIM, skip_norm_ratio=10.0)
+    recipe = Recipe(model=TINY, optim=optim, steps=10, batch_size=16)
+    run = Program(recipe, make_mesh(MeshConfig(), jax.devices()[:1]))
     _, metrics = jax.eval_shape(run.step, run.state, run.batch)
     of_term = {"image_to_text_accuracy", "text_to_image_accuracy"}
     assert metrics.keys() == objective.OF_STEP | of_term
@@ -332,7 +114,7 @@ def test_each_term_draws_its_own_numbers_whatever_else_is_drawn() -> None:
     """Terms with equal shapes began equal, and adapters in the order of a term's numbers."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Other(StoredTerm):
+    class Other(Term):
         name: ClassVar[str] = "other"
 
         def parameters(self, model: CLIPConfig):
@@ -356,10 +138,10 @@ def test_each_term_draws_its_own_numbers_whatever_else_is_drawn() -> None:
 def test_what_terms_need_of_the_towers_has_one_order_in_every_process() -> None:
     views = tuple(f"image:view_{number}" for number in range(20))  # a set would shuffle them
 
-    class First(StoredTerm):
+    class First(Term):
         needs: ClassVar[tuple[str, ...]] = views[10:]
 
-    class Second(StoredTerm):
+    class Second(Term):
         needs: ClassVar[tuple[str, ...]] = views[:15]
 
     assert objective.needs((First(), Second())) == views[10:] + views[:10]
