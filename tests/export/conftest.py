@@ -1,17 +1,22 @@
 """Small models of each family with weights that move every number, and what they compute."""
 
 import functools
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import onnx
 import pytest
 
-from clip_jax.convert.verify import our_outputs
+from clip_jax.convert.verify import our_outputs, relative_difference
 from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.errors import InputError
+from clip_jax.export.onnx import other_ids, outputs, write
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import Images, Patches, concatenate
@@ -55,7 +60,7 @@ FAMILIES = {
     ),
     "resnet": RESNET,
     "coca": COCA,
-    # Another depth and width than the image tower's, no pool of queries, the released models' mask.
+    # Another depth than the image tower's, no pool of queries, the released models' mask.
     "coca_wrong_mask": replace(
         COCA,
         vision=replace(TINY.vision, depth=1),
@@ -73,15 +78,18 @@ FAMILIES = {
 }
 FAMILIES["naflex"] = naflex(FAMILIES["siglip"])
 FAMILIES |= conftest.FAMILIES
-# Each pool, with and without a class token, whose tokens a decoder attends to.
+# Each pool, with and without a class token, whose tokens a decoder of one block attends to.
+SHALLOW = replace(COCA, text=replace(COCA.text, depth=1), decoder=replace(COCA.decoder, depth=1))
 WRITERS = {
-    "class_token": FAMILIES["coca_wrong_mask"],
-    "mean": with_pool(FAMILIES["coca_wrong_mask"], "mean"),
-    "mean_all": MAMMUT,
-    "map": with_pool(FAMILIES["coca_wrong_mask"], "map", class_token=False),
-    "queries": COCA,
+    "class_token": with_pool(SHALLOW, "class_token"),
+    "mean": with_pool(SHALLOW, "mean"),
+    "mean_all": replace(MAMMUT, text=replace(MAMMUT.text, depth=2)),
+    "map": with_pool(SHALLOW, "map", class_token=False),
+    "queries": SHALLOW,
 }
 FAMILIES |= {f"naflex_{pool}": naflex(config) for pool, config in WRITERS.items()}
+# Families of the unit tests; tests/mesh has the others.
+IN_UNIT_TESTS = ("clip", "resnet", "coca", "naflex_mean_all")
 SQUARE = [name for name in FAMILIES if "naflex" not in name]
 NAFLEX = [name for name in FAMILIES if "naflex" in name]
 
@@ -96,12 +104,13 @@ def patches(config: CLIPConfig, grids: Sequence[tuple[int, int]]) -> Patches:
 
 
 def shorter(family: "Family") -> "Family":
-    """The family with images of other shapes, padded to half as many patches."""
-    config = family.weights.config
-    vision = replace(config.vision, max_patches=12)
-    images = patches(replace(config, vision=vision), [(7, 1), (1, 1), (3, 4)])
-    ours = our_outputs(config, family.weights.params, images, family.tokens)
-    return replace(family, images=images, ours=ours)
+    """The family with images of other shapes, padded to half as many patches.
+
+    Our model takes them padded to the usual length, for which it is compiled.
+    """
+    images = patches(family.weights.config, [(7, 1), (1, 1), (3, 4)])
+    ours = our_outputs(family.weights.config, family.weights.params, images, family.tokens)
+    return replace(family, images=replace(images, pixels=images.pixels[:, :12]), ours=ours)
 
 
 def rows(images: Images, size: int) -> Images:
@@ -125,6 +134,104 @@ class Family:
     images: Images
     tokens: np.ndarray
     ours: dict[str, np.ndarray]
+
+
+def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> dict[str, float]:
+    """How far each of the exported numbers is from the model's, for the first few rows."""
+    given = rows(family.images, size), family.tokens[:size]
+    theirs = outputs(folder, "transformers-js", family.weights.config, dtype, *given)
+    assert theirs.keys() == family.ours.keys()
+    ours = {name: x[:size] for name, x in family.ours.items()}
+    ours["logits"] = ours["logits"][:, :size]
+    return {name: relative_difference(x, ours[name]) for name, x in theirs.items()}
+
+
+def check_square(folder: Path, family: Family) -> None:
+    """Check one file at two batch sizes.
+
+    Texts may be padded to the longest of them alone, and not be longer than the model takes; the id
+    of padding may occur in them.
+    """
+    config, images = family.weights.config, family.images
+    write(family.weights, folder)
+    for size in (1, 3):
+        assert max(compared(folder, family, size=size).values()) <= 1e-5
+    for path in (folder / "onnx").iterdir():
+        onnx.checker.check_model(str(path), full_check=True)
+    pad = config.text.tokenizer.pad_id
+    short = np.array([[2, 519, pad], [2, pad, 519], [519, pad, pad]], np.int32)
+    padding = ((0, 0), (0, config.text.context_length - 3))
+    full = np.pad(short, padding, constant_values=pad)
+    ours = our_outputs(config, family.weights.params, images, full)
+    theirs = outputs(folder, "transformers-js", config, "float32", images, short)
+    assert relative_difference(theirs["logits"], ours["logits"]) <= 1e-5
+    with pytest.raises(InputError, match=r"text_model\.onnx cannot be run"):
+        outputs(folder, "transformers-js", config, "float32", images, np.tile(full, 2))
+
+
+def check_naflex(folder: Path, family: Family) -> None:
+    """Check one file at two lengths and batch sizes.
+
+    Images have several shapes, off the grid of positions, and random values in the padding.
+    """
+    write(family.weights, folder)
+    other = shorter(family)
+    assert (family.images.pixels.shape[1], other.images.pixels.shape[1]) == (24, 12)
+    for sample, size in ((family, 3), (other, 2), (other, 3)):
+        assert max(compared(folder, sample, size=size).values()) <= 1e-5
+    for path in (folder / "onnx").iterdir():
+        onnx.checker.check_model(str(path), full_check=True)
+    graph = onnx.load(folder / "onnx/vision_model.onnx").graph
+    inputs = {x.name: x.type.tensor_type for x in graph.input}
+    sizes = {name: [x.dim_param or x.dim_value for x in inputs[name].shape.dim] for name in inputs}
+    assert sizes["pixel_values"] == ["batch", "patches", 3 * 8 * 8]
+    assert sizes["pixel_attention_mask"] == ["batch", "patches"]
+    assert sizes["spatial_shapes"] == ["batch", 2]
+
+
+def check_captions(folder: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the page's program writes the model's greedy captions."""
+    write(family.weights, folder / "captioner-onnx")
+    np.save(folder / "digits.npy", family.images)
+    monkeypatch.chdir(folder)
+    names = {}
+    config, params = family.weights.config, family.weights.params
+    length, begin = config.text.context_length, config.text.begin_id
+    program = programs()[2].replace("4094", str(begin)).replace("16", str(length))
+    exec(program, names)
+    ids = names["captions"].astype(np.int32)
+    assert ids.shape == (3, config.text.context_length)
+    assert (ids[:, 0] == config.text.begin_id).all()
+    logits = our_outputs(config, params, family.images, ids)["caption_logits"]
+    np.testing.assert_array_equal(ids[:, 1:], logits.argmax(axis=-1))
+
+
+def check_float16(folder: Path, family: Family) -> None:
+    """Check that float16 files have their own names and half the size."""
+    write(family.weights, folder)
+    write(family.weights, folder, dtype="float16")
+    assert 1e-6 < max(compared(folder, family, "float16").values()) <= 1e-2
+    half, full = (folder / f"onnx/vision_model{x}.onnx" for x in ("_fp16", ""))
+    assert half.stat().st_size < 0.75 * full.stat().st_size
+
+
+def check_immich(folder: Path, family: Family) -> None:
+    """Check the layout of immich."""
+    config = family.weights.config
+    write(family.weights, folder, "immich")
+    size = config.vision.image_size
+    text = onnx.load(folder / "textual/model.onnx").graph
+    assert [x.name for x in text.input] == ["text"]
+    assert text.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT32
+    pixels = json.loads((folder / "visual/preprocess_cfg.json").read_text())
+    assert (pixels["size"], pixels["interpolation"]) == ([size, size], "bicubic")
+    words = json.loads((folder / "config.json").read_text())["text_cfg"]
+    assert words["context_length"] == config.text.context_length
+    assert other_ids(folder, "immich", config.text) == 0
+    theirs = outputs(folder, "immich", config, "float32", family.images[:1], family.tokens[:1])
+    for key, x in theirs.items():
+        expected = family.ours[key][:1] / np.linalg.norm(family.ours[key][:1])
+        assert relative_difference(x, expected) <= 1e-5
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,12 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 
 from clip_jax.cli.commands import main
 from clip_jax.convert.verify import Verification
-from tests.conftest import COCA, TINY, write_run, write_tiny_model
+from tests.conftest import TINY, write_run, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +33,6 @@ def test_onnx_is_verified_and_says_how_it_was_trained(model, tmp_path, capsys, f
     assert export(model, tmp_path / "out", "--existing", *flags) == 1
     assert re.search(r"texts_with_other_ids +2\n", capsys.readouterr().out)
     assert "| zero_shot/seen/top1 | 0.93 |" in (tmp_path / "out/README.md").read_text()
-
-
-def test_onnx_of_a_model_that_writes_captions(tmp_path, capsys):
-    text = replace(COCA.text, context_length=40)  # short texts are padded
-    write_tiny_model(tmp_path / "coca", config=replace(COCA, text=text))
-    assert export(tmp_path / "coca", tmp_path / "out", "--verify", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["caption_logits"] <= 1e-5
-    assert "`docs/how-to/export.md`" in (tmp_path / "out/README.md").read_text()
-    flags = ("--verify", "--json", "--layout", "immich")
-    assert export(tmp_path / "coca", tmp_path / "photos", *flags) == 0
-    assert json.loads(capsys.readouterr().out)["caption_logits"] is None
-    # Its text tower sees padding, so that the tokenizer must pad as the model does.
-    assert export(tmp_path / "coca", tmp_path / "program", "--verify", format="stablehlo") == 0
-    assert not list((tmp_path / "photos").rglob("caption*"))
 
 
 def test_what_is_at_the_output_is_kept_and_verified(model, tmp_path, capsys):

@@ -2,74 +2,40 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import onnx
 import pytest
 
 from clip_jax.convert import image_processor
-from clip_jax.convert.verify import our_outputs, relative_difference
 from clip_jax.errors import InputError
 from clip_jax.export import towers
 from clip_jax.export.graph import Graph
-from clip_jax.export.onnx import other_ids, outputs, write
+from clip_jax.export.onnx import other_ids, write
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.models.vit import ViTConfig
-from tests.export.conftest import NAFLEX, SQUARE, Family, programs, rows, shorter
+from tests.export.conftest import (
+    IN_UNIT_TESTS,
+    NAFLEX,
+    SQUARE,
+    check_captions,
+    check_float16,
+    check_immich,
+    check_naflex,
+    check_square,
+    compared,
+)
 
 
-def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> dict[str, float]:
-    """How far each of the exported numbers is from the model's, for the first few rows."""
-    given = rows(family.images, size), family.tokens[:size]
-    theirs = outputs(folder, "transformers-js", family.weights.config, dtype, *given)
-    assert theirs.keys() == family.ours.keys()
-    ours = {name: x[:size] for name, x in family.ours.items()}
-    ours["logits"] = ours["logits"][:, :size]
-    return {name: relative_difference(x, ours[name]) for name, x in theirs.items()}
+@pytest.mark.parametrize("name", [name for name in IN_UNIT_TESTS if name in SQUARE])
+def test_one_file_at_two_batch_sizes(tmp_path, families, name):
+    check_square(tmp_path, families(name))
 
 
-@pytest.mark.parametrize("name", SQUARE)
-def test_every_family_at_two_batch_sizes_from_one_file(tmp_path, families, name):
-    """Texts may be padded to the longest of them alone, and not be longer than the model takes; the
-    id of padding may occur in them."""
-    family = families(name)
-    config, images = family.weights.config, family.images
-    write(family.weights, tmp_path)
-    for size in (1, 3):
-        assert max(compared(tmp_path, family, size=size).values()) <= 1e-5
-    for path in (tmp_path / "onnx").iterdir():
-        onnx.checker.check_model(str(path), full_check=True)
-    pad = config.text.tokenizer.pad_id
-    short = np.array([[2, 519, pad], [2, pad, 519], [519, pad, pad]], np.int32)
-    padding = ((0, 0), (0, config.text.context_length - 3))
-    full = np.pad(short, padding, constant_values=pad)
-    ours = our_outputs(config, family.weights.params, images, full)
-    theirs = outputs(tmp_path, "transformers-js", config, "float32", images, short)
-    assert relative_difference(theirs["logits"], ours["logits"]) <= 1e-5
-    with pytest.raises(InputError, match=r"text_model\.onnx cannot be run"):
-        outputs(tmp_path, "transformers-js", config, "float32", images, np.tile(full, 2))
-
-
-@pytest.mark.parametrize("name", NAFLEX)
-def test_naflex_at_two_lengths_and_batch_sizes_from_one_file(tmp_path, families, name):
-    """Images of several shapes, off the grid of positions, and random values in the padding."""
-    family = families(name)
-    write(family.weights, tmp_path)
-    other = shorter(family)
-    assert (family.images.pixels.shape[1], other.images.pixels.shape[1]) == (24, 12)
-    for sample, size in ((family, 3), (other, 2), (other, 3)):
-        assert max(compared(tmp_path, sample, size=size).values()) <= 1e-5
-    for path in (tmp_path / "onnx").iterdir():
-        onnx.checker.check_model(str(path), full_check=True)
-    graph = onnx.load(tmp_path / "onnx/vision_model.onnx").graph
-    inputs = {x.name: x.type.tensor_type for x in graph.input}
-    sizes = {name: [x.dim_param or x.dim_value for x in inputs[name].shape.dim] for name in inputs}
-    assert sizes["pixel_values"] == ["batch", "patches", 3 * 8 * 8]
-    assert sizes["pixel_attention_mask"] == ["batch", "patches"]
-    assert sizes["spatial_shapes"] == ["batch", 2]
+@pytest.mark.parametrize("name", [name for name in IN_UNIT_TESTS if name in NAFLEX])
+def test_one_file_of_naflex_at_two_lengths_and_batch_sizes(tmp_path, families, name):
+    check_naflex(tmp_path, families(name))
 
 
 def test_naflex_folders_are_siglip2s_and_not_immichs(tmp_path, families):
@@ -85,32 +51,17 @@ def test_naflex_folders_are_siglip2s_and_not_immichs(tmp_path, families):
         write(weights, tmp_path, "immich")
 
 
-@pytest.mark.parametrize("name", ["coca", "mammut"])
-def test_captions_are_the_models_greedy_ones(tmp_path, families, name, monkeypatch):
-    family = families(name)
-    write(family.weights, tmp_path / "captioner-onnx")
-    np.save(tmp_path / "digits.npy", family.images)
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    config, params = family.weights.config, family.weights.params
-    length, begin = config.text.context_length, config.text.begin_id
-    program = programs()[2].replace("4094", str(begin)).replace("16", str(length))
-    exec(program, names)
-    ids = names["captions"].astype(np.int32)
-    assert ids.shape == (3, config.text.context_length)
-    assert (ids[:, 0] == config.text.begin_id).all()
-    logits = our_outputs(config, params, family.images, ids)["caption_logits"]
-    np.testing.assert_array_equal(ids[:, 1:], logits.argmax(axis=-1))
+def test_captions_are_the_models_greedy_ones(tmp_path, families, monkeypatch):
+    check_captions(tmp_path, families("coca"), monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["resnet", "siglip", "coca", "naflex", "naflex_mean"])
+@pytest.mark.parametrize("name", ["resnet", "siglip", "coca", "naflex_mean_all"])
 def test_float16_files_have_their_own_names_and_half_the_size(tmp_path, families, name):
-    family = families(name)
-    write(family.weights, tmp_path)
-    write(family.weights, tmp_path, dtype="float16")
-    assert 1e-6 < max(compared(tmp_path, family, "float16").values()) <= 1e-2
-    half, full = (tmp_path / f"onnx/vision_model{x}.onnx" for x in ("_fp16", ""))
-    assert half.stat().st_size < 0.75 * full.stat().st_size
+    check_float16(tmp_path, families(name))
+
+
+def test_the_layout_of_immich(tmp_path, families):
+    check_immich(tmp_path, families("siglip"))
 
 
 def test_weights_above_the_limit_lie_beside_the_file(tmp_path, clip):
@@ -131,26 +82,6 @@ def test_weights_above_the_limit_lie_beside_the_file(tmp_path, clip):
     data.with_name("vision_model.onnx").unlink()
     with pytest.raises(InputError, match=r"there is no .*vision_model.onnx"):
         compared(tmp_path, clip)
-
-
-@pytest.mark.parametrize("name", ["mean", "siglip", "mammut", "pe_core", "xlm_roberta"])
-def test_the_layout_of_immich(tmp_path, families, name):
-    family = families(name)
-    config = family.weights.config
-    write(family.weights, tmp_path, "immich")
-    size = config.vision.image_size
-    text = onnx.load(tmp_path / "textual/model.onnx").graph
-    assert [x.name for x in text.input] == ["text"]
-    assert text.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT32
-    pixels = json.loads((tmp_path / "visual/preprocess_cfg.json").read_text())
-    assert (pixels["size"], pixels["interpolation"]) == ([size, size], "bicubic")
-    words = json.loads((tmp_path / "config.json").read_text())["text_cfg"]
-    assert words["context_length"] == config.text.context_length
-    assert other_ids(tmp_path, "immich", config.text) == 0
-    theirs = outputs(tmp_path, "immich", config, "float32", family.images[:1], family.tokens[:1])
-    for key, x in theirs.items():
-        expected = family.ours[key][:1] / np.linalg.norm(family.ours[key][:1])
-        assert relative_difference(x, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("clean", ["lower", "canonicalize", "clip"])

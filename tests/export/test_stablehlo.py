@@ -13,14 +13,14 @@ from safetensors.flax import load_file
 
 from clip_jax.cli.commands import main
 from clip_jax.convert.formats import write_weights
-from clip_jax.convert.verify import our_outputs, relative_difference
+from clip_jax.convert.verify import relative_difference
 from clip_jax.errors import InputError
 from clip_jax.export.patches import to_arrays
-from clip_jax.export.stablehlo import PLATFORMS, READER, outputs, spoken, write
+from clip_jax.export.stablehlo import PLATFORMS, READER, write
 from clip_jax.inference.loading import load
 from clip_jax.models.text import TokenizerConfig
-from tests.conftest import ROOT
-from tests.export.conftest import programs, shorter
+from tests.conftest import ROOT, parameters
+from tests.export.conftest import programs
 
 
 def call(folder, name, weights, inputs):
@@ -50,40 +50,23 @@ def test_captions_of_a_vocabulary_without_a_begin_are_refused(tmp_path, families
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["coca", "pe_core", "resnet", "siglip", "xlm_roberta"])
+@pytest.mark.parametrize("name", ["pe_core and xlm_roberta", "resnet and siglip"])
 def test_stablehlo_is_verified(tmp_path, capsys, families, name):
-    weights, output = families(name).weights, tmp_path / "out"
+    """Of image and text towers of different families."""
+    image, text = (families(kind).weights for kind in name.split(" and "))
+    config = replace(image.config, embed_dim=text.config.embed_dim, text=text.config.text)
+    params = parameters(config)
+    weights, output = replace(image, config=config, params=params), tmp_path / "out"
     write_weights(weights, tmp_path / "model", "clip-jax")
     args = ["export", str(tmp_path / "model"), str(output), "--format", "stablehlo"]
     assert main([*args, "--verify", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["max_relative_difference"] <= values["bound"] == 1e-5
     assert load(output).config.embed_dim == weights.config.embed_dim
-    if weights.config.decoder is not None:
-        assert values["caption_logits"] <= values["max_relative_difference"]
-        card = (output / "README.md").read_text()
-        assert "end with token id 519" in card
-    if name == "resnet":  # damaged afterwards, it is told without being written again
+    if "resnet" in name:  # damaged afterwards, it is told without being written again
         (output / "text.stablehlo").write_bytes(b"")
         assert main([*args, "--existing"]) == 2
         assert "truncated or another model's" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["naflex_mean_all", "naflex_queries"])
-def test_naflex_at_two_lengths_from_one_artifact(tmp_path, families, name):
-    """Of captions, too: their cache holds the image tokens that are valid."""
-    family = families(name)
-    config, params = family.weights.config, family.weights.params
-    write(family.weights, tmp_path)
-    for sample in (family, shorter(family)):
-        theirs = outputs(tmp_path, config, sample.images, sample.tokens)
-        ours = sample.ours
-        if config.decoder is not None:
-            words = spoken(config, sample.tokens)
-            written = our_outputs(config, params, sample.images, words)["caption_logits"]
-            ours = ours | {"caption_logits": written}
-        for key, x in theirs.items():
-            assert relative_difference(x, ours[key]) <= 1e-5
 
 
 def test_the_card_of_naflex_reads_the_arrays_of_the_page(tmp_path, families, monkeypatch):
@@ -101,29 +84,6 @@ def test_the_card_of_naflex_reads_the_arrays_of_the_page(tmp_path, families, mon
     assert "`images.npz` has `pixel_values` [batch, patches, values], normalised" in card
     assert main(["export", "model", "onnx", "--format", "onnx"]) == 0
     assert "model_file_name: 'vision_model'" in Path("onnx/README.md").read_text()
-
-
-def test_the_readers_compute_what_the_model_does(tmp_path, families, monkeypatch):
-    """Captions of all tokens but the begin, each the most probable after those before it."""
-    family = families("coca")
-    config, params = family.weights.config, family.weights.params
-    for folder in ("program", "captioner"):
-        write(family.weights, tmp_path / folder)
-    for name in ("images.npy", "digits.npy"):
-        np.save(tmp_path / name, family.images)
-    np.save(tmp_path / "tokens.npy", family.tokens)
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    towers, captions, _ = programs()
-    exec(towers, names)
-    exec(captions.replace("15", str(config.text.context_length - 1)), names)
-    for name in ("image_features", "text_features"):
-        assert relative_difference(names[name], family.ours[name]) <= 1e-5
-    begin = np.full((3, 1), config.text.begin_id, np.int32)
-    ids = np.concatenate([begin, names["captions"]], axis=1).astype(np.int32)
-    assert ids.shape == (3, config.text.context_length)
-    logits = our_outputs(config, params, family.images, ids)["caption_logits"]
-    np.testing.assert_array_equal(ids[:, 1:], logits.argmax(axis=-1))
 
 
 def test_the_readers_are_ten_lines_without_this_package():

@@ -1,0 +1,32 @@
+"""`clip-jax export` of a captioner: every format, verified."""
+
+import json
+from dataclasses import replace
+
+from clip_jax.cli.commands import main
+from clip_jax.convert.formats import write_weights
+from clip_jax.convert.weights import Weights, default_preprocess
+from tests.conftest import COCA, parameters
+
+
+def test_a_model_that_writes_captions(tmp_path, capsys):
+    config = replace(COCA, text=replace(COCA.text, context_length=40))  # short texts are padded
+    weights = Weights(
+        config=config, params=parameters(config), preprocess=default_preprocess(config)
+    )
+    write_weights(weights, tmp_path / "coca", "clip-jax")
+
+    def exported(folder, *flags):
+        paths = str(tmp_path / "coca"), str(tmp_path / folder)
+        assert main(["export", *paths, *flags, "--verify", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert exported("out", "--format", "onnx")["caption_logits"] <= 1e-5
+    assert "`docs/how-to/export.md`" in (tmp_path / "out/README.md").read_text()
+    photos = exported("photos", "--format", "onnx", "--layout", "immich")
+    assert photos["caption_logits"] is None
+    assert not list((tmp_path / "photos").rglob("caption*"))
+    # Its text tower sees padding, so that the tokenizer must pad as the model does.
+    values = exported("program", "--format", "stablehlo")
+    assert values["caption_logits"] <= values["max_relative_difference"] <= values["bound"] == 1e-5
+    assert "end with token id 519" in (tmp_path / "program/README.md").read_text()
