@@ -102,3 +102,39 @@ def errors(
         x[is_padding] = 0
     wrong = [np.abs(a - b) / np.abs(b).max() for a, b in zip(got, expected, strict=True)]
     return [x.max() for x in wrong], [np.sqrt((x**2).mean()) for x in wrong]
+
+
+def check_padding(
+    attend: Callable,
+    shape: tuple[int, int, int],
+    lengths: Any,
+    bound: float,
+    dtype: Any = jnp.float32,
+) -> None:
+    """Check that valid tokens agree with float64.
+
+    What padding contains changes no bit of their output and gradient, and padding has a gradient of
+    exactly zero.
+    """
+    length, heads, dim = shape
+    most, _ = errors(attend, *shape, False, lengths, dtype, len(lengths))
+    assert max(most) <= bound
+    rng, lengths = np.random.default_rng(1), jnp.asarray(lengths, jnp.int32)
+    is_valid = np.arange(length) < np.asarray(lengths)[:, None]
+    qkv = rng.standard_normal((len(lengths), length, 3, heads, dim))
+    weight = np.where(is_valid[:, :, None, None], rng.standard_normal(qkv[:, :, 0].shape), 0)
+    other = np.where(is_valid[:, :, None, None, None], qkv, 100 * rng.standard_normal(qkv.shape))
+    results = [
+        [
+            np.asarray(x)
+            for x in both(
+                attend, *(jnp.asarray(x, dtype) for x in (values, weight)), False, lengths
+            )
+        ]
+        for values in (qkv, other)
+    ]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a[is_valid], b[is_valid])
+    for _, gradient in results:
+        assert gradient[is_valid].any()
+        assert not gradient[~is_valid].any()

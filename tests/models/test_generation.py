@@ -13,7 +13,7 @@ import pytest
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig, _choose, begin_and_end, generate
-from tests.conftest import COCA, MAMMUT, batch, decode_text, parameters
+from tests.conftest import COCA, batch, decode_text, parameters
 
 # One block of each: every block is compiled apart.
 SMALL = replace(COCA, text=replace(COCA.text, depth=1), decoder=replace(COCA.decoder, depth=1))
@@ -21,10 +21,13 @@ TOY = replace(SMALL, text=replace(SMALL.text, vocab_size=6))  # 4 begins, 5 ends
 PAD, BEGIN, END = 0, 518, 519
 
 
-def model_and_images(config, size=4):
+@functools.cache
+def model_and_images(config):
+    """A model, its parameters, tokens of eight images, and what computes all logits at once."""
     model, params = CLIP(config), jax.tree.map(jnp.asarray, parameters(config))
-    images = model.normalize(jnp.asarray(batch(config)["image"][:size]))
-    return model, params, jax.jit(model.encode_image_and_tokens)(params, images)[1]
+    images = model.normalize(jnp.asarray(batch(config, 8)["image"]))
+    image_tokens = jax.jit(model.encode_image_and_tokens)(params, images)[1]
+    return model, params, image_tokens, jax.jit(functools.partial(decode_text, model))
 
 
 def write(model, params, image_tokens, config, seed=0):
@@ -32,30 +35,25 @@ def write(model, params, image_tokens, config, seed=0):
     return np.asarray(run(params, image_tokens, jnp.uint32(seed)))
 
 
-@pytest.mark.parametrize(
-    "config", [SMALL, replace(MAMMUT, text=replace(MAMMUT.text, depth=2))], ids=["coca", "mammut"]
-)
-def test_greedy_takes_the_best_token_of_the_uncached_decoder(config):
-    model, params, image_tokens = model_and_images(config)
+def test_greedy_takes_the_best_token_of_the_uncached_decoder():
+    model, params, image_tokens, decode = model_and_images(SMALL)
     length, least = 9, 4
     got = write(model, params, image_tokens, GenerationConfig(max_length=length, min_length=least))
-    decode = jax.jit(functools.partial(decode_text, model))
-    ids = np.zeros((4, config.text.context_length), np.int32)
-    ids[:, 0], done = BEGIN, np.zeros(4, bool)
+    ids = np.zeros((8, SMALL.text.context_length), np.int32)
+    ids[:, 0], done = BEGIN, np.zeros(8, bool)
     for place in range(length - 1):
         logits = np.array(decode(params, ids, image_tokens)[:, place])
         if place + 1 < least:
             logits[:, END] = -np.inf
-        chosen = np.full(4, END) if place + 2 == length else logits.argmax(1)
+        chosen = np.full(8, END) if place + 2 == length else logits.argmax(1)
         ids[:, place + 1] = np.where(done, PAD, chosen)
         done |= np.isin(ids[:, place + 1], [PAD, END])
     np.testing.assert_array_equal(got, ids[:, :length])
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0])
-def test_beams_find_the_best_of_all_captions(penalty):
-    model, params, image_tokens = model_and_images(TOY, 2)
-    length, least = 5, 3
+def test_beams_find_the_best_of_all_captions():
+    model, params, image_tokens, decode = model_and_images(TOY)
+    length, least, penalty = 5, 3, 0.7
     captions = [
         (4, *words, 5, *(PAD,) * (length - count - 2))
         for count in range(least - 1, length - 1)
@@ -65,9 +63,9 @@ def test_beams_find_the_best_of_all_captions(penalty):
     limits = {"max_length": length, "min_length": least, "length_penalty": penalty}
     config = GenerationConfig(method="beams", beams=4 ** (length - 2), **limits)
     got = write(model, params, image_tokens, config)
-    for image in range(2):
+    for image in range(8):
         tokens = jnp.repeat(image_tokens[image : image + 1], len(rows), axis=0)
-        logits = jax.jit(functools.partial(decode_text, model))(params, rows, tokens)
+        logits = decode(params, rows, tokens)
         gains = np.asarray(jax.nn.log_softmax(logits))
         gains = np.take_along_axis(gains, rows[:, 1:, None], axis=2)[..., 0]
         is_written = rows[:, 1:] != PAD
@@ -76,9 +74,9 @@ def test_beams_find_the_best_of_all_captions(penalty):
 
 
 def test_one_beam_of_any_length_is_greedy_where_the_end_is_far():
-    model, params, image_tokens = model_and_images(SMALL)
+    model, params, image_tokens, _ = model_and_images(SMALL)
     kernel = params["decoder"]["vocab_projection"].at[:, END].set(0)
-    params["decoder"] |= {"vocab_projection": kernel}
+    params = params | {"decoder": params["decoder"] | {"vocab_projection": kernel}}
     limits = {"max_length": 6, "min_length": 5}
     greedy = write(model, params, image_tokens, GenerationConfig(**limits))
     beam = write(model, params, image_tokens, GenerationConfig(method="beams", beams=1, **limits))
@@ -86,22 +84,20 @@ def test_one_beam_of_any_length_is_greedy_where_the_end_is_far():
 
 
 def test_draws_depend_on_the_seed_alone():
-    model, params, image_tokens = model_and_images(SMALL, 8)
+    model, params, image_tokens, _ = model_and_images(SMALL)
     config = GenerationConfig(method="sample", max_length=9, top_k=5, top_p=0.9, temperature=0.8)
     run = jax.jit(lambda p, x, s: generate(model, p, x, config, s))
     got = run(params, image_tokens, jnp.uint32(0))
     np.testing.assert_array_equal(run(params, image_tokens, jnp.uint32(0)), got)
     assert (run(params, image_tokens, jnp.uint32(1)) != got).any()
-    # In another company, and on a mesh.
+    # In another company.
     np.testing.assert_array_equal(run(params, image_tokens[::-1], jnp.uint32(0)), got[::-1])
+    # With a seed of its own, each row is the one of that seed; on a mesh, too.
+    seeds = jnp.array([0, 1, 1, 7, 0, 2**32 - 1, 1, 3], jnp.uint32)
+    single = np.stack([run(params, image_tokens, seed)[row] for row, seed in enumerate(seeds)])
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     split = jax.device_put(image_tokens, rows)
-    np.testing.assert_array_equal(run(params, split, jnp.uint32(0)), got)
-    # With a seed of its own, each row is the one of that seed.
-    seeds = jnp.array([0, 1, 1, 7, 0, 2**32 - 1, 1, 3], jnp.uint32)
-    single = np.stack([run(params, image_tokens, seed)[row] for row, seed in enumerate(seeds)])
-    np.testing.assert_array_equal(run(params, image_tokens, seeds), single)
     np.testing.assert_array_equal(run(params, split, jax.device_put(seeds, rows)), single)
 
 

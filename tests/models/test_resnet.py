@@ -49,8 +49,12 @@ def test_values_gradients_and_running_statistics_are_float64s(known, group, tole
         variables = {"params": params, "batch_stats": stats}
         return BatchNorm(train=True, group=group).apply(variables, x, mutable=["batch_stats"])
 
-    y, back, new = jax.vjp(normalised, params, jnp.asarray(x, jnp.float32), has_aux=True)
-    of_params, of_x = back(jnp.asarray(gradient, jnp.float32))
+    @jax.jit
+    def compute(params, x, gradient):
+        y, back, new = jax.vjp(normalised, params, x, has_aux=True)
+        return y, new, back(gradient)
+
+    y, new, (of_params, of_x) = compute(params, np.float32(x), np.float32(gradient))
     x, gradient = (a.reshape(8 // (group or 8), -1, 5) for a in (x, gradient))
     std = np.sqrt(x.var(1, keepdims=True) + 1e-5)
     normal = (x - x.mean(1, keepdims=True)) / std

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from clip_jax import flops, sharding
-from clip_jax.convert.state_dict import flatten
+from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.weights import Weights, with_input
 from clip_jax.errors import InputError
 from clip_jax.models import lora, zoo
@@ -24,6 +24,7 @@ from clip_jax.models.layers import MLP, BlockInit, Einsum, Layout, Operations, R
 from clip_jax.models.tower import Arrays, ImageTowerConfig, TextTowerConfig, parts_of
 from clip_jax.optim.wrappers import scale_layers
 from clip_jax.sharding import make_mesh
+from tests import conftest
 from tests.conftest import COCA, FAMILIES, MAMMUT, MESHES, NAFLEX_SIGLIP, RESNET, TINY
 
 
@@ -181,7 +182,7 @@ def test_every_answer_has_its_type(model):
 
 
 def test_features_for_a_probe_have_the_width_that_the_tower_says(model):
-    params = jax.eval_shape(CLIP(model).init, jax.random.key(0))
+    params = unflatten({path: box.value for path, box in parameters(model).items()})
     vision, width, visual = model.vision.unprojected(model.embed_dim, params["visual"])
     config = replace(model, embed_dim=width, vision=vision)
     images = as_floats(vision.image_spec.shapes(2))
@@ -201,8 +202,7 @@ def as_floats(images: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def mixer() -> Weights:
-    params = jax.device_get(CLIP(MIXER).init(jax.random.key(0)))
-    return Weights(config=MIXER, params=params)
+    return Weights(config=MIXER, params=conftest.parameters(MIXER))
 
 
 def test_a_new_tower_is_sharded_and_counted(mixer):
@@ -245,7 +245,7 @@ def test_a_new_tower_takes_another_size(mixer):
     shapes = {path: box.value.shape for path, box in parameters(larger.config).items()}
     assert {path: x.shape for path, x in flatten(larger.params).items()} == shapes
     images = jnp.ones((2, 48, 48, 3), jnp.float32)
-    features = CLIP(larger.config).encode_image(larger.params, images)
+    features = jax.jit(CLIP(larger.config).encode_image)(larger.params, images)
     assert features.shape == (2, MIXER.embed_dim)
     assert np.isfinite(features).all()
 

@@ -94,7 +94,7 @@ def test_parameters_of_the_laion_study():
     for name, row in published("../golden/laion_profile.csv").items():
         if zoo.get(name).decoder is None:
             image, rest = parameters(zoo.get(name))
-        elif name.endswith(("S-32", "H-32")):
+        elif name.endswith("S-32"):
             image, rest = counted(name)  # slower, and the other sizes differ in numbers alone
         else:
             continue
@@ -103,19 +103,14 @@ def test_parameters_of_the_laion_study():
         np.testing.assert_allclose(numbers, millions, rtol=0, atol=0.006, err_msg=name)
 
 
-# In millions: open_clip's own counts (docs/model_profile.csv), the paper's.
+# In millions: open_clip's own counts (docs/model_profile.csv), the paper's. Those of other sizes of
+# a tower follow from their FLOPs: test_flops.py.
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
         ("coca_ViT-B-32", 253.56),
-        ("coca_ViT-L-14", 638.45),
-        ("coca_base", 440.34),
         ("RN50", 102.01),
-        ("RN101", 119.69),
-        ("RN50x4", 178.30),  # those of the others follow from their FLOPs: test_flops.py
         ("EVA02-B-16", 149.69),
-        ("EVA01-g-14", 1136.44),
-        ("convnext_tiny", 92.30),
         ("convnext_large_d", 351.77),
         ("roberta-ViT-B-32", 212.72),
     ],
