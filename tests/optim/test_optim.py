@@ -62,9 +62,14 @@ def one_update(params, grads=None, **options):
     config = OptimConfig(**PLAIN | options)
     optimizer = make_optimizer(config, {})
     grads = jax.tree.map(np.ones_like, params) if grads is None else grads
-    state = optimizer.init(params)
-    updates, state = optimizer.update(grads, state, params, learning_rate=config.learning_rate)
-    return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def update(params, grads):
+        state = optimizer.init(params)
+        updates, state = optimizer.update(grads, state, params, learning_rate=config.learning_rate)
+        return optax.apply_updates(params, updates), state
+
+    return update(params, grads)
 
 
 def test_decay_is_decoupled_and_clipping_bounds_the_gradient():
@@ -210,8 +215,12 @@ def test_adapters_have_the_learning_rates_of_their_layer_and_tower(kind):
         config = OptimConfig(**PLAIN | options, optimizer=kind)
         optimizer = make_optimizer(config, rows, TINY.layers_from)
         grads = jax.tree.map(lambda x: x + 1, params)
-        result, _ = optimizer.update(grads, optimizer.init(params), params, learning_rate=0.1)
-        return by_path(result)
+
+        @jax.jit
+        def update(params, grads):
+            return optimizer.update(grads, optimizer.init(params), params, learning_rate=0.1)[0]
+
+        return by_path(update(params, grads))
 
     plain, scaled = updates(), updates(layer_decay=0.5, text_learning_rate_scale=0.1)
     for name, x in plain.items():
