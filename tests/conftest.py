@@ -11,19 +11,23 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import settings
+from jax.sharding import Mesh
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
-from clip_jax import sharding
+from clip_jax import parts, sharding
+from clip_jax import step as step_module
+from clip_jax import train as training
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from clip_jax.cli import arguments, commands
 from clip_jax.config import Config
@@ -49,7 +53,7 @@ from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
 from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
-from clip_jax.step import State, shapes
+from clip_jax.step import Program, Recipe, State, shapes
 from tests import compilations, guard
 
 # A shell starts background jobs with SIGINT ignored, which processes inherit; some tests send it.
@@ -146,6 +150,24 @@ def made_once(
             make(folder)
             done.touch()
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parts_of_this_module(request: pytest.FixtureRequest) -> Generator[None]:
+    """Hide the classes of other test modules: those that derive from a public base class would be
+    users' parts, or not, depending on which modules a worker has loaded."""
+    of_users, current = parts.of_users, request.module.__name__
+
+    def visible(bases: Iterable[type] = (parts.Part,)) -> list[type]:
+        kinds = [(kind, kind.__module__) for kind in of_users(bases)]
+        return [
+            kind
+            for kind, module in kinds
+            if module == current or not module.rpartition(".")[2].startswith("test_")
+        ]
+
+    with mock.patch.object(parts, "of_users", visible):
+        yield
 
 
 # ------------------------------------------------------------------ tiny models
@@ -413,6 +435,53 @@ def _read_flags() -> Config:
 def tiny_digits(**changes: Any) -> Config:
     """The digits' run that FLAGS make, which takes seconds, as a Config."""
     return dataclasses.replace(_read_flags(), **changes)
+
+
+class ProgramCompiledOnce(Program):
+    """A program that several runs share."""
+
+    _is_compiled = False
+
+    def compile(self) -> None:
+        if not self._is_compiled:
+            super().compile()
+            self._is_compiled = True
+
+
+shared_program = functools.cache(ProgramCompiledOnce)  # of a recipe on a mesh
+
+
+def train_shared(config: Config, workdir: Path) -> dict[str, Any]:
+    """Train with the program that earlier runs of this recipe have compiled, if any."""
+    with mock.patch.object(training, "Program", shared_program):
+        return training.train(config, workdir)
+
+
+def small_step(
+    state: State, batch: dict[str, Any], *, recipe: Recipe, mesh: Mesh
+) -> tuple[State, dict[str, Any]]:
+    """Move every trained array by what it was, the batch and frozen arrays: in place of the step
+    where a test is about what a run saves, restores and reports."""
+    inputs = jax.tree.leaves((batch, state.frozen))
+    mean = sum(jnp.mean(x, dtype=jnp.float32) for x in inputs) / len(inputs)
+    params, opt_state = jax.tree.map(
+        lambda x: (0.75 * x + mean).astype(x.dtype), (state.params, state.opt_state)
+    )
+    metrics = {
+        "loss": jnp.log(jnp.float32(recipe.batch_size)),  # of a model that knows nothing
+        "grad_norm": mean,
+        "logit_scale": jnp.float32(1),
+        "learning_rate": batch["learning_rate"],
+    }
+    state = State(state.step + 1, params, opt_state, state.carried, state.frozen)
+    return state, metrics
+
+
+@pytest.fixture
+def small_steps() -> Generator[None]:
+    """Let programs take `small_step`: initialisation, shardings and compilation stay real."""
+    with mock.patch.object(step_module, "train_step", small_step):
+        yield
 
 
 def write_states(config: Config, workdir: Path) -> State:

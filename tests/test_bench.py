@@ -75,6 +75,7 @@ def test_input_that_cannot_be_read(tmp_path):
         measure_input(InputBench(data=DataConfig(source=source), seconds=0.1))
 
 
+@pytest.mark.usefixtures("small_steps")
 def test_a_step_is_timed(capsys):
     command = ["bench", "step", str(DIGITS), *FLAGS, "--warmup", "0", "--rounds", "2"]
     with mock.patch.object(bench, "peak_flops", autospec=True, return_value=1e12):
@@ -131,6 +132,7 @@ def written(tmp_path, monkeypatch, capsys):
 QUICK_STEP = [str(DIGITS), *FLAGS, "--warmup", "0", "--rounds", "1", "--calls", "1"]
 
 
+@pytest.mark.usefixtures("small_steps")
 def test_a_step_is_measured_beside_its_plan(written, capsys):
     planned = json.loads(Path(written(step_seconds_of_tomorrow=None)).read_text())
     path = written(batch_size=32, step_seconds_bound=9.0, lengths=[planned])  # one of two
@@ -188,6 +190,7 @@ def test_a_file_that_is_no_plan_is_refused(written, tmp_path):
         commands._run([*command, str(tmp_path / "list.json")])
 
 
+@pytest.mark.usefixtures("small_steps")
 def test_a_step_of_naflex_has_no_padding_and_its_input_says_how_much(tmp_path, capsys):
     """A step takes full sequences, also of 7 patches; the input's padding is that of its images."""
     naflex = ["--model.vision.max-patches", "7", "--model.vision.patch-size", "8"]
