@@ -1,0 +1,225 @@
+"""One step is the same on every mesh and learns; what accumulation, patch dropout, locked towers
+and attention change, and what they don't."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from clip_jax import sharding
+from clip_jax.losses import CaptionConfig, ClassifierConfig, SigmoidConfig, SoftmaxConfig
+from clip_jax.models.clip import CLIP, join_batch_stats, split_batch_stats
+from clip_jax.models.lora import LoRAConfig
+from clip_jax.optim.wrappers import averaged
+from clip_jax.pods.collectives import collectives
+from clip_jax.step import Program, State, context, encode
+from tests.conftest import (
+    COCA,
+    FAMILIES,
+    NAFLEX_COCA,
+    NAFLEX_SIGLIP,
+    OPTIM,
+    RESNET,
+    TINY,
+    assert_close,
+    batch,
+    by_path,
+    parameter_shapes,
+    parameters,
+)
+from tests.mesh.conftest import compiled, mesh_of, recipe
+
+EIGHT_OR_FOUR = "2x2x2" if jax.__version_info__ >= (0, 11) else "1x2x2"
+CLASSIFIER = ClassifierConfig(classes=("ant", "bee", "cat"))
+LOCKED = dataclasses.replace(OPTIM, locked=("image",))
+# A locked text tower has less to compile.
+GUARDED = dataclasses.replace(OPTIM, skip_norm_ratio=10.0, locked=("text",))
+
+
+def changed(config, **vision):
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **vision))
+
+
+FLIP_COCA = dataclasses.replace(changed(NAFLEX_COCA, patch_dropout=0.5), init_logit_bias=-10.0)
+# The smallest whose norms see enough values that rounding does not matter.
+GROUPS = changed(RESNET, batch_norm_group=8, image_size=32, width=4, num_heads=2)
+
+
+def check_equal(expected, got, is_normalised=False):
+    """Two steps' metrics, gradients (a tenth of which is the first moment), parameters."""
+    (a, metrics), (b, got_metrics) = expected, got
+    assert_close(metrics, got_metrics)
+    check_gradients(*(optax.tree.get(x.opt_state, "mu") for x in (a, b)), is_normalised)
+    if is_normalised:
+        assert_close(a.params["batch_stats"], b.params["batch_stats"])
+    else:
+        # Adam scales whatever is not zero, rounding too, up to at most one learning rate.
+        assert_close(a.params, b.params, key_bias=OPTIM.learning_rate)
+
+
+def check_gradients(expected, got, is_normalised):
+    """With BatchNorm, a gradient is a difference of large sums: it costs one digit of float32."""
+    if not is_normalised:
+        assert_close(expected, got)
+        return
+    for (name, x), y in zip(by_path(expected).items(), jax.tree.leaves(got), strict=True):
+        if not name.endswith(("k_proj/bias", "attn/in_proj/bias")):  # their gradient is zero
+            assert np.linalg.norm(x - y) <= 1e-4 * np.linalg.norm(x), name
+
+
+def test_a_batch_is_learned_by_heart_from_parameters_drawn():
+    """Forty steps on one batch bring the loss from chance to nearly nothing."""
+    step, losses = compiled(TINY), []
+    state = step.program.init()
+    for _ in range(40):
+        state, metrics = step(state)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 2
+    assert losses[-1] < 0.2
+    assert int(state.step) == 40
+
+
+def test_a_kernel_on_a_mesh_takes_the_same_step():
+    short = dataclasses.replace(TINY, attention="short")
+    check_equal(compiled(TINY)(), compiled(short, mesh="2x2x2")())
+
+
+def test_sigmoids_in_a_ring_accumulated_on_a_mesh_are_those_of_the_one_big_batch():
+    """Of a CoCa of mixed image shapes with averaged weights, also with patch dropout, of which step
+    and row decide; devices keep their rows."""
+    objective = (SigmoidConfig(form="ring"), CaptionConfig())
+    optim = dataclasses.replace(OPTIM, ema_decay=0.9)
+    step = functools.partial(compiled, FLIP_COCA, objective=objective, optim=optim)
+    whole, parts = step(), step(mesh="8", accumulation=2)
+    _, metrics = expected = whole()
+    check_equal(expected, parts())
+    weighted = metrics["contrastive_loss"] + 2 * metrics["caption_loss"]
+    assert metrics["loss"] == pytest.approx(weighted, rel=1e-6)
+    _, later = whole(whole.start(step=1))
+    assert abs(later["loss"] - metrics["loss"]) > 1e-3
+    found = collectives(parts.compiled.as_text(), dict(parts.program.mesh.shape))
+    assert {x.kind for x in found} == {"all-reduce", "collective-permute"}
+    passed = [dims for x in found if x.kind != "all-reduce" for _, dims in x.arrays]
+    assert max(map(math.prod, passed)) <= 2 * 32  # embeddings of a device's rows, never patches
+
+
+def gradients(config, mesh, objective=()):
+    """A weighted sum of what `encode` returns, its gradients, and new BatchNorm statistics."""
+    mesh, draw = mesh_of(mesh), np.random.default_rng(0).standard_normal
+    params = jax.device_put(
+        parameters(config), sharding.param_shardings(config, parameter_shapes(config), mesh)
+    )
+    inputs = batch(config) | {"row": np.arange(16)}
+    trainable, statistics = split_batch_stats(params)
+    key = None
+    if config.vision.patch_dropout:
+        key = jax.random.key(0, impl="threefry2x32")
+
+    def total(trainable, statistics, inputs):
+        params = join_batch_stats(trainable, statistics)
+        x = context(CLIP(config), mesh, State(0, params, None), params, inputs, {})
+        outputs, after = encode(x, objective, key=key)
+        weighted = [0.01 * draw(y.shape) * y for y in outputs.values()]
+        return sum(y.sum() for y in weighted), after
+
+    inputs = jax.device_put(inputs, sharding.batch_sharding(mesh))
+    results = jax.jit(jax.value_and_grad(total, has_aux=True))(trainable, statistics, inputs)
+    return jax.device_get(results)
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh"),
+    [
+        (dataclasses.replace(FAMILIES["eva02"], text=FAMILIES["xlm_roberta"].text), "2x2x2"),
+        (FAMILIES["mobileclip"], "2x2x2"),
+        (FAMILIES["tips"], "2x2x2"),
+        (changed(FAMILIES["pe_core"], patch_dropout=0.5), "4x2"),  # rotations of kept patches
+        (NAFLEX_SIGLIP, "2x2x2"),
+        # Their collectives have an order on eight simulated devices in later versions only.
+        (FAMILIES["convnext"], EIGHT_OR_FOUR),
+        (COCA, EIGHT_OR_FOUR),
+    ],
+    ids=["EVA-02, XLM-R", "MobileCLIP", "TIPS", "PE core", "NaFlex", "ConvNeXt", "CoCa"],
+)
+def test_every_family_has_the_same_gradients_on_a_mesh(config, mesh):
+    objective = (CaptionConfig(),) if config.decoder else ()
+    (total, after), slopes = gradients(config, "1", objective)
+    (got, got_after), got_slopes = gradients(config, mesh, objective)
+    assert got == pytest.approx(total, rel=1e-5)
+    check_gradients(slopes, got_slopes, is_normalised=bool(after))
+    assert_close(after, got_after)
+
+
+def test_a_resnet_in_groups_accumulated_and_on_a_mesh_and_a_skipped_step():
+    parts = compiled(GROUPS, optim=GUARDED, accumulation=2)
+    check_equal(compiled(GROUPS, "1x2x2", optim=GUARDED)(), parts(), is_normalised=True)
+
+    params = parameters(GROUPS)
+    params["visual"]["conv1"]["kernel"] = np.full_like(params["visual"]["conv1"]["kernel"], np.nan)
+    after, metrics = parts(parts.start(params))
+    jax.tree.map(np.testing.assert_array_equal, after.params, params)
+    assert int(after.step) == 1
+    assert (metrics["skipped_updates"], metrics["skipped_in_a_row"]) == (1, 1)
+    assert np.isnan(metrics["grad_norm"])
+
+
+def test_a_locked_resnet_keeps_weights_and_running_statistics_and_the_text_tower_learns():
+    before, (after, metrics) = parameters(GROUPS), compiled(GROUPS, optim=LOCKED)()
+    for name in ("visual", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, after.params[name], before[name])
+    assert metrics["grad_norm"] > 0
+    moved = jax.tree.map(lambda a, b: np.any(a != b), after.params["text"], before["text"])
+    assert all(jax.tree.leaves(moved))
+
+
+def test_adapters_take_the_same_step_on_a_mesh_and_nothing_else_changes():
+    """Beside a classifier, with averaged weights, in a ring and accumulated."""
+    objective = (SoftmaxConfig(form="ring"), CLASSIFIER)
+    lora = LoRAConfig(rank=2, targets=("visual/*/q", "*/v", "*/mlp/*", "*proj"))
+    optim = dataclasses.replace(OPTIM, ema_decay=0.9)
+    step = functools.partial(compiled, TINY, objective=objective, optim=optim, lora=lora)
+    whole, parts = step(), step(mesh="2x2x2", accumulation=2)
+    before = jax.device_get(whole.adapted())
+    expected = whole(whole.adapted())
+    check_equal(expected, parts(parts.adapted()))
+    jax.tree.map(np.testing.assert_array_equal, expected[0].frozen, before.frozen)
+    assert expected[0].params.keys() == {"visual", "text", "classifier"}
+    names = {path.rpartition("/")[2].rpartition("lora_")[2] for path in by_path(before.params)}
+    assert names == {"a", "b", "kernel"}
+    for tree in (expected[0].params, averaged(expected[0].opt_state, {})):
+        moved = jax.tree.map(lambda a, b: np.any(a != b), tree, before.params)
+        assert all(jax.tree.leaves(moved)), moved
+
+
+def test_a_resnet_with_adapters_keeps_its_running_statistics():
+    """It computes with them: adapters that add nothing leave the loss of a locked ResNet."""
+    lora = LoRAConfig(targets=("*/attn/*", "visual/attnpool/*"))
+    step = compiled(GROUPS, lora=lora)
+    after, metrics = step(step.adapted(0.0))
+    _, locked = compiled(GROUPS, optim=LOCKED)()
+    assert_close(metrics["loss"], locked["loss"])
+    base = after.frozen["lora"]["base"]
+    jax.tree.map(np.testing.assert_array_equal, base, parameters(GROUPS))
+    assert "batch_stats" not in after.params
+
+
+def test_with_both_towers_locked_a_classifier_learns_and_no_tower_has_a_backward_pass():
+    optim = dataclasses.replace(OPTIM, locked=("image", "text"))
+    step = compiled(TINY, objective=(CLASSIFIER,), optim=optim)
+    kernel = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
+    before = parameters(TINY) | {"classifier": {"kernel": kernel}}
+    after, metrics = step(step.start(before))
+    for name in ("visual", "text"):
+        jax.tree.map(np.testing.assert_array_equal, after.params[name], before[name])
+    assert np.all(np.any(after.params["classifier"]["kernel"] != kernel, axis=1))
+    assert metrics["grad_norm"] > 0
+
+    def products(program):
+        return str(jax.make_jaxpr(program.step)(program.state, program.batch)).count("dot_general")
+
+    free = Program(recipe(TINY, objective=(CLASSIFIER,)), step.program.mesh)
+    assert products(step.program) < 0.6 * products(free)
