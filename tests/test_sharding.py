@@ -175,6 +175,12 @@ def test_processes_read_all_shards_once_and_those_that_share_rows_the_same(sizes
                 assert sharding.data_part(mesh) == part
 
 
+def test_processes_with_unequal_numbers_of_shards_are_refused():
+    chips = np.array([Chip(i, i // 4) for i in range(6)], object)
+    with pytest.raises(InputError, match="unequal shards of a batch"):
+        sharding.data_part(Mesh(chips.reshape(6, 1, 1), sharding.AXES))
+
+
 # ------------------------------------------------------------------ lookup and errors
 
 

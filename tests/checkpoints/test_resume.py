@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from clip_jax.checkpoints.resume import check_resumable, differences
@@ -120,6 +120,9 @@ def first_samples(members, phases, count):
     return [(members[int(member)][0], number) for member, number in samples]
 
 
+@example((([("a", 1.0), ("b", 3.0)], []), ([("a", 1.0), ("b", 3.0)], [(15, [0.0, 1.0])])))
+@example((([("a", 1.0), ("b", 3.0)], []), ([("a", 1.0), ("b", 3.0)], [(16, [0.0, 1.0])])))
+@example((([("a", 1.0)], []), ([("a", 1.0), ("b", 1.0)], [])))
 @given(pairs=pairs_of_mixtures())
 def test_a_mixture_that_may_resume_has_read_the_same_samples(pairs):
     """Sixteen samples were read. Other paths and weights were accepted, and changed what had been

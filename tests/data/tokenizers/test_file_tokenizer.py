@@ -65,6 +65,7 @@ def test_begin_end_padding_and_cut(files, kind, rules, texts, length):
     for text, row in zip(texts, rows, strict=True):
         (words,) = tokenizer._encode([CLEANING[rules["clean"]](text)])
         expected = [*begin, *words, *end]
+        tokenizer(text, len(expected))  # fits exactly
         if (extra := len(expected) - length) > 0:
             with pytest.raises(InputError, match=f"has more than context_length={length} ids"):
                 tokenizer(text, length)
