@@ -20,7 +20,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
 def test_ray_writes_the_bytes_that_threads_write(tmp_path):
     models = write_reinforcers(tmp_path)
     (tmp_path / "in").mkdir()
-    source = FORMATS["tar"](tmp_path / "in", tiny_pairs(600)).path
+    source = FORMATS["tar"](tmp_path / "in", tiny_pairs(120)).path
     flags = [
         "--reinforce",
         f"{models}/small",
@@ -32,7 +32,7 @@ def test_ray_writes_the_bytes_that_threads_write(tmp_path):
         "--augmentations.size",
         "16",
         "--samples-per-shard",
-        "210",
+        "42",
         "--batch-size",
         "32",
     ]
@@ -42,7 +42,7 @@ def test_ray_writes_the_bytes_that_threads_write(tmp_path):
     here, calls = ["prepare", source, f"{tmp_path}/here", *flags], itertools.count()
 
     def stopping(*args):
-        if next(calls) == 600:  # in the second of three shards
+        if next(calls) == 120:  # in the second of three shards
             raise KeyboardInterrupt
         return replay(*args)
 
