@@ -33,6 +33,15 @@ def save(image: Image.Image, format: str = "PNG", **options) -> bytes:
     return file.getvalue()
 
 
+def test_only_formats_that_this_build_of_pillow_has_are_read():
+    """It may lack libraries; Pillow raises KeyError for a format that it does not know."""
+    before = images._formats.__wrapped__()
+    assert {"JPEG", "PNG", "WEBP"} <= {*before} <= {*images.FORMATS}
+    with mock.patch.dict(Image.OPEN):
+        del Image.OPEN["WEBP"]
+        assert images._formats.__wrapped__() == tuple(name for name in before if name != "WEBP")
+
+
 def read_crop(data, spec, *args, **options):
     return read_crops(data, [spec], *args, **options)[0]
 
