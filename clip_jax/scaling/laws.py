@@ -12,7 +12,7 @@ A new form is a subclass of `Law`: its terms, coefficients, the grid on which a 
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -97,7 +97,7 @@ class Law:
     def parameters(self) -> dict[str, Numbers]:
         return {name: getattr(self, name) for name in self.names()}
 
-    def map(self, function: Callable[[np.ndarray], Numbers]) -> Self:
+    def map(self, function: Callable[[np.ndarray], Numbers]) -> "Law":
         """Apply a function to the array of each parameter."""
         return type(self)(*(function(np.asarray(x)) for x in self.parameters.values()))
 
@@ -117,7 +117,7 @@ class Law:
     @classmethod
     def fitted(
         cls, runs: Runs, error: Float[np.ndarray, "#R n"], weights: Float[np.ndarray, "R n"]
-    ) -> Self:
+    ) -> "Law":
         """Fit R tables of errors by squared residuals of log E; every parameter is `[R]`.
 
         The tables share the sizes, samples and third quantity of `runs`.
@@ -176,7 +176,7 @@ class PowerLaw(Law):
     @classmethod
     def fitted(
         cls, runs: Runs, error: Float[np.ndarray, "#R n"], weights: Float[np.ndarray, "R n"]
-    ) -> Self:
+    ) -> "Law":
         """Fit straight lines in log-log."""
         x = np.log(runs.compute)
         y = np.log(error)
