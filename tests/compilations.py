@@ -28,6 +28,13 @@ from jaxlib.mlir import ir
 from tests import guard
 
 LIMIT = 2_500  # operations of StableHLO; a small model's training step has more
+# The unit tests of a complete step: its numbers, and a run that trains, stops and resumes.
+OF_A_COMPLETE_STEP = (
+    "tests/test_step.py::test_the_golden_step",
+    "tests/test_step.py::test_the_logit_scale_is_capped",
+    "tests/test_train.py::test_a_run_leaves_its_numbers_pictures_and_checkpoints",
+    "tests/test_train.py::test_a_stopped_and_damaged_run_ends_bit_for_bit_the_same",
+)
 TESTS = Path(__file__).parent
 
 
@@ -125,6 +132,7 @@ def too_large(rows: Iterable[dict[str, Any]]) -> list[tuple[str, str, int]]:
         for row in rows
         for program in row["programs"]
         if program["operations"] > LIMIT
+        and row["test"] not in OF_A_COMPLETE_STEP
         and guard.is_unit(TESTS.parent / row["test"].partition("::")[0], TESTS)
     ]
 
