@@ -188,6 +188,9 @@ def record(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     modules = _modules(folder)
     fork_server.preload(modules)
+    for path in folder.glob("tests+*.json"):
+        if not (checkout / json.loads(path.read_text())["file"]).exists():
+            path.unlink()
     for test_file in _test_files(checkout, args.tests):
         path = folder / f"{test_file.removesuffix('.py').replace('/', '+')}.json"
         digest = _digest((checkout / test_file).read_bytes())
