@@ -26,6 +26,7 @@ from clip_jax.scaling import run_table
 from clip_jax.scaling.choose import ChooseConfig, choose
 from clip_jax.scaling.run_table import RunTable
 from clip_jax.storage import files
+from tests.conftest import types_unchecked
 from tests.evals.conftest import mesh_of
 
 Values = Sequence[float]
@@ -130,7 +131,7 @@ def run_average(
     """Average models that are their own numbers."""
     paths = tuple(folder / str(i) for i in range(count))
     config = AverageConfig(models=paths, output=folder / "out", dataset=("folder:x",), **how)
-    with mock.patch.multiple(
+    doubles = mock.patch.multiple(
         average,
         combine=combine,
         _measure=measure,
@@ -139,7 +140,8 @@ def run_average(
         fitting=lambda models, paths: models,
         card=mock.Mock(FACTS_NAME="training.json"),
         write_weights=mock.Mock(),
-    ):
+    )
+    with doubles, types_unchecked():
         return average.average(config)
 
 

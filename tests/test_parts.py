@@ -142,6 +142,7 @@ def test_a_module_of_the_working_directory_is_recorded_by_its_name():
     assert parts.needed(written) == ("bright_parts",)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_each_kind_of_part_has_a_field_and_is_used():
     Path("several_parts.py").write_text(SEVERAL)
     parts.load("several_parts.py")

@@ -98,7 +98,8 @@ def _from_file(tensors: Tensors, settings: Settings, source: str) -> Tensors:
     """Return a file's tensors with the logarithm of the logit scale, in float32."""
     check_floating(tensors, source)
     initial = settings.number("temperature_init_value", _INITIAL)
-    scale = -np.log(np.asarray(tensors.get(_TEMPERATURE, initial), np.float32)).reshape(())
+    temperature = np.asarray(tensors.get(_TEMPERATURE, initial), np.float32)
+    scale = np.asarray(-np.log(temperature)).reshape(())
     ours = {
         name: x
         for name, x in tensors.items()

@@ -48,7 +48,7 @@ Nearest = tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]  # rows and simi
 
 
 def nearest(
-    blocks: Iterable[Float[np.ndarray, "B E"]], query: Float[np.ndarray, " E"], count: int
+    blocks: Iterable[Float[np.ndarray, "_ E"]], query: Float[np.ndarray, " E"], count: int
 ) -> Nearest:
     """Return the rows with the largest products with `query`; ties go to earlier rows."""
     rows, similarities, start = [np.empty(0, np.int64)], [np.empty(0, np.float32)], 0

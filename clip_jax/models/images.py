@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Shaped
 
 from clip_jax.errors import InputError
 
@@ -56,7 +56,7 @@ class ImageSpec(Protocol):
     def fit(self, width: int, height: int) -> tuple[int, int]:
         """Return the width and height to which an image is resized."""
 
-    def pack(self, pixels: UInt8[np.ndarray, "B H W C"]) -> Images:
+    def pack(self, pixels: Shaped[np.ndarray, "B H W C"]) -> Images:
         """Turn images of one size, as returned by `fit`, into the tower's input."""
 
     def shapes(self, batch_size: int) -> Images:
@@ -81,7 +81,7 @@ class Square:
         """Return the square's size, whatever the image's."""
         return self.side, self.side
 
-    def pack(self, pixels: UInt8[np.ndarray, "B H W C"]) -> Images:
+    def pack(self, pixels: Shaped[np.ndarray, "B H W C"]) -> Images:
         """Return the pixels unchanged."""
         return pixels
 
@@ -119,7 +119,7 @@ class NaFlex:
         """Return the largest size that has at most `max_patches` patches (see `fit_patches`)."""
         return fit_patches(width, height, self.patch_size, self.max_patches)
 
-    def pack(self, pixels: UInt8[np.ndarray, "B H W C"]) -> Patches:
+    def pack(self, pixels: Shaped[np.ndarray, "B H W C"]) -> Patches:
         """Cut images of one size into patches, in rows from the top left; pad with zeros."""
         batch, height, width = pixels.shape[:3]
         patch, grid = self.patch_size, (height // self.patch_size, width // self.patch_size)

@@ -187,6 +187,7 @@ def _collectives(speed: Speed) -> str:
     rows = sorted(large.items(), key=lambda item: -item[1][2])
     if small := [counts for key, counts in sums.items() if key not in large]:
         rows.append((("others", "", ""), np.sum(small, axis=0)))
+    integers = [(key, counts.tolist()) for key, counts in rows]
     names = (
         "collective",
         "axis",
@@ -196,7 +197,7 @@ def _collectives(speed: Speed) -> str:
         "MiB received",
         "not overlapped",
     )
-    texts = [(*key, times, *map(_mib, sizes)) for key, (times, *sizes) in rows]
+    texts = [(*key, times, *map(_mib, sizes)) for key, (times, *sizes) in integers]
     return table(names, texts, left=3)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 BINS = 5  # of the frontier, as in Cherti et al. 2023
 TRAINING_FLOPS = 6e9  # per forward GMAC: 2 FLOPs per multiply-add × 3 for both passes
@@ -53,7 +53,7 @@ class Runs(NamedTuple):
     def compute(self) -> Float[np.ndarray, " n"]:
         return self.size * self.samples
 
-    def where(self, keep: Bool[np.ndarray, " n"]) -> "Runs":
+    def where(self, keep: Bool[np.ndarray, " n"] | Int[np.ndarray, " k"]) -> "Runs":
         held = {name: x[keep] for name, x in self._asdict().items() if x is not None}
         return self._replace(**held)
 
@@ -135,9 +135,12 @@ class Law:
     def factors(cls, runs: Runs) -> Callable[..., np.ndarray]:
         """Return the function from parameters inside the terms, `[...]`, to terms `[..., n, K]`."""
 
-        def terms(*values: np.ndarray) -> np.ndarray:
+        def terms(*values: np.ndarray | np.floating) -> np.ndarray:
             law = cls(
-                **{name: x[..., None] for name, x in zip(cls.inside(), values, strict=True)},
+                **{
+                    name: np.expand_dims(x, -1)
+                    for name, x in zip(cls.inside(), values, strict=True)
+                },
                 **dict.fromkeys(cls.COEFFICIENTS, 1.0),
             )
             each = law.terms(runs.size, runs.samples, runs.third)

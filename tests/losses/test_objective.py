@@ -52,6 +52,7 @@ def test_each_term_sees_what_it_carries_itself() -> None:
     assert objective.update(both, x) == {"first": {"count": 10}, "second": {"count": 20}}
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_metric_of_several_terms_has_their_names_and_none_is_overwritten() -> None:
     """A later term's accuracy replaced an earlier term's, and the step's loss a term's own."""
 

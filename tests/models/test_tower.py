@@ -25,7 +25,18 @@ from clip_jax.models.tower import Arrays, ImageTowerConfig, TextTowerConfig, par
 from clip_jax.optim.wrappers import scale_layers
 from clip_jax.sharding import make_mesh
 from tests import conftest
-from tests.conftest import COCA, FAMILIES, MAMMUT, MESHES, NAFLEX_SIGLIP, RESNET, TINY
+from tests.conftest import (
+    COCA,
+    FAMILIES,
+    MAMMUT,
+    MESHES,
+    NAFLEX_SIGLIP,
+    RESNET,
+    TINY,
+    types_unchecked,
+)
+
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +124,8 @@ class Mixer(nn.Module):
         return x.mean(1) @ kernel.astype(x.dtype)
 
 
-MIXER = replace(TINY, vision=MixerConfig())
+with types_unchecked():
+    MIXER = replace(TINY, vision=MixerConfig())
 WIDE_COCA = replace(COCA, vision=replace(COCA.vision, width=48))
 MODELS = FAMILIES | {
     "clip": TINY,

@@ -176,6 +176,7 @@ class Teacher(Term):
         }
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_frozen_teachers_memory_flops_and_price():
     recipe = dataclasses.replace(CONFIG.recipe, objective=(SoftmaxConfig(), Teacher()))
     state = Program(recipe, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))).state

@@ -137,7 +137,7 @@ def test_the_rule_and_its_intervals_are_those_of_linear_regression():
     widths, batches = (np.repeat(x, 3) for x in ([16, 32, 64, 16, 32], [64, 64, 64, 128, 128]))
     noise = 0.3 * np.random.default_rng(1).standard_normal(15)
     rates = best_rate(widths, batches) * np.exp(noise)
-    rule = fit_rule([*zip(widths, batches, rates, strict=True)])
+    rule = fit_rule([*zip(widths.tolist(), batches.tolist(), rates.tolist(), strict=True)])
     assert rule
     x, y = np.stack([np.ones(15), np.log(widths), np.log(batches)], axis=1), np.log(rates)
     inverse = np.linalg.inv(x.T @ x)

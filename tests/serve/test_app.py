@@ -280,7 +280,7 @@ def test_a_probability_that_is_not_finite_is_an_error(folder, model):
 
 
 def test_a_connection_whose_headers_come_too_slowly_is_closed():
-    loop, transport = mock.MagicMock(), mock.MagicMock()
+    loop, transport = mock.MagicMock(), mock.MagicMock(spec=asyncio.Transport)
     connection = Protocol(uvicorn.Config(build), ServerState(), {}, loop)
     connection.connection_made(transport)
     connection.data_received(b"GET /health HTTP/1.1\r\n")
@@ -293,7 +293,7 @@ def test_a_connection_whose_headers_come_too_slowly_is_closed():
 
 def test_a_connection_that_does_not_read_its_answer_is_closed():
     """Its answer would stay in memory."""
-    loop, transport = mock.MagicMock(), mock.MagicMock()
+    loop, transport = mock.MagicMock(), mock.MagicMock(spec=asyncio.Transport)
     connection = Protocol(uvicorn.Config(build), ServerState(), {}, loop)
     connection.connection_made(transport)
     loop.call_later.reset_mock()
@@ -306,7 +306,7 @@ def test_a_connection_that_does_not_read_its_answer_is_closed():
 
 
 def test_headers_that_are_too_long_are_an_error():
-    loop, transport = mock.MagicMock(), mock.MagicMock()
+    loop, transport = mock.MagicMock(), mock.MagicMock(spec=asyncio.Transport)
     transport.is_closing.return_value = False
     connection = Protocol(uvicorn.Config(build), ServerState(), {}, loop)
     connection.connection_made(transport)

@@ -22,6 +22,7 @@ from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources import Record
 from clip_jax.data.sources.tar import TarConfig
 from clip_jax.models.images import Square
+from tests.conftest import types_unchecked
 from tests.data.conftest import assert_same, digits, join, of_processes, open_pipeline, take
 
 
@@ -106,16 +107,16 @@ def test_pieces_of_all_processes_are_the_batch(made, sizes, start):
 
     def load(position, record, spec):
         assert spec == plan.at(step).images
-        arrays = {"image": np.array([record])}
+        arrays = {"image": np.full((1, 1, 1, 1), record)}
         return batches.Sample(arrays, {"text": str(record)}, position, f"key {record}", [])
 
     def tokenize(texts):
-        return np.array([[int(text)] for text in texts])
+        return np.array([[int(text)] for text in texts], np.int32)
 
     for step in (start, start + 1):
         rows = []
         for process in range(processes):
-            with mock.patch.object(batches, "_PIECE", sizes):
+            with mock.patch.object(batches, "_PIECE", sizes), types_unchecked():
                 pieces = batches.GlobalPieces(
                     load, {"text": tokenize}, order, plan, (process, processes)
                 )
@@ -127,7 +128,7 @@ def test_pieces_of_all_processes_are_the_batch(made, sizes, start):
         positions = range(plan.samples_after(step), plan.samples_after(step + 1))
         records = order[positions.start : positions.stop]
         assert whole.index.tolist() == [*positions]
-        assert whole.image.tolist() == whole.text[:, 0].tolist() == records.tolist()
+        assert whole.image.ravel().tolist() == whole.text[:, 0].tolist() == records.tolist()
         assert whole.keys == [f"key {record}" for record in records]
         assert {len(row.keys) for row in rows} == {len(positions) // processes}
 

@@ -106,7 +106,7 @@ def test_in_the_block_order_too_each_stream_goes_on_in_each_member(weights, phas
         )
         places = members == member
         if places.any():
-            run = alone.at(stream, 0, np.count_nonzero(places))
+            run = alone.at(stream, 0, int(np.count_nonzero(places)))
             np.testing.assert_array_equal(whole.record[places], run.record + starts[member])
             np.testing.assert_array_equal(whole.epoch[places], run.epoch)
             np.testing.assert_array_equal(whole.first[places], run.first + starts[member])
