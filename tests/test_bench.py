@@ -3,7 +3,9 @@
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,10 +22,12 @@ from clip_jax.data.images import read_crops
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
+from clip_jax.models.images import Patches
 from clip_jax.pods import compile as pod
 from clip_jax.pods.compile import Facts
 from clip_jax.pods.plan import BOUNDS
 from clip_jax.pods.work import Work
+from tests.clock import HandClock
 from tests.conftest import DIGITS, FLAGS, ROOT
 
 QUICK = ["--seconds", "0.1", "--warmup", "0", "--batch-size", "8"]
@@ -66,6 +70,32 @@ def test_input_says_how_long_each_stage_takes_and_what_limits(tmp_path, capsys):
     with mock.patch.dict(bench.BENCHES, input=(InputBench, lambda _: result, describe_input)):
         assert main(command) == 0
     assert "limit: decode and crop; cores are idle: raise --data.threads" in capsys.readouterr().out
+
+
+def test_rates_of_a_pipeline_are_those_of_the_measured_seconds():
+    """Here a batch takes 5 s at first, then half a second in the warmup, then a quarter."""
+    clock, seconds = HandClock(), itertools.chain([5.0, *[0.5] * 4], itertools.repeat(0.25))
+    reading = SimpleNamespace(requests=3, bytes_read=500, bytes_used=400, seconds_waited=0.125)
+    image = Patches(np.zeros((2, 6, 1)), np.array([[2, 3], [1, 3]]), np.array([6, 3]))
+
+    def batches() -> Iterator[Any]:
+        for each in seconds:
+            clock.advance(each)
+            yield SimpleNamespace(reading=reading, image=image)
+
+    pipeline: Any = SimpleNamespace(batches=batches, order="blocks")
+    with mock.patch.object(bench, "CLOCK", clock):
+        result = bench._pipeline(InputBench(batch_size=8, seconds=3.0, warmup=2.0), pipeline)
+    assert result == {
+        "samples_per_second": 32.0,
+        "seconds_to_first_batch": 5.0,
+        "order": "blocks",
+        "padding": 0.25,
+        "bucket_requests_per_second": 12.0,
+        "bucket_bytes_per_second": 2_000.0,
+        "bytes_read_per_byte_used": 1.25,
+        "bucket_wait": 0.5,
+    }
 
 
 def test_input_that_cannot_be_read(tmp_path):

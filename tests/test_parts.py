@@ -179,10 +179,23 @@ def test_the_version_changes_with_any_module_of_a_part():
     Path("early_parts/factors.py").write_text("FACTOR = 2.0\n")
     write("Early", "early_parts/losses.py")
     parts.load("early_parts")
+    write("Lone", "lone_parts.py")
+    parts.load("lone_parts.py")
+    write("Imported", "imported_parts.py")
+    sys.path.append(".")
+    __import__("imported_parts")
+    path = write("InConfig", "config_of_a_run.py")  # which Python does not know as a module
+    module = parts.run_file(path)
     before = parts.version()
     assert before == parts.version()
-    Path("early_parts/factors.py").write_text("FACTOR = 3.0\n")
-    assert before != parts.version()
+    files = ("early_parts/factors.py", "lone_parts.py", "imported_parts.py", str(path))
+    for file in files:
+        with Path(file).open("a") as changed:
+            changed.write("# another version\n")
+        now = parts.version()
+        assert now != before, file
+        before = now
+    assert issubclass(vars(module)["InConfig"], SoftmaxConfig)
 
 
 def test_an_import_in_python_is_enough():

@@ -20,6 +20,7 @@ from clip_jax.data.augment import (
 )
 from clip_jax.data.sources import SampleError
 from clip_jax.models.images import NaFlex, Square
+from clip_jax.models.vit import ViTConfig
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,16 @@ def test_what_is_drawn_depends_on_the_generator_alone():
     without = AugmentationsConfig(operations=0)
     assert draw(80, 60, np.random.default_rng(0), without).operations == ()
     assert draw(80, 60, np.random.default_rng(0), without).flip is None
+
+
+def test_translations_are_drawn_for_images_of_the_default_models_size():
+    """Unless a size is set: up to 150 of the 331 pixels of AutoAugment's images."""
+    side = ViTConfig().image_size
+    for config, size in ((AugmentationsConfig(), side), (AugmentationsConfig(size=32), 32)):
+        drawn = [draw(80, 60, np.random.default_rng(i), config).operations for i in range(1_000)]
+        operations = [operation for each in drawn for operation in each or () if operation]
+        pixels = [abs(magnitude) for which, magnitude in operations if which in (3, 4)]
+        assert max(pixels) == pytest.approx(150 / 331 * size)
 
 
 @pytest.mark.parametrize("value", [{"smallest_crop": 0}, {"flip": 2}, {"size": 0}])

@@ -5,6 +5,7 @@ from dataclasses import replace
 from unittest import mock
 
 import numpy as np
+import onnx
 import pytest
 
 from clip_jax.convert import image_processor
@@ -73,6 +74,15 @@ def test_weights_above_the_limit_lie_beside_the_file(tmp_path, clip):
     files = ["model.onnx", "text_model.onnx", "vision_model.onnx"]
     assert settings == {"use_external_data_format": dict.fromkeys(files, True)}
     assert max(compared(tmp_path, clip).values()) <= 1e-5
+    for path in (tmp_path / "onnx").glob("*.onnx"):  # memory-mapped, so at pages' boundaries
+        model = onnx.load(path, load_external_data=False)
+        entries = [{x.key: x.value for x in y.external_data} for y in model.graph.initializer]
+        spans = [(int(x["offset"]), int(x["length"])) for x in entries if x]
+        ends = [0, *(offset + length for offset, length in spans)]
+        gaps = [offset - end for (offset, _), end in zip(spans, ends, strict=False)]
+        assert not any(offset % 4096 for offset, _ in spans)
+        assert all(0 <= gap < 4096 for gap in gaps)
+        assert path.with_name(f"{path.name}_data").stat().st_size == ends[-1]
     data = tmp_path / "onnx/vision_model.onnx_data"
     data.write_bytes(data.read_bytes()[:-64])
     with pytest.raises(

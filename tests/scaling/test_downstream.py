@@ -70,6 +70,15 @@ def test_a_family_lies_above_the_line_of_its_baseline_or_of_all_others(tmp_path:
         assert "b, 4 runs: +11.8 points from the line" in describe(result)
 
 
+def test_families_are_listed_in_the_same_order_in_every_process(tmp_path: Path):
+    """A set of names has another order in each process."""
+    names = [f"family {i}" for i in range(8)]
+    columns = {"info_nce": np.tile(LOSS, 2), "top1": np.tile(TOP1, 2), "kind": (3 * names)[::-1]}
+    table = write(tmp_path / "t.csv", **columns)
+    config = RelateConfig(table=table, metric="top1", against="info_nce", compare="kind")
+    assert list(relate(config)["families"]) == names
+
+
 def test_intervals_hold_a_new_run_and_a_mean_of_runs_in_95_percent():
     rng, inside = np.random.default_rng(0), np.zeros(2)
     for _ in range(2_000):

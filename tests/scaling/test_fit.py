@@ -5,11 +5,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from clip_jax.errors import InputError
+from clip_jax.scaling import plots
 from clip_jax.scaling.fit import PUBLISHED, FitCommand, FitConfig, fit, fit_file
 from clip_jax.scaling.fit_result import FitResult, describe
 from clip_jax.scaling.run_table import RunTable, read
@@ -78,6 +80,19 @@ def test_the_published_procedures_predictions_and_files(tmp_path: Path):
     text = describe(fitted)
     assert "power law through 5 points of 29 runs" in text
     assert "ViT-H-14@68B: 79.7% (95%: " in text
+
+
+def test_a_plot_reaches_beyond_all_runs_and_predictions(tmp_path: Path):
+    largest = TABLE.select(LAION.metric, LAION.where)
+    largest = LAION.runs(largest).compute.max()
+    for predict in ((), ("ViT-B-32@100K",), ("ViT-B-32@100K", "ViT-H-14@1000B")):
+        with (
+            mock.patch.object(plots, "figure", autospec=True) as drawn,
+            mock.patch.object(plots, "save", autospec=True, return_value=[]),
+        ):
+            fitted = fit(TABLE, replace(LAION, predict=predict, plot=tmp_path / "plot"))
+        farthest = max([largest, *(run.compute for run in fitted.predictions.values())])
+        assert farthest < drawn.call_args.kwargs["reach"] < 2 * farthest
 
 
 def test_the_largest_models_are_predicted_from_the_others():

@@ -220,6 +220,29 @@ def test_a_block_holds_what_its_samples_are(format, caption, tmp_path):
     assert source.size(0, len(source)) == sum(source.size(*span) for span in spans[: len(counts)])
 
 
+@pytest.mark.parametrize(("is_remote", "size"), [(False, 2_000), (True, 200_000)])
+def test_an_index_reads_little_of_a_bucket_and_seldom_from_a_disk(is_remote, size, tmp_path):
+    """In a bucket bytes are what costs, on a disk the calls."""
+    path, count = tmp_path / "a.tar", 100_000 // size + 20
+    write_tar(path, [member for i in range(count) for member in pair(f"{i}", bytes(size))])
+    read = []
+
+    def read_ranges(path, ranges):
+        read.extend(size for _, size in ranges)
+        return files.read_ranges(path, ranges)
+
+    storage = SimpleNamespace(
+        read_ranges=read_ranges, is_remote=lambda _: is_remote, open_file=files.open_file
+    )
+    with mock.patch.object(tar_index, "files", storage):
+        rows, _ = tar_index.index_shard(str(path), path.stat().st_size)
+    assert len(rows) == count
+    if is_remote:
+        assert sum(read) <= 4_096 * (count + 2)
+    else:
+        assert len(read) <= path.stat().st_size / 2**16 + 3
+
+
 def reinforce(number):
     """What a sample of this number has beside its pair."""
     augmentations = (Augmentation((0, 0, 1 + number, 1), None, ((1, 0.1),)),)
