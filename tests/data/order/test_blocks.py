@@ -93,6 +93,26 @@ def test_a_stream_s_record_depends_on_its_offset_alone(sizes, batch_size, calls,
                 np.testing.assert_array_equal(array, expected[offset:])
 
 
+def test_a_first_read_at_any_offset_gets_the_stream_s_record():
+    """The chunk that contains an offset is estimated, and may be an earlier or a later one."""
+
+    def made():
+        return in_blocks([10] * 30, 1, shuffle_blocks=2)
+
+    with mock.patch.object(blocks, "_CHUNK", 7):
+        expected = made().at(0, 0, 300).record
+        records = [int(made().at(0, offset, 1).record[0]) for offset in range(300)]
+    assert records == expected.tolist()
+
+
+def test_a_record_placed_at_the_end_of_a_stream_is_in_its_last_chunk():
+    """A random place may be the upper limit of its range, which no chunk contains."""
+    share = mock.create_autospec(blocks._share, side_effect=lambda x: np.full(len(x), 0.75))
+    with mock.patch.object(blocks, "_share", share):
+        _, run = in_blocks([10], 1)._chunk(epoch=0, stream=0, number=0, chunks=1)
+    assert sorted(run.record) == list(range(10))
+
+
 @given(
     sizes=SIZES,
     batch_size=st.sampled_from([1, 6, 12, 20, 64, 256]),
@@ -104,6 +124,8 @@ def test_equal_shares_give_every_record_once(sizes, batch_size, start):
     made = in_blocks(sizes, batch_size, shares=Equal)
     shares = Equal(streams, count)
     epoch = start // count
+    assert not shares(0).any()  # every stream begins with its first record
+    assert np.ptp(shares(epoch)) <= 1
     records = []
     for stream in range(streams.count):
         first, last = int(shares(epoch)[stream]), int(shares(epoch + 1)[stream])

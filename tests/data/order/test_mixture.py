@@ -126,6 +126,11 @@ def test_a_small_weight_is_read_and_a_tiny_one_refused():
         mixture((1.0, 1e-9))
 
 
+def test_the_order_of_members_is_a_public_format():
+    """As the order of blocks: a resumed run would repeat and lose samples in another one."""
+    assert _Pattern((2.5, 1.0, 0.3)).member[:10].tolist() == [0, 1, 0, 0, 0, 1, 2, 0, 0, 1]
+
+
 DESCENDING = tuple(PhaseConfig(from_sample=at, weights=(1.0,)) for at in (9, 8))
 
 
