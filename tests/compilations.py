@@ -1,13 +1,18 @@
-"""What JAX compiles for each test: `pytest --compilations FILE` writes it. Of such files
+"""Record and report the programs that JAX compiles for each test.
+
+`pytest --compilations FILE` appends a line for each test to FILE. These commands read such files:
 
     python -m tests.compilations totals FILE ...
     python -m tests.compilations table [--rows 15] FILE ...
     python -m tests.compilations check FILE ...
 
-print the totals, the slowest files and tests, and the unit tests that compile a program of more
-than LIMIT operations, with which `check` ends in exit code 1: they belong to a kind of tests of
-their own, such as `tests/mesh`. A program counts where a test asks for it, even if the cache of
-compiled programs has it; a fixture's counts for the first test that needs it.
+- totals: Print the numbers of tests and programs, and the seconds of compilation.
+- table: Print the slowest files and the slowest tests.
+- check: List the unit tests that compile a program of more than LIMIT operations. If there are
+  any, the exit code is 1. Such a test belongs to another kind, for example to `tests/mesh`.
+
+A program counts for every test that requests it, even if it comes from the persistent compilation
+cache. The programs of a shared fixture count for the first test that uses the fixture.
 """
 
 import argparse
@@ -27,8 +32,8 @@ from jaxlib.mlir import ir
 
 from tests import guard
 
-LIMIT = 2_500  # operations of StableHLO; a small model's training step has more
-# The unit tests of a complete step: its numbers, and a run that trains, stops and resumes.
+LIMIT = 2_500  # StableHLO operations; the training step of a small model has more
+# The only unit tests that compile a complete training step.
 OF_A_COMPLETE_STEP = (
     "tests/test_step.py::test_the_golden_step",
     "tests/test_step.py::test_the_logit_scale_is_capped",
@@ -39,12 +44,12 @@ TESTS = Path(__file__).parent
 
 
 class Compilations:
-    """A plugin that appends to a file, for each test, its seconds and its programs."""
+    """A pytest plugin that appends the time and the programs of each test to a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._programs: list[dict[str, Any]] = []
-        self._traced = 0.0  # seconds of tracing and lowering
+        self._traced = 0.0  # seconds spent on tracing and lowering
         compiler.compile_or_get_cached = self._counted(compiler.compile_or_get_cached)
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
@@ -71,7 +76,7 @@ class Compilations:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Write the test's line once its fixtures have ended."""
+        """Run a test with its fixtures, then append its line."""
         self._programs, self._traced = [], 0.0
         began, began_cpu = perf_counter(), process_time()
         try:
@@ -84,7 +89,7 @@ class Compilations:
                 "traced": self._traced,
                 "programs": self._programs,
             }
-            with self._path.open("a") as file:  # one write: workers share the file
+            with self._path.open("a") as file:  # a single write, because workers share the file
                 file.write(json.dumps(row) + "\n")
 
 
@@ -101,12 +106,16 @@ def _operations(module: Any) -> int:
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Return the lines of files that `--compilations` wrote."""
+    """Return the rows of files that `pytest --compilations` wrote."""
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return file, tests, seconds, CPU seconds, programs, seconds of tracing and of compilation."""
+    """Return a row per file, slowest first.
+
+    Its columns are file, tests, seconds, CPU seconds, programs, and the seconds of tracing and of
+    compilation.
+    """
     by_file: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_file[row["test"].partition("::")[0]].append(row)
@@ -126,7 +135,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def too_large(rows: Iterable[dict[str, Any]]) -> list[tuple[str, str, int]]:
-    """Return unit tests with a program above LIMIT: test, the program's name, operations."""
+    """Return (test, program, operations) for each program above LIMIT that a unit test compiles."""
     return [
         (row["test"], program["name"], program["operations"])
         for row in rows
@@ -137,16 +146,16 @@ def too_large(rows: Iterable[dict[str, Any]]) -> list[tuple[str, str, int]]:
     ]
 
 
-def print_table(rows: list[dict[str, Any]], most: int) -> None:
-    """Print the slowest files and the slowest tests."""
+def print_table(rows: list[dict[str, Any]], limit: int) -> None:
+    """Print the slowest files and tests, at most `limit` of each."""
     table = summary(rows)
     header = ("file", "tests", "seconds", "CPU", "programs", "tracing", "compiling")
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     totals = [sum(row[column] for row in table) for column in range(1, len(header))]
-    for file, *numbers in [*table[:most], ("all", *totals)]:
+    for file, *numbers in [*table[:limit], ("all", *totals)]:
         print(f"| {file} | " + " | ".join(f"{number:.0f}" for number in numbers) + " |")
     print("\n| test | seconds | CPU | programs | largest program |\n|---|---|---|---|---|")
-    for row in sorted(rows, key=lambda row: -row["seconds"])[:most]:
+    for row in sorted(rows, key=lambda row: -row["seconds"])[:limit]:
         largest = max((program["operations"] for program in row["programs"]), default=0)
         print(
             f"| {row['test']} | {row['seconds']:.1f} | {row['cpu']:.1f} | "
@@ -160,21 +169,21 @@ def main() -> int:
     )
     parser.add_argument("verb", choices=("totals", "table", "check"))
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--rows", type=int, default=15, help="rows of each table")
+    parser.add_argument("--rows", type=int, default=15, help="maximum number of rows of each table")
     arguments = parser.parse_args()
     rows = read(arguments.files)
     programs = [program for row in rows for program in row["programs"]]
     if arguments.verb == "totals":
         print(
-            f"{len(rows)} tests asked for {len(programs)} programs, whose compilation or reading "
-            f"took {sum(program['seconds'] for program in programs):.0f} s"
+            f"{len(rows)} tests requested {len(programs)} programs; compiling them or reading them "
+            f"from the cache took {sum(program['seconds'] for program in programs):.0f} s"
         )
     elif arguments.verb == "table":
         print_table(rows, arguments.rows)
     else:
         large = too_large(rows)
         for test, name, operations in large:
-            print(f"{test} compiles {name} of {operations} operations; {LIMIT} are allowed")
+            print(f"{test} compiles {name} of {operations} operations; the limit is {LIMIT}")
         return int(bool(large))
     return 0
 
