@@ -1,26 +1,31 @@
-"""Run a page of the documentation block by block, in an empty folder, as a reader would.
+"""Run the code blocks of a documentation page in an empty folder, as a reader would.
 
-A block of `bash` is a script of its own for `bash -euo pipefail`, with the reader's commands as
-they stand. Blocks of `python` run one after another in one interpreter. A block of `text` that is
-the next one after such a block shows its output. Blocks of `sh` do not run: they need a cloud, a
-cluster, a hub or large data, or they install packages.
+The language of a block decides what happens to it:
 
-Comments in the page's source, which the site does not show, choose what takes too long for CI.
-`benchmarks/documentation.py` runs everything. Nothing else differs, but that `tests/conftest.py`
-asks XLA, by the environment, for quick compilations.
+    bash     Runs as a script of `bash -euo pipefail`, exactly as the page shows it.
+    python   Runs in one interpreter per page, after the page's earlier Python blocks.
+    text     Shows the output of the bash or Python block directly before it.
+    sh       Does not run: it needs a cloud, a cluster, a hub or large data, or installs packages.
 
-    <!-- page by hand -->             CI runs nothing of this page.
-    <!-- by hand -->                  CI leaves out the block that follows.
-    <!-- by hand, as in PAGE -->      So it does here; and since PAGE (of docs/) has the same
-                                      commands, this page goes on in a copy of PAGE's folder.
+Some blocks take too long for CI. Comments in the page's source mark them; readers of the site do
+not see these comments. `benchmarks/documentation.py` runs all blocks. Otherwise both run a page in
+the same way, except that `tests/conftest.py` sets environment variables that make XLA compile
+faster.
 
-Outputs are compared word by word. "..." stands for any lines, or in a line for any text, and
-/home/you for the page's folder. Whole numbers must be equal. Others may differ by TOLERANCE, or by
-one in the last digit that is shown, unless a comment before the output says otherwise:
+    <!-- page by hand -->             CI skips the page.
+    <!-- by hand -->                  CI skips the next block.
+    <!-- by hand, as in PAGE -->      The same; and where all blocks run, this one does not. It has
+                                      the commands of PAGE (a path in docs/), so the files that PAGE
+                                      has written are copied instead.
 
-    <!-- numbers within 5% -->        The relative tolerance of numbers that are not whole.
-    <!-- numbers vary: WORD ... -->   Numbers before or after these words are free, such as speeds.
-    <!-- numbers vary -->             All of them are.
+A page's output is compared with the printed one word by word. In it, "..." stands for any number of
+lines, or for any text within a line, and /home/you for the page's folder. Integers must be equal.
+Other numbers may differ by a relative TOLERANCE, or by one unit in the last digit, unless a comment
+before the output says otherwise:
+
+    <!-- numbers within 5% -->        Sets the relative tolerance.
+    <!-- numbers vary: WORD ... -->   Ignores numbers next to one of these words, such as speeds.
+    <!-- numbers vary -->             Ignores all numbers.
 """
 
 import contextlib
@@ -47,7 +52,7 @@ PAGES = (
     *sorted((ROOT / "docs/how-to").glob("*.md")),
 )
 TOLERANCE = 0.01
-PROGRAMS = ("clip-jax", "python", "pip", "pytest")  # whose commands are counted
+PROGRAMS = ("clip-jax", "python", "pip", "pytest")  # the programs that `programs` counts
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
 _WORD = re.compile(r"\S+")
@@ -64,27 +69,27 @@ class Block:
     language: str
     text: str
     line: int  # number of its first line in the page
-    comments: tuple[str, ...] = ()  # directly before it
-    output: "Block | None" = None  # what the page shows of its output
+    comments: tuple[str, ...] = ()  # those directly before the block
+    output: "Block | None" = None  # the block that shows its output
 
     @property
     def is_run(self) -> bool:
-        """Whether it is run at all."""
+        """Whether the block runs, in CI or by hand."""
         return self.language in ("bash", "python")
 
     @property
     def is_by_hand(self) -> bool:
-        """Whether CI leaves it out."""
+        """Whether CI skips the block."""
         return any(comment.startswith("by hand") for comment in self.comments)
 
     @property
     def as_in(self) -> Path | None:
-        """The page that has the same commands."""
+        """The page that has the same commands, if a comment names one."""
         names = [comment.partition(", as in ")[2] for comment in self.comments]
         return next((ROOT / "docs" / name for name in names if name), None)
 
     def commands(self) -> list[list[str]]:
-        """Return the words of each command of a shell block, without what goes to or from files."""
+        """Return the words of each command of a shell block, without redirections."""
         text = re.sub(r"<<'(\w+)'.*?^\1$", "", self.text, flags=re.M | re.S)
         text = re.sub(r" 2?> \S+", "", text)
         commands: list[list[str]] = []
@@ -102,33 +107,33 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Return the blocks of a page, in order."""
-    text, end, read = page.read_text(), 0, []
+    """Return the code blocks of a page, in order."""
+    text, end, result = page.read_text(), 0, []
     for match in _FENCE.finditer(text):
         between = text[end : match.start()]
-        near = re.search(r"(?:<!-- [^>]* -->\s*)*$", between)
-        comments = tuple(_COMMENT.findall(near[0] if near else ""))
+        directly_before = re.search(r"(?:<!-- [^>]* -->\s*)*$", between)
+        comments = tuple(_COMMENT.findall(directly_before[0] if directly_before else ""))
         line = text[: match.start(2)].count("\n") + 1
-        read.append(Block(match[1], match[2], line, comments))
+        result.append(Block(match[1], match[2], line, comments))
         end = match.end()
-    return read
+    return result
 
 
 def runnable(page: Path, *, by_hand: bool) -> list[Block]:
-    """Return the blocks that run, each with the output that the page shows for it."""
+    """Return the blocks that run in CI, or by hand, each with the output that the page shows."""
     if is_by_hand(page) and not by_hand:
         return []
-    several = blocks(page)
-    pairs = zip(several, [*several[1:], None], strict=True)
+    all_blocks = blocks(page)
+    pairs = zip(all_blocks, [*all_blocks[1:], None], strict=True)
     return [
-        replace(block, output=after if after and after.language == "text" else None)
-        for block, after in pairs
+        replace(block, output=following if following and following.language == "text" else None)
+        for block, following in pairs
         if block.is_run and (by_hand or not block.is_by_hand)
     ]
 
 
 def is_by_hand(page: Path) -> bool:
-    """Say whether CI leaves out the whole page."""
+    """Return whether CI skips the whole page."""
     return "<!-- page by hand -->" in page.read_text()
 
 
@@ -147,20 +152,21 @@ def programs(page: Path, *, by_hand: bool) -> int:
 
 
 def matches(shown: str, printed: str, comments: Collection[str] = ()) -> bool:
-    """Say whether an output is what a page shows, as far as its comments ask for that."""
-    tolerance, is_free, free = TOLERANCE, False, set()
+    """Return whether a printed output agrees with the one that a page shows."""
+    tolerance, all_vary, varying = TOLERANCE, False, set()
     for comment in comments:
         kind, _, words = comment.partition(": ")
         if match := re.fullmatch(r"numbers within ([\d.]+)%", comment):
             tolerance = float(match[1]) / 100
         elif kind == "numbers vary":
-            is_free = is_free or not words
-            free |= set(words.split())
-    wanted = [_pieces(line, is_free, free) for line in _lines(shown)]
+            all_vary = all_vary or not words
+            varying |= set(words.split())
     lines = _lines(printed)
-    reachable = {0}  # numbers of lines that the patterns so far may have consumed
-    for pieces in wanted:
-        if pieces == [("any", "")]:
+    # How many printed lines the shown lines up to here can stand for: several numbers, since "..."
+    # stands for any number of lines.
+    reachable = {0}
+    for pieces in [_pieces(line, all_vary, varying) for line in _lines(shown)]:
+        if pieces == [("any text", "")]:
             reachable = {*range(min(reachable, default=len(lines) + 1), len(lines) + 1)}
         else:
             fitting = (i for i in reachable if i < len(lines))
@@ -173,46 +179,57 @@ def _lines(text: str) -> list[str]:
     return [" ".join(line.split()) for line in plain.splitlines() if line.strip()]
 
 
-def _pieces(line: str, is_free: bool, free: set[str]) -> list[tuple[str, str]]:
-    """Split a line of a page into pieces: ("any" | "free" | "number" | "text", text)."""
+def _pieces(line: str, all_vary: bool, varying: Collection[str]) -> list[tuple[str, str]]:
+    """Split a line that a page shows into pieces: (kind, text).
+
+    The kinds are "text" and "number", which the printed line must have, and "any text" (also none),
+    "any word" and "any number".
+    """
     words = line.split(" ")
     names = [word.strip(".,:;()") for word in words]
     pieces: list[tuple[str, str]] = []
     for i, word in enumerate(words):
-        near = {names[j] for j in (i - 1, i + 1) if 0 <= j < len(words)}
-        has_digit = re.search(r"\d", word) is not None
-        if has_digit and (near & free) and "..." not in word:
-            pieces.append(("free", word))
+        neighbours = {*names[max(i - 1, 0) : i], *names[i + 1 : i + 2]}
+        if re.search(r"\d", word) and "..." not in word and not neighbours.isdisjoint(varying):
+            pieces.append(("any word", ""))
         else:
-            position = 0
-            for match in re.finditer(rf"\.\.\.|{_NUMBER.pattern}", word):
-                pieces.append(("text", word[position : match.start()]))
-                kind = "any" if match[0] == "..." else "free number" if is_free else "number"
-                pieces.append((kind, "" if kind == "any" else match[0]))
-                position = match.end()
-            pieces.append(("text", word[position:]))
+            pieces += _pieces_of_word(word, all_vary)
         pieces.append(("text", " "))
-    marks = [("", ""), *(piece for piece in pieces[:-1] if piece != ("text", "")), ("", "")]
+    # "a ... b" also stands for "a b": spaces around "..." need not be there.
+    around = [("", ""), *pieces[:-1], ("", "")]
     return [
         piece
-        for before, piece, after in zip(marks, marks[1:], marks[2:], strict=False)
-        if piece != ("text", " ") or ("any", "") not in (before, after)
+        for before, piece, after in zip(around, around[1:], around[2:], strict=False)
+        if piece != ("text", " ") or ("any text", "") not in (before, after)
     ]
 
 
+def _pieces_of_word(word: str, all_vary: bool) -> list[tuple[str, str]]:
+    pieces, position = [], 0
+    for match in re.finditer(rf"\.\.\.|{_NUMBER.pattern}", word):
+        pieces.append(("text", word[position : match.start()]))
+        if match[0] == "...":
+            pieces.append(("any text", ""))
+        else:
+            pieces.append(("any number" if all_vary else "number", match[0]))
+        position = match.end()
+    pieces.append(("text", word[position:]))
+    return [piece for piece in pieces if piece != ("text", "")]
+
+
 def _fits(pieces: Sequence[tuple[str, str]], line: str, tolerance: float) -> bool:
-    """Say whether pieces stand for a line."""
+    """Return whether a printed line agrees with the pieces of a shown one."""
 
     @functools.cache
     def fits(index: int, start: int) -> bool:
         if index == len(pieces):
             return start == len(line)
         kind, text = pieces[index]
-        if kind == "any":
+        if kind == "any text":
             return any(fits(index + 1, end) for end in range(start, len(line) + 1))
         if kind == "text":
             return line.startswith(text, start) and fits(index + 1, start + len(text))
-        match = (_WORD if kind == "free" else _NUMBER).match(line, start)
+        match = (_WORD if kind == "any word" else _NUMBER).match(line, start)
         return (
             match is not None
             and (kind != "number" or is_close(text, match[0], tolerance))
@@ -223,7 +240,7 @@ def _fits(pieces: Sequence[tuple[str, str]], line: str, tolerance: float) -> boo
 
 
 def is_close(shown: str, printed: str, tolerance: float = TOLERANCE) -> bool:
-    """Compare two numbers: whole ones exactly, others within a relative tolerance."""
+    """Return whether two numbers agree: integers exactly, others within a relative tolerance."""
     a, b = (Decimal(text.replace(",", "").replace("−", "-")) for text in (shown, printed))
     digits = [int(x.as_tuple().exponent) for x in (a, b)]
     if min(digits) >= 0 and "e" not in shown + printed:
@@ -250,10 +267,11 @@ for line in sys.stdin:
 
 
 def environment(python: Path | None = None) -> dict[str, str]:
-    """Return the environment of a reader, by default of one who has installed this checkout.
+    """Return the environment variables of a reader who has installed this checkout.
 
-    `python` is that of another environment. The width is that of a usual terminal, and standard
-    output and standard error come in the order in which a terminal shows them.
+    `python` names the interpreter of another environment to use instead. Output has the width of
+    a usual terminal. It is not buffered, so that standard output and standard error appear in the
+    order in which a terminal shows them.
     """
     values = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if python is None:
@@ -274,10 +292,10 @@ def run(
     left: Callable[[Path], Path] | None = None,
     python: Path | None = None,
 ) -> list[str]:
-    """Run a page in an empty folder; return what fails or differs from what the page shows.
+    """Run a page in an empty folder; return a description of each failure and difference.
 
-    With `by_hand`, all its blocks run; `left` then returns the folder that another page has left.
-    `python` is that of another environment.
+    With `by_hand`, the blocks that CI skips run, too. `left` then returns the folder in which
+    another page has run, for blocks marked "as in". `python`: see `environment`.
     """
     values, problems = environment(python), []
     with _shell(folder, values) as shell, _interpreter(folder, values) as interpreter:
@@ -298,7 +316,7 @@ def run(
 
 @contextlib.contextmanager
 def _shell(folder: Path, values: dict[str, str]) -> Generator[Any]:
-    """Run blocks of bash; what they leave in the background ends with the page."""
+    """Yield a function that runs a block of bash. Background processes end with the page."""
     groups = []
 
     def run(text: str) -> tuple[bool, str]:
@@ -327,7 +345,7 @@ def _shell(folder: Path, values: dict[str, str]) -> Generator[Any]:
 
 @contextlib.contextmanager
 def _interpreter(folder: Path, values: dict[str, str]) -> Generator[Any]:
-    """Run blocks of Python in one interpreter, which starts with the first."""
+    """Yield a function that runs a block of Python, with the names that earlier ones defined."""
     process: list[subprocess.Popen[str]] = []
 
     def run(text: str) -> tuple[bool, str]:
