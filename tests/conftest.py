@@ -1,5 +1,5 @@
-"""Eight simulated devices for every test, a generator that compiles quickly, and what several
-tests build: tiny models, a tiny run, what a run wrote."""
+"""Configure JAX for all tests, and provide what several test files need: tiny models, tiny runs,
+and readers of the files that a run writes."""
 
 import contextlib
 import dataclasses
@@ -63,45 +63,48 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Threefry's rounds, unrolled into every initialiser, take most of a small model's compile time.
+# Threefry is unrolled into every initialiser and takes most of a small model's compile time.
 jax.config.update("jax_default_prng_impl", "rbg")
 
-# Properties draw the same few examples each time; `--hypothesis-profile long` draws many others.
+# Hypothesis draws the same few examples each time. `--hypothesis-profile long` draws many others.
 settings.register_profile("short", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("long", deadline=None, max_examples=2_000, print_blob=True)
 settings.load_profile("short")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option of `tests/compilations.py`."""
-    parser.addoption("--compilations", type=Path, help="file for what JAX compiles for each test")
+    """Add the option that `tests/compilations.py` describes."""
+    parser.addoption("--compilations", type=Path, help="record compiled programs in this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ask XLA for what the tests need, before anything is compiled. A flag given wins."""
+    """Set XLA's flags and the compilation cache before anything is compiled.
+
+    Flags that the environment variable XLA_FLAGS already has take precedence.
+    """
     gc.disable()  # until the tests are collected
-    threadpool_limits(1)  # BLAS's threads wait actively, and take the cores of other tests
+    threadpool_limits(1)  # BLAS threads busy-wait, which takes the cores from other tests
     flags = [
-        # As `clip_jax.processes` does: or simulated devices may wait for each other in a circle.
+        # As in `clip_jax.processes`: otherwise simulated devices may deadlock.
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-        # LLVM's optimisations take a third of the compile time, and tests compile more than they
-        # compute. XLA's own passes stay.
+        # LLVM's optimisations take a third of the compile time, and tests spend more time on
+        # compilation than on computation. XLA's own passes still run.
         "--xla_backend_optimization_level=0",
     ]
-    if jax.__version_info__ < (0, 11):  # a later XLA ends with a flag that it no longer knows
-        # Fused loops by LLVM alone, without MLIR's passes: half the compile time of a step.
-        # And one module for LLVM instead of many: there are no idle cores to share them.
+    if jax.__version_info__ < (0, 11):  # later versions of XLA abort at a flag that was removed
+        # Without MLIR's passes for fused loops, a step compiles in half the time. A single LLVM
+        # module, since there are no idle cores to compile several in parallel.
         flags.append("--xla_cpu_use_fusion_emitters=false")
         flags.append("--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
-    # What one process has compiled serves all others: workers, what tests start, the next run.
+    # Workers, processes that tests start and later test runs share compiled programs.
     folder = config.rootpath / ".pytest_cache/compiled"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if not hasattr(config, "workerinput"):
-        for file in folder.glob("*"):  # most of the older ones are of code that has changed since
+        for file in folder.glob("*"):  # old programs are mostly of code that has changed since
             if file.stat().st_mtime < time.time() - 7 * 86_400:
                 file.unlink(missing_ok=True)
     if path := config.getoption("compilations"):
@@ -110,8 +113,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over the modules, and come rarely: it took a sixth of the
-    time. (No collection at all would let the memory grow.)"""
+    """Collect garbage rarely, and never scan the loaded modules: this took a sixth of the time.
+
+    Without any collection, memory would grow.
+    """
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
     gc.enable()
@@ -119,7 +124,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Keep unit tests, with their fixtures, to the rules of `tests/guard.py`."""
+    """Enforce the rules of `tests/guard.py` while a unit test and its fixtures run."""
     guard.is_on = guard.is_unit(item.path, ROOT / "tests")
     try:
         return (yield)
@@ -129,18 +134,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where nothing may be left out (as in CI), let a test that is skipped fail."""
+    """Report a skipped test as failed if NO_TEST_IS_SKIPPED is set, as CI does."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("NO_TEST_IS_SKIPPED"):
         report.outcome = "failed"
-        report.longrepr = f"skipped, where NO_TEST_IS_SKIPPED is set: {report.longrepr}"
+        report.longrepr = f"skipped although NO_TEST_IS_SKIPPED is set: {report.longrepr}"
     return report
 
 
 def made_once(
     factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object] = lambda _: None
 ) -> Path:
-    """Return a temporary folder that one worker of this test run fills, and all of them use."""
+    """Return a temporary folder that all workers share; the first that needs it fills it."""
     base = factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder, done = base / name, base / f"{name}.done"
@@ -156,8 +161,10 @@ def made_once(
 
 @pytest.fixture(scope="module", autouse=True)
 def parts_of_this_module(request: pytest.FixtureRequest) -> Generator[None]:
-    """Hide the classes of other test modules: those that derive from a public base class would be
-    users' parts, or not, depending on which modules a worker has loaded."""
+    """Hide the parts that other test modules define, by deriving from a public base class.
+
+    Otherwise a test would depend on the test modules that its worker has loaded.
+    """
     of_users, current = parts.of_users, request.module.__name__
 
     def visible(bases: Iterable[type] = (parts.Part,)) -> list[type]:
@@ -174,9 +181,10 @@ def parts_of_this_module(request: pytest.FixtureRequest) -> Generator[None]:
 
 @contextlib.contextmanager
 def types_unchecked() -> Generator[None]:
-    """Let values have other types than signatures name, where these are checked (`.ci/run newest`).
+    """Turn off the type checks of `.ci/run newest`.
 
-    A part of a user is in no union of the package's classes, and some doubles have simpler types.
+    Users' parts are not in the unions that the package's signatures name, and some test doubles
+    have simpler types.
     """
     checked = not jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
@@ -188,7 +196,7 @@ def types_unchecked() -> Generator[None]:
 
 @pytest.fixture
 def unchecked_types() -> Generator[None]:
-    """See `types_unchecked`."""
+    """Turn off type checks during a test (see `types_unchecked`)."""
     with types_unchecked():
         yield
 
@@ -214,11 +222,11 @@ COCA = dataclasses.replace(
     text=dataclasses.replace(TINY.text, pool="class_token"),
     decoder=CoCaConfig(depth=2, num_heads=4),
 )
-# Images of any aspect ratio, of up to 12 patches; the table of positions is 4 x 4.
+# Images of any aspect ratio with up to 12 patches. The position embedding has 4 x 4 entries.
 NAFLEX = dataclasses.replace(
     TINY, vision=dataclasses.replace(TINY.vision, image_size=32, max_patches=12, pool="map")
 )
-# SigLIP 2 of native aspect ratios, and of them a CoCa with a class token.
+# SigLIP 2 for native aspect ratios, and a CoCa with a class token for them.
 NAFLEX_SIGLIP = dataclasses.replace(
     TINY,
     embed_dim=32,
@@ -240,9 +248,9 @@ NAFLEX_SIGLIP = dataclasses.replace(
 NAFLEX_COCA = dataclasses.replace(
     COCA, vision=dataclasses.replace(COCA.vision, image_size=32, max_patches=24)
 )
-# Rows and columns of patches of images: full, elongated and small ones.
+# Images as rows and columns of patches: some of maximum length, elongated ones, small ones.
 GRIDS = ((4, 6), (1, 24), (24, 1), (3, 5), (1, 1), (2, 7))
-# How eight devices are arranged where a test tries several.
+# Meshes of eight devices for tests that compare several.
 MESHES = {
     "8": MeshConfig(),
     "4x2": MeshConfig(data=4, fsdp=2),
@@ -312,7 +320,7 @@ FAMILIES = {
 
 
 def larger(config: CLIPConfig) -> CLIPConfig:
-    """Twice the resolution, half the text."""
+    """Return the same model for twice the resolution and half the context length."""
     return dataclasses.replace(
         config,
         vision=dataclasses.replace(config.vision, image_size=2 * config.vision.image_size),
@@ -321,7 +329,7 @@ def larger(config: CLIPConfig) -> CLIPConfig:
 
 
 def batch(config: CLIPConfig, size: int = 16) -> dict[str, Any]:
-    """Pixels and tokens that `config` takes; one caption stands twice."""
+    """Return images and texts that the model accepts; two of the texts are equal."""
     rng = np.random.default_rng(0)
     spec, pixels = config.vision.image_spec, config.vision.image_size
     tokens = rng.integers(1, 517, (size, config.text.context_length), np.int32)
@@ -338,12 +346,12 @@ def batch(config: CLIPConfig, size: int = 16) -> dict[str, Any]:
 
 @functools.cache
 def parameter_shapes(config: CLIPConfig) -> Params:
-    """Shapes of a model's parameters, traced once by each process, for the package as well."""
+    """Return the shapes of a model's parameters, which each process traces only once."""
     return unflatten({name: box.value for name, box in boxes(config).items()})
 
 
 def parameters(config: CLIPConfig, seed: int = 1) -> Params:
-    """Parameters from NumPy: the same on every version of jax."""
+    """Draw parameters with NumPy, so that they are the same in every version of jax."""
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
@@ -351,11 +359,11 @@ def parameters(config: CLIPConfig, seed: int = 1) -> Params:
             return np.ones(x.shape, np.float32)
         if path[-1].key == "logit_scale":
             return np.asarray(np.log(10), np.float32)
-        if path[-1].key == "logit_bias":  # near zero, negatives and positives cancel to rounding
+        if path[-1].key == "logit_bias":  # near 0, gradients of negatives and positives cancel
             return np.asarray(-3, np.float32)
         scale = 0.2
         if path[-1].key == "kernel":
-            # Larger, or all captions and what attends to the image have gradients near zero.
+            # With smaller ones, gradients of captions and of attention to the image are near 0.
             factor = {"out_proj": 4, "q": 8}.get(path[-2].key, 1)
             scale = factor * np.prod(x.shape[:-1]) ** -0.5
         return (scale * rng.standard_normal(x.shape)).astype(np.float32)
@@ -363,37 +371,38 @@ def parameters(config: CLIPConfig, seed: int = 1) -> Params:
     return jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
 
 
-# Adam divides by |gradient| + ε: with the paper's ε of 1e-6 it would show rounding, not the mesh.
+# Adam divides by |gradient| + ε. With the paper's ε of 1e-6, differences between meshes would be
+# those of rounding.
 OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-3)
 GOLDEN_LOSS = SoftmaxConfig(mask_same_caption=True)
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Leaves by their paths."""
+    """Return the leaves of a tree by their paths."""
     return {sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def decode_text(model: CLIP, params: Params, tokens: Any, image_tokens: Any) -> Any:
-    """The logits of each token's successor but the last's, all at once."""
+    """Return the logits of all next tokens, computed in one forward pass."""
     _, states = model.encode_text_and_write(params, tokens, image_tokens)
     return model.vocabulary_logits(params, states)
 
 
 def sums_of_step(params: Params, metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Scalar metrics, and the sum of every parameter's absolute values: the golden step's."""
+    """Return what the golden step records: metrics, and each parameter's sum of absolute values."""
     sums = {name: float(np.abs(x).sum(dtype=np.float64)) for name, x in by_path(params).items()}
     return {"metrics": {name: float(x) for name, x in metrics.items()}, "parameters": sums}
 
 
 def parameter_tree(config: CLIPConfig = TINY) -> dict[str, list[int]]:
-    """Paths and shapes of a tiny model's parameters: the public format."""
+    """Return the paths and shapes of a tiny model's parameters, which are a public format."""
     return {name: list(x.shape) for name, x in by_path(parameter_shapes(config)).items()}
 
 
 def assert_close(expected: Any, got: Any, key_bias: float = 1e-6) -> None:
-    """Per tensor, the largest difference is at most 1e-5 of the reference's largest value.
+    """Check that each tensor's largest difference is at most 1e-5 of its largest expected value.
 
-    The exact gradient of an attention's key bias is zero, so it is compared absolutely.
+    The exact gradient of an attention's key bias is zero, so it has an absolute tolerance.
     """
     for (name, a), b in zip(by_path(expected).items(), jax.tree.leaves(got), strict=True):
         if name.endswith("attn/in_proj/bias"):
@@ -421,7 +430,7 @@ STARTS = ("fine-tuning", "LoRA", "LoRA with a classifier", "a live teacher")
 
 
 def starting_from(weights: str, kind: str, images: Path) -> Config:
-    """A tiny run of one of STARTS from weights; `images` is for folders of two classes."""
+    """Return a tiny run of one of STARTS from weights. A classifier's data go into `images`."""
     classes, teachers = ClassifierConfig(classes=("ant", "bee")), (LiveTeacher(weights=weights),)
     changes: dict[str, Any] = {"init_from": weights, "init_architecture": True}
     if kind == "a live teacher":
@@ -456,12 +465,12 @@ def _read_flags() -> Config:
 
 
 def tiny_digits(**changes: Any) -> Config:
-    """The digits' run that FLAGS make, which takes seconds, as a Config."""
+    """Return the config of a run of seconds: configs/digits.py with FLAGS and `changes`."""
     return dataclasses.replace(_read_flags(), **changes)
 
 
 class ProgramCompiledOnce(Program):
-    """A program that several runs share."""
+    """A program that compiles once, however many runs share it."""
 
     _is_compiled = False
 
@@ -475,7 +484,7 @@ shared_program = functools.cache(ProgramCompiledOnce)  # of a recipe on a mesh
 
 
 def train_shared(config: Config, workdir: Path) -> dict[str, Any]:
-    """Train with the program that earlier runs of this recipe have compiled, if any."""
+    """Train with a program that all runs of the same recipe share."""
     with mock.patch.object(training, "Program", shared_program):
         return training.train(config, workdir)
 
@@ -483,15 +492,17 @@ def train_shared(config: Config, workdir: Path) -> dict[str, Any]:
 def small_step(
     state: State, batch: dict[str, Any], *, recipe: Recipe, mesh: Mesh
 ) -> tuple[State, dict[str, Any]]:
-    """Move every trained array by what it was, the batch and frozen arrays: in place of the step
-    where a test is about what a run saves, restores and reports."""
+    """Replace the training step in tests of what a run saves, restores and reports.
+
+    Every trained array changes, depending on its value, the batch and the frozen arrays.
+    """
     inputs = jax.tree.leaves((batch, state.frozen))
     mean = sum(jnp.mean(x, dtype=jnp.float32) for x in inputs) / len(inputs)
     params, opt_state = jax.tree.map(
         lambda x: (0.75 * x + mean).astype(x.dtype), (state.params, state.opt_state)
     )
     metrics = {
-        "loss": jnp.log(jnp.float32(recipe.batch_size)),  # of a model that knows nothing
+        "loss": jnp.log(jnp.float32(recipe.batch_size)),  # an untrained model's
         "grad_norm": mean,
         "logit_scale": jnp.float32(1),
         "learning_rate": batch["learning_rate"],
@@ -502,13 +513,13 @@ def small_step(
 
 @pytest.fixture
 def small_steps() -> Generator[None]:
-    """Let programs take `small_step`: initialisation, shardings and compilation stay real."""
+    """Replace the training step by `small_step`; the rest of a program stays real."""
     with mock.patch.object(step_module, "train_step", small_step):
         yield
 
 
 def write_states(config: Config, workdir: Path) -> State:
-    """Write random numbers as what `train` leaves of every step; return the last step's."""
+    """Write a config and a checkpoint of random numbers for every step; return the last state."""
     state, _ = shapes(config.recipe, make_mesh(MeshConfig()))
     rng = np.random.default_rng(0)
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
@@ -521,7 +532,8 @@ def write_states(config: Config, workdir: Path) -> State:
 
 
 def write_run(model: CLIPConfig, workdir: Path) -> tuple[Path, CLIPConfig, Params]:
-    """Write a work directory as `train` leaves it, at step 2; return its parameters too."""
+    """Write a run directory as `train` does, with steps 1 and 2; return it, the model and the
+    parameters of step 2."""
     trained = dataclasses.replace(model, dtype="float32", remat="hidden")
     workdir.mkdir()
     config = Config(model=trained, steps=2, optim=OptimConfig(warmup_steps=1))
@@ -529,13 +541,13 @@ def write_run(model: CLIPConfig, workdir: Path) -> tuple[Path, CLIPConfig, Param
 
 
 def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """The lines of a run's JSONL; one may be half written."""
+    """Return the complete lines of a run's JSONL file; the last may be half written."""
     lines = (workdir / name).read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    """A run's losses by step."""
+    """Return a run's losses by step."""
     return {row["step"]: row["loss"] for row in rows(workdir) if "loss" in row}
 
 
@@ -543,11 +555,11 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def execute_notebook(name: str, folder: Path, patch: pytest.MonkeyPatch) -> tuple[str, list[Any]]:
-    """Run a notebook in a folder; return what it printed and the pictures that it drew."""
+    """Run a notebook in a folder; return what it prints, and the outputs that are pictures."""
     import nbclient
     import nbformat
 
-    # The kernel is another process in another directory: it must find this checkout.
+    # The kernel is a process in another directory, and must import this checkout.
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.setenv("JAX_PLATFORMS", "cpu")
     patch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")  # compiles quickly, as here

@@ -1,6 +1,6 @@
-"""Whole steps on several meshes, of every family, and runs from start to end in one process.
+"""Training steps and states for tests that compile complete steps.
 
-Steps are compiled once a worker: see `compiled`.
+Each pytest worker compiles a step only once: see `compiled`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe, State
 from tests.conftest import GOLDEN_LOSS, MESHES, OPTIM, ROOT, batch, parameters
 
-# Beside those of eight devices, with their numbers of devices.
+# Meshes of fewer than eight devices, with their numbers of devices.
 SMALLER_MESHES = {"1": (MeshConfig(), 1), "1x2x2": (MeshConfig(data=1, fsdp=2, tensor=2), 4)}
 
 
@@ -30,13 +30,13 @@ def recipe(config, **options):
 
 
 def mesh_of(name):
-    """One of MESHES or SMALLER_MESHES."""
+    """Return one of MESHES or SMALLER_MESHES."""
     sizes, count = SMALLER_MESHES.get(name) or (MESHES[name], 8)
     return make_mesh(sizes, jax.devices()[:count])
 
 
 class Step:
-    """A recipe on a mesh, by default of one device, with its compiled step."""
+    """The compiled training step of a recipe on a mesh."""
 
     def __init__(self, config, mesh="1", **options):
         self.config = config
@@ -44,7 +44,7 @@ class Step:
         self.compiled = self.program.step.lower(self.program.state, self.program.batch).compile()
 
     def start(self, params=None, step=0, frozen=None):
-        """A state with all moments zero."""
+        """Return a state whose optimizer moments are zero."""
         shapes = dataclasses.replace(self.program.state, frozen={})
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         state = State(np.int32(step), params or parameters(self.config), state.opt_state)
@@ -52,40 +52,41 @@ class Step:
         return self.program.with_frozen(state, frozen)
 
     def adapted(self, scale=0.1):
-        """A state whose arrays to train are random, and the others those of `parameters`."""
+        """Return a LoRA state: random adapters on the frozen weights of `parameters`."""
         rng, shapes = np.random.default_rng(3), self.program.state.params
         params = jax.tree.map(lambda x: rng.normal(0, scale, x.shape).astype(x.dtype), shapes)
         return self.start(params, frozen={"lora": {"base": parameters(self.config)}})
 
     def __call__(self, state=None):
-        """State and metrics after one more step, on the host."""
+        """Take one step; return the state and metrics, on the host."""
         values = batch(self.config, self.program.recipe.batch_size)
         inputs = self.program.put(values | {"label": np.arange(len(values["text"])) % 3})
         return jax.device_get(self.compiled(state or self.start(), inputs))
 
 
-compiled = functools.cache(Step)  # the same step for all tests that take it
+compiled = functools.cache(Step)  # tests with the same arguments share a compiled step
 
 
-# ------------------------------------------------------------------ configs that ship
+# ------------------------------------------------------------------ configs of the repository
 
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
 
 
 def read_config(path: Path) -> Config:
-    """A config, or of a ladder the run of the least FLOPs."""
+    """Return a file's config; a ladder's run with the fewest FLOPs."""
     if not path.stem.startswith("ladder_"):
         config = load_config(path)
+        # A classifier without classes would read them from the data.
         objective = (
             dataclasses.replace(x, classes=("a", "b")) if isinstance(x, ClassifierConfig) else x
             for x in config.objective
         )
-        return dataclasses.replace(config, objective=tuple(objective))  # else the data's classes
+        return dataclasses.replace(config, objective=tuple(objective))
     return min(grid(load_ladder(path), Path("runs")), key=lambda p: p.training_flops).config
 
 
 def program_of(config: Config) -> Program:
-    """The config's program; a ResNet's with one block a stage, since further blocks are alike."""
+    """Return a config's program. A ResNet has one block per stage, since further ones are alike."""
     recipe = config.recipe
     if isinstance(vision := recipe.model.vision, ResNetConfig):
         vision = dataclasses.replace(vision, layers=(1, 1, 1, 1))

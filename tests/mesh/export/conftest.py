@@ -1,3 +1,3 @@
-"""The fixture of small models that the tests of the export have."""
+"""The fixture of small models that tests/export has, too."""
 
 from tests.export.conftest import families as families

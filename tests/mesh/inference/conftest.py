@@ -1,3 +1,3 @@
-"""What a command prints, as in tests/inference."""
+"""The fixture that runs a command, from tests/inference."""
 
 from tests.inference.conftest import run as run
