@@ -1,4 +1,4 @@
-"""Every config that ships can start; of each kind one traces a step, without computing it."""
+"""Every config of the repository can start. One of each kind also traces a step and evaluation."""
 
 import jax
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from clip_jax.evals import evaluator
 from tests.mesh.conftest import CONFIGS, program_of, read_config
 
-# One of each kind of tower, pool, decoder, loss, remat policy and gradient clipping.
+# They have every kind of tower, pool, decoder, loss, remat policy and gradient clipping.
 TRACED = (
     *("clipa_l14", "coca_l14", "digits", "mammut_l14", "pairs", "rn50x64", "siglip2_b16"),
     *("convnext_large", "eva02_l14", "pe_core_l14", "shapes_naflex", "vit_l14"),
@@ -25,7 +25,7 @@ def test_a_state_is_laid_out_and_of_each_kind_a_step_and_evaluation_trace(path):
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in (after, run.state)]
     assert shapes[0] == shapes[1]
     assert metrics["loss"].shape == ()
-    # On the mesh, with the parameters where the step has them.
+    # Evaluation uses the parameters as the step has sharded them.
     image = evaluator.compiled(evaluator.embed_images, run.model, run.mesh)
     text = evaluator.compiled(evaluator.embed_texts, run.model, run.mesh)
     images = jax.eval_shape(image, run.state.params, run.batch["image"])

@@ -1,5 +1,5 @@
-"""One step is the same on every mesh and learns; what accumulation, patch dropout, locked towers
-and attention change, and what they don't."""
+"""A training step learns, and gives the same result on every mesh and with gradient accumulation;
+adapters, locked towers and skipped updates change only what they should."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ from tests.mesh.conftest import compiled, mesh_of, recipe
 EIGHT_OR_FOUR = "2x2x2" if jax.__version_info__ >= (0, 11) else "1x2x2"
 CLASSIFIER = ClassifierConfig(classes=("ant", "bee", "cat"))
 LOCKED = dataclasses.replace(OPTIM, locked=("image",))
-# A locked text tower has less to compile.
+# The locked text tower makes compilation faster.
 GUARDED = dataclasses.replace(OPTIM, skip_norm_ratio=10.0, locked=("text",))
 
 
@@ -45,29 +45,30 @@ def changed(config, **vision):
 
 
 FLIP_COCA = dataclasses.replace(changed(NAFLEX_COCA, patch_dropout=0.5), init_logit_bias=-10.0)
-# The smallest whose norms see enough values that rounding does not matter.
+# The smallest ResNet whose batch norms average enough values to make rounding negligible.
 GROUPS = changed(RESNET, batch_norm_group=8, image_size=32, width=4, num_heads=2)
 
 
 def check_equal(expected, got, is_normalised=False):
-    """Two steps' metrics, gradients (a tenth of which is the first moment), parameters."""
+    """Compare metrics, gradients and parameters of two steps. Gradients are read from Adam's first
+    moment."""
     (a, metrics), (b, got_metrics) = expected, got
     assert_close(metrics, got_metrics)
     check_gradients(*(optax.tree.get(x.opt_state, "mu") for x in (a, b)), is_normalised)
     if is_normalised:
         assert_close(a.params["batch_stats"], b.params["batch_stats"])
     else:
-        # Adam scales whatever is not zero, rounding too, up to at most one learning rate.
+        # Where a gradient is only rounding noise, Adam still moves by up to one learning rate.
         assert_close(a.params, b.params, key_bias=OPTIM.learning_rate)
 
 
 def check_gradients(expected, got, is_normalised):
-    """With BatchNorm, a gradient is a difference of large sums: it costs one digit of float32."""
+    """Compare gradients. With BatchNorm they are differences of large sums, so less precise."""
     if not is_normalised:
         assert_close(expected, got)
         return
     for (name, x), y in zip(by_path(expected).items(), jax.tree.leaves(got), strict=True):
-        if not name.endswith(("k_proj/bias", "attn/in_proj/bias")):  # their gradient is zero
+        if not name.endswith(("k_proj/bias", "attn/in_proj/bias")):  # the exact gradient is zero
             assert np.linalg.norm(x - y) <= 1e-4 * np.linalg.norm(x), name
 
 
@@ -89,8 +90,8 @@ def test_a_kernel_on_a_mesh_takes_the_same_step():
 
 
 def test_sigmoids_in_a_ring_accumulated_on_a_mesh_are_those_of_the_one_big_batch():
-    """Of a CoCa of mixed image shapes with averaged weights, also with patch dropout, of which step
-    and row decide; devices keep their rows."""
+    """A CoCa with images of several shapes, averaged weights and patch dropout. Which patches are
+    dropped depends on the step and the row. No image or patch moves to another device."""
     objective = (SigmoidConfig(form="ring"), CaptionConfig())
     optim = dataclasses.replace(OPTIM, ema_decay=0.9)
     step = functools.partial(compiled, FLIP_COCA, objective=objective, optim=optim)
@@ -104,11 +105,11 @@ def test_sigmoids_in_a_ring_accumulated_on_a_mesh_are_those_of_the_one_big_batch
     found = collectives(parts.compiled.as_text(), dict(parts.program.mesh.shape))
     assert {x.kind for x in found} == {"all-reduce", "collective-permute"}
     passed = [dims for x in found if x.kind != "all-reduce" for _, dims in x.arrays]
-    assert max(map(math.prod, passed)) <= 2 * 32  # embeddings of a device's rows, never patches
+    assert max(map(math.prod, passed)) <= 2 * 32  # embeddings of a device's two rows
 
 
 def gradients(config, mesh, objective=()):
-    """A weighted sum of what `encode` returns, its gradients, and new BatchNorm statistics."""
+    """Return a weighted sum of the outputs of `encode`, its gradients, and BatchNorm statistics."""
     mesh, draw = mesh_of(mesh), np.random.default_rng(0).standard_normal
     params = jax.device_put(
         parameters(config), sharding.param_shardings(config, parameter_shapes(config), mesh)
@@ -137,9 +138,9 @@ def gradients(config, mesh, objective=()):
         (dataclasses.replace(FAMILIES["eva02"], text=FAMILIES["xlm_roberta"].text), "2x2x2"),
         (FAMILIES["mobileclip"], "2x2x2"),
         (FAMILIES["tips"], "2x2x2"),
-        (changed(FAMILIES["pe_core"], patch_dropout=0.5), "4x2"),  # rotations of kept patches
+        (changed(FAMILIES["pe_core"], patch_dropout=0.5), "4x2"),  # rotates kept patches
         (NAFLEX_SIGLIP, "2x2x2"),
-        # Their collectives have an order on eight simulated devices in later versions only.
+        # Earlier versions do not order their collectives, which may deadlock on eight devices.
         (FAMILIES["convnext"], EIGHT_OR_FOUR),
         (COCA, EIGHT_OR_FOUR),
     ],
@@ -177,7 +178,7 @@ def test_a_locked_resnet_keeps_weights_and_running_statistics_and_the_text_tower
 
 
 def test_adapters_take_the_same_step_on_a_mesh_and_nothing_else_changes():
-    """Beside a classifier, with averaged weights, in a ring and accumulated."""
+    """With a classifier, averaged weights, the ring form and gradient accumulation."""
     objective = (SoftmaxConfig(form="ring"), CLASSIFIER)
     lora = LoRAConfig(rank=2, targets=("visual/*/q", "*/v", "*/mlp/*", "*proj"))
     optim = dataclasses.replace(OPTIM, ema_decay=0.9)
@@ -196,7 +197,7 @@ def test_adapters_take_the_same_step_on_a_mesh_and_nothing_else_changes():
 
 
 def test_a_resnet_with_adapters_keeps_its_running_statistics():
-    """It computes with them: adapters that add nothing leave the loss of a locked ResNet."""
+    """With adapters that add nothing, the loss is that of the ResNet with a locked image tower."""
     lora = LoRAConfig(targets=("*/attn/*", "visual/attnpool/*"))
     step = compiled(GROUPS, lora=lora)
     after, metrics = step(step.adapted(0.0))

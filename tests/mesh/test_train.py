@@ -1,4 +1,4 @@
-"""Runs of real steps that the unit tests replace by `small_step`."""
+"""Complete runs with real training steps, which unit tests replace by `small_step`."""
 
 import dataclasses
 
@@ -14,7 +14,8 @@ from tests.conftest import by_path, rows, tiny_digits, train_shared, write_state
 
 
 def test_adapters_with_a_live_teacher_resume_bit_for_bit(tmp_path):
-    """Their base and the teacher are read again; averaged weights and the term's maps are saved."""
+    """A resumed run reads the base model and the teacher again. Adapters, averaged weights and the
+    term's own parameters are in the checkpoint."""
     (tmp_path / "weights").mkdir()
     write_states(tiny_digits(steps=2), tmp_path / "weights")
     teacher = LiveTeacher(weights=f"{tmp_path}/weights@1")

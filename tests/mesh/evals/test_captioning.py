@@ -1,4 +1,4 @@
-"""Captions on a mesh: what is written, and how probable given ones are."""
+"""Generation of captions, and the likelihood of captions, on a mesh."""
 
 import dataclasses
 
@@ -36,7 +36,8 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def log_probabilities():
-    """Of 12 images and texts: each next token's, all at once and on one device."""
+    """Return a function that computes the log probabilities of all next tokens at once, on one
+    device."""
     model, params = CLIP(COCA), jax.tree.map(jnp.asarray, parameters(COCA))
 
     @jax.jit
@@ -48,10 +49,10 @@ def log_probabilities():
 
 
 def test_probabilities_are_those_of_all_logits_at_once(encoder, log_probabilities):
-    """Of 4 images and 3 texts: log p of each pair, and the mean loss of all their tokens."""
+    """For 4 images and 3 texts: the log-likelihood of each pair, and the mean loss per token."""
     data = batch(COCA, 16)
     images, texts = data["image"][:4], data["text"][4:7]
-    texts[0, 5:] = 0  # a shorter one
+    texts[0, 5:] = 0  # a shorter text
     pixels, tokens = np.repeat(images, 3, axis=0), np.tile(texts, (4, 1))
     of_all = log_probabilities(pixels, tokens)
     gains = np.take_along_axis(of_all, tokens[:, 1:, None], axis=2)[..., 0]
@@ -66,7 +67,7 @@ def test_probabilities_are_those_of_all_logits_at_once(encoder, log_probabilitie
 
 
 def pictures(kind, *more):
-    """Two images, each with the answer of its kind."""
+    """Return two images with labels or captions."""
     images = batch(COCA, 16)["image"]
     answers = {Labelled: 0, Captioned: ["a cat"]}
     return kind(2, lambda i: (images[i], answers[kind]), *more)
@@ -80,7 +81,7 @@ def pictures(kind, *more):
     ],
 )
 def test_captions_for_images_that_are_not_finite_are_not_measured(task, data, encoder):
-    """Of NaN the first token is the most probable, so that captions look like any others."""
+    """NaN must be an error: the first token would be the most probable, as if nothing was wrong."""
     broken = encoder.params | {
         "visual": jax.tree.map(lambda x: x * np.nan, encoder.params["visual"])
     }
@@ -93,12 +94,14 @@ def test_captions_for_images_that_are_not_finite_are_not_measured(task, data, en
 
 
 def test_captions_are_written_on_the_mesh(encoder, log_probabilities):
-    """Greedily: each token is the most probable after those before it, up to the end of text."""
+    """Each token is the most probable one after those before it, up to the end of the text."""
     pixels, generation = batch(COCA, 16)["image"][:5], GenerationConfig(min_length=1)
     ids = encoder.compute(write, pixels, generation=generation)
     assert captions(encoder, pixels, generation) == encoder.read(ids)
     of_all = log_probabilities(pixels[np.arange(12) % 5], ids[np.arange(12) % 5])
-    free = np.cumsum(ids == COCA.text.end_id, axis=1)[:, :-2] == 0  # the last is always the end
+    free = (
+        np.cumsum(ids == COCA.text.end_id, axis=1)[:, :-2] == 0
+    )  # the last token is always the end
     np.testing.assert_array_equal(ids[:, 1:-1][free], of_all[:5].argmax(2)[:, :-1][free])
     assert free.sum() > 10
     assert len({*map(tuple, ids.tolist())}) > 1

@@ -1,4 +1,4 @@
-"""Data sets while training: what a run writes is what `evaluate` of its checkpoint says."""
+"""Data sets that a run evaluates while training: `evaluate` of its checkpoint gives the same."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.conftest import rows, tiny_digits
 
 @pytest.fixture(scope="module")
 def animals(tmp_path_factory):
-    """Nineteen pictures in three classes, and one file that is none: no mesh divides them."""
+    """Write 19 pictures in three classes, which no mesh divides evenly, and a broken file."""
     root, rng = tmp_path_factory.mktemp("animals") / "animals", np.random.default_rng(0)
     for label, name in enumerate(("ant", "bee", "cat")):
         (root / name).mkdir(parents=True)
@@ -33,7 +33,7 @@ def animals(tmp_path_factory):
     captions.mkdir()
     files = sorted(path for path in root.rglob("*.png") if path.stem != "torn")
     (captions / "filenames.txt").write_text("".join(f"{path}\n" for path in files))
-    for language, word in (("eng_Latn", "picture"), ("nob_Latn", "bilde")):  # no two are alike
+    for language, word in (("eng_Latn", "picture"), ("nob_Latn", "bilde")):  # all captions differ
         lines = "".join(f"{word} {i}\n" for i in range(len(files)))
         (captions / f"{language}.txt").write_text(lines)
     return root
@@ -41,7 +41,8 @@ def animals(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(animals, tmp_path_factory):
-    """Evaluated at steps 3 and 6, saved every five: 3 is saved only where it is the best."""
+    """Train with evaluations at steps 3 and 6 and a checkpoint every five steps. Step 3 is saved
+    only as the best one."""
     workdir = tmp_path_factory.mktemp("run") / "run"
     checkpoint = CheckpointConfig(every_steps=5, best="animals/acc1")
     sets = (f"folder:{animals}", f"languages:{animals.parent / 'captions'}")
@@ -65,14 +66,15 @@ def test_a_run_and_evaluate_give_the_same_digits_on_any_mesh(run, capsys, monkey
     assert f"| animals | acc1 | {100 * values['animals/acc1']:.1f} |" in table
     assert (workdir / "evals/animals/confusion.png").is_file()
 
-    monkeypatch.setattr(reader, "_BATCH", 7)  # several batches, the last one part empty
+    monkeypatch.setattr(reader, "_BATCH", 7)  # several batches, the last one padded
     mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
     assert main(["evaluate", str(workdir), "--suite", "run", *mesh, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == pytest.approx(values, abs=1e-6)
 
 
 def test_options_are_those_of_the_runs_own_data_sets(run, animals, capsys):
-    """Any option measured the bundled digits instead; so did a config that cannot be read."""
+    """With options, too, `evaluate` reads the run's data sets and not the bundled digits. If the
+    run's config cannot be read, this is an error."""
     workdir, _ = run
     few = ["--images", "5", "--tasks", "zero-shot", "neighbours", "--json"]
     results = []

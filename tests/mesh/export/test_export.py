@@ -1,4 +1,4 @@
-"""`clip-jax export` of a captioner: every format, verified."""
+"""`clip-jax export --verify` of a captioner, in every format."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ from tests.conftest import COCA, parameters
 
 
 def test_a_model_that_writes_captions(tmp_path, capsys):
-    config = replace(COCA, text=replace(COCA.text, context_length=40))  # short texts are padded
+    config = replace(COCA, text=replace(COCA.text, context_length=40))  # leaves room for padding
     weights = Weights(
         config=config, params=parameters(config), preprocess=default_preprocess(config)
     )
@@ -26,7 +26,7 @@ def test_a_model_that_writes_captions(tmp_path, capsys):
     photos = exported("photos", "--format", "onnx", "--layout", "immich")
     assert photos["caption_logits"] is None
     assert not list((tmp_path / "photos").rglob("caption*"))
-    # Its text tower sees padding, so that the tokenizer must pad as the model does.
+    # The text tower attends to padding, so users of the program must pad texts as the model does.
     values = exported("program", "--format", "stablehlo")
     assert values["caption_logits"] <= values["max_relative_difference"] <= values["bound"] == 1e-5
     assert "end with token id 519" in (tmp_path / "program/README.md").read_text()

@@ -1,4 +1,4 @@
-"""ONNX files of every family, run by onnxruntime, against the model."""
+"""ONNX files of every family give the outputs of the model in onnxruntime."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""StableHLO of captioners, whose programs write captions token by token."""
+"""StableHLO programs of captioners, which generate captions token by token."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from tests.export.conftest import programs, shorter
 
 
 def test_captions_of_naflex_at_two_lengths_from_one_artifact(tmp_path, families):
-    """Their cache holds the image tokens that are valid."""
+    """The decoder attends only to the valid image tokens."""
     family = families("naflex_mean_all")
     config, params = family.weights.config, family.weights.params
     write(family.weights, tmp_path)
@@ -22,7 +22,7 @@ def test_captions_of_naflex_at_two_lengths_from_one_artifact(tmp_path, families)
 
 
 def test_the_readers_compute_what_the_model_does(tmp_path, families, monkeypatch):
-    """Captions of all tokens but the begin, each the most probable after those before it."""
+    """Each token of a caption after the first is the most probable one after those before it."""
     family = families("coca")
     config, params = family.weights.config, family.weights.params
     for folder in ("program", "captioner"):

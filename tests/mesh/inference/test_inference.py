@@ -1,4 +1,4 @@
-"""Runs and captioners of images of any aspect ratio, at any sequence length."""
+"""Evaluation and captioning with images of any aspect ratio, at any sequence length."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ from tests.inference.conftest import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A NaFlex model, one of fixed resolution, a captioner, a run, and images of many shapes."""
+    """Write a NaFlex model, one of fixed resolution, a captioner, a run, and images to read."""
     path = tmp_path_factory.mktemp("naflex")
     write_tiny_model(path / "model", config=NAFLEX_16)
     write_tiny_model(path / "fixed", config=TINY)
@@ -87,7 +87,7 @@ def test_every_task_names_its_length(folder, tmp_path, run, monkeypatch):
 
 @mock.patch.object(datasets, "_PER_NUMBER", 4)
 def test_the_digits_and_a_watched_run_name_their_length(folder, run):
-    """A watcher evaluates at the length that its option sets."""
+    """A watcher evaluates at the length of its own option, `--tokens`."""
     digits = ["--dataset", "digits", "--images", 100]
     own = run("evaluate", folder / "run", *digits, "--tasks", "zero-shot", "neighbours")
     assert own["tokens"] == OWN
@@ -100,7 +100,7 @@ def test_the_digits_and_a_watched_run_name_their_length(folder, run):
 
 
 def test_evaluators_in_training_name_their_length_and_mix_no_two(folder):
-    """An evaluator that has read its pairs at one length reads them again at another."""
+    """An evaluator reads its cached pairs again if the length has changed."""
     source = DigitsConfig(split="test", digits=1)
     pairs = PairsEvalConfig(pairs=16, pool=8, data=DataConfig(source=source, crop="center"))
     configs = [pairs, DigitsEvalConfig(source=source, per_number=1)]

@@ -1,4 +1,4 @@
-"""What a loaded captioner writes."""
+"""Captions by a loaded model."""
 
 import numpy as np
 

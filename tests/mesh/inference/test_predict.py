@@ -1,4 +1,4 @@
-"""Captions by the command `predict`."""
+"""`clip-jax predict --caption`."""
 
 import json
 
@@ -11,7 +11,8 @@ from tests.conftest import COCA, batch, write_tiny_model
 
 
 def test_a_model_with_a_decoder_writes_captions(tmp_path, capsys):
-    """Also where it has fewer positions than captions are long by default; no others do."""
+    """The default length is cut to the model's positions. A longer one is invalid, as is a model
+    without a decoder."""
     coca, photos = tmp_path / "coca", [tmp_path / "0.png", tmp_path / "1.png"]
     write_tiny_model(coca, config=COCA)
     for path, pixels in zip(photos, batch(COCA)["image"], strict=False):

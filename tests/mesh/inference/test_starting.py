@@ -1,4 +1,4 @@
-"""The state of step 0, of which a tower is another run's and the other is drawn."""
+"""The initial state of a run that takes one tower from another run."""
 
 import jax
 import numpy as np

@@ -1,4 +1,5 @@
-"""A training step with live and stored teachers against NumPy, on a mesh and accumulated."""
+"""A training step with live and stored teachers equals NumPy's result, also on a mesh and with
+gradient accumulation."""
 
 import functools
 from dataclasses import replace
@@ -17,7 +18,7 @@ from tests.losses.conftest import BIG, SMALL, TERM, embeddings, inputs, unit
 
 
 def step(term: DistillationConfig, mesh: str = "1", accumulation: int = 1) -> tuple[Any, Any]:
-    """Return the gradients, times a constant, and the metrics."""
+    """Return Adam's first moment, a multiple of the gradients, and the metrics."""
     recipe = Recipe(
         model=SMALL,
         objective=(SoftmaxConfig(captions="both"), term),
@@ -60,7 +61,7 @@ def test_a_step_with_live_and_stored_teachers_equals_numpy() -> None:
         embeddings(BIG, data["teacher1_image"], data),
         {x: unit(y[:, 8:]) for x, y in stored.items()},
     ]
-    scales = (60.0, 10.0, 100.0)  # a live one has its own
+    scales = (60.0, 10.0, 100.0)  # the second is the live teacher's own
     maps = own_parameters()["distillation"]
     info_nce, similarity, distance = 0.0, 0.0, 0.0
     for kind in ("text", "synthetic"):
@@ -81,7 +82,7 @@ def test_a_step_with_live_and_stored_teachers_equals_numpy() -> None:
     )
     cosines = student["image"] @ student["text"].T
     best = np.isclose(cosines, cosines.max(1, keepdims=True), rtol=0, atol=1e-9)
-    credit = (np.diag(best) / best.sum(1)).mean()  # of true captions, two of which are equal
+    credit = (np.diag(best) / best.sum(1)).mean()  # two captions are equal and share the credit
     for term in ("contrastive", "distillation"):
         assert metrics[f"{term}/image_to_text_accuracy"] == pytest.approx(credit)
 

@@ -1,5 +1,5 @@
-"""The objective's seam is wide enough: three terms that stand here alone — with a frozen teacher,
-with a state of their own, with vectors from the batch — go where every term goes."""
+"""Terms of the objective as users define them: with a frozen teacher, with a state of its own, and
+with further inputs. Meshes, accumulation, checkpoints and `plan` support them without changes."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ def cross_entropy(targets: jax.Array, logits: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTerm(Term):
-    """The similarities of a frozen model are the targets of the trained one's (MobileCLIP)."""
+    """Distillation of a frozen model's similarities (MobileCLIP)."""
 
     name: ClassVar[str] = "teacher"
 
@@ -61,7 +61,7 @@ class TeacherTerm(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class AverageTerm(Term):
-    """A slow copy of the image tower says, less its running centre, what a token sees (DINO)."""
+    """Distillation of a moving average of the image tower, with a running centre (DINO)."""
 
     name: ClassVar[str] = "average"
     needs: ClassVar[tuple[str, ...]] = ("image_tokens:-1",)
@@ -91,8 +91,8 @@ class AverageTerm(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTerm(Term):
-    """Vectors stored with the pairs are what the image embeddings should be after a trained map
-    (regression), and what further captions should be."""
+    """Regression of stored vectors, by mapped image embeddings and by the embeddings of synthetic
+    captions."""
 
     name: ClassVar[str] = "stored"
     needs: ClassVar[tuple[str, ...]] = ("text:synthetic",)
@@ -128,7 +128,7 @@ def inputs() -> dict[str, Any]:
 
 
 def program(terms: Sequence[Term], mesh: str = "1", accumulation: int = 1) -> Program:
-    """Return the step, which skips unusual updates."""
+    """Return a program that skips updates with an unusual gradient norm."""
     sizes, count = {"1": (MeshConfig(), 1)}.get(mesh) or (MESHES[mesh], 8)
     recipe = Recipe(
         model=TINY,
@@ -184,7 +184,7 @@ def test_terms_are_saved_and_resumed_bit_for_bit_without_their_teacher(tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     checkpoints.save(1, state.saved(), {"samples": 16})
     checkpoints.wait()
-    expected = jax.device_get(steps(run, state, 1))  # which takes the state's memory
+    expected = jax.device_get(steps(run, state, 1))  # donates the state's memory
     restored = checkpoints.restore(run.state.saved())
     checkpoints.close()
     resumed = run.resume(restored.state, begin(run).frozen)
@@ -208,7 +208,7 @@ def test_a_skipped_update_leaves_what_terms_carry_as_it_was() -> None:
 
 @functools.cache
 def counted(*terms: Term) -> tuple[dict[str, int], int]:
-    """The bytes that a step with these terms holds, and its FLOPs."""
+    """Return the bytes that a step with these terms holds in memory, and its FLOPs."""
     run = program(terms)
     return pod.held_bytes(run.state, run.batch), flops.of_step(run.recipe).total
 
@@ -231,7 +231,7 @@ def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
     assert held == without | {name: without[name] + size for name, size in more.items()}
     encoded = {
         "teacher": flops.forward(TEACHER).total,
-        "stored": 3 * flops.forward(TINY).text,  # of the further captions, with two gradients
+        "stored": 3 * flops.forward(TINY).text,  # the synthetic captions, forward and backward
     }
     assert work - least == 2 * term.macs(TINY, 16, ()) + 16 * encoded.get(term.name, 0)
 

@@ -1,4 +1,4 @@
-"""Losses of other sums, as a user's module defines them: every form against float64."""
+"""Contrastive losses as users define them: each form equals the definition in float64."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from clip_jax.sharding import BATCH_AXES, MeshConfig, batch_sharding, make_mesh
 from tests.conftest import MESHES, assert_close
 
 IMAGES, EMBED, SCALE, BIAS = 48, 16, 20.0, -8.0
-Definition = Callable[[Any, Any, Any, Any, Any], Any]  # of cosines, positive, weights, scale, bias
+Definition = Callable[[Any, Any, Any, Any, Any], Any]  # (cosine, positive, weights, scale, bias)
 
 
 def negatives(pairs: Pairs) -> jax.Array:
@@ -37,8 +37,8 @@ def negatives(pairs: Pairs) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class HardNegatives(Contrastive):
-    """HN-NCE (Radenovic et al. 2023, arXiv:2301.02280, equation 2): an image's negatives weigh
-    (B − 1) · exp(β · logit), normalised."""
+    """HN-NCE (Radenovic et al. 2023, arXiv:2301.02280, equation 2): the weights of an image's
+    negatives are proportional to exp(β · logit) and add up to B − 1."""
 
     beta: float = 0.5
 
@@ -71,7 +71,7 @@ class HardNegatives(Contrastive):
 
 @dataclass(frozen=True, kw_only=True)
 class Hinge(Contrastive):
-    """A margin to the hardest negative (VSE++), relative to which a share of all others counts."""
+    """A hinge loss of the hardest negative (VSE++), plus a weighted sum of all cosines."""
 
     margin: float = 0.2
 
@@ -100,7 +100,7 @@ class Hinge(Contrastive):
 
 @dataclass(frozen=True, kw_only=True)
 class Weighted(SigmoidConfig):
-    """Each pair's sigmoid loss times the weights of its image and its text; no closed gradient."""
+    """The sigmoid loss with weights of images and texts; JAX differentiates it."""
 
     def sums(self, scale, bias):
         def losses(pairs):
@@ -118,7 +118,7 @@ class Weighted(SigmoidConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Nested(Contrastive):
-    """InfoNCE of the embeddings' first channels, added up (Matryoshka)."""
+    """The sum of the InfoNCE losses of the first 4 and the first 12 channels (Matryoshka)."""
 
     widths: ClassVar[tuple[int, ...]] = (4, 12)
 
@@ -140,7 +140,8 @@ class Nested(Contrastive):
 
 
 def info_nce(cosine, positive, weights, scale, bias):
-    """Cross-entropy with targets that the positive pairs share; a side without any adds nothing."""
+    """Cross-entropy whose target is spread evenly over the positive pairs of a row or column; one
+    without a positive pair adds nothing."""
     total = 0.0
     for x, positives in ((cosine, positive), (cosine.T, positive.T)):
         target = positives / np.maximum(positives.sum(1, keepdims=True), 1)
@@ -153,7 +154,7 @@ def sigmoid(cosine, positive, weights, scale, bias):
     return losses.sum() / len(cosine)
 
 
-# Two texts an image in any order, with a third and fourth for image 0, and none for the last.
+# Two texts per image, in random order. Image 0 has four, the last image none.
 TEXT_IDS = np.random.default_rng(1).permutation(np.repeat(np.arange(IMAGES), 2) % (IMAGES - 1))
 LOSSES: dict[str, tuple[Contrastive, Definition, Any]] = {
     "hard negatives": (HardNegatives(), HardNegatives.definition, None),
@@ -185,7 +186,7 @@ def weights_of(x: Any) -> np.ndarray:
 
 @functools.cache
 def expected(name: str) -> Any:
-    """The loss and the gradients of the problem, in float64."""
+    """Return the loss of the problem by its definition, and its gradients, in float64."""
     config, define, text_ids = LOSSES[name]
     x = problem(text_ids)
     ids = np.arange(IMAGES) if text_ids is None else text_ids
@@ -206,7 +207,7 @@ def expected(name: str) -> Any:
         return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(value))(doubles))
 
 
-# Each loss in one piece, and in rings of blocks that also gather; blocks and rings alone, too.
+# Every loss in its dense form and in rings of two devices; some losses in other forms.
 @pytest.mark.parametrize(
     ("name", "form", "mesh", "block_size"),
     [
@@ -223,7 +224,7 @@ def test_equals_the_definition(
     name: str, form: str, mesh: str, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _, text_ids = LOSSES[name]
-    if form == "rings of 2":  # neighbours of one slice pass texts on; slices gather
+    if form == "rings of 2":  # rings within slices of two devices; slices gather texts
         slices = mock.create_autospec(devices_per_slice, return_value=2)
         monkeypatch.setattr(contrastive, "devices_per_slice", slices)
     kind: Any = form.split()[0].replace("rings", "ring")

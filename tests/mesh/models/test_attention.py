@@ -1,4 +1,4 @@
-"""JAX's splash kernel, interpreted: a larger program than a unit test compiles."""
+"""JAX's splash attention kernel in interpret mode, whose programs are too large for unit tests."""
 
 import functools
 
@@ -10,7 +10,7 @@ from tests.models.exact_attention import check_padding, errors
 
 
 def test_splash_on_a_mesh_is_causal_attention_of_any_size():
-    """Each device its rows and heads, whose length and dim are off the kernel's grid."""
+    """Rows and heads are sharded. Their length and size are no multiples of the kernel's blocks."""
     layout = sharding.layout(make_mesh(MESHES["2x2x2"]), "splash")
 
     def attend(flat, heads, causal, lengths):  # the model keeps the axes where heads are split
@@ -22,6 +22,6 @@ def test_splash_on_a_mesh_is_causal_attention_of_any_size():
 
 
 def test_splash_does_not_attend_to_padding():
-    """The last blocks of keys, and all but the first key, are padding."""
+    """One row has whole blocks of padding, the other a single valid key."""
     splash = functools.partial(attention.splash, interpret=True)
     check_padding(splash, (514, 1, 64), (257, 1), 2e-5)

@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass, of which each kind is a program."""
+"""Rematerialisation policies: each needs a program of its own."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from tests.conftest import TINY, assert_close, parameters
 
 @functools.cache
 def lowered(config: CLIPConfig) -> jax.stages.Lowered:
-    """Gradients of some function of the image features, by every parameter of the image tower."""
+    """Lower the gradient of a function of the image features for all parameters."""
     model, shape = CLIP(config), (2, config.vision.image_size, config.vision.image_size, 3)
     params = jax.eval_shape(model.init, jax.random.key(0))
     gradients = jax.grad(lambda p, images: (model.encode_image(p, images) ** 2).sum())
@@ -31,7 +31,7 @@ def image_grads(config: CLIPConfig) -> Params:
 
 
 def test_every_remat_computes_more_again_and_changes_nothing():
-    """Also in unrolled layers, where no loop keeps what is computed again apart."""
+    """Also in unrolled layers, where XLA could merge a recomputation with the original."""
     policies = ("none", "hidden", "residual", "attention", "full")  # cheapest first
     texts = [lowered(dataclasses.replace(TINY, remat=remat)).as_text() for remat in policies]
     matmuls = [text.count("stablehlo.dot_general") for text in texts]

@@ -1,5 +1,5 @@
-"""Captions: greedy as one would write them by hand, beams against all captions there are, draws
-that depend on the seed alone."""
+"""Caption generation: greedy search equals a simple loop, beam search finds the best of all
+captions, and samples depend on the seed alone."""
 
 import functools
 import itertools
@@ -13,15 +13,15 @@ from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig, generate
 from tests.conftest import COCA, batch, decode_text, parameters
 
-# One block of each: every block is compiled apart.
+# One block each, since XLA compiles every block separately.
 SMALL = replace(COCA, text=replace(COCA.text, depth=1), decoder=replace(COCA.decoder, depth=1))
-TOY = replace(SMALL, text=replace(SMALL.text, vocab_size=6))  # 4 begins, 5 ends
+TOY = replace(SMALL, text=replace(SMALL.text, vocab_size=6))  # id 4: begin, 5: end
 PAD, BEGIN, END = 0, 518, 519
 
 
 @functools.cache
 def model_and_images(config):
-    """A model, its parameters, tokens of eight images, and what computes all logits at once."""
+    """Return a model, its parameters, the tokens of eight images, and `decode_text`, compiled."""
     model, params = CLIP(config), jax.tree.map(jnp.asarray, parameters(config))
     images = model.normalize(jnp.asarray(batch(config, 8)["image"]))
     image_tokens = jax.jit(model.encode_image_and_tokens)(params, images)[1]
@@ -88,9 +88,9 @@ def test_draws_depend_on_the_seed_alone():
     got = run(params, image_tokens, jnp.uint32(0))
     np.testing.assert_array_equal(run(params, image_tokens, jnp.uint32(0)), got)
     assert (run(params, image_tokens, jnp.uint32(1)) != got).any()
-    # In another company.
+    # The other images of the batch make no difference.
     np.testing.assert_array_equal(run(params, image_tokens[::-1], jnp.uint32(0)), got[::-1])
-    # With a seed of its own, each row is the one of that seed; on a mesh, too.
+    # Each row may have its own seed, also on a mesh.
     seeds = jnp.array([0, 1, 1, 7, 0, 2**32 - 1, 1, 3], jnp.uint32)
     single = np.stack([run(params, image_tokens, seed)[row] for row, seed in enumerate(seeds)])
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))

@@ -1,4 +1,4 @@
-"""Images that are no squares go from files to a tower through code that knows only squares."""
+"""A user's tower for images that are not square, from files to training and evaluation."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ PATCH, LENGTH = 4, 24
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """At most LENGTH patches, in about the shape of the image."""
+    """At most LENGTH patches, in a grid with about the image's aspect ratio."""
 
     side: int = 4 * PATCH
     max_patches = None
@@ -65,7 +65,7 @@ class Packed:
 
 
 class PackedTower(nn.Module):
-    """Projects patches, tells them their rows, and takes the mean of those that are valid."""
+    """Projects patches, adds their rows as positions, and averages the valid ones."""
 
     embed_dim: int
 
@@ -82,7 +82,7 @@ class PackedTower(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedConfig(ViTConfig):
-    """The tower's configuration, as its own file would have it."""
+    """The tower's configuration."""
 
     @property
     def image_spec(self):
@@ -94,7 +94,7 @@ class PackedConfig(ViTConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedPreprocess(Preprocess):
-    """Squeezes an image to the nearest grid of patches."""
+    """Resizes an image to the nearest grid of patches."""
 
     image_size: int = 16
     resize_mode: Literal["shortest", "squash", "longest"] = "squash"
@@ -127,7 +127,7 @@ def program():
 
 @pytest.mark.parametrize("crop_scale", [None, (0.3, 1.0)])
 def test_packed_patches_are_trained_on(program, tmp_path, crop_scale):
-    """From files to the step of eight devices, each of which has its rows of every array."""
+    """From files to a training step on eight devices, each with its rows of every array."""
     config = DataConfig(source=table(tmp_path, make_pairs(20)), crop_scale=crop_scale)
     pipeline = build(
         config,
@@ -158,14 +158,14 @@ def test_packed_patches_are_trained_on(program, tmp_path, crop_scale):
 
 
 def expected_features(params, preprocess, images):
-    """Each image alone, by the pure functions."""
+    """Encode each image alone."""
     clip = CLIP(CONFIG)
     encode = jax.jit(lambda image: clip.encode_image(params, clip.normalize(image)))
     return np.concatenate([encode(preprocess.batch(image)) for image in images])
 
 
 def test_packed_patches_are_evaluated_and_embedded(program):
-    """Of eleven images the last batch is filled up; none is told from itself alone."""
+    """The last batch of eleven images is padded; padding does not change the results."""
     images, preprocess = pictures(), PackedPreprocess()
     params = jax.tree.map(np.asarray, jax.jit(CLIP(CONFIG).init)(jax.random.key(0)))
     preprocess = dataclasses.replace(preprocess, mean=CONFIG.image_mean, std=CONFIG.image_std)

@@ -1,4 +1,4 @@
-"""NaFlex: padding of images changes nothing in a captioner, neither outputs nor gradients."""
+"""Padding of NaFlex images changes neither the outputs nor the gradients of a captioner."""
 
 import functools
 from dataclasses import replace
@@ -13,7 +13,7 @@ from clip_jax.models.generation import GenerationConfig, generate
 from clip_jax.models.images import Patches
 from tests.conftest import MAMMUT, NAFLEX_COCA, batch, parameters
 
-# Decoders that attend to the patches themselves, not to a pool's queries.
+# Captioners whose decoder attends to the patches, not to the queries of a pool.
 CAPTIONERS = {
     "class_token": replace(NAFLEX_COCA, vision=replace(NAFLEX_COCA.vision, pool="class_token")),
     "map": replace(NAFLEX_COCA, vision=replace(NAFLEX_COCA.vision, pool="map", class_token=False)),
@@ -23,8 +23,8 @@ CAPTIONERS = {
 
 @pytest.mark.parametrize("name", CAPTIONERS)
 def test_padding_changes_nothing_in_captions(name):
-    """Whatever it contains, outputs and gradients are the same bits, and no gradient reaches it. An
-    image alone, in a shorter sequence without any, has the same outputs."""
+    """Outputs and gradients are bitwise equal whatever the padding contains, and its own gradient
+    is zero. An image alone, without padding, has the same outputs."""
     config = CAPTIONERS[name]
     model, params = CLIP(config), jax.tree.map(jnp.asarray, parameters(config))
     data = batch(config, 8)
@@ -63,7 +63,7 @@ def test_padding_changes_nothing_in_captions(name):
 
 
 def test_captions_are_generated_alike_at_every_length():
-    """By the cache, which keeps each image's number of tokens; rows share an image in beams."""
+    """The decoder's cache has each image's number of tokens. The beams of an image share it."""
     config = CAPTIONERS["map"]
     model, params = CLIP(config), jax.tree.map(jnp.asarray, parameters(config))
     written = GenerationConfig(method="beams", beams=3, max_length=8, min_length=6)

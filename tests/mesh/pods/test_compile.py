@@ -1,8 +1,8 @@
-"""The collectives of the compiled step, read from XLA's text.
+"""The collectives of the compiled step, as XLA's text of the program lists them.
 
-Allowed are gathers of parameters and token ids under `fsdp`, and of the loss's embeddings [B, E]
-and vectors [B]. The token embedding table is never gathered: its rows are sent.
-A gradient of a split parameter is summed into its shard alone.
+A step may gather parameters and token ids over `fsdp`, and the embeddings [B, E] and vectors [B] of
+the loss. It never gathers the token embedding table, only the embeddings of a batch's tokens. Each
+device sums only its own shard of a sharded parameter's gradient.
 """
 
 import functools
@@ -26,7 +26,7 @@ from clip_jax.step import Program
 from tests.conftest import tiny_digits
 from tests.pods.conftest import BATCH, MODEL, module, recipe
 
-Sizes = tuple[int, int, int]  # of a mesh's axes
+Sizes = tuple[int, int, int]  # of the axes data, fsdp, tensor
 MESH, TOPOLOGY = MeshConfig(data=2, fsdp=4), Topology.parse("v5e:2x4")
 
 
@@ -38,7 +38,7 @@ def program(sizes: Sizes, form: str = "dense") -> Program:
 
 @pytest.fixture(scope="module")
 def planned() -> tuple[Facts, str]:
-    """What `plan` reads from a step on the CPU's own devices, and the text that it reads."""
+    """Return the facts that `plan` reads from a step compiled for CPU devices, and XLA's text."""
     request = Request(recipe=recipe(), mesh=MESH, topology=TOPOLOGY)
     with mock.patch.object(
         pod, "collectives", autospec=True, side_effect=pod.collectives
@@ -48,22 +48,22 @@ def planned() -> tuple[Facts, str]:
 
 
 def faults(text: str, sizes: Sizes) -> list[str]:
-    """Describe the collectives of a compiled step that are not allowed."""
+    """Describe the collectives of a compiled step that the module's docstring does not allow."""
     mesh, params = program(sizes).mesh, program(sizes).state.params
     tensor = mesh.shape["tensor"]
-    split, replicated, unsplit, shards = set(), set(), set(), set()  # in any order, without depth
+    split, replicated, unsplit, shards = set(), set(), set(), set()  # of sorted dims without depth
     for x in jax.tree.leaves(params):
         spec = [a if isinstance(a, tuple) else (a,) for a in x.sharding.spec]
         is_split = any("fsdp" in axes for axes in spec)
-        if is_split:  # as it is sharded, but for fsdp
+        if is_split:  # its shard, and the same without fsdp
             pairs = list(zip(x.shape, [*spec, *[()] * len(x.shape)], strict=False))
             shard = tuple(d // math.prod(mesh.shape[a] for a in axes if a) for d, axes in pairs)
             copy = tuple(d // tensor if "tensor" in axes else d for d, axes in pairs)
             shards |= {_dims(shard), _dims(shard[1:])}
             unsplit |= {_dims(copy), _dims(copy[1:])}
-        flat = x.shape[1:]  # of attention's projections, which are one product each
+        flat = x.shape[1:]  # without depth
         merged = [(flat[0], math.prod(flat[1:])), (math.prod(flat[:-1]), flat[-1])] if flat else []
-        # As the compiler may split it over tensor, too.
+        # The compiler may merge the axes of attention projections, and split one over tensor.
         for dims in (x.shape, flat, *(merged if len(flat) > 2 else [])):
             (split if is_split else replicated).add(_dims(dims))
             parts = [d // tensor if d % tensor == 0 else d for d in dims]
@@ -113,7 +113,7 @@ def test_only_parameters_and_features_are_gathered_and_gradients_stay_split(size
         if x.kind == "all-gather" and "transformer/while" in x.source
     ]
     assert blocks
-    assert all(x.times == MODEL.text.depth for x in blocks)  # a layer at a time
+    assert all(x.times == MODEL.text.depth for x in blocks)  # one layer at a time
 
 
 def test_collectives_that_are_not_allowed_are_named():
@@ -134,7 +134,7 @@ def test_collectives_that_are_not_allowed_are_named():
 
 
 class Recorded(Program):
-    """A program that is not compiled: an EOFError with its StableHLO ends whoever would."""
+    """A program that raises EOFError, with its StableHLO, instead of compiling."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -153,7 +153,7 @@ class Recorded(Program):
 
 
 def test_plan_compiles_what_train_runs(tmp_path):
-    """The same StableHLO under the same options."""
+    """The StableHLO and the compiler options are the same."""
     options = {"xla_cpu_enable_fast_math": False}
     config = tiny_digits(steps=3, evals=(), mesh=MESH)
     request = Request(recipe=config.recipe, mesh=MESH, topology=TOPOLOGY)

@@ -1,5 +1,5 @@
-"""Captions and teachers' embeddings beside pairs: each is what the model alone computes, and the
-files are the same whatever stops."""
+"""Synthetic captions and teachers' embeddings that `prepare` adds to pairs: they equal those of the
+models, and a run that was stopped ends with the same files."""
 
 import dataclasses
 import itertools
@@ -50,7 +50,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def how(models, pairs, tmp_path_factory) -> dict[str, Any]:
-    """Two teachers, of other widths and resolutions, and a captioner."""
+    """Return the settings: two teachers of different widths and resolutions, and a captioner."""
     return {
         "source": FORMATS["tar"](tmp_path_factory.mktemp("in"), pairs).path,
         "reinforce": (models / "small", models / "large"),
@@ -102,7 +102,7 @@ def test_a_stopped_run_leaves_complete_shards_and_ends_with_the_same_bytes(
 def test_each_caption_is_the_one_that_predict_writes_with_its_seed(
     how, models, written, pairs, tmp_path
 ):
-    """All by the library, and some by the command, whose images are alone."""
+    """Compared with the library in batches, and for two images with `predict`."""
     features = records(written)
     seeds = np.array([int(x["synthetic_seed"][0]) for x in features], np.uint32)
     assert len({*seeds.tolist()}) > NUMBER - 5
@@ -148,13 +148,13 @@ def test_embeddings_are_the_teachers_of_replayed_images_and_of_captions(how, mod
 
 
 def few(how, tmp_path, **fields) -> dict[str, Any]:
-    """The same with 50 pairs, of which one shard has 30 and one 20."""
+    """Return settings with 50 pairs in shards of 30 and 20."""
     source = FORMATS["tar"](tmp_path, tiny_pairs(50)).path
     return how | {"source": source, "samples_per_shard": 30, "batch_size": 8} | fields
 
 
 def test_bytes_depend_neither_on_the_batch_nor_on_other_shards(how, tmp_path):
-    """Also where pairs are gathered in the order of a shuffle."""
+    """The order of a shuffle makes no difference either."""
     (tmp_path / "in").mkdir()
     base = few(how, tmp_path / "in")
     changes = ({}, {"shuffle": True}, {"samples_per_shard": 7})
@@ -189,15 +189,15 @@ def test_a_tar_has_the_released_layout_and_the_same_content(how, tmp_path):
         assert list(members) == ["png", "txt", "paug.json", "syn.json", "npz"]
         one = ours.record(i)
         assert [members["png"], members["txt"]] == [one.image(), one.captions()[0].encode()]
-        stored = dataclasses.replace(one.more(), widths=())  # which tars do not say
+        stored = dataclasses.replace(one.more(), widths=())  # tar files do not store the widths
         assert_same_content(stored, from_members(members, 1))
         assert_same_content(stored, tars.record(i).more())
         assert len(json.loads(members["syn.json"])["synthetic_seed"]) == 2
 
 
 def test_captions_first_and_teachers_later(how, tmp_path):
-    """A source's synthetic captions are embedded; without a model, everything is copied, also the
-    teachers' widths."""
+    """Teachers embed the synthetic captions that the source has. Without models, `prepare` copies
+    all that the source has, including the teachers' widths."""
     (tmp_path / "in").mkdir()
     base = few(how, tmp_path / "in")
     only = {name: base[name] for name in base if name not in ("reinforce", "augmentations")}
