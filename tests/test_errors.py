@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -15,6 +16,7 @@ from clip_jax.config import Config
 from clip_jax.convert.conversion import ConvertConfig
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.order.mixture import MemberConfig
+from clip_jax.data.shapes import SampleDataConfig
 from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.evals import suite
 from clip_jax.evals.evaluator import Encoder
@@ -25,15 +27,18 @@ from clip_jax.pods.plan import PlanConfig
 from clip_jax.pods.topology import Topology
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.scaling import climb, fit, html_report, ladder, run_table
+from clip_jax.scaling.choose import ChooseConfig
+from clip_jax.scaling.downstream import RelateConfig
+from clip_jax.scaling.planning import ScalePlanConfig
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.serve.service import ServeConfig
 
 COMMANDS = (
     Config, evaluate.EvaluateConfig, predict.PredictConfig, embed.EmbedConfig,
     search.SearchConfig, DemoConfig, ConvertConfig, PrepareConfig, PlanConfig,
-    run_table.CollectConfig, fit.FitConfig, climb.LadderCommand, ladder.LadderConfig,
+    run_table.CollectConfig, fit.FitCommand, climb.LadderCommand, ladder.LadderConfig,
     html_report.ReportConfig, bench.InputBench, bench.StepBench, ExportConfig, ServeConfig,
-    average.AverageConfig,
+    average.AverageConfig, SampleDataConfig, ScalePlanConfig, ChooseConfig, RelateConfig,
 )  # fmt: skip
 GIVEN = {  # where there is no default, or none that can stand alone
     "PredictConfig.labels": ("cat",),
@@ -79,6 +84,7 @@ ZERO = names(
     Config="seed",
     DataConfig="seed workers threads max_bad_share synthetic_ratio",
     DigitsConfig="split_seed",
+    SampleDataConfig="seed",
     MemberConfig="weight",
     PhaseConfig="from_sample weights",
     EvaluateConfig="seed",
@@ -153,6 +159,13 @@ def example(kind: type) -> typing.Any:
             kind_of = parts(hints[field.name])[0]
             values[field.name] = 1 if kind_of in (int, float) else kind_of("x")
     return kind(**values)
+
+
+def test_each_commands_config_is_listed():
+    source = Path(commands.__file__).read_text()
+    read = set(re.findall(r"\b[A-Z]\w*(?:Config|Command)\b", source)) - {"ProcessesConfig"}
+    assert read <= {kind.__name__ for kind in COMMANDS}
+    assert {kind for kind, *_ in bench.BENCHES.values()} <= {*COMMANDS}
 
 
 FIELDS = numbers()

@@ -123,11 +123,20 @@ def test_damage_that_another_process_meets_counts_for_all(workdir):
     assert "step 3 is damaged (its disk is broken)" in found.messages[0]
 
 
+# The codes of Abseil's errors, which TensorStore's begin with.
+OF_A_STORE = "UNAVAILABLE DEADLINE_EXCEEDED PERMISSION_DENIED UNAUTHENTICATED RESOURCE_EXHAUSTED"
+OF_THE_DATA = "DATA_LOSS NOT_FOUND INVALID_ARGUMENT FAILED_PRECONDITION OUT_OF_RANGE UNIMPLEMENTED"
+
+
 def test_a_store_out_of_reach_is_no_damage():
-    unavailable = ValueError("UNAVAILABLE: Error reading: Connection refused")
-    for error in (unavailable, PermissionError("no"), MemoryError(), TimeoutError()):
+    codes = [*OF_A_STORE.split(), "ABORTED"]
+    errors = [ValueError(f"{code}: Error reading: Connection refused") for code in codes]
+    for error in (*errors, PermissionError("no"), MemoryError(), TimeoutError(), ConnectionError()):
         with pytest.raises(type(error)):
             manager._damaged(error)
+    for code in OF_THE_DATA.split():
+        damaged = manager._damaged(ValueError(f"{code}: Error reading"))
+        assert str(damaged) == f"ValueError: {code}: Error reading"
     lost = manager._damaged(ValueError("DATA_LOSS: checksum\nmore"))
     assert str(lost) == "ValueError: DATA_LOSS: checksum"
 

@@ -225,6 +225,31 @@ def test_a_folder_whose_images_were_all_skipped_is_refused(folder, model, tmp_pa
         Searcher(model, empty)
 
 
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_images_that_have_changed_since_are_refused(has_digest, folder, model, tmp_path):
+    """Older folders lack the digest of the names, so that only another number is noticed."""
+    images = shutil.copytree(folder / "photos", tmp_path / "photos")
+    embeddings = shutil.copytree(folder / "embeddings", tmp_path / "embeddings")
+    content = json.loads((embeddings / "embed.json").read_text()) | {"source": str(images)}
+    content |= {} if has_digest else {"digest": ""}
+    (embeddings / "embed.json").write_text(json.dumps(content))
+
+    def picture():
+        return np.asarray(Searcher(model, embeddings).picture(0))
+
+    with Image.open(images / "0.png") as image:
+        np.testing.assert_array_equal(picture(), np.asarray(image))
+    (images / "8.png").rename(images / "9.png")
+    if has_digest:
+        with pytest.raises(InputError, match="has other images than"):
+            picture()
+    else:
+        picture()
+    (images / "9.png").unlink()
+    with pytest.raises(InputError, match="has other images than"):
+        picture()
+
+
 def test_a_pipe_is_refused_without_opening_it(folder, model, tmp_path):
     """To open one would wait for a writer."""
     damaged = shutil.copytree(folder / "embeddings", tmp_path / "damaged")

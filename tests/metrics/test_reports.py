@@ -2,9 +2,12 @@
 
 import json
 import math
+from unittest import mock
 
+import pytest
 from etils import epath
 
+from clip_jax.metrics import reports as reports_module
 from clip_jax.metrics.reports import Reports, bucket_rates
 from clip_jax.metrics.timers import Timers
 from tests.clock import HandClock
@@ -30,6 +33,36 @@ def test_a_report_tells_how_long_it_compiled_and_when_the_run_ends(tmp_path, cap
         # 90 steps of a second, and an evaluation of 5 s every 10 steps
         "step 10/100  loss 4.5  in-batch accuracy 25.0%  16 images/s  ETA 2 min 15 s",
     ]
+
+
+def test_speeds_are_those_of_the_seconds_of_training(tmp_path):
+    """Two seconds a step, of which input takes a half, on four devices; evaluation aside."""
+    clock = HandClock()
+    timers = Timers(clock)
+    with mock.patch.object(reports_module, "peak_flops", autospec=True, return_value=1e9):
+        reports = Reports(epath.Path(tmp_path), timers, tiny_digits(steps=100), 20, 4, math.inf)
+    reports.begin()
+    for step in (25, 35):
+        count = step - reports._reported
+        with timers.measure("input"):
+            clock.advance(0.5 * count)
+        clock.advance(1.5 * count)
+        with timers.measure("evaluation"):
+            clock.advance(5)
+        reports.read({"patches": 80, "valid_patches": 60, "requests": 7, "bytes_read": 50})
+        reports.report(step, {"loss": 4.5})
+    reports.close(None)
+    for step, count, values in zip((25, 35), (5, 10), rows(tmp_path), strict=True):
+        assert values["step"] == step
+        assert values["samples_seen"] == 16 * step
+        assert values["images_per_second"] == pytest.approx(16 / 2)
+        assert values["images_per_second_per_device"] == pytest.approx(16 / 2 / 4)
+        assert values["mfu"] == pytest.approx(values["model_flops_per_step"] / 2 / 4e9)
+        assert values["valid_share"] == pytest.approx(60 / 80)
+        assert values["mfu_valid"] == pytest.approx(values["mfu"] * 60 / 80)
+        assert values["input_wait"] == pytest.approx(0.5 / 2)
+        assert values["bucket_requests_per_second"] == pytest.approx(7 / 2 / count)
+        assert values["bucket_bytes_per_second"] == pytest.approx(50 / 2 / count)
 
 
 def test_a_failed_evaluation_is_one_of_its_step(tmp_path, capsys):

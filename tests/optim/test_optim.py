@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_jax.convert.state_dict import unflatten
 from clip_jax.errors import InputError
@@ -17,6 +20,7 @@ from clip_jax.optim import (
     LAMB,
     Adafactor,
     AdamW,
+    Constant,
     CoolDown,
     Cosine,
     InverseSqrt,
@@ -45,6 +49,42 @@ PLAIN = {"learning_rate": 0.1, "warmup_steps": 0, "weight_decay": 0.0}
 def test_the_warm_up_is_linear_and_the_schedule_follows(kind, steps, expected):
     rate = schedule(dataclasses.replace(SCHEDULED, schedule=kind), steps)
     assert {step: rate(step) for step in expected} == pytest.approx(expected)
+
+
+SCHEDULES = st.one_of(
+    st.just(Cosine()),
+    st.just(Constant()),
+    st.builds(InverseSqrt, timescale=st.integers(1, 1_000)),
+    st.builds(
+        CoolDown,
+        steps=st.integers(1, 100),
+        shape=st.sampled_from(["linear", "sqrt", "power"]),
+        power=st.floats(0.25, 4),
+    ),
+)
+
+
+@given(SCHEDULES, st.integers(1, 100), st.integers(1, 200), st.floats(0, 1))
+def test_learning_rates_rise_to_the_peak_and_never_rise_again(kind, warmup, rest, final):
+    """And those of a cool-down fall as the share of it that is left, in its shape."""
+    steps = warmup + rest
+    if isinstance(kind, CoolDown):
+        steps += kind.steps
+    config = OptimConfig(
+        schedule=kind, learning_rate=1.0, warmup_steps=warmup, final_learning_rate=final
+    )
+    rates = [*map(schedule(config, steps), range(steps + 1))]
+    assert rates[: warmup + 1] == pytest.approx([(i + 1) / warmup for i in range(warmup)] + [1])
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates[warmup:]))
+    if isinstance(kind, CoolDown | Cosine):
+        assert rates[-1] == pytest.approx(final)
+    if isinstance(kind, CoolDown):
+        begin = steps - kind.steps
+        assert rates[warmup : begin + 1] == [1] * (rest + 1)
+        power = {"linear": 1, "sqrt": 0.5, "power": kind.power}[kind.shape]
+        shares = np.arange(kind.steps + 1) / kind.steps  # of it that are over
+        left = 1 - shares**0.5 if kind.shape == "sqrt" else (1 - shares) ** power
+        assert rates[begin:] == pytest.approx(final + (1 - final) * left)
 
 
 def test_a_cool_down_longer_than_the_run_is_refused():

@@ -9,8 +9,9 @@ from scipy import stats
 from scipy.optimize import curve_fit, least_squares
 
 from clip_jax.errors import InputError
+from clip_jax.scaling import uncertainty
 from clip_jax.scaling.laws import Law, Runs
-from clip_jax.scaling.uncertainty import Form, averaged, fit_law, middle
+from clip_jax.scaling.uncertainty import Form, averaged, fit_law, middle, sizes_of
 from tests.scaling.known import KNOWN, NOISE, measured
 
 
@@ -19,6 +20,25 @@ def line(seed: int = 0, noise: float = NOISE, count: int = 12) -> Runs:
     samples = np.geomspace(1e9, 1e13, count)
     scatter = noise * np.random.default_rng(seed).standard_normal(count)
     return Runs(np.ones(count), samples, 5 * samples**-0.11 * np.exp(scatter))
+
+
+def test_directions_that_almost_depend_on_others_do_not_count():
+    """Beyond rounding, or of what a law could lack: a thousandth of the direction itself."""
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 20))
+    for off, alone, scaled in ((1e-1, 2, 2), (1e-4, 2, 1), (1e-8, 1, 1)):
+        columns = np.stack([first, first + off * second], axis=1)
+        for scale, count in ((None, alone), (float(np.linalg.norm(first)), scaled)):
+            basis = uncertainty._basis(columns, scale)
+            assert basis.shape[1] == count
+            np.testing.assert_allclose(basis.T @ basis, np.eye(count), atol=1e-12)
+
+
+def test_best_sizes_are_looked_for_up_to_ten_times_beyond_the_runs():
+    fits = [fit_law("additive", measured(KNOWN["additive"], 0, 0.0, n), draws=20) for n in (3, 4)]
+    runs = np.concatenate([fitted.runs.size for fitted in fits])
+    low, high = sizes_of(fits)
+    assert (low, high) == pytest.approx((runs.min() / 10, 10 * runs.max()))
 
 
 # ------------------------------------------------------------------ intervals
