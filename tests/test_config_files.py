@@ -78,9 +78,10 @@ def test_a_config_that_ships_is_read_by_its_name(tmp_path, monkeypatch):
         load_config("digits")
 
 
-OWN = CLIPConfig(
-    dtype="bfloat16", remat="hidden", unroll=2, vision=ViTConfig(patch_dropout=0.5)
-)  # settings of how to compute
+# How to compute, in settings that differ from those of the weights.
+HOW = {"dtype": "bfloat16", "remat": "hidden", "unroll": 2, "attention": "xla"}
+OWN = CLIPConfig(**HOW, vision=ViTConfig(patch_dropout=0.5))
+assert not HOW.items() & vars(TINY).items()
 
 
 def test_the_architecture_of_the_initial_weights_keeps_how_to_compute(tmp_path):
@@ -89,11 +90,10 @@ def test_the_architecture_of_the_initial_weights_keeps_how_to_compute(tmp_path):
     write_tiny_model(tmp_path / "folder")
     for path, mean in ((run, (0.1, 0.2, 0.3)), (folder, TINY.image_mean)):
         model = with_weights(Config(model=OWN, init_from=path, init_architecture=True)).model
-        how = ("dtype", "remat", "unroll", "attention")
         expected = dataclasses.replace(
             TINY,
             image_mean=mean,
-            **{name: getattr(OWN, name) for name in how},
+            **HOW,
             vision=dataclasses.replace(TINY.vision, patch_dropout=0.5),
         )
         assert dataclasses.replace(model, text=TINY.text) == expected

@@ -76,6 +76,9 @@ def test_there_and_back(tmp_path, name, to, dtype):
     write_weights(before, tmp_path / "there", to)
     there = read_weights(tmp_path / "there")
     assert_same(there, weights)
+    for path in (tmp_path / "there").glob("*config*.json"):  # as their libraries write it
+        text = path.read_text()
+        assert text.rstrip("\n") == json.dumps(json.loads(text), indent=2, ensure_ascii=False)
     file = {"open-clip": "open_clip_model.safetensors", "hugging-face": "model.safetensors"}[to]
     assert_same(read_weights(tmp_path / "there" / file), weights)
     write_weights(there, tmp_path / "after", "clip-jax")
