@@ -1,4 +1,4 @@
-"""Insert deliberate faults into the package, one at a time, and see whether the tests catch them.
+"""Mutation testing: insert deliberate faults into the package, one at a time, and run its tests.
 
     python benchmarks/mutants.py check --checkout DIR
     python benchmarks/mutants.py record --checkout DIR --map MAP [TESTS ...]
@@ -7,23 +7,25 @@
     python benchmarks/mutants.py table --checkout DIR --results R.jsonl [FAULTS.json]
     python benchmarks/mutants.py compare OLD.jsonl NEW.jsonl
 
-The faults are those of `mutants.toml`, which people wrote, or those that `draw` has drawn.
+DIR is a checkout of this repository. The commands read the faults from FAULTS.json, which `draw`
+writes, or else from `mutants.toml`, which people have written.
 
-- check: Find the code of each fault in a checkout, and parse the faulty version.
-- record: Run each file of tests under coverage, and write which tests execute which statements into
-  the folder MAP. Files that have not changed since are left out. Code that runs in processes
-  started by a test is not seen.
-- draw: Draw faults by the rules of `fault_rules.py` in statements that some test executes. Each
-  folder and each top-level module gets its share. The tests' results play no role.
-- run: Insert each fault, and run the tests that execute its statement, quickest first, until one
-  fails. A test that also fails without the fault does not count, and the others are tried. Each
-  result is appended at once; faults that have a result are left out.
-- table: Print the results by folder, and the faults that survived, except those that
-  `equivalent_mutants.toml` explains.
-- compare: Print a table of two results. The exit code is 1 if the second misses a fault that the
-  first caught.
+- check: Check that the code of each fault is in the checkout, and that the faulty version parses.
+- record: Run the unit tests and tests/mesh under coverage, and write to the folder MAP which test
+  executes which statement. A test file that has not changed since the last time is not run again.
+  Code that a test runs in another process is not recorded.
+- draw: Draw faults at random, by the rules of `fault_rules.py`, in statements that a test executes.
+  Each folder and each top-level module of the package gets a share. Results of tests do not matter.
+- run: For each fault, run the tests that execute its statement until one fails. Tests of the
+  module's own test file and quick tests come first. A test that also fails without the fault does
+  not count. Each result is appended to R.jsonl at once, so an interrupted run can be resumed.
+- table: Print the results by folder and by rule, and the faults that survived. Those in
+  `equivalent_mutants.toml` are only counted.
+- compare: Compare two results. The exit code is 1 if NEW.jsonl misses a fault that OLD.jsonl has
+  caught.
 
-The checkout should not change during a command. It needs coverage and the tests' requirements.
+The checkout must not change while a command runs. Requires coverage and the requirements of the
+tests.
 """
 
 import argparse
@@ -50,33 +52,41 @@ from fault_rules import Candidate, File, Statement
 
 LISTED = Path(__file__).with_suffix(".toml")
 EQUIVALENT = LISTED.with_name("equivalent_mutants.toml")
-OLDER = "_at_e1a3b50"  # ends the keys that are tried where the text is not found
+OLDER = "_at_e1a3b50"  # suffix of keys for an older commit, used if the current code is missing
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-STAGES = (8.0, 40.0)  # CPU seconds of the tests that one process runs; the last takes all others
+# CPU seconds of the tests in the first processes; one more process runs all other tests.
+STAGES = (8.0, 40.0)
 OUTCOMES = ("caught", "timed out", "survived", "survived (cap)", "no tests")
-MODULES = "modules.json"  # file of a map: libraries that the tests import
+# Of a fault, by that of the process that ran its last tests; else it is caught.
+OUTCOME_OF = {"passed": "survived (cap)", "cap": "survived (cap)", "timed out": "timed out"}
+MODULES = "modules.json"  # file in MAP: libraries that the tests import
 
 
 # ------------------------------------------------------------------ faults
 
 
 class Fault(NamedTuple):
-    """A fault as located in a checkout."""
+    """A fault located in a checkout."""
 
     id: str
     file: str
     function: str
-    what: str
-    content: str  # of the file with the fault in it
-    statements: list[Statement]  # that the fault changes
+    what: str  # a description, or the rule by which it was drawn
+    content: str  # the file's text with the fault
+    statements: list[Statement]  # those that the fault changes
 
 
 def read_faults(root: Path, path: Path | None) -> list[Fault]:
-    """Locate the faults of a file in a checkout; end the program at a listed one that is missing.
-    Drawn ones whose code has changed are left out, with a line."""
+    """Locate the faults in a checkout.
+
+    If the code of a fault in `mutants.toml` is missing, the program ends. A drawn fault whose code
+    has changed is omitted, with a message.
+    """
     if path is None:
         rows = tomllib.loads(LISTED.read_text(encoding="utf-8"))["fault"]
-        assert len({row["what"] for row in rows}) == len(rows), "two faults have one name"
+        assert len({row["what"] for row in rows}) == len(rows), (
+            "two faults have the same description"
+        )
         faults = [_listed(root, number, row) for number, row in enumerate(rows, 1)]
         return [fault for fault in faults if fault]
     located = []
@@ -89,7 +99,7 @@ def read_faults(root: Path, path: Path | None) -> list[Fault]:
 
 
 def _listed(root: Path, number: int, row: dict[str, str]) -> Fault | None:
-    """Locate a fault by its keys, or those for an older commit; None if that lacked the code."""
+    """Locate a fault of `mutants.toml`, also in an older commit; None if that has no such code."""
     has_function = False
     for ending in ("", OLDER):
         keys = ("file", "function", "old", "new")
@@ -110,13 +120,13 @@ def _listed(root: Path, number: int, row: dict[str, str]) -> Fault | None:
             around = _around(fault_rules.statements(File(source)), start, end)
             return Fault(str(number), file, function, row["what"], content, around)
     raise SystemExit(
-        f"fault {number} ({row['file']}, {row['function']}: {row['what']}) is not found in "
-        f"{root}: its text must occur there exactly once."
+        f"Fault {number} ({row['file']}, {row['function']}: {row['what']}) has no unique text in "
+        f"{root}. Its text `old` must occur in the function exactly once."
     )
 
 
 def extent(tree: ast.Module, function: str, length: int) -> tuple[int, int]:
-    """Return the first and last line of a function or class; an empty range if there is none."""
+    """Return the first and last line of a function or class; (1, 0) if there is none."""
     if function == "<module>":
         return 1, length
     node: Any = tree
@@ -129,7 +139,7 @@ def extent(tree: ast.Module, function: str, length: int) -> tuple[int, int]:
 
 
 def _around(statements: Sequence[Statement], first: int, last: int) -> list[Statement]:
-    """Return the smallest statement around some lines, else those that have some of them."""
+    """Return the smallest statement that contains the lines, or all that contain some of them."""
     around = [x for x in statements if x.first <= first and last <= x.last]
     if around:
         return [min(around, key=lambda x: x.last - x.first)]
@@ -137,7 +147,7 @@ def _around(statements: Sequence[Statement], first: int, last: int) -> list[Stat
 
 
 def _drawn(root: Path, row: dict[str, Any]) -> Fault | None:
-    """Locate a drawn fault by the text of its statement; None if that is gone."""
+    """Locate a drawn fault by the text of its statement; None if this has changed."""
     path = root / row["file"]
     if not path.is_file():
         return None
@@ -156,7 +166,7 @@ def _drawn(root: Path, row: dict[str, Any]) -> Fault | None:
 
 
 def _same(file: File, function: str, text: bytes) -> list[Statement]:
-    """List the statements of a function that have the same text."""
+    """List the statements of a function that have a text."""
     return [
         x
         for x in fault_rules.statements(file)
@@ -165,7 +175,7 @@ def _same(file: File, function: str, text: bytes) -> list[Statement]:
 
 
 def difference(root: Path, fault: Fault) -> str:
-    """Return the lines that a fault takes away and adds."""
+    """Return the lines that a fault removes and adds, as in a diff."""
     before = (root / fault.file).read_text(encoding="utf-8").splitlines()
     lines = difflib.unified_diff(before, fault.content.splitlines(), n=0, lineterm="")
     return "\n".join(x for x in lines if not x.startswith(("---", "+++", "@@")) and x[1:].strip())
@@ -183,7 +193,7 @@ def _digest(data: bytes) -> str:
 
 
 def record(args: argparse.Namespace) -> None:
-    """Write which tests of each file execute which statements."""
+    """Write which test executes which statement, in a file for each test file."""
     checkout, folder = args.checkout.resolve(), args.map
     folder.mkdir(parents=True, exist_ok=True)
     modules = _modules(folder)
@@ -216,7 +226,7 @@ def record(args: argparse.Namespace) -> None:
 
 
 def _test_files(checkout: Path, chosen: Sequence[str]) -> list[str]:
-    """List the files of unit tests and of tests/mesh, or those chosen by files and folders."""
+    """List the chosen test files; by default, those of the unit tests and of tests/mesh."""
     others = ("contract", "workflow", "reference", "programs")
     files = sorted(str(x.relative_to(checkout)) for x in (checkout / "tests").rglob("test_*.py"))
     if chosen:
@@ -228,8 +238,9 @@ def _test_files(checkout: Path, chosen: Sequence[str]) -> list[str]:
 def _hits(
     checkout: Path, lines: dict[str, dict[str, list[str]]], numbers: dict[str, int]
 ) -> dict[str, dict[str, dict[str, list[str]]]]:
-    """Return by file, function and statement the tests that execute it, and those that do so in
-    their set-up alone, as bits of hexadecimal numbers."""
+    """Return two sets of tests for each file, function and statement: those that execute it in
+    their call, and those that do so in their set-up or teardown. A set is a hexadecimal number with
+    a bit for each test."""
     result: dict[str, dict[str, dict[str, list[str]]]] = {}
     for name, by_line in lines.items():
         file = File((checkout / name).read_text(encoding="utf-8"))
@@ -260,15 +271,15 @@ def _modules(folder: Path) -> list[str]:
 
 
 class Recorded(NamedTuple):
-    """What is recorded of one file of tests."""
+    """What `record` has written for one test file."""
 
     file: str
-    tests: list[tuple[str, float]]  # with their CPU seconds
+    tests: list[tuple[str, float]]  # those that passed, with their CPU seconds
     hits: dict[str, dict[str, dict[str, list[str]]]]
 
 
 def read_map(folder: Path) -> list[Recorded]:
-    """Read what `record` wrote."""
+    """Read the files that `record` has written."""
     rows = (json.loads(path.read_text()) for path in sorted(folder.glob("tests+*.json")))
     return [Recorded(row["file"], [*map(tuple, row["tests"])], row["hits"]) for row in rows]
 
@@ -277,10 +288,10 @@ def read_map(folder: Path) -> list[Recorded]:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Write faults that are drawn by rule, spread over all folders and top-level modules."""
+    """Draw faults from all folders and top-level modules of the package, and write them."""
     checkout, recorded = args.checkout.resolve(), read_map(args.map)
     strata: dict[str, list[tuple[str, File, Candidate]]] = defaultdict(list)
-    sizes: collections.Counter[str] = collections.Counter()  # statements that are executed
+    sizes: collections.Counter[str] = collections.Counter()  # numbers of executed statements
     for path in sorted((checkout / "clip_jax").rglob("*.py")):
         name = str(path.relative_to(checkout))
         stratum = str(Path(name).parent) if path.parent.name != "clip_jax" else name
@@ -296,14 +307,14 @@ def draw(args: argparse.Namespace) -> None:
     chosen = [args.only] if args.only else sorted(strata)
     counts = _shares({name: sizes[name] for name in chosen}, args.count)
     rows = [row for name in chosen for row in _draw(args.seed, name, strata[name], counts[name])]
-    random.Random(args.seed).shuffle(rows)  # so that the first results are of all folders
+    random.Random(args.seed).shuffle(rows)  # so that the first results come from all folders
     args.faults.write_text(json.dumps(rows, indent=1))
     total = sum(map(len, strata.values()))
-    print(f"drew {len(rows)} of {total} faults in {len(chosen)} folders and top-level modules")
+    print(f"Drew {len(rows)} of {total} faults in {len(chosen)} folders and top-level modules.")
 
 
 def _executed(recorded: Sequence[Recorded], name: str) -> set[tuple[str, str]]:
-    """Return function and key of the statements of a file that some test executes."""
+    """Return (function, key) of each statement of a file that a test executes."""
     return {
         (function, key)
         for row in recorded
@@ -313,7 +324,10 @@ def _executed(recorded: Sequence[Recorded], name: str) -> set[tuple[str, str]]:
 
 
 def _shares(sizes: dict[str, int], count: int) -> dict[str, int]:
-    """Divide a count by the roots of sizes, the largest remainders first; each gets one or more."""
+    """Divide a count in proportion to the square roots of sizes, with a minimum of one each.
+
+    The largest remainders are rounded up.
+    """
     roots = {name: math.sqrt(size) for name, size in sizes.items()}
     exact = {name: count * x / sum(roots.values()) for name, x in roots.items()}
     shares = {name: max(int(x), 1) for name, x in exact.items()}
@@ -325,8 +339,10 @@ def _shares(sizes: dict[str, int], count: int) -> dict[str, int]:
 def _draw(
     seed: int, stratum: str, rows: Sequence[tuple[str, File, Candidate]], count: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield faults of one stratum: first a rule, by the root of its number of faults, then a fault
-    of a statement that has none yet."""
+    """Draw faults of one folder or top-level module, at most one for each statement.
+
+    The rule is drawn first, with a weight of the square root of its number of faults.
+    """
     rng = random.Random(f"{seed} {stratum}")
     by_rule: dict[str, list[tuple[str, File, Candidate]]] = defaultdict(list)
     for row in rows:
@@ -363,8 +379,11 @@ def _draw(
 def groups_of(
     recorded: Sequence[Recorded], fault: Fault, file: File
 ) -> list[list[tuple[str, float]]]:
-    """List the tests that may notice a fault, by file: those that execute its statement, then the
-    others of these files, since what is compiled or cached is executed by the first test alone."""
+    """List the tests that may catch a fault, grouped by test file.
+
+    The tests that execute its statement come first. The other tests of the same files follow: code
+    that is compiled or cached is executed by the first test only, but others may also depend on it.
+    """
     direct: list[tuple[float, list[tuple[str, float]]]] = []
     others: list[tuple[float, list[tuple[str, float]]]] = []
     matches = [_matches(recorded, fault, file, level) for level in range(3)]
@@ -383,9 +402,11 @@ def groups_of(
 def _matches(
     recorded: Sequence[Recorded], fault: Fault, file: File, level: int
 ) -> list[tuple[int, int]]:
-    """Return for each file of tests which of them execute a fault's statement, as bits: in their
-    calls, and in their set-up. For a statement that runs at import, or that is newer than the map,
-    it is that of its function or class (level 1), or of its file (level 2)."""
+    """Return for each test file the tests that execute the fault's statement, as in `_hits`.
+
+    Level 1 takes its entire function or class instead of the statement, and level 2 its entire
+    file: for statements that run at import, or that have changed since MAP was recorded.
+    """
     keys = {(x.function, _key(file, x)) for x in fault.statements if not x.at_import}
     names = {x.function for x in fault.statements}
     result = []
@@ -402,14 +423,14 @@ def _matches(
 
 
 def is_mirror(test_file: str, file: str) -> bool:
-    """Return whether a test file, perhaps in the folder of one CI stage, is that of a module."""
+    """Return whether a test file is the module's own, in tests/ or a folder such as tests/mesh."""
     path, parts = Path(file), Path(test_file).parts
     name = path.parent.name if path.stem == "__init__" else path.stem
     return (*path.parts[1:-1], f"test_{name}.py") in (parts[1:], parts[2:])
 
 
 def _stages(groups: Sequence[Sequence[tuple[str, float]]]) -> Iterator[dict[str, float]]:
-    """Yield the tests that one process runs, and their usual seconds."""
+    """Yield the tests of each process, with their usual CPU seconds."""
     limits, stage, total = iter(STAGES), {}, 0.0
     limit = next(limits)
     for group in groups:
@@ -424,55 +445,54 @@ def _stages(groups: Sequence[Sequence[tuple[str, float]]]) -> Iterator[dict[str,
 
 
 class Judge:
-    """Runs the tests of faults."""
+    """Judges faults by running their tests."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._checkout = args.checkout.resolve()
         self._cache = args.cache.resolve()
         self._cap = args.cpu_seconds
-        self._holds: dict[str, bool] = {}  # whether a test passes alone, without a fault
+        self._sound: dict[str, bool] = {}  # whether a test passes alone, without a fault
 
     def __call__(self, fault: Fault, groups: Sequence[list[tuple[str, float]]]) -> dict[str, Any]:
-        """Return the outcome of one fault, and the test that decided it."""
+        """Return the outcome of a fault, with the test that decided it."""
         used, dropped, stages = 0.0, set(), [*_stages(groups)]
+        change = (fault.file, fault.content)
         while stages:
             tests = {test: x for test, x in stages.pop(0).items() if test not in dropped}
-            change = (fault.file, fault.content)
+            if not tests:
+                continue
             left = self._cap - used
             ended = fork_server.run_tests(self._checkout, tests, left, self._cache, change)
             used += ended.cpu
-            outcome = {"passed": "", "cap": "survived (cap)", "timed out": "timed out"}.get(
-                ended.outcome, "caught"
-            )
             if ended.outcome == "failed" and not self._is_sound(ended.test):
                 dropped |= {ended.test, *ended.passed}
                 stages.insert(0, tests)
                 continue
-            if not outcome and used >= self._cap and stages:
-                outcome = "survived (cap)"
-            if outcome:
-                return self._row(outcome, ended.test, ended.message, used, dropped)
+            if ended.outcome == "passed" and (used < self._cap or not stages):
+                continue
+            outcome = OUTCOME_OF.get(ended.outcome, "caught")
+            return self._row(outcome, ended.test, ended.message, used, dropped)
         return self._row("survived" if groups else "no tests", "", "", used, dropped)
 
     def _row(
         self, outcome: str, test: str, message: str, cpu: float, dropped: set[str]
     ) -> dict[str, Any]:
-        unsound = [test for test in dropped if not self._holds.get(test, True)]
+        unsound = [test for test in dropped if not self._sound.get(test, True)]
         decided = {"outcome": outcome, "test": test, "message": message}
         return decided | {"cpu": round(cpu, 1), "unsound": unsound}
 
     def _is_sound(self, test: str) -> bool:
-        """Return whether a test passes without a fault. That of a file is one of its import."""
-        if "::" not in test:
+        """Return whether a test passes without a fault."""
+        if "::" not in test:  # a test file that cannot be imported because of the fault
             return True
-        if test not in self._holds:
+        if test not in self._sound:
             ended = fork_server.run_tests(self._checkout, {test: 60.0}, 600, self._cache)
-            self._holds[test] = ended.outcome == "passed"
-        return self._holds[test]
+            self._sound[test] = ended.outcome == "passed"
+        return self._sound[test]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Judge each fault that has no result yet, several at a time."""
+    """Judge each fault that has no result yet, in several processes."""
     checkout, recorded = args.checkout.resolve(), read_map(args.map)
     done = {} if not args.results.exists() else read_results(args.results)
     plans = []
@@ -503,18 +523,18 @@ def run(args: argparse.Namespace) -> None:
 def _judge(
     judge: Judge, fault: Fault, groups: Sequence[list[tuple[str, float]]], results: Path, at: str
 ) -> None:
-    """Append a fault's result to a file."""
+    """Judge a fault, and append the result to a file."""
     began = time.monotonic()
     row = {name: getattr(fault, name) for name in ("id", "file", "function", "what")}
     row |= judge(fault, groups) | {"seconds": round(time.monotonic() - began, 1)}
-    with results.open("a") as file:  # one write: several processes share the file
+    with results.open("a") as file:  # a single write, because processes share the file
         file.write(json.dumps(row) + "\n")
     line = f"{fault.id} {fault.file}, {fault.function} ({fault.what}): {row['outcome']}"
     print(f"{at}  {line}  {row['test']}  {row['cpu']} CPU s", flush=True)
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Read results by the faults' ids; of several of one fault, the last."""
+    """Read results, by the ids of the faults. The last result of a fault counts."""
     return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
@@ -522,7 +542,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print the results by folder, and the survivors that nobody has explained."""
+    """Print the results by folder and rule, and the survivors that are not known as equivalent."""
     checkout = args.checkout.resolve()
     results = read_results(args.results)
     faults = {fault.id: fault for fault in read_faults(checkout, args.faults)}
@@ -542,7 +562,7 @@ def table(args: argparse.Namespace) -> None:
             numbers = (len(part), *(counts[x] for x in OUTCOMES), same, len(survived) - same)
             print(f"| {name} | " + " | ".join(map(str, numbers)) + " |")
         print()
-    print(f"{len(rows)} of {len(faults)} faults are judged.\n")
+    print(f"{len(rows)} of {len(faults)} faults have a result.\n")
     for row in rows:
         if row["outcome"] not in ("caught", "timed out") and row["id"] not in equivalent:
             fault = faults[row["id"]]
@@ -556,7 +576,7 @@ def _folder(row: dict[str, Any]) -> str:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Print both results as a table; return 1 if the new one misses what the old one caught."""
+    """Print two results as a table; return 1 if the new one misses what the old one caught."""
     both = [
         {row["what"]: row for row in read_results(path).values()} for path in (args.old, args.new)
     ]
@@ -569,8 +589,8 @@ def compare(args: argparse.Namespace) -> int:
         print(f"| {row['id']} | {location} | {row['what']} | {old} | {new} |")
         caught = [n + (x == "caught") for n, x in zip(caught, (old, new), strict=True)]
         missed += old == "caught" != new
-    print(f"\nOf {len(rows)} faults the old tests catch {caught[0]}, the new ones {caught[1]}.")
-    print(f"The new ones miss {missed} that the old ones catch.")
+    print(f"\nOf {len(rows)} faults, the old tests catch {caught[0]} and the new ones {caught[1]}.")
+    print(f"The new tests miss {missed} faults that the old ones catch.")
     return int(missed > 0)
 
 
@@ -583,15 +603,15 @@ def main() -> int:
     commands = {"check": check, "record": record, "draw": draw, "run": run, "table": table}
     of = {name: verbs.add_parser(name) for name in (*commands, "compare")}
     for name in commands:
-        of[name].add_argument("--checkout", type=Path, required=True, help="source tree to test")
+        of[name].add_argument("--checkout", type=Path, required=True, help="checkout to test")
     for name in ("record", "draw", "run"):
         of[name].add_argument("--map", type=Path, required=True, help="folder that `record` writes")
     for name in ("record", "run"):
         of[name].add_argument(
             "--cache", type=Path, default=Path("compiled"), help="folder of compiled programs"
         )
-    of["record"].add_argument("tests", nargs="*", help="files and folders of tests; default: all")
-    of["record"].add_argument("--again", action="store_true", help="record unchanged files, too")
+    of["record"].add_argument("tests", nargs="*", help="test files and folders; default: all")
+    of["record"].add_argument("--again", action="store_true", help="also record unchanged files")
     of["draw"].add_argument("--seed", type=int, required=True)
     of["draw"].add_argument("--count", type=int, required=True, help="number of faults")
     of["draw"].add_argument("--only", help="one folder or top-level module, such as clip_jax/evals")
@@ -599,14 +619,19 @@ def main() -> int:
         number = "?" if name != "draw" else None
         of[name].add_argument("faults", type=Path, nargs=number, help="JSON file of drawn faults")
     for name in ("run", "table"):
-        of[name].add_argument("--results", type=Path, required=True, help="JSON lines of results")
+        of[name].add_argument(
+            "--results", type=Path, required=True, help="file of results, as JSON lines"
+        )
     of["run"].add_argument("--jobs", type=int, default=1, help="faults to test in parallel")
     of["run"].add_argument(
-        "--cpu-seconds", type=float, default=150.0, help="limit for the tests of one fault"
+        "--cpu-seconds", type=float, default=150.0, help="CPU time limit per fault"
     )
     of["run"].add_argument("--only", nargs="+", help="ids of the faults to test")
     of["run"].add_argument(
-        "--again", nargs="+", default=(), help="outcomes of faults to test again, such as survived"
+        "--again",
+        nargs="+",
+        default=(),
+        help="test faults with these outcomes again, such as survived",
     )
     for name in ("old", "new"):
         of["compare"].add_argument(name, type=Path)
@@ -617,7 +642,7 @@ def main() -> int:
 def check(args: argparse.Namespace) -> None:
     """Locate all faults."""
     count = len(read_faults(args.checkout.resolve(), args.faults))
-    print(f"all {count} faults were located in the checkout, and parse")
+    print(f"All {count} faults are in the checkout, and parse.")
 
 
 if __name__ == "__main__":
