@@ -1,17 +1,20 @@
-"""Run the pages of the documentation in full, as a reader would, and compare the outputs they show.
+"""Run all code blocks of the documentation, as a reader would, and compare their outputs.
 
     python benchmarks/documentation.py [--folder FOLDER] [PAGE ...]
     python benchmarks/documentation.py --count
 
-Without PAGE, README.md, the page about installation, all tutorials and all how-to pages run: two
-hours on two cores. Prints a table, and exits with 1 if a page fails or shows another output. FOLDER
-gets a folder and a result for each page. The same command continues after an interruption: a page
-whose text has not changed since it ran without a problem does not run again.
+`tests/pages.py` describes the kinds of code blocks, and those that CI skips. Without PAGE, the
+script runs README.md, the installation page, all tutorials and all how-to pages, which takes two
+hours on two cores. It prints a table. The exit code is 1 if a command fails or an output differs
+from the page.
 
-The README runs in a copy of the tracked files, and installs into a fresh environment. Pages that go
-on from another page (see tests/pages.py) begin with what that one has left in FOLDER.
+FOLDER gets a folder and a result for each page. To resume after an interruption, run the same
+command: a page that had no problem runs again only if its text has changed.
 
-`--count` prints instead how many commands run in CI, and how many here.
+The README runs in a copy of the repository's tracked files, with a new virtual environment. A page
+with a block "as in" another page uses the files that this one has written in FOLDER.
+
+`--count` runs nothing. It prints how many commands run in CI, and how many run only here.
 """
 
 import argparse
@@ -37,23 +40,23 @@ README = pages.ROOT / "README.md"
 
 
 class Runs:
-    """The pages that have run, with their results, in a folder."""
+    """Runs pages in subfolders of a folder, and stores their results there."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._done: dict[Path, dict[str, Any]] = {}  # in this process
+        self._done: dict[Path, dict[str, Any]] = {}  # results of this process
 
     def folder(self, page: Path) -> Path:
         return self._folder / page.relative_to(pages.ROOT).with_suffix("").as_posix()
 
     def run(self, page: Path) -> dict[str, Any]:
-        """Run a page, and before it the pages from which it goes on; return its result."""
+        """Return the result of a page, which runs unless it has one; "as in" pages run first."""
         if page not in self._done:
             self._done[page] = self._earlier(page) or self._run(page)
         return self._done[page]
 
     def _earlier(self, page: Path) -> dict[str, Any] | None:
-        """Return the result of a page's present text, if it has one without problems."""
+        """Return an earlier result, if it had no problems and the page has not changed since."""
         with contextlib.suppress(FileNotFoundError):
             result = json.loads(self._file(page).read_text())
             if result["text"] == _hash(page) and not result["problems"]:
@@ -97,7 +100,7 @@ def _cpu() -> float:
 
 
 def _check_out(folder: Path) -> None:
-    """Copy the tracked files, as they are."""
+    """Copy the tracked files, with changes that are not committed."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=pages.ROOT, check=True, capture_output=True, text=True
     )
@@ -107,18 +110,16 @@ def _check_out(folder: Path) -> None:
 
 
 def count() -> None:
-    """Print how many commands and blocks of Python run, by page."""
+    """Print how many commands and Python blocks each page has."""
     print("| page | in CI | by hand |\n|---|---|---|")
-    several = [(page, *_counts(page)) for page in pages.PAGES]
-    for name, in_ci, total in [
-        *((page.relative_to(pages.ROOT), *counts) for page, *counts in several),
-        ("all", *(sum(column) for column in zip(*(x[1:] for x in several), strict=True))),
-    ]:
-        print(f"| {name} | {in_ci} | {total - in_ci} |")
-
-
-def _counts(page: Path) -> tuple[int, int]:
-    return pages.programs(page, by_hand=False), pages.programs(page, by_hand=True)
+    all_in_ci = all_by_hand = 0
+    for page in pages.PAGES:
+        in_ci = pages.programs(page, by_hand=False)
+        by_hand = pages.programs(page, by_hand=True) - in_ci
+        print(f"| {page.relative_to(pages.ROOT)} | {in_ci} | {by_hand} |")
+        all_in_ci += in_ci
+        all_by_hand += by_hand
+    print(f"| all | {all_in_ci} | {all_by_hand} |")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
-"""Rules by which `mutants.py` draws faults: each changes one expression or statement of a file.
+"""The rules by which `mutants.py` draws faults. Each changes one expression or statement.
 
-Left out is what no test should fix: docstrings, annotations, imports, decorators, assertions, the
-arguments of errors and messages, f-strings, and keywords in IGNORED.
+The rules never change what no test should depend on: docstrings, annotations, imports, decorators,
+assertions, f-strings, the arguments of exceptions and messages, and the keywords in IGNORED.
 """
 
 import ast
@@ -51,11 +51,11 @@ _PAIRS = (
     "logical_and logical_or, cumsum cumprod"
 )
 FUNCTIONS = {a: b for pair in _PAIRS.split(", ") for a, b in (pair.split(), pair.split()[::-1])}
-METHODS = _words(  # those without which an expression keeps its kind
+METHODS = _words(  # methods m: x.m() may be replaced by x, which has the same type
     "strip lstrip rstrip lower upper casefold removeprefix removesuffix astype copy resolve "
     "expanduser absolute clip squeeze ravel reshape sort"
 )
-KEPT = _words(  # functions without which an expression has another kind
+KEPT = _words(  # functions f: f(x) is never replaced by x, which has another type
     "len range isinstance issubclass open iter next enumerate type super getattr hasattr vars dict "
     "id repr str map filter zip print fields is_dataclass namedtuple"
 )
@@ -63,8 +63,8 @@ SYMMETRIC = _words(
     "max min maximum minimum gcd lcm logical_and logical_or add multiply isclose allclose union "
     "intersection array_equal"
 )
-MESSAGES = _words("say warn _say _report")
-# Keywords that check, and those without which a text is read as UTF-8 all the same.
+MESSAGES = _words("say warn _say _report")  # functions that print or log
+# Keyword arguments that are checks, or that make no difference on usual platforms.
 IGNORED = _words("strict stacklevel encoding errors help frozen kw_only slots init repr eq")
 TYPES = _words(
     "Callable Literal Annotated Mapping Sequence Iterable Iterator Generator Collection Union "
@@ -78,18 +78,18 @@ _SKIPPED = (
 
 
 class Statement(NamedTuple):
-    """A statement, of a block only its head. Offsets are of bytes."""
+    """A statement; of a compound one, only its header."""
 
-    function: str  # qualified name; "<module>" outside of all
-    start: int
+    function: str  # qualified name of the function or class around it, or "<module>"
+    start: int  # byte offsets
     end: int
-    first: int  # lines
+    first: int  # line numbers
     last: int
-    at_import: bool
+    at_import: bool  # whether it runs when the module is imported
 
 
 class Candidate(NamedTuple):
-    """A fault: the bytes from `start` to `end` become `new`."""
+    """A fault: replaces the bytes from `start` to `end` by `new`."""
 
     rule: str
     statement: Statement
@@ -99,7 +99,7 @@ class Candidate(NamedTuple):
 
 
 class File:
-    """A source file and its tree."""
+    """A source file and its syntax tree."""
 
     def __init__(self, source: str) -> None:
         self.source = source.encode()
@@ -120,7 +120,7 @@ class File:
         return bisect.bisect_right(self._starts, offset)
 
     def statement(self, node: ast.stmt, function: str, at_import: bool) -> Statement:
-        """Return a statement, of a block up to its first inner statement."""
+        """Return a statement; a compound one ends before its first inner statement."""
         body = getattr(node, "body", None) or [x.body[0] for x in getattr(node, "cases", ())]
         start, end = self.start(node), self.end(node)
         if body:
@@ -136,13 +136,13 @@ def statements(file: File) -> list[Statement]:
 
 
 def candidates(file: File) -> list[Candidate]:
-    """List every fault that the rules know for a file, in the order of its code."""
+    """List every fault that the rules allow in a file, in the order of its code."""
     rows = _walk(file, file.tree.body, "", at_import=True)
     return [x for node, statement in rows for x in _of_statement(file, node, statement)]
 
 
 def changed(file: File, candidate: Candidate) -> str | None:
-    """Return the file's text with a fault; None if it does not parse, or means the same."""
+    """Return the file's text with a fault; None if it does not compile, or to the same bytecode."""
     start, end = candidate.start, candidate.end
     source = file.source[:start] + candidate.new + file.source[end:]
     try:
@@ -154,7 +154,7 @@ def changed(file: File, candidate: Candidate) -> str | None:
 
 
 def _meaning(code: CodeType) -> tuple[Any, ...]:
-    """Return all of a code object but its positions."""
+    """Return everything of a code object except positions."""
     constants = [_meaning(x) if isinstance(x, CodeType) else repr(x) for x in code.co_consts]
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
     return (code.co_name, code.co_code, code.co_flags, *names, *constants)
@@ -166,7 +166,7 @@ def _meaning(code: CodeType) -> tuple[Any, ...]:
 def _walk(
     file: File, body: Sequence[ast.stmt], function: str, *, at_import: bool
 ) -> Iterator[tuple[ast.stmt, Statement]]:
-    """Yield each statement in which there may be faults, with its head."""
+    """Yield each statement that may get a fault, as a syntax node and as a `Statement`."""
     for node in body:
         if isinstance(node, _SKIPPED) or _is_left_out(node):
             continue
@@ -192,11 +192,11 @@ def _is_left_out(node: ast.stmt) -> bool:
 
 
 def _of_statement(file: File, node: ast.stmt, statement: Statement) -> Iterator[Candidate]:
-    """Yield the faults of a statement itself, and those of its expressions."""
+    """Yield the faults of a statement and of its expressions."""
 
     def fault(rule: str, start: int, end: int, new: str | bytes) -> Candidate:
         new = new.encode() if isinstance(new, str) else new
-        # Later lines keep their numbers.
+        # Add the line breaks that are removed, so that later lines keep their numbers.
         lines = file.source[start:end].count(b"\n") - new.count(b"\n")
         if lines > 0:
             new = new[:-1] + b"\n" * lines + new[-1:] if new[-1:] == b")" else new + b"\n" * lines
@@ -230,7 +230,7 @@ def _of_statement(file: File, node: ast.stmt, statement: Statement) -> Iterator[
 
 
 def _expressions(node: ast.stmt) -> list[ast.expr]:
-    """Return a statement's own expressions, without its blocks, annotations and targets."""
+    """Return the expressions of a statement's header, without annotations and targets."""
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef():
             return [*node.args.defaults, *filter(None, node.args.kw_defaults)]
@@ -250,7 +250,7 @@ def _expressions(node: ast.stmt) -> list[ast.expr]:
 
 
 def _is_type(node: ast.AST) -> bool:
-    """Return whether an expression is an annotation's, such as `tuple[int, ...]`."""
+    """Return whether an expression is a type, such as `tuple[int, ...]`."""
     match node:
         case ast.Subscript():
             return _name(node.value) in TYPES
@@ -260,7 +260,7 @@ def _is_type(node: ast.AST) -> bool:
 
 
 def _name(node: ast.AST) -> str:
-    """Return the last part of a dotted name; empty if it has none."""
+    """Return the last part of a dotted name; empty for another expression."""
     return getattr(node, "attr", None) or getattr(node, "id", "")
 
 
@@ -268,7 +268,7 @@ def _name(node: ast.AST) -> str:
 
 
 def _of_expression(file: File, node: ast.AST, fault: Any) -> Iterator[Candidate]:
-    """Yield the faults of an expression and of all inside of it."""
+    """Yield the faults of an expression and of the expressions in it."""
     if isinstance(node, _SKIPPED) or _is_type(node):
         return
     rule = _RULES.get(type(node))
@@ -305,7 +305,7 @@ def _enclosed(text: bytes) -> bytes:
 def _without(
     file: File, items: Sequence[Any], index: int, fault: Any, rule: str, new: str = ""
 ) -> Candidate:
-    """Return the fault that leaves out one of several expressions and what separates it."""
+    """Return the fault that removes one of several expressions, with its separator."""
     if index + 1 < len(items):
         return fault(rule, file.start(items[index]), file.start(items[index + 1]), new)
     return fault(rule, file.end(items[index - 1]), file.end(items[index]), new)

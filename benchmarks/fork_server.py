@@ -1,6 +1,7 @@
-"""Runs tests in forked processes that share the imported libraries, but nothing of the package.
+"""Run tests in forked processes, which start quickly: libraries are imported before the fork.
 
-A process may have a fault in one file of the package: it reads that file's code from memory.
+Each process imports the package itself. It may do so with a fault in one file, whose changed text
+it compiles without writing it to the checkout.
 """
 
 import contextlib
@@ -25,26 +26,26 @@ import pytest
 
 HERE = Path(__file__).parent.resolve()
 POLL_SECONDS = 0.05
-MEMORY = 6 << 30  # bytes of one process, above which it is killed
-TIMES_AS_LONG = 10  # a test that takes so many times its usual CPU seconds hangs,
-MORE_SECONDS = 15  # if these are exceeded, too
-# A process that needs so little CPU time in a minute waits for something that does not come.
+MEMORY = 6 << 30  # bytes; a process that uses more is killed
+# A test hangs if its CPU time exceeds TIMES_AS_LONG times the usual one by MORE_SECONDS.
+TIMES_AS_LONG, MORE_SECONDS = 10, 15
+# A process hangs if it uses fewer than WAKING_SECONDS of CPU time in IDLE_SECONDS.
 IDLE_SECONDS, WAKING_SECONDS = 60, 0.05
 
 
 class Ended(NamedTuple):
-    """What became of a process that ran tests."""
+    """How a process that ran tests has ended."""
 
-    outcome: str  # passed, failed, error (nothing was collected), crashed, cap, timed out
-    test: str  # the one that decided it; empty for none
+    outcome: str  # passed, failed, error (of pytest), crashed, timed out, cap (of CPU time)
+    test: str  # the test that failed or ran last; empty if all passed
     message: str
-    cpu: float  # seconds
-    passed: tuple[str, ...]
+    cpu: float  # CPU seconds
+    passed: tuple[str, ...]  # tests
 
 
 def preload(names: Sequence[str]) -> None:
-    """Import libraries, those that can be, and leave them out of the garbage collection."""
-    # Scripts of this folder are called like libraries, such as coverage.
+    """Import libraries, as far as possible, and exempt them from garbage collection."""
+    # Some scripts of this folder, such as coverage.py, have the names of libraries.
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -66,9 +67,9 @@ def run_tests(
     cache: Path,
     fault: tuple[str, str] | None = None,
 ) -> Ended:
-    """Run tests, given with their usual CPU seconds, in this order, up to the first that fails.
+    """Run tests in this order until one fails.
 
-    `fault` is a file of the package and its content.
+    `tests` are their ids and usual CPU seconds, `fault` a file of the package and its changed text.
     """
     with _scratch() as scratch:
         events = scratch / "events"
@@ -105,8 +106,12 @@ def run_tests(
 
 
 def record(checkout: Path, test_file: str, cache: Path) -> dict[str, Any]:
-    """Run a file of tests; return the CPU seconds of each that passed, those that failed, and by
-    file and line of the package, which tests run the line, and in which of their phases."""
+    """Run a test file under coverage.
+
+    Return "seconds" (CPU time of each test that passed), "failed" (tests), "lines" (for each file
+    of the package and line, "phase|test" of the tests that run the line) and "modules" (libraries
+    that the tests import).
+    """
     with _scratch() as scratch:
         events, output = scratch / "events", scratch / "lines.json"
 
@@ -144,11 +149,11 @@ def record(checkout: Path, test_file: str, cache: Path) -> dict[str, Any]:
     return result | {"seconds": passed, "failed": sorted(failed)}
 
 
-# ------------------------------------------------------------------ in the process
+# ------------------------------------------------------------------ in the forked process
 
 
 class _Changed(importlib.machinery.SourceFileLoader):
-    """Finds and loads one module, with other code than its file has."""
+    """Imports one module of the package from a changed text of its file."""
 
     def __init__(self, checkout: Path, file: str, content: str) -> None:
         name = file.removesuffix(".py").replace("/", ".")
@@ -169,7 +174,7 @@ class _Changed(importlib.machinery.SourceFileLoader):
 
 
 class _Reporter:
-    """A plugin of pytest: orders the tests, and writes down what becomes of each."""
+    """A pytest plugin that selects and orders tests, and records events as JSON lines."""
 
     def __init__(self, events: Path, switch: Callable[[str], None] | None = None) -> None:
         self._file = os.open(events, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -231,7 +236,7 @@ def _pytest(
 def _fork(
     work: Callable[[], int], scratch: Path, checkout: Path, cache: Path, cpu_seconds: float
 ) -> int:
-    """Start a process that works in the checkout; return its id."""
+    """Start a process that calls `work` in the checkout; return its id."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -267,7 +272,7 @@ def _fork(
         os._exit(code)
 
 
-# ------------------------------------------------------------------ beside the process
+# ------------------------------------------------------------------ in the parent process
 
 
 @contextlib.contextmanager
@@ -280,8 +285,11 @@ def _scratch() -> Iterator[Path]:
 
 
 def _watch(pid: int, events: Path, usual: dict[str, float] | None) -> tuple[int, float, str]:
-    """Wait for a process, and kill it if a test hangs or takes too much memory. Return its status,
-    its CPU seconds, and why it was killed."""
+    """Wait for a process. Kill it if a test hangs or if it uses too much memory.
+
+    Return its status, its CPU seconds, and why it was killed (empty if it was not). Without the
+    tests' usual CPU seconds, it is never killed.
+    """
     killed, lines, began_cpu = "", 0, 0.0
     minute_cpu, minute = 0.0, time.monotonic()
     while True:
@@ -309,7 +317,7 @@ def _watch(pid: int, events: Path, usual: dict[str, float] | None) -> tuple[int,
             killed = f"idle for {IDLE_SECONDS} s"
         if killed:
             os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # with all that it has started
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the processes it has started
         os.killpg(pid, signal.SIGKILL)
     return status, usage.ru_utime + usage.ru_stime, killed
 
