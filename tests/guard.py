@@ -1,8 +1,8 @@
-"""What a unit test may not do: start a process, open a socket, sleep, or read the time.
+"""The rules for unit tests: they start no process, open no socket, do not sleep or read the time.
 
-The rule is for the package and its tests; libraries are free. A call is judged by the module that
-makes it, beyond those through which it leads. Time is read, and waited for, through
-`clip_jax.clock.Clock`, in whose place a test has its own (`tests.clock.HandClock`).
+The rules hold for the package and the tests, not for libraries. What counts is the nearest caller
+outside of the modules in _PASSED_OVER. The package reads the time, and waits, through
+`clip_jax.clock.Clock`, which unit tests replace by `tests.clock.HandClock`.
 """
 
 import functools
@@ -16,22 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Folders of `tests/` that README's command leaves out, to which these rules do not apply; each is
-# run by a stage of `.ci/run`.
+# Folders of `tests/` with other kinds of tests, which have stages of their own in `.ci/run`.
 ELSEWHERE = ("contract", "mesh", "workflow", "reference", "programs")
 
-_LEADS_THROUGH = ("subprocess", "socket", "multiprocessing", "concurrent", "contextlib")
+_PASSED_OVER = ("subprocess", "socket", "multiprocessing", "concurrent", "contextlib")
 _WHY = "in a unit test: see `tests/guard.py`"
 is_on: bool = False  # whether the rules apply at the moment
 
 
 def is_unit(path: Path, tests: Path) -> bool:
-    """Say whether a file of tests is one of the unit tests."""
+    """Return whether a test file contains unit tests."""
     return path.is_relative_to(tests) and path.relative_to(tests).parts[0] not in ELSEWHERE
 
 
 def install() -> None:
-    """Put a check before each function that the rules are about."""
+    """Wrap each function that the rules forbid in a check."""
     for owner, name in (
         *((time, name) for name in ("sleep", "time", "monotonic", "perf_counter")),
         *((os, name) for name in ("fork", "posix_spawn")),
@@ -47,7 +46,7 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         if is_on:
             frame = sys._getframe(1)
-            while frame and _module(frame).partition(".")[0] in _LEADS_THROUGH:
+            while frame and _module(frame).partition(".")[0] in _PASSED_OVER:
                 frame = frame.f_back
             caller = _module(frame) if frame else ""
             if caller.partition(".")[0] in ("clip_jax", "tests") and caller != "clip_jax.clock":
