@@ -59,6 +59,7 @@ STAGES = (8.0, 40.0)
 OUTCOMES = ("caught", "timed out", "survived", "survived (cap)", "no tests")
 # Of a fault, by that of the process that ran its last tests; else it is caught.
 OUTCOME_OF = {"passed": "survived (cap)", "cap": "survived (cap)", "timed out": "timed out"}
+LEVELS = ("statement", "function", "file")  # code for which tests are searched, in this order
 MODULES = "modules.json"  # file in MAP: libraries that the tests import
 
 
@@ -386,12 +387,12 @@ def groups_of(
     """
     direct: list[tuple[float, list[tuple[str, float]]]] = []
     others: list[tuple[float, list[tuple[str, float]]]] = []
-    matches = [_matches(recorded, fault, file, level) for level in range(3)]
-    bits_of = next((x for x in matches if any(any(bits) for bits in x)), matches[0])
-    for row, (called, set_up) in zip(recorded, bits_of, strict=True):
+    by_level = (_executing(recorded, fault, file, level) for level in LEVELS)
+    executing = next(filter(any, by_level), [0] * len(recorded))
+    for row, bits in zip(recorded, executing, strict=True):
         is_own = is_mirror(row.file, fault.file)
-        chosen = [x for i, x in enumerate(row.tests) if (called | set_up) >> i & 1]
-        rest = [x for i, x in enumerate(row.tests) if not (called | set_up) >> i & 1]
+        chosen = [x for i, x in enumerate(row.tests) if bits >> i & 1]
+        rest = [x for i, x in enumerate(row.tests) if not bits >> i & 1]
         for groups, tests in ((direct, chosen), (others, rest if chosen or is_own else [])):
             if tests:
                 cost = (1 + sum(seconds for _, seconds in tests)) * (0.1 if is_own else 1)
@@ -399,26 +400,24 @@ def groups_of(
     return [tests for groups in (direct, others) for _, tests in sorted(groups)]
 
 
-def _matches(
-    recorded: Sequence[Recorded], fault: Fault, file: File, level: int
-) -> list[tuple[int, int]]:
-    """Return for each test file the tests that execute the fault's statement, as in `_hits`.
+def _executing(recorded: Sequence[Recorded], fault: Fault, file: File, level: str) -> list[int]:
+    """Return for each test file the tests that execute the fault's statement, as bits.
 
-    Level 1 takes its entire function or class instead of the statement, and level 2 its entire
-    file: for statements that run at import, or that have changed since MAP was recorded.
+    The other levels take its entire function or class, or its file, instead of the statement: for
+    statements that run at import, or that have changed since MAP was recorded.
     """
     keys = {(x.function, _key(file, x)) for x in fault.statements if not x.at_import}
     names = {x.function for x in fault.statements}
     result = []
     for row in recorded:
-        called = set_up = 0
-        for function, bits_by_key in row.hits.get(fault.file, {}).items():
+        tests = 0
+        for function, sets in row.hits.get(fault.file, {}).items():
             is_inside = any(function == x or function.startswith(f"{x}.") for x in names)
-            for key, bits in bits_by_key.items():
-                if ((function, key) in keys, is_inside, True)[level]:
-                    called |= int(bits[0], 16)
-                    set_up |= int(bits[1], 16)
-        result.append((called, set_up))
+            for key, (called, set_up) in sets.items():
+                is_statement = (function, key) in keys
+                if {"statement": is_statement, "function": is_inside, "file": True}[level]:
+                    tests |= int(called, 16) | int(set_up, 16)
+        result.append(tests)
     return result
 
 
