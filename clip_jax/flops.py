@@ -65,7 +65,8 @@ def of_step(config: StepConfig) -> Flops:
     each = [(forward(x.config), x.texts) for x in teachers]
     teacher = config.batch_size * sum(of.image + texts * of.text for of, texts in each)
     towers = _towers(config.model, config.batch_size, locked, has_adapters=lora is not None)
-    needs = [output(name) for name in {name for term in config.objective for name in term.needs}]
+    names = dict.fromkeys(name for term in config.objective for name in term.needs)
+    needs = [*map(output, names)]
     embedded = [x.tower for x in needs if x.is_embedding and x.input != x.tower]
     images, texts = 1 + embedded.count("image"), 1 + embedded.count("text")
     towers = towers._replace(image=towers.image * images, text=towers.text * texts)

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from matplotlib.backend_bases import FigureCanvasBase
 
 from clip_jax import bench
 from clip_jax.cli import commands
@@ -17,7 +18,7 @@ from clip_jax.convert.conversion import ConvertConfig
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.order.mixture import MemberConfig
 from clip_jax.data.shapes import SampleDataConfig
-from clip_jax.errors import InputError, check_ranges, read_worker
+from clip_jax.errors import InputError, check_picture, check_ranges, read_worker
 from clip_jax.evals import suite
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.export import ExportConfig
@@ -214,6 +215,17 @@ def test_parts_are_counted_from_one():
     for text in ("", "1", "0/4", "5/4", "1/0", "-1/4", "1/4/4", "a/b", "²/4", f"1/{'9' * 5000}"):
         with pytest.raises(InputError, match="must be i/n"):
             read_worker(text)
+
+
+def test_pictures_have_a_format_that_matplotlib_writes_and_people_use():
+    for ending in ("png", "jpg", "jpeg", "webp", "tif", "tiff", "svg", "pdf"):
+        assert ending in FigureCanvasBase.get_supported_filetypes()
+        check_picture(f"a.{ending}", "--plot")
+        check_picture(Path(f"a.b.{ending.upper()}"), "--plot")
+    check_picture(None, "--plot")
+    for path in ("a", "a.pn", "a.png.txt", "apng", "a.png "):
+        with pytest.raises(InputError, match=rf"--plot='{path}' must end in one of \.png"):
+            check_picture(path, "--plot")
 
 
 def planted(*_: object) -> None:

@@ -127,3 +127,62 @@ def test_names_say_what_they_name():
             names = [getattr(node, x, None) for x in ("id", "arg", "attr", "name", "asname")]
             vague = {name for name in names if isinstance(name, str)} & VAGUE
             assert not vague, f"{path}:{getattr(node, 'lineno', '')}: rename {vague}"
+
+
+def test_a_method_that_overrides_another_has_its_defaults():
+    """Otherwise a call means something else where a variable's type is the base class."""
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    classes = {x.name: x for tree in trees for x in ast.walk(tree) if isinstance(x, ast.ClassDef)}
+
+    def methods(kind: ast.ClassDef) -> dict[str, ast.FunctionDef]:
+        return {x.name: x for x in kind.body if isinstance(x, ast.FunctionDef)}
+
+    def bases(kind: ast.ClassDef) -> list[ast.ClassDef]:
+        direct = [classes[ast.unparse(x)] for x in kind.bases if ast.unparse(x) in classes]
+        return [*direct, *(base for each in direct for base in bases(each))]
+
+    compared = 0
+    for kind in classes.values():
+        for base in bases(kind):
+            for name in methods(kind).keys() & methods(base).keys() - {"__init__"}:
+                mine, theirs = (_defaults(methods(x)[name]) for x in (kind, base))
+                for argument in mine.keys() & theirs.keys():
+                    compared += 1
+                    assert mine[argument] == theirs[argument], f"{kind.name}.{name}, {argument}"
+    assert compared > 5
+
+
+def _defaults(function: ast.FunctionDef) -> dict[str, str]:
+    """The defaults of a function's arguments, as they are written."""
+    arguments = function.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    last = positional[len(positional) - len(arguments.defaults) :]
+    values = [*arguments.defaults, *arguments.kw_defaults]
+    pairs = zip([*last, *arguments.kwonlyargs], values, strict=True)
+    return {argument.arg: ast.unparse(value) for argument, value in pairs if value}
+
+
+def test_nothing_is_done_in_the_order_of_a_set():
+    """It differs between processes: outputs would not be reproducible, or hosts wait for others."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            ordered: list[ast.expr] = []
+            if isinstance(node, ast.For):
+                ordered = [node.iter]
+            elif isinstance(node, ast.ListComp | ast.DictComp):
+                ordered = [generator.iter for generator in node.generators]
+            elif isinstance(node, ast.Call):
+                is_ordered = ast.unparse(node.func).endswith(("list", "tuple", "join", "fromkeys"))
+                ordered = node.args[:1] if is_ordered else []
+            sets = [ast.unparse(x) for x in ordered if _is_set(x)]
+            assert not sets, f"{path}:{getattr(node, 'lineno', '')}: sort {sets}"
+
+
+def _is_set(node: ast.expr) -> bool:
+    """Whether an expression is clearly a set."""
+    if isinstance(node, ast.Set | ast.SetComp):
+        return True
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub | ast.BitAnd | ast.BitOr):
+        both = [node.left, node.right]
+        return any(_is_set(x) or ast.unparse(x).endswith(".keys()") for x in both)
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("set", "frozenset")

@@ -382,7 +382,7 @@ class _Loader:
         else:
             image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
             synthetic = caption
-        for text in {caption, synthetic}:
+        for text in (caption, synthetic):
             if not text.strip():
                 raise sources.SampleError("caption is empty")
             try:

@@ -49,7 +49,7 @@ class Statistics:
 
     def match(self, matches: Sequence[tuple[str, int, int]]) -> None:
         """Count a pair that is dropped as a near-duplicate of images of evaluation sets."""
-        for name in {name for name, _, _ in matches}:
+        for name in dict.fromkeys(name for name, _, _ in matches):
             of_set = self._matches.setdefault(name, {"pairs": 0, "images": []})
             of_set["pairs"] += 1
             of_set["images"] += [image for other, image, _ in matches if other == name]

@@ -134,7 +134,7 @@ def _chosen(points: Sequence[Point], only: str) -> list[Point]:
     chosen = [point for point in points if point.name in names]
     work = Counter[str]()
     for point in chosen:
-        for name in {point.name, point.parent}:
+        for name in dict.fromkeys((point.name, point.parent)):
             work[name] += point.training_flops
     return sorted(chosen, key=lambda point: -work[point.name])
 
@@ -177,7 +177,7 @@ def _job(point: Point, group: processes.Position) -> Job:
     config = with_order(point.config, workdir)  # an earlier start's order
     values = to_dict(config)
     content = json.dumps(values, indent=1)
-    for path in {workdir / "config.json", directory / "config.json"}:  # only one on a disk
+    for path in dict.fromkeys(x / "config.json" for x in (workdir, directory)):  # one on a disk
         if not (path.exists() and path.read_text() == content):  # others may be training it
             files.write_whole(path, content)
     train = [sys.executable, "-m", "clip_jax", *parts.flags(values), "train"]

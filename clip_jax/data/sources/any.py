@@ -135,7 +135,7 @@ def guess_source(config: PathConfig) -> SingleConfig:
         options["caption"], options["caption_key"] = "json", options.pop("caption_column")
     names = {field.name for field in dataclasses.fields(kind)}
     if not options.keys() <= names:
-        extra = ", ".join(options.keys() - names)
+        extra = ", ".join(name for name in options if name not in names)
         raise InputError(f"{path} ({kind.__name__}) does not take {extra}; leave that out")
     if "bad_shards" in names:
         options["bad_shards"] = config.bad_shards
