@@ -39,13 +39,19 @@ def test_a_7x_runs_the_kernel_and_sums_gradients():
     assert 0.5 <= summed / facts.parameters < 1.5
 
 
-def test_between_slices_there_is_the_network():
-    facts = compile_step(request("v4:2x2x1/slices=2", schedules=True, fsdp=2))
-    assert (facts.fits, facts.mesh) == (True, (4, 2, 1))
+def test_between_slices_there_is_the_network_and_parts_of_a_user_are_imported():
+    """By the process that compiles."""
+    model = dataclasses.replace(MODEL, vision=MINE)
+    asked = request("v4:2x2x1/slices=2", model, schedules=True, fsdp=2)
+    losses = (HardNegativeConfig(),)
+    asked = dataclasses.replace(asked, recipe=dataclasses.replace(asked.recipe, objective=losses))
+    facts = compile_step(asked)
+    assert (facts.fits, facts.mesh, facts.form) == (True, (4, 2, 1), "dense")
     assert sum(x.received_from_slices for x in facts.collectives) > 0
     timed = [x for x in facts.works if x.flops and x.part != "collectives" and not x.hidden]
     assert timed
     assert all(x.schedule for x in timed)
+    assert any(work.part == "token mixing" for work in facts.works)
 
 
 def test_a_resnets_kernels_are_gathered_over_fsdp_and_their_gradients_stay_split():
@@ -70,13 +76,3 @@ def test_a_step_that_does_not_fit_says_what_it_needs():
     assert not facts.fits
     assert facts.peak_bytes > facts.parameters + facts.optimizer > 16e9
     assert not facts.works
-
-
-def test_parts_of_a_user_are_imported_by_the_process_that_compiles():
-    model = dataclasses.replace(MODEL, vision=MINE)
-    asked = request("v5e:2x2", model, fsdp=2)
-    losses = (HardNegativeConfig(),)
-    asked = dataclasses.replace(asked, recipe=dataclasses.replace(asked.recipe, objective=losses))
-    facts = compile_step(asked)
-    assert (facts.fits, facts.form) == (True, "dense")
-    assert any(work.part == "token mixing" for work in facts.works)
