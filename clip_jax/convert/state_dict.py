@@ -84,11 +84,10 @@ class Row(NamedTuple):
 
     def names_of(self, block: int) -> list[str]:
         """Return their names for one of our blocks."""
-
-        def number(match: re.Match[str]) -> str:
-            return str(int(match[1] or 0) + int(match[2] or 1) * block)
-
-        return [_BLOCK.sub(number, name) for name in self.names]
+        return [
+            _BLOCK.sub(lambda match: str(int(match[1] or 0) + int(match[2] or 1) * block), name)
+            for name in self.names
+        ]
 
     @property
     def sides(self) -> list[str]:
