@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -93,14 +94,37 @@ if __name__ == "__main__":
 def test_what_a_killed_worker_did_is_done_again(tmp_path):
     """Whether its tasks run a model or not."""
     (tmp_path / "driver.py").write_text(DRIVER)
-    for name in ("begun", "go"):
-        os.mkfifo(tmp_path / name)
-    driver = subprocess.Popen([sys.executable, "driver.py"], cwd=tmp_path, env=ENVIRONMENT)
-    for _ in range(2):
-        first = int((tmp_path / "begun").read_text())
-        os.kill(first, signal.SIGKILL)
-        assert int((tmp_path / "begun").read_text()) != first
-        (tmp_path / "go").write_text("")
-    assert driver.wait() == 0
+    begun, go, log = (tmp_path / name for name in ("begun", "go", "log"))
+    os.mkfifo(begun)
+    os.mkfifo(go)
+    with log.open("w") as file:
+        driver = subprocess.Popen(
+            [sys.executable, "driver.py"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    driver_end = os.pidfd_open(driver.pid)  # readable once the driver has ended
+
+    def process_of_task() -> int:
+        """Wait for a task to begin, or fail with what the driver printed if it ends before."""
+        with open(begun, opener=lambda *_: os.open(begun, os.O_RDONLY | os.O_NONBLOCK)) as pipe:
+            ready, _, _ = select.select([pipe, driver_end], [], [])
+            assert pipe in ready, log.read_text()
+            os.set_blocking(pipe.fileno(), True)
+            return int(pipe.read())
+
+    try:
+        for _ in range(2):
+            first = process_of_task()
+            os.kill(first, signal.SIGKILL)
+            assert process_of_task() != first
+            go.write_text("")
+        assert driver.wait() == 0, log.read_text()
+    finally:
+        os.close(driver_end)
+        driver.kill()
+        driver.wait()
     assert (tmp_path / "done-5").read_text() == "10"
     assert (tmp_path / "done-6").read_text() == "15"
