@@ -19,8 +19,8 @@ from tests.conftest import by_path, rows, tiny_digits, train_shared, write_state
 
 
 def test_adapters_with_a_live_teacher_resume_bit_for_bit_on_the_same_weights(tmp_path):
-    """A resumed run reads the base model and the teacher again, and refuses other weights. Adapters,
-    averaged weights and the term's own parameters are in the checkpoint."""
+    """A resumed run reads the base model and the teacher again, and refuses other weights. The
+    checkpoint has adapters, averaged weights and the term's own parameters, and nothing else."""
     weights = tmp_path / "weights"
     weights.mkdir()
     write_states(tiny_digits(steps=2), weights)
