@@ -196,10 +196,10 @@ def _of_statement(file: File, node: ast.stmt, statement: Statement) -> Iterator[
 
     def fault(rule: str, start: int, end: int, new: str | bytes) -> Candidate:
         new = new.encode() if isinstance(new, str) else new
-        # Add the line breaks that are removed, so that later lines keep their numbers.
-        lines = file.source[start:end].count(b"\n") - new.count(b"\n")
-        if lines > 0:
-            new = new[:-1] + b"\n" * lines + new[-1:] if new[-1:] == b")" else new + b"\n" * lines
+        # Keep the number of line breaks, so that later lines keep their numbers. Those before a
+        # closing parenthesis do not end the statement.
+        breaks = b"\n" * (file.source[start:end].count(b"\n") - new.count(b"\n"))
+        new = new[:-1] + breaks + b")" if new.endswith(b")") else new + breaks
         return Candidate(rule, statement, start, end, new)
 
     def of_node(rule: str, x: ast.AST, new: str | bytes) -> Candidate:
