@@ -1,4 +1,4 @@
-"""A clock that a test moves by hand."""
+"""A clock that a test sets."""
 
 import asyncio
 import functools
@@ -10,10 +10,10 @@ from clip_jax.clock import Clock
 
 
 class HandClock(Clock):
-    """Time stands still until `advance`. Waits of other threads end when their time has come.
+    """A clock whose time changes only by `advance`, which ends the waits that are due.
 
-    `until_waiting` blocks until a thread or coroutine waits, so that a test knows that `advance`
-    will reach it. With `skips`, a `sleep` moves the clock itself instead of waiting for `advance`.
+    `until_waiting` blocks until another thread or a coroutine waits, so that `advance` cannot come
+    too early. With `skips`, `sleep` advances the clock instead of waiting for `advance`.
     """
 
     def __init__(self, *, skips: bool = False) -> None:
@@ -29,7 +29,7 @@ class HandClock(Clock):
         return 1_700_000_000.0 + self._time
 
     def advance(self, seconds: float) -> None:
-        """Move the time on and end the waits that it ends."""
+        """Advance the time, and end the waits that are due."""
         with self._begun:
             self._time += seconds
             wakers = [*self._wakers]
@@ -60,7 +60,7 @@ class HandClock(Clock):
             return True
 
     def _wait(self, condition: threading.Condition, end: float) -> bool:
-        """Wait until a held condition is notified, by whomever; False once `end` has come."""
+        """Wait until a condition, which is held, is notified; return False if `end` comes first."""
 
         def wake() -> None:
             with condition:  # which is free once `condition.wait` has begun
@@ -92,7 +92,7 @@ class HandClock(Clock):
                 return done, set(futures) - done
 
     def _begin(self, wake: Callable[[], Any], end: float) -> bool:
-        """Let `advance` call `wake` from now on, unless `end` has come."""
+        """Let `advance` call `wake` from now on, unless `end` has passed."""
         with self._begun:
             if waits := self._time < end:
                 self._wakers.append(wake)

@@ -1,4 +1,4 @@
-"""The mesh and the strict table."""
+"""The mesh, the sharding table, and the shares of processes."""
 
 import functools
 import math
@@ -55,7 +55,7 @@ TABLES = ("", "K", "V D", "L W", "D N K", "N K D", "D F", "F D", "K L D")  # dim
 
 
 def axes_of(spec):
-    """The mesh axes of each dimension."""
+    """Return the mesh axes of each dimension."""
     return [(x,) if isinstance(x, str) else tuple(x or ()) for x in spec]
 
 
@@ -65,7 +65,7 @@ def axes_of(spec):
     sizes=st.fixed_dictionaries({dim: st.sampled_from([1, 6, 8, 24, 64]) for dim in AXES}),
 )
 def test_each_dimension_is_split_over_its_axes_or_the_parameter_is_named(mesh, tables, sizes):
-    """What mirrors a parameter is sharded as it is, without dimensions of length 1."""
+    """Optimizer state has the sharding of its parameter, except for dimensions of length 1."""
     rows = {f"{number}/kernel": dims for number, dims in enumerate(tables)}
     tree = {
         str(number): {"kernel": np.empty([sizes[dim] for dim in dims.split()], np.int8)}
@@ -96,7 +96,7 @@ FAMILIES = {"CoCa": COCA, "ResNet": RESNET}
 
 @given(family=st.sampled_from([*FAMILIES]), mesh=MESH)
 def test_every_parameter_of_a_model_divides_or_the_mesh_is_refused(family, mesh):
-    """No parameter has two dimensions over one axis."""
+    """No parameter has two dimensions that are sharded over the same axis."""
     config = FAMILIES[family]
     rows, shapes = table(config)
     try:
@@ -114,7 +114,7 @@ def test_every_parameter_of_a_model_divides_or_the_mesh_is_refused(family, mesh)
 
 @functools.cache
 def table(config):
-    """The names of the dimensions and the shape of each parameter, traced once."""
+    """Return the dimensions' names and the shape of each parameter, traced once."""
     boxes = clip.parameters(config)
     names = {path: " ".join(box.names) for path, box in boxes.items()}
     return names, {path: box.value for path, box in boxes.items()}
@@ -149,7 +149,7 @@ def test_a_padded_batch_holds_its_rows_in_few_shapes(shards, each, rows):
 
 @dataclass(frozen=True)
 class Chip:
-    """A device of another machine."""
+    """A device that this machine does not have."""
 
     id: int
     process_index: int
@@ -159,7 +159,7 @@ class Chip:
 
 @given(sizes=st.tuples(SIZES, SIZES, SIZES), each=SIZES)
 def test_processes_read_all_shards_once_and_those_that_share_rows_the_same(sizes, each):
-    """Or the mesh is refused, where a process has a part of a shard and of another."""
+    """A mesh where a process would have parts of several shards is invalid."""
     devices, tensor = math.prod(sizes), sizes[2]
     each = math.gcd(each, devices)
     chips = np.array([Chip(i, i // each) for i in range(devices)], object)
@@ -186,7 +186,7 @@ def test_processes_with_unequal_numbers_of_shards_are_refused():
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 2, 4)])
 def test_token_embeddings_are_looked_up_where_they_are(sizes):
-    """A vocabulary of an odd size, which no mesh divides; the gradient is sharded alike."""
+    """No mesh divides the vocabulary, whose size is odd. The gradient has the table's sharding."""
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
     rng = np.random.default_rng(0)
     table = rng.standard_normal((901, 16)).astype(np.float32)

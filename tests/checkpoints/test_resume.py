@@ -79,7 +79,7 @@ PATHS = st.sampled_from(["a", "b", "c"])
 
 @st.composite
 def mixtures(draw):
-    """A mixture of a few sources, and its phases by their first sample."""
+    """Draw a mixture: paths with weights, and phases as (first sample, weights)."""
     members = draw(st.lists(st.tuples(PATHS, WEIGHTS), min_size=1, max_size=3))
     starts = draw(st.lists(st.sampled_from([8, 15, 16, 24]), max_size=2).map(sorted))
     weights = st.lists(WEIGHTS, min_size=len(members), max_size=len(members)).filter(any)
@@ -89,7 +89,7 @@ def mixtures(draw):
 
 @st.composite
 def pairs_of_mixtures(draw):
-    """A mixture, and another or one that goes on where it ends."""
+    """Draw two mixtures, of which the second often extends the first."""
     before = members, phases = draw(mixtures())
     if draw(st.booleans()):
         return before, draw(mixtures())
@@ -113,7 +113,7 @@ def mixed(members, phases):
 
 
 def first_samples(members, phases, count):
-    """Path and number of the samples that a run reads first."""
+    """Return (path, number) of the first samples that a run reads."""
     source = MixtureSource(mixed(members, phases), [Numbers(5_000) for _ in members])
     order = source.order(seed=0)
     samples = (source.key(order[at]).split("/") for at in range(count))
@@ -125,8 +125,8 @@ def first_samples(members, phases, count):
 @example((([("a", 1.0)], []), ([("a", 1.0), ("b", 1.0)], [])))
 @given(pairs=pairs_of_mixtures())
 def test_a_mixture_that_may_resume_has_read_the_same_samples(pairs):
-    """Sixteen samples were read. Other paths and weights were accepted, and changed what had been
-    read; what adds members and later phases alone is accepted."""
+    """After 16 samples, a run may add members of weight 0 and phases that start later. Any other
+    change would alter the samples that it has read."""
     (old, old_phases), (new, new_phases) = pairs
     before, now = (
         to_dict(Config(batch_size=8, data=DataConfig(source=mixed(*each)))) for each in pairs
@@ -159,7 +159,7 @@ TREES = st.recursive(
 
 @given(old=TREES, new=TREES)
 def test_differences_lead_from_one_config_to_the_other(old, new):
-    """And none of them is empty, or the same field twice."""
+    """Each of them names one field, with its two values."""
     listed = differences(old, new)
     assert differences(old, old) == []
     assert {name: (y, x) for name, x, y in listed} == {

@@ -71,7 +71,7 @@ CONFIGS = st.builds(
 def test_the_newest_the_named_the_best_and_the_unwatched_stay(
     steps, config, of_run, rows, incomplete
 ):
-    """No other step stays, and those that stay would stay again."""
+    """No other step is kept, and applying the rule again deletes nothing."""
     expected, newest_rows = {*steps[-config.keep :], *config.also}, dict(rows or [])
     if rows is not None:
         expected |= {*[x for x in steps if x not in newest_rows][: config.keep_unwatched]}
@@ -93,19 +93,19 @@ def test_the_newest_the_named_the_best_and_the_unwatched_stay(
 
 
 class RunAndWatcher(RuleBasedStateMachine):
-    """What a watcher turned to stays until its row is written, and the best of that stays.
+    """A step that a watcher evaluates is kept until its row is written, and the best one after it.
 
-    The run saves and asks what to keep; only later does it delete. The watcher looks for the
-    oldest step without a row, and writes its row some time later; it may be killed in between.
-    All it can lose is what the run was about to delete when it looked.
+    The run saves a step and decides which steps to keep; it deletes the others later. The watcher
+    chooses the oldest step without a row, and writes its row later; it may be killed in between. It
+    can lose only a step that the run had already decided to delete.
     """
 
     def __init__(self):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.workdir = Path(self.folder.name)
-        self.steps, self.doomed = [1], []  # those that exist; those about to be deleted
-        self.rows, self.read, self.lost = [], None, set()  # of the watcher
+        self.steps, self.doomed = [1], []  # existing steps, steps to delete
+        self.rows, self.read, self.lost = [], None, set()  # state of the watcher
         write_rows(self.workdir)
 
     def teardown(self):
@@ -155,7 +155,7 @@ TestRunAndWatcher = RunAndWatcher.TestCase
 
 def test_of_several_processes_the_first_looks_for_all(tmp_path):
     write_rows(tmp_path)
-    first = [[2], [{"acc": 0.5}, {}, {}, {}]]  # as JSON brings it
+    first = [[2], [{"acc": 0.5}, {}, {}, {}]]  # lists, as after JSON
     with (
         mock.patch.object(processes, "is_lead", autospec=True, return_value=False),
         mock.patch.object(processes, "gather", autospec=True, return_value=[first, None]),
@@ -165,7 +165,7 @@ def test_of_several_processes_the_first_looks_for_all(tmp_path):
 
 @pytest.mark.parametrize("name", ["", " "])
 def test_the_best_of_a_result_without_a_name_is_refused(name):
-    """Else no result has that name, and a run keeps no best checkpoint."""
+    """No result would have this name, so that a run would keep no best checkpoint."""
     with pytest.raises(InputError, match=r"^checkpoint\.best is empty; set it to the name"):
         CheckpointConfig(best=name)
     assert CheckpointConfig(best="acc").best == "acc"

@@ -39,7 +39,7 @@ BUDGET = st.builds(
 
 @st.composite
 def plans(draw):
-    """A plan, and the number of its steps."""
+    """Draw a plan, and its number of steps."""
     steps = draw(STEPS)
     if draw(st.booleans()):
         doubled_at = draw(st.sets(st.integers(1, steps), max_size=3).map(sorted))
@@ -50,7 +50,7 @@ def plans(draw):
 
 @given(plans(), st.data())
 def test_every_sum_and_position_agrees_with_the_batches_one_by_one(made, data):
-    """Also after the run's last step, where its last batch is repeated."""
+    """Also after the last step, where the last kind of batch goes on."""
     plan, steps = made
     kinds = [plan.at(step) for step in range(steps + 5)]
     units = [(step, i) for step, kind in enumerate(kinds) for i in range(kind.pairs // plan.unit)]
@@ -89,7 +89,9 @@ def test_siglip2s_longest_batches_come_in_pairs_of_halves(lengths, steps, seed):
     for number, (patches, pairs, count) in enumerate(runs, start=1):
         is_longest = patches == max(lengths.patches)
         assert pairs == (16 if is_longest else 32)
-        assert not is_longest or count % 2 == 0 or number == len(runs)  # the run ends in between
+        assert (
+            not is_longest or count % 2 == 0 or number == len(runs)
+        )  # a run may end between two halves
     schedule = [lengths.schedule_step(step, steps) for step in range(steps + 1)]
     assert schedule[: first + 1] == list(range(first + 1))
     slopes = np.diff(schedule[first:])
@@ -97,8 +99,9 @@ def test_siglip2s_longest_batches_come_in_pairs_of_halves(lengths, steps, seed):
 
 
 def test_siglip2_draws_lengths_in_the_stretched_rest_of_the_schedule():
-    """Nine tenths of the learning-rate schedule are at the fixed resolution; the last tenth takes
-    3.75 times as many steps, of which the longest length has two of half a batch for each draw."""
+    """Nine tenths of the learning-rate schedule have the fixed resolution. The last tenth is
+    stretched to 3.75 times as many steps. There, each draw of the longest length gives two steps
+    with half a batch."""
     lengths, steps = SigLIP2Lengths(), 12_750
     first = lengths.first_step(steps)
     assert first == 9_000

@@ -78,18 +78,18 @@ def test_threads_and_the_step_of_a_resumption_do_not_matter(tmp_path):
     data=st.data(),
 )
 def test_every_sample_once_an_epoch(samples, per_process, counts, sizes, doubled_at, data):
-    """Stopped at a random batch and resumed with another number of processes; also where epochs end
-    within a batch, where a batch is made in pieces, and where its size doubles."""
+    """Also if a run is resumed with another number of processes, if an epoch ends within a batch,
+    if a batch is made in pieces, and if its size doubles."""
     batch_size = per_process * np.lcm(*counts).item()
     steps = min(-(-3 * samples // batch_size), 12)
     stop = data.draw(st.integers(0, steps))
-    # No threads: beartype draws from `random` in them, which hypothesis minds.
+    # No threads: beartype uses `random` in them, which Hypothesis does not allow.
     config = digits(samples, threads=0)
     how: dict[str, Any] = {"batch_size": batch_size, "doubled_at": doubled_at}
     with (
         loading(blank),
         mock.patch.object(batches, "_PIECE", sizes),
-        # A permutation of few numbers takes long.
+        # grain's permutations of few numbers are slow.
         mock.patch.object(grain.MapDataset, "shuffle", lambda dataset: dataset),
     ):
         made = [

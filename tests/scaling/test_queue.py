@@ -206,23 +206,23 @@ def test_who_works_on_what_can_be_read_meanwhile(study: Study):
     assert workers(study.root, study.clock.unix()) == {}
 
 
-# ------------------------------------------------------------------ workers of every fate
+# ------------------------------------------------------------------ a model of the queue
 
 
 @dataclass(eq=False)
 class Worker:
-    """What is expected of a worker."""
+    """A worker, and the state that it is expected to have."""
 
     queue: Queue
     host: str
-    start: int  # number of the events before it
-    signed: float | None  # when it last gave a sign of life; None: it has ended
-    tried: float  # when it last tried to
+    start: int  # number of events before it started
+    signed: float | None  # time of its last sign of life; None after its end
+    tried: float  # time when it last tried to give one
     waiting: list[str] = field(default_factory=lambda: [*"abcd"])
     running: dict[str, Job] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
-    due: list[tuple[str, str]] = field(default_factory=list)  # outcomes that are not yet written
+    due: list[tuple[str, str]] = field(default_factory=list)  # (job, outcome) still to be written
     signs: dict[tuple[str, int], tuple[float | None, float]] = field(default_factory=dict)
 
 
@@ -236,7 +236,7 @@ class Newest:
 
 
 WHICH = st.integers(0, 2)
-ACTS = st.sampled_from(  # what a worker does, and the storage's fault; the more often the likelier
+ACTS = st.sampled_from(  # (act of a worker, fault of the storage); repeated ones are more likely
     [
         *[("take", "")] * 6,
         *[("done", ""), ("failed", ""), ("stopped", ""), ("look", "")] * 2,
@@ -248,17 +248,18 @@ ACTS = st.sampled_from(  # what a worker does, and the storage's fault; the more
 
 
 class Fates(RuleBasedStateMachine):
-    """Workers on two machines take jobs, fail, stop, are killed, stand still, and lose the storage.
+    """Workers on two machines run jobs, which may fail or stop. Workers may be killed or hang, and
+    the storage may be unreachable.
 
-    Each takes the first job that is free: one that is not done, that no living worker has, and that
-    has not failed since it began. Job b needs the result of job c; only `limit` jobs may begin. In
-    the end a worker on a third machine does what is left, each job once.
+    Each worker takes the first free job: one that is not done, that no living worker runs, and that
+    has not failed since the worker started. Job b needs the result of job c. Only `limit` jobs may
+    start. In the end a worker on a third machine runs the remaining jobs, each once.
     """
 
     def __init__(self):
         super().__init__()
         self.ends = contextlib.ExitStack()
-        self.ends.enter_context(mock.patch.object(os, "fsync", autospec=True))  # which takes long
+        self.ends.enter_context(mock.patch.object(os, "fsync", autospec=True))  # fsync is slow
         folder = self.ends.enter_context(tempfile.TemporaryDirectory())
         self.study, self.clock = (made := Study(Path(folder))), made.clock
         self.workers: list[Worker] = []
@@ -286,7 +287,7 @@ class Fates(RuleBasedStateMachine):
         self.newest[name] = Newest(kind, worker, self.number)
 
     def sign(self, worker, is_reachable=True):
-        """It shows that it lives, and writes what is due, unless another has taken the job over."""
+        """Expect a sign of life, and the outcomes of jobs that no other worker has taken over."""
         worker.signed = worker.tried = self.clock.now()
         while worker.due:
             name, outcome = worker.due[0]
@@ -365,10 +366,10 @@ class Fates(RuleBasedStateMachine):
         return ""
 
     def is_alive(self, name, observer):
-        """Whether an observer has seen a sign of life of who claimed a job lately."""
+        """Return whether an observer has recently seen a sign of life of a job's worker."""
         newest, now = self.newest[name], self.clock.now()
         if newest.worker.host == observer.host:
-            return False  # its lock is free
+            return False  # on the same machine, its lock would be held
         key = name, newest.number
         sign, since = observer.signs.get(key, (newest.worker.signed, now))
         since = since if sign == newest.worker.signed else now
@@ -386,7 +387,7 @@ class Fates(RuleBasedStateMachine):
         self.sign(worker, is_reachable=not fault)
 
     def look(self, worker):
-        """A worker shows that it lives, and ends the jobs that others have taken over."""
+        """Let a worker give a sign of life, and stop the jobs that others have taken over."""
         now = self.clock.now()
         lost = worker.queue.lost()
         if now >= worker.tried + RENEW_SECONDS:
@@ -398,7 +399,7 @@ class Fates(RuleBasedStateMachine):
 
     @rule(which=WHICH, host=st.sampled_from(["one", "two"]))
     def replace(self, which, host):
-        """A worker that has nothing to do leaves; another one and its jobs are killed."""
+        """Replace a worker: an idle one ends, one with jobs is killed with them."""
         worker = self.workers.pop(which)
         if not worker.running:
             with worker.queue:
@@ -430,8 +431,11 @@ class Fates(RuleBasedStateMachine):
 
 @contextlib.contextmanager
 def creating(fault: str) -> Generator[list[str]]:
-    """Files of events are created with a fault: the storage is unreachable, or what it answers is
-    lost, so that it has the file already when it is asked again, or when an error is raised."""
+    """Create files of events with a fault of the storage; yield the jobs that were claimed.
+
+    "unreachable": no file is created. "answered": a file is created, but the storage reports that
+    it existed, as after a repeated request. "lost": a file is created, but the request fails.
+    """
     plain, claims = files.create, []
 
     def create(path, content):

@@ -36,7 +36,8 @@ def stored(content):
 @example(length=60, ranges=[(40, 2), (0, 12), (2, 3), (15, 4)], near=3, failing=set())
 @example(length=60, ranges=[(0, 4), (8, 2)], near=3, failing=set())
 def test_ranges_are_those_of_the_object_or_an_error(length, ranges, near, failing):
-    """In any order, overlapping or beyond the end. One request has near ones, and nothing else."""
+    """Ranges may be in any order, overlap, or extend beyond the end of the object. Those near each
+    other are read by one request, which reads nothing else."""
     content = bytes(range(length))
     plain, spans = obstore.get_range_async, []
 
@@ -93,16 +94,16 @@ def test_an_open_object_reads_as_a_file_on_a_disk(content, block, calls):
         assert file.read() == expected.read()
 
 
-# ------------------------------------------------------------------ when it is requested again
+# ------------------------------------------------------------------ repeated requests
 
 
 def late_after(usual):
-    """Seconds after which an answer is late: 1, or four times the usual."""
+    """Return the seconds after which an answer is late: four times the median, at least 1."""
     return max(1.0, 4 * statistics.median(usual)) if usual else 1.0
 
 
 WAITS = st.floats(0.1, 20)
-ANSWERS = st.tuples(st.integers(0, 3), st.booleans())  # of which pending request; good or an error
+ANSWERS = st.tuples(st.integers(0, 3), st.booleans())  # (number among pending requests, success)
 
 
 @given(
@@ -114,7 +115,8 @@ ANSWERS = st.tuples(st.integers(0, 3), st.booleans())  # of which pending reques
 @example(usual=[], events=[1.0, (0, False), (0, True)])
 @example(usual=[], events=[1.0, (1, False), (0, False)])
 def test_a_late_answer_is_requested_again_and_the_first_good_one_counts(usual, events):
-    """At intervals that double, while at most four are pending. An error counts if none is."""
+    """Requests are repeated at intervals that double, while fewer than four are pending. An error
+    counts if no other request is pending."""
     clock, seconds, requests = HandClock(), deque(usual, maxlen=64), []
 
     def request(store, path, *, start, end):
@@ -123,7 +125,7 @@ def test_a_late_answer_is_requested_again_and_the_first_good_one_counts(usual, e
         return requests[-1]
 
     async def turns():
-        for _ in range(10):  # of the event loop, more than the code takes
+        for _ in range(10):  # more turns of the event loop than the code needs
             await asyncio.sleep(0)
 
     async def main():

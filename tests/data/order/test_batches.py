@@ -1,4 +1,4 @@
-"""Batches in blocks of records that lie together: alike in any number of processes."""
+"""Batches in the block order: the same for any number of processes and threads."""
 
 import collections
 import dataclasses
@@ -27,7 +27,7 @@ from tests.data.conftest import assert_same, digits, join, of_processes, open_pi
 
 
 class Rows(DigitsSource):
-    """Samples that say which of them lie together."""
+    """Digits in blocks of twelve."""
 
     def load(self, index, rng):
         return np.full((8, 8, 3), rng.integers(256), np.uint8), f"number {index}"
@@ -44,13 +44,13 @@ class Rows(DigitsSource):
 
 @pytest.fixture
 def rows():
-    """Digits are read in blocks, also as a mixture's member."""
+    """Read digits in blocks, also as a member of a mixture."""
     with mock.patch.object(digits_module, "DigitsSource", Rows):
         yield digits(samples=240, order="blocks", shuffle_blocks=16)
 
 
 def test_in_blocks_processes_and_threads_do_not_matter(rows):
-    """Nor where a run is resumed, in another number of processes."""
+    """A resumed run with another number of processes reads the same batches, too."""
     whole = take(rows, 42)
     for start, processes, threads in ((0, 2, 0), (19, 4, 3), (38, 1, 1)):
         config = dataclasses.replace(rows, threads=threads, read_ahead_mib=1)
@@ -64,7 +64,7 @@ def test_in_blocks_processes_and_threads_do_not_matter(rows):
 
 def test_a_batch_has_the_seconds_for_which_its_records_were_waited_for(rows):
     with mock.patch.object(batches, "CLOCK", autospec=True) as clock:
-        clock.now.side_effect = itertools.count()  # a second for each record
+        clock.now.side_effect = itertools.count()  # each record takes one second
         (batch,) = take(dataclasses.replace(rows, threads=0), 1)
     assert batch.reading.seconds_waited == len(batch.keys) == 12
 
@@ -88,7 +88,7 @@ IMAGES = Square(8), Square(16)
 
 @st.composite
 def plans(draw):
-    """Batches of two sizes and two kinds of images, and a number of processes."""
+    """Draw a plan with batches of two sizes and two kinds of images, and a number of processes."""
     processes = draw(st.integers(1, 4))
     pairs = draw(st.lists(st.integers(1, 40), min_size=2, max_size=2))
     kinds = tuple(
@@ -101,7 +101,7 @@ def plans(draw):
 
 @given(made=plans(), sizes=st.sampled_from([(8, 64), (1, 3)]), start=st.integers(0, 5))
 def test_pieces_of_all_processes_are_the_batch(made, sizes, start):
-    """Each process has consecutive rows, in pieces of the order; none reads another kind."""
+    """Each process has consecutive rows of the batch, and loads images of the step's kind."""
     plan, processes = made
     order = np.random.default_rng(0).permutation(1_200)
 

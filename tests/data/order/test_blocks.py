@@ -1,4 +1,4 @@
-"""The order in blocks: each record once an epoch, from any step on, near its neighbours."""
+"""The block order: each record once per epoch, from any step on, close to those of its block."""
 
 import itertools
 from unittest import mock
@@ -24,7 +24,7 @@ def in_blocks(sizes, batch_size, *, seed=0, shuffle_blocks=8, shares=OfPositions
 
 
 def read(made, batch_size, start, steps, process=(0, 1)):
-    """Records and pieces of some batches, as far as a process has them: [steps, places]."""
+    """Return a process's records, epochs and pieces of some batches, each as [steps, places]."""
     streams = Streams(batch_size, process)
     runs = [
         made.at(stream, start * streams.width, steps * streams.width)
@@ -51,7 +51,7 @@ def test_streams_follow_from_the_batch():
     data=st.data(),
 )
 def test_every_record_once_an_epoch(sizes, batch_size, shuffle_blocks, chunk, seed, data):
-    """In the epochs' exact positions, and alike where one stops and goes on with processes."""
+    """Epochs begin at exact positions. A run resumed with several processes reads the same."""
     count = sum(sizes)
     steps = -(-3 * count // batch_size)
     how = {"seed": seed, "shuffle_blocks": shuffle_blocks}
@@ -83,7 +83,7 @@ def test_every_record_once_an_epoch(sizes, batch_size, shuffle_blocks, chunk, se
     chunk=st.sampled_from([7, 1024]),
 )
 def test_a_stream_s_record_depends_on_its_offset_alone(sizes, batch_size, calls, shares, chunk):
-    """Whatever has been read before, forward or backward."""
+    """Earlier reads, at smaller or larger offsets, make no difference."""
     with mock.patch.object(blocks, "_CHUNK", chunk):
         made = in_blocks(sizes, batch_size, shares=shares)
         for number, (offset, count) in enumerate(calls):
@@ -119,7 +119,7 @@ def test_a_record_placed_at_the_end_of_a_stream_is_in_its_last_chunk():
     start=st.integers(0, 300),
 )
 def test_equal_shares_give_every_record_once(sizes, batch_size, start):
-    """The shares of all streams in an epoch hold each record once, whatever each stream has had."""
+    """The shares of all streams together hold each record once per epoch."""
     count, streams = sum(sizes), Streams(batch_size)
     made = in_blocks(sizes, batch_size, shares=Equal)
     shares = Equal(streams, count)
@@ -144,7 +144,7 @@ def test_equal_shares_give_every_record_once(sizes, batch_size, start):
 def test_a_piece_is_spread_over_no_more_places_than_a_stream_reaches(
     count, size, batch_size, shuffle_blocks, shares
 ):
-    """From this a resumed reader knows which records of a piece have been used."""
+    """A resumed reader looks back as far as `reach` for the records of a piece that were used."""
     sizes = np.full(count, size)
     made = in_blocks(sizes, batch_size, shuffle_blocks=shuffle_blocks, shares=shares)
     places = 2 * int(sizes.sum()) // count_streams(batch_size)
@@ -159,8 +159,8 @@ def test_a_piece_is_spread_over_no_more_places_than_a_stream_reaches(
 
 
 def test_a_piece_is_read_by_one_stream_in_one_go():
-    """A stream's cut divides a block in two; there are no more pieces, and none reaches farther
-    than the buffer."""
+    """A cut between two streams divides a block in two pieces; no other block is divided. A piece
+    is spread over about the shuffle buffer."""
     sizes, batch_size, buffer = np.full(400, 50), 64, 64
     made = in_blocks(sizes, batch_size, shuffle_blocks=buffer)
     steps = int(sizes.sum()) // batch_size
@@ -171,7 +171,7 @@ def test_a_piece_is_read_by_one_stream_in_one_go():
         own = first.reshape(steps, streams.count, streams.width)[:, stream].reshape(-1)
         for piece in np.unique(own):
             places = np.flatnonzero(own == piece)
-            # Of ranks, whose places jitter.
+            # The margin is for ranks, which deviate from the random places.
             assert places[-1] - places[0] <= 1.2 * buffer / streams.count * 50
             owners.setdefault(piece, []).append(stream)
     assert all(len(found) == 1 for found in owners.values())
@@ -189,14 +189,14 @@ def test_the_order_is_a_public_format_and_another_for_each_seed():
 
 
 def test_sorted_data_are_mixed():
-    """Photographs sorted by class, in blocks of 60: batches much like independent draws."""
+    """With data sorted by class, in blocks of 60, batches are similar to independent draws."""
     classes, each, batch_size, steps = 1000, 1280, 1024, 20
     count = classes * each
     made = in_blocks(np.full(count // 60 + 1, 60), batch_size, shuffle_blocks=1024)
     batches = range(0, count // batch_size, count // batch_size // steps)
     labels = [read(made, batch_size, step, 1)[0][0] // each for step in batches]
     counts = np.stack([np.bincount(x, minlength=classes + 1) for x in labels])
-    # What lies together meets, and not too often.
+    # Pairs of the same class are about as frequent.
     pairs = batch_size * (batch_size - 1) / 2 / classes
     assert 0.9 * pairs < (counts * (counts - 1) // 2).sum(1).mean() < 2 * pairs
     distinct = classes * (1 - (1 - 1 / classes) ** batch_size)
@@ -204,7 +204,7 @@ def test_sorted_data_are_mixed():
 
 
 def test_of_sorted_data_any_time_has_an_even_share():
-    """Of any fifty batches, each class has about as even a share as in independent draws."""
+    """In any fifty batches, shares of classes vary about as much as in independent draws."""
     count, batch_size, steps = 50_000, 128, 50
     made = in_blocks([32] * (count // 32) + [count % 32], batch_size, shuffle_blocks=1024)
     records = read(made, batch_size, 0, 31 * steps)[0].reshape(31, -1)
@@ -215,7 +215,7 @@ def test_of_sorted_data_any_time_has_an_even_share():
 
 
 def test_epochs_put_others_together():
-    """Blocks that come together in an epoch do not in the next one."""
+    """Blocks that are read at the same time in one epoch are not in the next one."""
     made = in_blocks([8] * 4096, 256)  # 16 streams of 256 blocks
     times = [np.argsort(made._epoch(epoch)[0]) % 256 // 4 for epoch in range(4)]
     for before, after in itertools.combinations(times, 2):

@@ -1,4 +1,4 @@
-"""Mixtures: shares, each member's own position, and weights that change on the way."""
+"""Mixtures: shares by weight, each member's own position and epochs, and changes of weights."""
 
 from dataclasses import replace
 from unittest import mock
@@ -28,7 +28,7 @@ def mixture(weights, phases=()):
 
 
 def keys(config, sizes, positions):
-    """Member and number of the samples at these positions."""
+    """Return (member, number) of the samples at these positions."""
     source = MixtureSource(config, [Numbers(size) for size in sizes])
     order, rng = source.order(seed=3), np.random.default_rng(0)
     found = [(source.key(i), source.load(i, rng)[1]) for i in map(order.__getitem__, positions)]
@@ -43,7 +43,7 @@ PHASES = st.lists(
 LENGTHS = st.lists(st.integers(1, 30), min_size=3, max_size=3)
 
 
-# A permutation of few numbers takes long.
+# grain's permutations of few numbers are slow.
 unshuffled = mock.patch.object(grain.MapDataset, "shuffle", lambda dataset: dataset)
 
 
@@ -61,7 +61,7 @@ def test_a_member_is_shuffled_in_each_epoch_of_its_own():
 @given(weights=WEIGHTS, phases=PHASES, sizes=LENGTHS)
 @unshuffled
 def test_members_have_their_shares_and_go_on_where_they_stood(weights, phases, sizes):
-    """However the weights change; and they are evenly spread in each phase."""
+    """Weights may change at any position. In each phase the members' samples are evenly spread."""
     found = keys(mixture(weights, phases), sizes, range(400))
     for member, size in enumerate(sizes):
         numbers = [number for which, number in found if which == member]
@@ -90,7 +90,7 @@ def test_a_later_phase_and_a_new_member_leave_the_past_alone(weights, phases, si
 
 @given(weights=WEIGHTS, phases=PHASES, sizes=LENGTHS, data=st.data())
 def test_in_the_block_order_too_each_stream_goes_on_in_each_member(weights, phases, sizes, data):
-    """A stream's records of a member are those of the member's own order, from any offset on."""
+    """A stream reads each member in the member's own block order, from any offset on."""
     source = MixtureSource(mixture(weights, phases), [Numbers(size) for size in sizes])
     streams, starts = Streams(12), np.cumsum([0, *sizes])
     order = source.stream_order(3, streams, 16)
@@ -118,7 +118,7 @@ def test_in_the_block_order_too_each_stream_goes_on_in_each_member(weights, phas
 
 
 def test_a_small_weight_is_read_and_a_tiny_one_refused():
-    """Where 4096 samples have none of a member, the period in which weights are kept is larger."""
+    """If a member would have none of 4096 samples, the period of the weights is longer."""
     pattern = _Pattern((1.0, 1e-4))
     assert (pattern.period, pattern.counts.tolist()) == (8192, [8191, 1])
     assert _Pattern((1.0, 1e-3, 0.0)).counts.tolist() == [4092, 4, 0]  # as before

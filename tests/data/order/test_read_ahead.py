@@ -1,4 +1,4 @@
-"""Blocks read ahead: each once, within the budget, and what becomes of those that fail."""
+"""Reading blocks ahead: each is read once, within the budget of memory; errors are passed on."""
 
 import collections
 import threading
@@ -18,11 +18,11 @@ LANES = Streams(BATCH)
 
 
 class Blocks(Numbers):
-    """Records of 100 bytes in blocks of ten, which know what was asked of them."""
+    """Records of 100 bytes in blocks of ten; `asked` lists the reads."""
 
     def __init__(self, count, fail=None):
         super().__init__(count)
-        self.fail, self.asked = fail or {}, []  # by block, an error
+        self.fail, self.asked = fail or {}, []  # errors by block
 
     def blocks(self):
         return np.full(self.count // BLOCK, BLOCK, np.int64)
@@ -51,7 +51,7 @@ def open_ahead(source, *, start=0, budget=1 << 20, streams=LANES.of_process):
 
 
 def requests(ahead, steps, streams):
-    """Record, and epoch and first record of its piece, in the order in which they are needed."""
+    """Yield (step, record, piece) in the order of use; a piece is (epoch, first record)."""
     for step in steps:
         for stream in streams:
             for record, epoch, first, _ in np.stack(ahead.run(step, stream), axis=1).tolist():
@@ -67,7 +67,7 @@ def take(ahead, steps, streams=LANES.of_process):
 
 
 def test_every_piece_is_asked_for_once_in_time_and_closing_ends_the_threads():
-    """Not long before its time, though there is room for it: two batches and the buffer."""
+    """Even with enough memory, at most two batches and the shuffle buffer are read ahead."""
     source, before = Blocks(100 * BATCH), set(threading.enumerate())
     ahead, taken = open_ahead(source), []
     started = set(threading.enumerate()) - before
@@ -76,14 +76,14 @@ def test_every_piece_is_asked_for_once_in_time_and_closing_ends_the_threads():
         assert len(source.asked) * BLOCK <= (step + 4) * BATCH + 2 * 64 * BLOCK
     ahead.close()
     assert sorted(taken) == list(range(100 * BATCH))
-    assert max(map(source.asked.count, source.asked)) <= 2  # of this epoch and the next
+    assert max(map(source.asked.count, source.asked)) <= 2  # in this epoch and the next
     for thread in started:
         thread.join(timeout=60)
         assert not thread.is_alive()
 
 
 def test_what_is_held_stays_within_the_budget():
-    """Half of the buffer is used on average, and no more is read ahead than the budget has."""
+    """At least half of the budget is used on average."""
     source = Blocks(32_000)
     budget = 64 * BLOCK * SIZE
     ahead = open_ahead(source, budget=budget)
@@ -97,7 +97,7 @@ def test_what_is_held_stays_within_the_budget():
 
 
 class Uneven(Blocks):
-    """The same with blocks of any size."""
+    """Blocks of any size, some of which cannot be read."""
 
     def __init__(self, sizes, fail):
         super().__init__(sum(sizes))
@@ -124,8 +124,8 @@ class Uneven(Blocks):
     part=st.sampled_from([slice(None), slice(6), slice(6, 12)]),
 )
 def test_from_any_step_on_each_record_is_read_once(sizes, fail, start, budget, part):
-    """By the process whose streams have it, in their order; a block that cannot be read is bad
-    samples. What was used before, or is used now, is not held."""
+    """Each process reads the records of its streams, in their order. A block that cannot be read
+    gives bad samples. Records that have been used, also before a resumption, are not held."""
     source, lanes, end = Uneven(sizes, fail), Streams(12), start + 5
     shares, streams = OfPositions(lanes, len(source)), lanes.of_process[part]
     order = BlockOrder(source.blocks(), seed=0, shuffle_blocks=24, shares=shares)
@@ -137,7 +137,7 @@ def test_from_any_step_on_each_record_is_read_once(sizes, fail, start, budget, p
         except SampleError:
             assert source.fails(record)
     ahead.close()
-    later: dict[tuple[int, int], set[int]] = {}  # records that are still to come, by piece
+    later: dict[tuple[int, int], set[int]] = {}  # records not yet used, by piece
     pieces = set()
     for stream in streams:
         run = order.at(stream, 0, end + 200)

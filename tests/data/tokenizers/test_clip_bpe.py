@@ -1,4 +1,4 @@
-"""Token ids, without PyTorch: golden ids of OpenAI's tokenizer, limits, small vocabularies."""
+"""CLIP's tokenizer: ids of OpenAI's tokenizer, truncation, limits, smaller vocabularies."""
 
 import functools
 import itertools
@@ -104,7 +104,7 @@ def pieces_of(text):
 
 
 def merged(piece, size):
-    """The tokens of a piece: of all neighbours, those of the first merge are joined, and again."""
+    """Return the tokens of a piece: merge the neighbours of lowest rank, as long as possible."""
     *letters, last = [clip_bpe._LETTERS[byte] for byte in piece.encode()]
     tokens = [*letters, f"{last}</w>"]
     while pairs := ranks(size).keys() & {*itertools.pairwise(tokens)}:
@@ -123,7 +123,7 @@ def merged(piece, size):
 @given(texts=st.lists(TEXTS, max_size=3), size=st.sampled_from(SIZES), length=st.integers(2, 24))
 @mock.patch.object(clip_bpe, "_MAX_CACHED_WORDS", 3)
 def test_ids_are_those_of_a_simple_implementation(texts, size, length):
-    """Whatever the cache holds; the text comes back, and one that is too long keeps its end."""
+    """Whatever the cache holds. Decoding returns the text. Truncated ids end with the end token."""
     tokenizer = OF_SIZE[size]
     rows, vocab = tokenizer(texts, length, truncate=True), tokenizer.vocab
     for text, row in zip(texts, rows, strict=True):

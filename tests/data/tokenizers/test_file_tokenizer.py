@@ -1,4 +1,4 @@
-"""A vocabulary's rules, each on texts that show it; and files that are no vocabulary."""
+"""Tokenizers from files: the rules of each kind, and files that are not valid."""
 
 import base64
 import json
@@ -53,7 +53,7 @@ TEXTS = st.lists(st.sampled_from(vocabularies.captions(40)) | st.text(max_size=9
 
 @given(kind=st.sampled_from([*KINDS]), rules=RULES, texts=TEXTS, length=st.integers(0, 20))
 def test_begin_end_padding_and_cut(files, kind, rules, texts, length):
-    """Each text has the ids that it has alone, in the order of the rules."""
+    """A batch has the ids of each text alone, with the rules applied in order."""
     tokenizer = make(file=files[kind], **rules)
     begin, end = ([rules[name]] * (rules[name] is not None) for name in ("begin_id", "end_id"))
     if length < len(begin) + len(end):
@@ -82,7 +82,7 @@ LETTERS = st.characters(exclude_categories=("Cs",), exclude_characters="▁")  #
 
 @given(text=st.text(LETTERS, max_size=20) | st.sampled_from(vocabularies.captions(40)))
 def test_any_text_comes_back_from_bytes(files, text):
-    """Where unknown letters are bytes, and neither begin, end nor padding is a byte's id."""
+    """If unknown characters are encoded as bytes, and no special token has the id of a byte."""
     tokenizer = make(file=files["byte_fallback"], clean="none", begin_id=2, end_id=1, pad_id=0)
     ids = tokenizer([text], 8 * len(text) + 9)
     assert tokenizer.decode(ids[0]) == text
