@@ -1,4 +1,4 @@
-"""Bucket servers, started once, and an empty bucket for each test."""
+"""Servers for buckets, started once, and an empty bucket for each test."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from tests.contract.servers import Server
 from tests.data.conftest import make_pairs
 
 PAIRS = str(ROOT / "configs/pairs.py")
-FEW = [  # flags of a training of that, which takes seconds
+FEW = [  # flags with which training on PAIRS takes seconds
     "--batch-size", "8", "--report-every", "1", "--checkpoint.every-steps", "2",
     "--data.threads", "2", "--optim.warmup-steps", "1", "--model.embed-dim", "16",
     "--model.dtype", "float32", "--model.vision.image-size", "16",
@@ -29,7 +29,7 @@ FEW = [  # flags of a training of that, which takes seconds
 
 
 def write_pictures(folder: str, count: int) -> str:
-    """Write pictures and a table of them; return the path of that."""
+    """Write pictures and their table; return the path of the table."""
     table = "image,caption\n"
     for name, image, _ in make_pairs(count):
         files.write_whole(f"{folder}/{name}", image)
@@ -40,7 +40,7 @@ def write_pictures(folder: str, count: int) -> str:
 
 @dataclass(frozen=True)
 class Bucket:
-    """An empty bucket on a real server, which can be made slow or faulty and keeps a log."""
+    """An empty bucket on a server that logs requests, and that tests can make slow or faulty."""
 
     url: str
     server: Server
@@ -48,7 +48,7 @@ class Bucket:
 
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Callable[[str], Server]]:
-    """What starts a server for a scheme once, for all tests of this process; ended with them."""
+    """Return a function that starts the server of a scheme once for all tests of this process."""
     with contextlib.ExitStack() as stack:
         yield functools.cache(lambda scheme: stack.enter_context(Server(scheme)))
 
@@ -69,24 +69,24 @@ def _bucket(request: pytest.FixtureRequest, scheme: str) -> Iterator[Bucket]:
 
 @pytest.fixture(params=["gs", "s3"])
 def bucket(request: pytest.FixtureRequest) -> Iterator[Bucket]:
-    """An empty bucket of each kind in turn."""
+    """Return an empty bucket; the test runs with each kind of server."""
     yield from _bucket(request, request.param)
 
 
 @pytest.fixture
 def gs(request: pytest.FixtureRequest) -> Iterator[Bucket]:
-    """An empty bucket on fake-gcs-server."""
+    """Return an empty bucket on fake-gcs-server."""
     yield from _bucket(request, "gs")
 
 
 @pytest.fixture
 def s3(request: pytest.FixtureRequest) -> Iterator[Bucket]:
-    """An empty bucket on moto's server."""
+    """Return an empty bucket on moto's server."""
     yield from _bucket(request, "s3")
 
 
 @pytest.fixture(params=["disk", "gs", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder wherever it may be, as a person writes it; it is not there yet."""
+    """Return the path of a new folder; the test runs with a disk and each kind of bucket."""
     where = tmp_path if request.param == "disk" else request.getfixturevalue(request.param).url
     return f"{where}/some/folder"

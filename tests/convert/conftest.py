@@ -1,4 +1,4 @@
-"""Small models of every kind with random weights, made without PyTorch; how files are refused."""
+"""Small models of every kind with random weights, and a check of invalid files."""
 
 import contextlib
 import functools
@@ -40,13 +40,13 @@ TEXT = TextConfig(vocab_size=600, context_length=16, width=64, depth=3, num_head
 VIT = CLIPConfig(embed_dim=48, vision=VISION, text=TEXT)
 SIGLIP = zoo.get("ViT-B-16-SigLIP")
 _SMALL = {"width": 32, "depth": 2, "num_heads": 2}
-_NO_WORDS = TokenizerConfig(file="", clean="punctuation")  # no released vocabulary has 40
+_NO_WORDS = TokenizerConfig(file="", clean="punctuation")  # no released vocabulary has 40 tokens
 
 CONFIGS = {
     "vit": VIT,
     "gelu": replace(
         VIT,
-        vision=replace(VISION, activation="gelu", num_heads=4),  # 32 channels a head
+        vision=replace(VISION, activation="gelu", num_heads=4),  # 32 channels per head
         text=replace(TEXT, activation="gelu"),
     ),
     "options": replace(
@@ -80,7 +80,7 @@ CONFIGS = {
         VIT, vision=ResNetConfig(image_size=64, layers=(1, 2, 1, 1), width=16, num_heads=8)
     ),
     "coca": COCA,
-    # With the whole vocabulary: another's padding, which the mean sees, open_clip would not make.
+    # Its mean includes padding, whose id open_clip only has with the full vocabulary.
     "mammut": replace(
         MAMMUT,
         vision=replace(MAMMUT.vision, activation="gelu"),
@@ -118,7 +118,7 @@ def siglip() -> Weights:
 
 
 def assert_same(a: Weights, b: Weights) -> None:
-    """The same bits, dtypes and settings."""
+    """Check that weights and settings are equal, bit for bit."""
     assert (a.config, a.preprocess) == (b.config, b.preprocess)
     ours, theirs = flatten(a.params), flatten(b.params)
     assert ours.keys() == theirs.keys()
@@ -128,7 +128,7 @@ def assert_same(a: Weights, b: Weights) -> None:
 
 
 def cast(weights: Weights, dtype: DType) -> Weights:
-    """Weights whose parameters have another type."""
+    """Return weights with another data type."""
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), weights.params)
     return replace(weights, params=params)
 
@@ -136,7 +136,7 @@ def cast(weights: Weights, dtype: DType) -> Weights:
 def write_lora_run(
     workdir: Path, base: AnyPath, adapters: LoRAConfig, head: Head | None = None
 ) -> Path:
-    """Write a run of adapters of a base, and of a classifier, as `train` leaves it at step 1."""
+    """Write a LoRA run after step 1, as `train` does; `head` adds a classifier."""
     objective = (SoftmaxConfig(),)
     if head is not None:
         objective = (ClassifierConfig(classes=head.classes, templates=head.templates),)
@@ -167,7 +167,7 @@ MAX_MEMORY = 64 << 20  # bytes, whatever the file claims
 
 
 def refuse(path: Path, match: str, read: Callable[[Path], object] = read_tensors) -> None:
-    """The file is refused with one line that names it, and little memory is used."""
+    """Check that reading a file is a short error with its path, and takes little memory."""
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match=match) as error:

@@ -1,4 +1,4 @@
-"""Pictures as pairs, in every format that a source reads; batches of what a pipeline reads."""
+"""Pairs in every format that a source reads, and batches of a pipeline."""
 
 import contextlib
 import csv
@@ -39,7 +39,7 @@ Pairs = Sequence[tuple[str, bytes, str]]  # file name of the image, its bytes, c
 
 @functools.cache
 def make_pairs(count: int) -> Pairs:
-    """Pictures, shifted, as JPEG, PNG and WebP in turns."""
+    """Return pairs whose images are shifted PICTURES, as JPEG, PNG and WebP in turn."""
     pairs = []
     for i in range(count):
         file = io.BytesIO()
@@ -159,7 +159,7 @@ def tfds(folder: Path, pairs: Pairs) -> TfdsConfig:
     kinds = {"image": datasets.features.Image(), "caption": datasets.features.Text()}
 
     class Pairs(datasets.core.GeneratorBasedBuilder, skip_registration=True):
-        __module__ = "pairs"  # TFDS would look for files of its own in the package `tests`
+        __module__ = "pairs"  # else TFDS looks for its files in the package `tests`
         VERSION = datasets.core.Version("1.0.0")
         pkg_dir_path = folder
 
@@ -186,7 +186,7 @@ FORMATS: dict[str, Callable[[Path, Pairs], Any]] = {
         *(array_record, saved_dataset, tfds),
     )
 }
-# What `PathConfig`, which guesses a format, must be told.
+# Settings that `PathConfig` needs besides the path.
 COLUMNS = {"tar_json": {"caption_column": "caption"}, "img2dataset": {"image_column": "image.jpg"}}
 
 
@@ -196,7 +196,7 @@ TOKENIZER = ClipTokenizer(1024)
 
 
 class Numbers:
-    """A source whose captions and keys are the samples' numbers."""
+    """A source whose captions and keys are the numbers of its samples."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -212,7 +212,7 @@ class Numbers:
 
 
 def outcome(load: Callable[[], Any]) -> Any:
-    """What `load` returns, or why it cannot."""
+    """Return the result of `load`, or the text of its error."""
     try:
         return load()
     except SampleError as error:
@@ -222,7 +222,7 @@ def outcome(load: Callable[[], Any]) -> Any:
 def open_pipeline(
     config: DataConfig, batch_size: int = 12, plan: BatchPlan | None = None, **how: Any
 ) -> Pipeline:
-    """A pipeline of pictures of 8 x 8 pixels."""
+    """Open a pipeline with images of 8 x 8 pixels."""
     plan = plan or constant(batch_size, Square(8))
     return build(config, plan, tokenizer=TOKENIZER, context_length=16, **how)
 
@@ -230,7 +230,7 @@ def open_pipeline(
 def take(
     config: DataConfig, count: int, start: int = 0, doubled_at: Sequence[int] = (), **how: Any
 ) -> list[Batch]:
-    """So many batches from a step on."""
+    """Return `count` batches, from a step on."""
     if doubled_at:
         how["plan"] = doubling(how.get("batch_size", 12), Square(8), doubled_at)
     with contextlib.closing(open_pipeline(config, **how).batches(start)) as batches:
@@ -238,12 +238,12 @@ def take(
 
 
 def digits(samples: int = 60, **fields: Any) -> DataConfig:
-    """The bundled digits, as training data."""
+    """Return the settings for training on the bundled digits."""
     return DataConfig(source=DigitsConfig(samples=samples), **fields)
 
 
 def assert_same(wanted: Sequence[Batch], found: Sequence[Batch]) -> None:
-    """Compare every field but `reading`, which says what was asked of buckets."""
+    """Compare every field except `reading`, the statistics of reading."""
     names = [field.name for field in dataclasses.fields(Batch) if field.name != "reading"]
     for first, second in zip(wanted, found, strict=True):
         for name in names:
@@ -252,13 +252,13 @@ def assert_same(wanted: Sequence[Batch], found: Sequence[Batch]) -> None:
 
 
 def of_processes(config: DataConfig, count: int, processes: int, **how: Any) -> list[Batch]:
-    """The global batches that so many processes read together."""
+    """Return the global batches that several processes read together."""
     parts = [take(config, count, process=(i, processes), **how) for i in range(processes)]
     return [join(part) for part in zip(*parts, strict=True)]
 
 
 def join(parts: Sequence[Batch]) -> Batch:
-    """The global batch of the processes' batches."""
+    """Join the batches of all processes to the global batch."""
     arrays = (
         np.concatenate([getattr(x, name) for x in parts]) for name in ("image", "text", "index")
     )

@@ -1,6 +1,7 @@
-"""A small model with drawn weights as evaluators take it, and small images.
+"""A small model with random weights for evaluators, and small images.
 
-One model, so that the tests of a process share what was compiled of it."""
+All tests use the same model, so that those of a process share its compiled programs.
+"""
 
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -30,12 +31,12 @@ SMALL = CLIPConfig(
 
 
 def mesh_of(devices: int = 8, **sizes: int) -> Mesh:
-    """The first devices, arranged as `MeshConfig` says."""
+    """Return a mesh of the first devices, by the sizes of `MeshConfig`."""
     return sharding.make_mesh(sharding.MeshConfig(**sizes), jax.devices()[:devices])
 
 
 def drawn(config: CLIPConfig = SMALL, scale: float = 0.5) -> Params:
-    """Parameters from NumPy: quicker than compiling the initialisation."""
+    """Draw parameters with NumPy, which is faster than compiling the initialisation."""
     rng = np.random.default_rng(0)
     shapes = parameter_shapes(config)
     return jax.tree.map(lambda x: rng.normal(0, scale, x.shape).astype(np.float32), shapes)
@@ -47,7 +48,7 @@ def encoder_on(
     scale: float = 0.5,
     **preprocess: Any,
 ) -> Encoder:
-    """The small model on a mesh."""
+    """Return the small model on a mesh, as evaluators use it."""
     tokenizer = ClipTokenizer(600)
     params = jax.device_put(drawn(scale=scale), sharding.replicated(mesh))
     return Encoder(
@@ -60,12 +61,12 @@ def encoder_on(
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of unit length."""
+    """Scale rows to unit length."""
     return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def write_folder(path: Path, classes: Iterable[str], per_class: int = 1) -> None:
-    """Images in a folder for each class."""
+    """Write a folder of images for each class."""
     for name in classes:
         (path / name).mkdir(parents=True)
         for i in range(per_class):
@@ -73,7 +74,7 @@ def write_folder(path: Path, classes: Iterable[str], per_class: int = 1) -> None
 
 
 def png(pixels: np.ndarray | None = None) -> bytes:
-    """The file of some pixels; without any, of six rows of five black ones."""
+    """Return pixels as PNG; by default 6 x 5 black ones."""
     file = io.BytesIO()
     Image.fromarray(np.zeros((6, 5, 3), np.uint8) if pixels is None else pixels).save(file, "PNG")
     return file.getvalue()

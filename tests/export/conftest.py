@@ -1,4 +1,4 @@
-"""Small models of each family with weights that move every number, and what they compute."""
+"""Small models of each family, their outputs, and checks of exported files."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ FAMILIES = {
     ),
     "resnet": RESNET,
     "coca": COCA,
-    # Another depth than the image tower's, no pool of queries, the released models' mask.
+    # Towers of different depth, no pool of queries, and the mask of the released models.
     "coca_wrong_mask": replace(
         COCA,
         vision=replace(TINY.vision, depth=1),
@@ -71,14 +71,14 @@ FAMILIES = {
         SIGLIP,
         embed_dim=32,
         dtype="float32",
-        # 35 pixels: three of them belong to no patch
+        # 35 pixels, of which patches cover 32
         vision=replace(SIGLIP.vision, image_size=35, patch_size=8, **SMALL),
         text=replace(SIGLIP.text, context_length=16, vocab_size=520, tokenizer=RULES, **SMALL),
     ),
 }
 FAMILIES["naflex"] = naflex(FAMILIES["siglip"])
 FAMILIES |= conftest.FAMILIES
-# Each pool, with and without a class token, whose tokens a decoder of one block attends to.
+# Captioners with each kind of pool, and decoders of one block.
 SHALLOW = replace(COCA, text=replace(COCA.text, depth=1), decoder=replace(COCA.decoder, depth=1))
 WRITERS = {
     "class_token": with_pool(SHALLOW, "class_token"),
@@ -95,7 +95,7 @@ NAFLEX = [name for name in FAMILIES if "naflex" in name]
 
 
 def patches(config: CLIPConfig, grids: Sequence[tuple[int, int]]) -> Patches:
-    """Draw images of these rows and columns of patches; values in the padding are random, too."""
+    """Draw images with these rows and columns of patches. Their padding is random, too."""
     spec = config.vision.image_spec
     shapes = [(1, spec.patch_size * down, spec.patch_size * across, 3) for down, across in grids]
     images = concatenate([spec.pack(np.zeros(shape, np.uint8)) for shape in shapes])
@@ -104,9 +104,9 @@ def patches(config: CLIPConfig, grids: Sequence[tuple[int, int]]) -> Patches:
 
 
 def shorter(family: "Family") -> "Family":
-    """The family with images of other shapes, padded to half as many patches.
+    """Return the family with images of other shapes, padded to half as many patches.
 
-    Our model takes them padded to the usual length, for which it is compiled.
+    The expected outputs are those at the usual length, for which the model is already compiled.
     """
     images = patches(family.weights.config, [(7, 1), (1, 1), (3, 4)])
     ours = our_outputs(family.weights.config, family.weights.params, images, family.tokens)
@@ -114,12 +114,12 @@ def shorter(family: "Family") -> "Family":
 
 
 def rows(images: Images, size: int) -> Images:
-    """The first few images."""
+    """Return the first images."""
     return jax.tree.map(lambda x: x[:size], images)
 
 
 def programs():
-    """Return the page's programs: StableHLO's towers and captions, ONNX's captions."""
+    """Return programs of the how-to page: StableHLO towers, StableHLO captions, ONNX captions."""
     page = (ROOT / "docs/how-to/export.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     marks = ("text_features = ", "caption_next", "caption_model")
@@ -128,7 +128,7 @@ def programs():
 
 @dataclass(frozen=True)
 class Family:
-    """A model, normalised pixels and token ids of three rows, and what it computes of them."""
+    """A model with inputs (three images and texts) and its outputs."""
 
     weights: Weights
     images: Images
@@ -137,7 +137,7 @@ class Family:
 
 
 def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> dict[str, float]:
-    """How far each of the exported numbers is from the model's, for the first few rows."""
+    """Return the relative difference of each exported output from the model's."""
     given = rows(family.images, size), family.tokens[:size]
     theirs = outputs(folder, "transformers-js", family.weights.config, dtype, *given)
     assert theirs.keys() == family.ours.keys()
@@ -149,8 +149,8 @@ def compared(folder: Path, family: Family, dtype="float32", size: int = 3) -> di
 def check_square(folder: Path, family: Family) -> None:
     """Check one file at two batch sizes.
 
-    Texts may be padded to the longest of them alone, and not be longer than the model takes; the id
-    of padding may occur in them.
+    Texts may be padded to the longest one only, and may contain the id of padding. They must not be
+    longer than the model's context.
     """
     config, images = family.weights.config, family.images
     write(family.weights, folder)
@@ -172,7 +172,7 @@ def check_square(folder: Path, family: Family) -> None:
 def check_naflex(folder: Path, family: Family) -> None:
     """Check one file at two lengths and batch sizes.
 
-    Images have several shapes, off the grid of positions, and random values in the padding.
+    Images have several shapes, other than the grid of positions, and random padding.
     """
     write(family.weights, folder)
     other = shorter(family)
@@ -236,7 +236,7 @@ def check_immich(folder: Path, family: Family) -> None:
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
-    """A model of a family by name, with its vocabulary."""
+    """Return a function that makes a family by its name, once."""
 
     @functools.cache
     def make_family(name: str) -> Family:
@@ -249,10 +249,10 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family
         params, made = jax.tree.map(np.asarray, parameters(config)), batch(config, 64)
         weights = Weights(config=config, params=params, preprocess=default_preprocess(config))
         tokens = made["text"][:3]
-        tokens[1, -4:] = [519, 0, 0, 0]  # which some models see, and some may not
+        tokens[1, -4:] = [519, 0, 0, 0]  # padding, which only some models attend to
         if name in NAFLEX:
             positions = params["visual"]["positional_embedding"]
-            positions *= np.float32(5)  # of unit variance, so that a wrong resizing is seen
+            positions *= np.float32(5)  # so large that wrong resizing matters
             images = patches(config, [(3, 5), (1, 24), (2, 2)])
         else:
             images = (made["image"][:3] / 127.5 - 1).astype(np.float32)
@@ -264,5 +264,5 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family
 
 @pytest.fixture
 def clip(families: Callable[[str], Family]) -> Family:
-    """The first of them."""
+    """Return the family of CLIP."""
     return families("clip")

@@ -1,4 +1,4 @@
-"""Images of many shapes, models of any aspect ratio, and what a command prints."""
+"""Images of many shapes, models for them, and a fixture that runs commands."""
 
 import dataclasses
 import json
@@ -17,14 +17,14 @@ from clip_jax.models.images import Patches
 from clip_jax.sharding import MeshConfig, make_mesh
 from tests.conftest import NAFLEX
 
-# A NaFlex model whose text fits its positions.
+# A NaFlex model with enough text positions for prompts.
 NAFLEX_16 = dataclasses.replace(NAFLEX, text=dataclasses.replace(NAFLEX.text, context_length=16))
 OWN, OTHER = 12, 30  # sequence lengths: the model's own, and another
 SIZES = ((20, 60), (60, 20), (33, 40), (1, 50), (300, 7), (64, 64))  # width, height
 
 
 def write_image(path: Path, width: int, height: int, seed: int = 0) -> None:
-    """A smooth picture, so that it stays itself at every length."""
+    """Write a smooth picture, which looks the same at every resolution."""
     corners = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(corners).resize((width, height), Image.Resampling.BILINEAR).save(path)
@@ -38,7 +38,7 @@ def write_photos(folder: Path) -> None:
 
 
 def write_classes(root: Path, shapes: Sequence[tuple[int, int]]) -> None:
-    """A data set of two colours with splits; its images have the given shapes in turn."""
+    """Write a data set of two classes and two splits, with an image of each shape."""
     for i, split in enumerate(("train", "test")):
         for label, name in enumerate(("red", "blue")):
             for j, (width, height) in enumerate(shapes):
@@ -48,7 +48,7 @@ def write_classes(root: Path, shapes: Sequence[tuple[int, int]]) -> None:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """What a command prints: its JSON, or with another exit code its message."""
+    """Return a function that runs a command and returns its JSON, or its error message."""
 
     def run(command: str, *args: Any, code: int = 0) -> Any:
         capsys.readouterr()
@@ -60,9 +60,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
 
 
 def assert_loads_at_any_length(model: Path, photos: Path, least: float) -> None:
-    """Compare lengths in this process and on a mesh, of files or a run, with the same weights.
+    """Check that a model or run can be loaded at two sequence lengths, also on a mesh.
 
-    Embeddings of two lengths differ by at least `least`.
+    Its embeddings at the two lengths must differ by at least `least`.
     """
     own, other = load(model), load(model, tokens=OTHER)
     assert (own.tokens, other.tokens) == (OWN, OTHER)
@@ -87,7 +87,7 @@ def assert_loads_at_any_length(model: Path, photos: Path, least: float) -> None:
 
 
 def encoder_at(path: Path, tokens: int) -> Encoder:
-    """What evaluators measure, at a length."""
+    """Load a model at a sequence length, as evaluators use it."""
     model = load(path, tokens=tokens)
     return Encoder(
         model.clip,

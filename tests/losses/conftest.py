@@ -1,4 +1,4 @@
-"""What tests of distillation build: a student, its teachers, a batch and its embeddings."""
+"""A student, its teachers, a batch and its embeddings for tests of distillation."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from clip_jax.models.clip import CLIP
 from tests.conftest import TINY, batch, parameters
 
 SMALL = replace(TINY, vision=replace(TINY.vision, depth=1), text=replace(TINY.text, depth=1))
-# A teacher of other images; it shares the captions' tokens.
+# A teacher with images of another size, and the same tokens.
 BIG = replace(
     SMALL, embed_dim=24, image_mean=(0.5, 0.5, 0.5), vision=replace(SMALL.vision, image_size=24)
 )
@@ -38,7 +38,7 @@ def inputs() -> dict[str, Any]:
 
 
 def embeddings(config: Any, image: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """Unit embeddings by a model, in float64."""
+    """Return normalised embeddings of a model, in float64."""
     model = CLIP(config)
 
     @jax.jit

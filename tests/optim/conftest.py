@@ -1,4 +1,4 @@
-"""What tests of optimizers build: parameters, gradients, and where eight updates lead."""
+"""Parameters, gradients and updates for tests of optimizers."""
 
 import itertools
 import re
@@ -20,7 +20,7 @@ from tests.conftest import TINY, parameters
 RATE = 1e-2
 UPDATES = 8
 ROWS = TINY.dimensions()
-# An array of each kind, of one tower, and of what a block stacks: queries, keys and values.
+# Parameters of every kind: of both towers, and stacked queries, keys and values.
 _CHOSEN = re.compile(
     "visual/(conv1|class_emb)|logit_scale|text/(token|positional|text_proj|ln_final/scale)"
     "|text/.*(attn/in_proj|attn/out_proj/kernel|c_fc/kernel|c_proj/bias)"
@@ -28,7 +28,7 @@ _CHOSEN = re.compile(
 
 
 def names_only(config: CLIPConfig) -> Params:
-    """The tree of a model's trainable parameters, each an array of as many axes, of length 1."""
+    """Return a model's trainable parameters as arrays whose axes all have length 1."""
     rows = {
         path: row for path, row in config.dimensions().items() if not path.startswith("batch_stats")
     }
@@ -36,7 +36,7 @@ def names_only(config: CLIPConfig) -> Params:
 
 
 def beginning() -> Params:
-    """Some of a tiny model's parameters; each layer's are larger than those of the one before."""
+    """Return some parameters of a tiny model. Their size grows from layer to layer."""
     chosen = {}
     for path, x in jax.tree_util.tree_leaves_with_path(parameters(TINY)):
         if _CHOSEN.match(name := path_name(path)):
@@ -47,7 +47,7 @@ def beginning() -> Params:
 
 
 def gradients() -> Params:
-    """As many gradients from NumPy as updates, stacked; each array has its own scale."""
+    """Draw gradients for UPDATES updates, stacked. Each parameter's have a scale of their own."""
     rng = np.random.default_rng(2)
 
     def draw(x):
@@ -58,7 +58,7 @@ def gradients() -> Params:
 
 
 def optimized(optim: OptimConfig, mesh: Mesh | None = None) -> Params:
-    """The parameters after our updates by `gradients`, sharded as a model's are."""
+    """Return the parameters after updates by `gradients`; all arrays are sharded as in training."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     of_all = sharding.param_shardings(TINY, parameters(TINY), mesh)
     of_all = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(of_all)}
@@ -69,11 +69,11 @@ def optimized(optim: OptimConfig, mesh: Mesh | None = None) -> Params:
 
 
 def layers(tree: Params, apart: str = "depth") -> dict[str, Any]:
-    """Arrays by path; those that `apart` stacks (depth, S) one by one, by number."""
+    """Return arrays by path and index, split along the dimensions in `apart` (depth, S)."""
     single = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         names = ROWS[path_name(path)].split()
-        ahead = x.ndim - len(names)  # of gradients, the steps
+        ahead = x.ndim - len(names)  # gradients are stacked by step
         axes = [i + ahead for i, dim in enumerate(names) if dim in apart.split()]
         for index in itertools.product(*(range(x.shape[axis]) for axis in axes)):
             one = x
@@ -86,7 +86,7 @@ def layers(tree: Params, apart: str = "depth") -> dict[str, Any]:
 def followed(
     optimizer: optax.GradientTransformation, params: Any, gradients: Any, **places: Any
 ) -> Any:
-    """Parameters after the same updates of any optimizer, on the host."""
+    """Return the parameters after updates by any optimizer, on the host."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(carry, gradient):

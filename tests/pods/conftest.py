@@ -1,4 +1,4 @@
-"""What several tests of plans build: a model and its recipe, and HLO of a few lines."""
+"""A model and its recipe for tests of `plan`, and small HLO modules."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ from clip_jax.optim import OptimConfig
 from clip_jax.step import Recipe
 
 BATCH = 48
-# No two dims alike, so that a shape says what it is of.
+# All dimensions differ, so that an array can be identified by its shape.
 MODEL = CLIPConfig(
     embed_dim=20,
     vision=ViTConfig(image_size=24, patch_size=8, width=32, depth=2, num_heads=2, mlp_ratio=3.0),
@@ -29,13 +29,13 @@ def recipe(model: CLIPConfig = MODEL, form: str = "dense") -> Recipe:
 
 
 def module(*lines: str) -> str:
-    """HLO whose entry computation has these lines."""
+    """Return an HLO module whose entry computation has these lines."""
     return "\n".join(["HloModule m", "ENTRY %main (x: f32[]) -> f32[] {", *lines, "}"])
 
 
 @functools.cache
 def compiled_scan() -> Any:
-    """The gradient of three products in a scan, as XLA compiles it."""
+    """Compile the gradient of a scan with three products."""
 
     def scanned(x, w):
         return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0].sum()

@@ -1,4 +1,4 @@
-"""One image after another, and scenes with what people do to copies of them."""
+"""Images, changes of them as in near-duplicates, and readers of prepared shards."""
 
 import dataclasses
 import hashlib
@@ -21,16 +21,17 @@ _SIDE = 160
 
 
 def encoded(width: int, height: int) -> bytes:
-    """A green PNG."""
+    """Return a green PNG."""
     file = io.BytesIO()
     Image.new("RGB", (width, height), "green").save(file, "PNG")
     return file.getvalue()
 
 
 def scene(number: int, things: int | None = None) -> Image.Image:
-    """A generated photograph: its light falls off as in nature, with things before it.
+    """Generate a picture with the spatial frequencies of a photograph, and four ellipses.
 
-    Other things before the same background (by another number of `things`) look alike.
+    `number` determines the background. `things` changes only the ellipses: such pictures look
+    alike.
     """
     rng = np.random.default_rng(number)
     frequencies = np.fft.fftfreq(_SIDE)
@@ -58,7 +59,7 @@ def resized(image: Image.Image) -> Image.Image:
 
 
 def cropped(image: Image.Image) -> Image.Image:
-    """2% of the width and of the height are gone, more of them on one side."""
+    """Crop 2% of the width and the height, more on one side."""
     return image.crop((2, 1, image.width - 1, image.height - 2))
 
 
@@ -78,13 +79,13 @@ def jpeg(image: Image.Image, quality: int = 90) -> bytes:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Every shard of a folder by what is in it, to the bit."""
+    """Return a hash of each shard of a folder."""
     paths = sorted(folder.glob("*.array_record"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def records(folder: Path) -> list[dict[str, list[bytes]]]:
-    """The features of every record that is written, in order."""
+    """Return the features of all records of a folder, in order."""
     source = ArrayRecordSource(ArrayRecordConfig(path=str(folder / "*.array_record")))
     return [decode_example(source._read(i, i + 1)[0]) for i in range(len(source))]
 
@@ -94,7 +95,7 @@ def captions(folder: Path) -> list[list[str]]:
 
 
 def tiny_pairs(count: int) -> list[tuple[str, bytes, str]]:
-    """Pairs of noise of 16 pixels, as PNG."""
+    """Return pairs of noise, as PNG files of 16 pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
     pairs = []
     for number, pixels in enumerate(noise):
@@ -115,6 +116,6 @@ def write_reinforcers(folder: Path, small: CLIPConfig = TINY) -> Path:
 
 
 def assert_same_content(one: Any, other: Any) -> None:
-    """Compare all fields of what is stored with two pairs."""
+    """Compare all fields that are stored with two pairs."""
     pairs = (dataclasses.asdict(more) for more in (one, other))
     jax.tree.map(np.testing.assert_array_equal, *pairs)

@@ -1,4 +1,4 @@
-"""What tests of ladders and of their pages build."""
+"""Tiny ladders, with runs that are written without training."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def get_ladder():
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let fits of tables take few of the bootstrap's draws, which take most of their time."""
+    """Use few bootstrap draws, which take most of the time of a fit."""
 
     def few(form: Form, runs: Runs, procedure: Procedure, *, draws: int, **options: Any) -> Fit:
         draws = 20 if procedure in ("all", "frontier") else 100
@@ -44,7 +44,7 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny_ladder(**changes: Any) -> LadderConfig:
-    """A ladder of two models, each with a point of ten steps."""
+    """Return a ladder of two models, each with one run of ten steps."""
     base = tiny_digits(evals=(PairsEvalConfig(pairs=32, pool=16, every_steps=100),))
     wide = replace(base.model, vision=replace(base.model.vision, width=32))
     values = {"base": base, "models": {"w16": base.model, "w32": wide}, "samples": (160,)}
@@ -52,15 +52,15 @@ def tiny_ladder(**changes: Any) -> LadderConfig:
 
 
 def write_spec(folder: Path, arguments: str = "") -> Path:
-    """Write the spec of a tiny ladder with these arguments."""
+    """Write a spec of `tiny_ladder` with these arguments."""
     (folder / "tiny.py").write_text(SPEC.format(arguments))
     return folder / "tiny.py"
 
 
 def write_ladder(root: Path) -> list[str]:
-    """Write what a ladder with branches leaves: two sizes, three counts, two seeds; names of runs.
+    """Write a ladder's run directories: two models, three numbers of samples, two seeds, branches.
 
-    Of its 16 runs one has failed, one was killed in the middle, one has not begun.
+    Of its 16 runs, one has failed, one was killed and one has not started. Returns their names.
     """
     ladder = tiny_ladder(samples=(1_600, 3_200, 6_400), seeds=(0, 1), branches=BranchesConfig())
     points, rng = grid(ladder, root), np.random.default_rng(0)
@@ -90,9 +90,9 @@ def write_ladder(root: Path) -> list[str]:
 
 
 def train_all(source, at_a_time, environment, say, *, most: int = 1_000) -> list[str]:
-    """In place of `scaling.jobs.run`: leave what training leaves at the end of each config.
+    """Replace `scaling.jobs.run`: write the files of a finished run for each job.
 
-    The lower a learning rate, the lower the loss. Returns the names in the order of training.
+    The loss is the learning rate. Returns the names of the runs in the order of training.
     """
     names = []
     while len(names) < most and (job := source.take()):
@@ -116,11 +116,11 @@ def train_all(source, at_a_time, environment, say, *, most: int = 1_000) -> list
 
 
 def collected(root: Path) -> list[dict[str, str]]:
-    """Collect the runs below a folder; the table's rows."""
+    """Collect the runs below a folder; return the rows of the table."""
     collect(CollectConfig(paths=(root,), output=root / "all.csv"))
     return list(csv.DictReader((root / "all.csv").read_text().splitlines()))
 
 
 def stamps(folder: Path) -> dict[Path, int]:
-    """When each file below a folder was written."""
+    """Return when each file below a folder was written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""A server's application of a tiny model, called without a network."""
+"""The server's ASGI application with a tiny model, called without a network."""
 
 import asyncio
 import base64
@@ -22,7 +22,7 @@ from tests.conftest import write_tiny_model
 
 
 def png(seed: int, width: int = 20, height: int = 16) -> bytes:
-    """A picture of its own for each seed."""
+    """Return a random picture, different for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -38,14 +38,14 @@ Answered = tuple[int, Any, dict[str, str]]  # status, content, headers
 
 @dataclass(frozen=True)
 class Client:
-    """Requests to one application, as Uvicorn makes them."""
+    """Calls the application as Uvicorn does."""
 
     service: Service
     token: str | None = None
     clock: Clock = CLOCK
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answered:
-        """Send JSON, or bytes as they are."""
+        """Send a body as JSON, or bytes unchanged."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         length = {} if data is None else {"content-length": str(len(data))}
         return asyncio.run(self.call(path, [data or b""], length | (headers or {}), data is None))
@@ -59,7 +59,7 @@ class Client:
         then: dict[str, Any] | None = None,
         whole: bool = True,
     ) -> Answered:
-        """Send the body in pieces. One that is not whole is followed by `then`, or by nothing."""
+        """Send the body in pieces. After an incomplete one, `then` is sent, or nothing."""
         scope = {
             "type": "http",
             "http_version": "1.1",
@@ -90,7 +90,7 @@ class Client:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, six pictures, their embeddings."""
+    """Write a tiny model, six pictures and their embeddings."""
     path = tmp_path_factory.mktemp("served")
     write_tiny_model(path / "model")
     (path / "photos").mkdir()
@@ -103,13 +103,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(folder: Path) -> Model:
-    """What is served."""
+    """Load the model to serve."""
     return load(folder / "model")
 
 
 @pytest.fixture
 def start(folder: Path, model: Model) -> Iterator[Callable[..., Client]]:
-    """Make servers with settings of their own; they end with the test."""
+    """Return a function that starts a server with some settings; it ends with the test."""
     services = []
 
     def begin(token: str | None = None, **settings: Any) -> Client:
