@@ -299,7 +299,7 @@ def neighbour_votes(
     mesh: Mesh,
     *,
     classes: int,
-    k: int = 20,
+    k: int,
     batch_size: int = 1_024,
 ) -> Int[np.ndarray, "T classes"]:
     """Count the classes of each test row's k nearest training rows in cosine similarity."""

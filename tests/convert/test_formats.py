@@ -358,12 +358,14 @@ def test_settings_of_old_hugging_face_files(tmp_path):
     assert_same(read_weights(tmp_path), replace(weights, config=config, preprocess=pixels))
 
 
+def of_config(config):
+    return Weights(config=config, params=parameters(config), preprocess=default_preprocess(config))
+
+
 def test_tipsv2_without_registers(tmp_path):
     """transformers' file has an empty tensor then, and its configuration a 0."""
     config = changed(FAMILIES["tips"], "vision.registers", 0)
-    weights = Weights(
-        config=config, params=parameters(config), preprocess=default_preprocess(config)
-    )
+    weights = of_config(config)
     write_weights(weights, tmp_path, "hugging-face")
     tensors = read_tensors(tmp_path / "model.safetensors")
     assert tensors["vision_encoder.register_tokens"].shape == (1, 0, 32)
@@ -424,6 +426,16 @@ def test_a_foreign_tokenizer_is_not_taken_for_clips(tmp_path):
     assert weights.config.text.tokenizer.file == str(path)
     swapped, clips = (make_tokenizer(x.config.text) for x in (weights, make_weights("vit")))
     assert swapped("a!", 16)[0, 2] == clips("a#", 16)[0, 2] != clips("a!", 16)[0, 2]
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip", "naflex", "tips", "chinese_clip"])
+def test_only_clips_class_has_clips_vocabulary_without_files(tmp_path, name):
+    """Any other would take the ids of another vocabulary for its own."""
+    weights = of_config(FAMILIES[name]) if name in FAMILIES else make_weights(name)
+    hugging_face.write(weights, tmp_path)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    assert read_weights(tmp_path).config.text.tokenizer.file == ("clip" if name == "vit" else "")
 
 
 # ------------------------------------------------------------------ LAION's MaMMUT

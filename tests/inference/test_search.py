@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from clip_jax.errors import InputError
+from clip_jax.inference import search
 from clip_jax.inference.embed import EmbedConfig, Manifest, embed, path_of, rows_of_files
 from clip_jax.inference.loading import load
 from clip_jax.inference.search import Embeddings, Searcher, nearest
@@ -72,6 +74,25 @@ def test_the_copy_is_made_again_when_it_is_damaged_or_when_the_folder_has_change
     assert len(longer) == 230
     assert longer.row(203) == (203, "203.png")
     assert not graph.exists()
+
+
+@pytest.mark.parametrize("per_file", [10, 64, 200])
+def test_the_copy_has_large_blocks_and_holds_one_in_memory(per_file, tmp_path, monkeypatch):
+    """However many rows a file has: one that copied all at once would run out of memory."""
+    rows, block = 400, 64
+    monkeypatch.setattr(search, "BLOCK", block)
+    vectors = unit_vectors(rows)
+    for first in range(0, rows, per_file):
+        some = range(first, min(first + per_file, rows))
+        write(tmp_path, some, vectors[some.start : some.stop])
+    with mock.patch.object(pa, "concat_tables", side_effect=pa.concat_tables) as joined:
+        blocks = Embeddings(tmp_path, manifest(rows, per_file), WIDTH).blocks
+    np.testing.assert_array_equal(np.concatenate(blocks), vectors)
+    assert max(map(len, blocks)) <= block
+    assert len(blocks) <= 2 * rows / block
+    held = [sum(map(len, call.args[0])) for call in joined.call_args_list]
+    assert sum(held) == rows
+    assert max(held) < block + per_file
 
 
 @pytest.mark.parametrize("count", [1, 10, 500])
