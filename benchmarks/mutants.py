@@ -57,7 +57,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # CPU seconds of the tests in the first processes; one more process runs all other tests.
 STAGES = (8.0, 40.0)
 OUTCOMES = ("caught", "timed out", "survived", "survived (cap)", "no tests")
-# Of a fault, by that of the process that ran its last tests; else it is caught.
+# Outcomes of a fault by those of the last process that ran its tests; all others mean "caught".
 OUTCOME_OF = {"passed": "survived (cap)", "cap": "survived (cap)", "timed out": "timed out"}
 LEVELS = ("statement", "function", "file")  # code for which tests are searched, in this order
 MODULES = "modules.json"  # file in MAP: libraries that the tests import
