@@ -8,11 +8,13 @@ device sums only its own shard of a sharded parameter's gradient.
 import functools
 import json
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import pytest
+from jax.sharding import Mesh
 
 from clip_jax import processes, sharding
 from clip_jax import train as training
@@ -47,54 +49,82 @@ def planned() -> tuple[Facts, str]:
     return facts, reader.call_args.args[0]
 
 
-def faults(text: str, sizes: Sizes) -> list[str]:
-    """Describe the collectives of a compiled step that the module's docstring does not allow."""
-    mesh, params = program(sizes).mesh, program(sizes).state.params
-    tensor = mesh.shape["tensor"]
-    split, replicated, unsplit, shards = set(), set(), set(), set()  # of sorted dims without depth
+class Shapes(NamedTuple):
+    """The dims of parameters, in the forms in which a program may have them (see `_dims`)."""
+
+    split: set[tuple[int, ...]]  # parameters that are sharded over fsdp, gathered
+    replicated: set[tuple[int, ...]]  # all others
+    gradients: set[tuple[int, ...]]  # of the former, if they were not sharded over fsdp
+    shards: set[tuple[int, ...]]  # and as they are
+
+
+def shapes_of(params: Any, mesh: Mesh) -> Shapes:
+    """Return the shapes of parameters on a mesh."""
+    shapes, tensor = Shapes(set(), set(), set(), set()), mesh.shape["tensor"]
     for x in jax.tree.leaves(params):
         spec = [a if isinstance(a, tuple) else (a,) for a in x.sharding.spec]
         is_split = any("fsdp" in axes for axes in spec)
-        if is_split:  # its shard, and the same without fsdp
+        if is_split:
             pairs = list(zip(x.shape, [*spec, *[()] * len(x.shape)], strict=False))
             shard = tuple(d // math.prod(mesh.shape[a] for a in axes if a) for d, axes in pairs)
-            copy = tuple(d // tensor if "tensor" in axes else d for d, axes in pairs)
-            shards |= {_dims(shard), _dims(shard[1:])}
-            unsplit |= {_dims(copy), _dims(copy[1:])}
-        flat = x.shape[1:]  # without depth
-        merged = [(flat[0], math.prod(flat[1:])), (math.prod(flat[:-1]), flat[-1])] if flat else []
-        # The compiler may merge the axes of attention projections, and split one over tensor.
-        for dims in (x.shape, flat, *(merged if len(flat) > 2 else [])):
-            (split if is_split else replicated).add(_dims(dims))
-            parts = [d // tensor if d % tensor == 0 else d for d in dims]
-            for i in range(len(dims)):
-                mixed = (*dims[:i], parts[i], *dims[i + 1 :])
-                (split if is_split else replicated).add(_dims(mixed))
-    features = {_dims((BATCH,))}
-    for gathered in (BATCH, BATCH // mesh.shape["fsdp"], BATCH // mesh.shape["data"]):
-        features.add(_dims((gathered, MODEL.embed_dim)))
+            unsplit = tuple(d // tensor if "tensor" in axes else d for d, axes in pairs)
+            shapes.shards.update(map(_dims, (shard, shard[1:])))
+            shapes.gradients.update(map(_dims, (unsplit, unsplit[1:])))
+        forms = shapes.split if is_split else shapes.replicated
+        forms.update(map(_dims, _forms(x.shape, tensor)))
+    return shapes
+
+
+def _forms(shape: tuple[int, ...], tensor: int) -> Iterator[tuple[int, ...]]:
+    """Yield the shapes that the compiler may give to a parameter.
+
+    It may take a layer from the stack, merge the axes of an attention projection, and split an axis
+    over tensor.
+    """
+    layer = shape[1:]
+    merged = []
+    if len(layer) > 2:
+        merged = [(layer[0], math.prod(layer[1:])), (math.prod(layer[:-1]), layer[-1])]
+    for dims in (shape, layer, *merged):
+        yield dims
+        for i, size in enumerate(dims):
+            if size % tensor == 0:
+                yield (*dims[:i], size // tensor, *dims[i + 1 :])
+
+
+def faults(text: str, sizes: Sizes) -> list[str]:
+    """Describe the collectives of a compiled step that the module's docstring does not allow."""
+    mesh = program(sizes).mesh
+    shapes = shapes_of(program(sizes).state.params, mesh)
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    rows = (BATCH, BATCH // fsdp, BATCH // data)
+    features = {_dims((BATCH,)), *(_dims((n, MODEL.embed_dim)) for n in rows)}
     length, width = MODEL.text.context_length, MODEL.text.width
-    ids = ("s32", (BATCH // mesh.shape["data"], length))
+    ids = ("s32", (BATCH // data, length))
     words = (BATCH // sharding.batch_shards(mesh), length, width)
     result = []
     for x in collectives(text, mesh.shape):
-        for array in x.arrays:
-            dims = _dims(array[1])
-            batch_axes = set(x.axes) <= set(sharding.BATCH_AXES)
-            if x.kind == "all-gather" and not (
-                (dims in split and x.axes == ("fsdp",))
-                or (_dims((math.prod(array[1][:-1]), *array[1][-1:])) in features and batch_axes)
-                or (array == ids and x.axes == ("fsdp",))
-                or (array[1] == words and x.axes == ("tensor",))
-            ):
-                result.append(f"gather of {array[1]} over {x.axes}: {x.source}")
-            copied = split if "fsdp" in x.axes else unsplit - shards
-            if x.kind == "all-reduce" and "data" in x.axes and dims in copied - replicated:
-                result.append(f"replicated gradient {array[1]} over {x.axes}: {x.source}")
+        for dtype, shape in x.arrays:
+            dims = _dims(shape)
+            is_allowed = (
+                (dims in shapes.split and x.axes == ("fsdp",))
+                or (
+                    _dims((math.prod(shape[:-1]), *shape[-1:])) in features
+                    and set(x.axes) <= set(sharding.BATCH_AXES)
+                )
+                or ((dtype, shape) == ids and x.axes == ("fsdp",))
+                or (shape == words and x.axes == ("tensor",))
+            )
+            if x.kind == "all-gather" and not is_allowed:
+                result.append(f"gather of {shape} over {x.axes}: {x.source}")
+            copied = shapes.split if "fsdp" in x.axes else shapes.gradients - shapes.shards
+            if x.kind == "all-reduce" and "data" in x.axes and dims in copied - shapes.replicated:
+                result.append(f"replicated gradient {shape} over {x.axes}: {x.source}")
     return result
 
 
 def _dims(dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Return dims in any order, without those of length 1."""
     return tuple(sorted(d for d in dims if d > 1))
 
 
