@@ -34,13 +34,18 @@ TEXTS = st.lists(
 ).map(lambda pairs: "".join(piece + between for piece, between in pairs))
 
 
+def at_least(count):
+    """Draw as many examples as the profile of Hypothesis, and at least `count`."""
+    return settings(max_examples=max(count, settings().max_examples))
+
+
 @pytest.fixture(scope="module")
 def open_clips(open_clip):
     """open_clip's tokenizer, which takes long to build."""
     return open_clip.tokenizer.SimpleTokenizer()
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
+@at_least(40)
 @example(texts=[" ".join(PIECES[i:]) for i in range(0, len(PIECES), 3)])
 @given(texts=st.lists(TEXTS, min_size=1, max_size=20))
 def test_same_ids(openai_clip, open_clips, texts):
@@ -65,7 +70,7 @@ def test_markers_and_decoding_are_openais(openai_clip):
         assert TOKENIZER.decode(ids) == theirs.decode(inside).rstrip()
 
 
-@settings(derandomize=True, deadline=None)
+@at_least(100)
 @given(
     st.text(st.characters(max_codepoint=0x7E, min_codepoint=0x20)) | st.text("<|>;#x1c/'\"\\-[m ")
 )

@@ -27,12 +27,7 @@ TEXTS = st.text(
 # Markers of a vocabulary in a text are markers to transformers, wherever they come from; hence
 # no < and [ among the letters.
 given_texts = given(st.lists(TEXTS, min_size=1, max_size=6))
-many = settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=25,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+many = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write_folder(path, kind, **config):
