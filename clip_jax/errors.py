@@ -1,6 +1,7 @@
 """The error for invalid input, and checks of values that users set."""
 
 import contextlib
+import functools
 import math
 import numbers
 import operator
@@ -61,6 +62,7 @@ def check_ranges(config: Any, where: str = "", **ranges: str) -> None:
                 raise InputError(f"{where}{name}={values!r} must be {needed}.")
 
 
+@functools.cache
 def _bounds(text: str) -> tuple[str, float, float, str]:
     """Return opening bracket, minimum, maximum, closing bracket."""
     low, high = text[1:-1].split(",")

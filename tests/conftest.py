@@ -67,6 +67,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_prng_impl", "rbg")
 
 # Hypothesis draws the same few examples each time. `--hypothesis-profile long` draws many others.
+settings.register_profile("few", deadline=None, derandomize=True, max_examples=5)
 settings.register_profile("short", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("long", deadline=None, max_examples=2_000, print_blob=True)
 settings.load_profile("short")

@@ -9,7 +9,7 @@ from tests import guard
 from tests.conftest import ROOT
 
 # Tests of the repository, of files that several modules have to refuse, and of their choices.
-WITHOUT_A_MODULE = {"house", "configs", "launch", "choices", "convert/hostile"}
+WITHOUT_A_MODULE = {"house", "configs", "launch", "choices", "type_checks", "convert/hostile"}
 PACKAGE = ROOT / "clip_jax"
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 

@@ -69,7 +69,7 @@ class Streams:
     def count(self) -> int:
         return count_streams(self.batch_size)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Number of places that a stream has in a batch."""
         return self.batch_size // self.count
