@@ -2,6 +2,8 @@
 
 import csv
 import functools
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIP, CLIPConfig
+from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.decoder import CoCaConfig
+from clip_jax.models.layers import Layout
 from clip_jax.models.lora import LoRAConfig, draw, join
 from clip_jax.models.vit import ViTConfig, choose_patches
 from clip_jax.optim import OptimConfig
@@ -115,6 +119,20 @@ def test_xla_counts_the_same_matmuls_in_an_unrolled_step(config, locked):
 
     counted = jax.jit(jax.grad(loss)).lower(params, images, tokens).cost_analysis()["flops"]
     assert flops.training(config, batch, locked=locked).total == pytest.approx(counted, rel=0.03)
+
+
+def test_the_patches_of_a_stem_of_convolutions_are_its_matmuls():
+    vision = ConvStemConfig(image_size=32, patch_size=16, width=64, depth=1, num_heads=2)
+    stem, patches = vision.stem(Layout()), jax.ShapeDtypeStruct((1, 4, 16, 16, 3), jnp.float32)
+    init = functools.partial(stem.init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), patches)
+    program = jax.make_jaxpr(functools.partial(stem.apply, train=False))(variables, patches)
+    products = re.findall(r":f32\[([\d,]+)\] = dot_general", str(program))
+    kernels = [math.prod(x.shape[:-1]) for x in jax.tree.leaves(variables["params"]) if x.ndim == 4]
+    assert len(products) == len(kernels) == 3
+    sizes = [math.prod(map(int, product.split(","))) for product in products]
+    macs = sum(size * kernel for size, kernel in zip(sizes, kernels, strict=True))
+    assert macs == 4 * vision.patch_macs
 
 
 def test_each_option_takes_what_it_says():

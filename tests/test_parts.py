@@ -304,6 +304,26 @@ def test_a_file_imports_modules_beside_it():
     assert "Beside" in [kind.__name__ for kind in parts.of_users()]
 
 
+def test_a_file_is_the_same_by_any_path_and_from_any_folder(tmp_path, monkeypatch):
+    write("Again", "folder/again_parts.py")
+    Path("folder/late_parts.py").write_text("")
+    for path in (
+        "folder/again_parts.py",
+        "./folder/again_parts.py",
+        f"{tmp_path}/folder/again_parts.py",
+    ):
+        parts.load(path)
+    monkeypatch.chdir("folder")
+    parts.load("again_parts.py")
+    assert [x.__name__ for x in parts.of_users() if x.__module__ == "again_parts"] == ["Again"]
+    monkeypatch.chdir("/")
+    __import__("late_parts")  # of the folder of a file that was imported
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/again_parts.py").write_text("")
+    with pytest.raises(InputError, match="'again_parts' was imported already, from "):
+        parts.load(f"{tmp_path}/other/again_parts.py")
+
+
 def test_a_part_may_contain_dataclasses_and_no_dicts():
     path = write("Boxed", "nested_loss.py")
     inner = "@dataclass(frozen=True)\nclass Inner:\n    size: int = 1\n\n@dataclass(frozen"

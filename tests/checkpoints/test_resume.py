@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from clip_jax.checkpoints.resume import check_resumable, differences
+from clip_jax.checkpoints.resume import branch_point, check_resumable, differences
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
 from clip_jax.config_files import complete, load_config, of_run, with_order
@@ -27,6 +27,18 @@ from tests.data.conftest import Numbers
 def resume(workdir, config):
     before = complete(read_run_config(workdir))
     check_resumable(workdir, before, to_dict(config), config.samples_after)
+
+
+@given(st.text(min_size=1), st.integers(1, 10**9))
+@example("gs://bucket/user@example.com/parent", 20_000)
+def test_a_branch_point_is_any_path_and_a_step(run, step):
+    assert branch_point(f"{run}@{step}") == (run, step)
+
+
+@pytest.mark.parametrize("text", ["runs/a", "@5", "runs/a@", "runs/a@0", "runs/a@-5", "runs/a@1.5"])
+def test_what_is_no_branch_point_is_refused(text):
+    with pytest.raises(InputError, match=r"must be RUN@STEP"):
+        branch_point(text)
 
 
 BEFORE = json.loads((ROOT / "tests/golden/run_configs.json").read_text())  # of version 4beb54a

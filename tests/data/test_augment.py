@@ -120,7 +120,8 @@ def test_each_input_is_the_same_crop_at_its_own_resolution(pixels, png):
 
 
 @pytest.mark.parametrize(
-    "box", [(0, 0, 65, 64), (1, 0, 64, 64), (0, 30, 9, 40), (-1, 0, 9, 9), (0, 0, 0, 9)]
+    "box",
+    [(0, 0, 65, 64), (1, 0, 64, 64), (0, 30, 9, 40), (-1, 0, 9, 9), (0, 0, 0, 9), (0, 0, 9, 0)],
 )
 def test_a_box_of_another_image_is_a_sample_that_is_skipped(box, png):
     message = f"augmentation: the box of {box[3]} x {box[2]} pixels .*not inside the image of 64 x"

@@ -103,6 +103,8 @@ def test_many_labels_leave_out_what_is_too_difficult(task):
 def test_tags_that_no_image_has_are_one_message():
     with pytest.raises(InputError, match="none of the 4 images read shows one of the 3 classes"):
         zero_shot.multi_label(np.zeros((4, 3), np.float32), np.full((4, 3), -1, np.int8))
+    with pytest.raises(InputError, match="none of the 4 images"):  # nor does 0 count
+        zero_shot.multi_label(np.zeros((4, 3), np.float32), np.zeros((4, 3), np.int8))
 
 
 @pytest.mark.parametrize(

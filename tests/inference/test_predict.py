@@ -100,6 +100,16 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(folder, run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert all("cat" in line and "%" in line for line in lines)
+    capsys.readouterr()
+    labels = ["--images", images[0], "--labels", *"abcdefg"]
+    assert main(["predict", str(model), *map(str, labels)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.count("%") == 5  # the best; JSON has all
+    (result,), _ = run("predict", model, *labels)
+    assert [line.index(f"  {x['label']} ") for x in result["labels"][:5]] == sorted(
+        line.index(f"  {x['label']} ") for x in result["labels"][:5]
+    )
+    assert len(result["labels"]) == 7
 
 
 def test_without_labels_the_classes_are_those_of_the_models_classifier(folder, tmp_path, run):

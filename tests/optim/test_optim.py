@@ -29,7 +29,7 @@ from clip_jax.optim import (
     schedule,
 )
 from clip_jax.optim.wrappers import averaged, capped, scale_layers
-from tests.conftest import TINY, by_path
+from tests.conftest import COCA, FAMILIES, MAMMUT, RESNET, TINY, by_path
 
 SCHEDULED = OptimConfig(learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
 PLAIN = {"learning_rate": 0.1, "warmup_steps": 0, "weight_decay": 0.0}
@@ -223,6 +223,24 @@ def test_layers_have_rates_that_rise_towards_the_end(name):
 )
 def test_what_is_before_the_first_layer_has_the_lowest_rate(name, path, layers):
     assert rates_of(zoo.get(name))[path] == 0.5 ** (layers + 1)
+
+
+# Modules after the last layer, and before the first, of all towers.
+LAST = """attn_pool attnpool fc image_projection ln_final ln_post proj proj_bias projection_hidden
+    text_projection text_projection_bias vocab_projection"""
+FIRST = """bn1 bn2 bn3 class_embedding conv0 conv1 conv2 conv3 ln0 ln_pre positional_embedding
+    registers token_embedding type_embedding"""
+
+
+def test_each_parameter_is_before_in_or_after_the_layers():
+    families = {"ResNet": RESNET, "CoCa": COCA, "MaMMUT": MAMMUT, **FAMILIES}
+    for family, config in families.items():
+        for path in parameters(config):
+            tower, _, rest = path.partition("/")
+            if tower in config.towers:
+                layer, module = config.towers[tower].layer_of(rest), rest.partition("/")[0]
+                assert (layer is None) == (module in LAST.split()), (family, path)
+                assert layer != 0 or module in FIRST.split(), (family, path)
 
 
 @pytest.mark.parametrize(("name", "layers"), [("coca_ViT-B-32", 12), ("mammut_ViT-B-32", 6)])

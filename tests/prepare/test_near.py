@@ -49,6 +49,15 @@ def test_changed_copies_are_found_and_look_alikes_are_not(change, hashes):
 
 
 @pytest.mark.parametrize("bits", [12, 20])
+def test_a_bands_value_tells_all_its_bits_apart(bits):
+    """Else more pairs would be compared than have a band in common."""
+    hashes = np.random.default_rng(0).integers(0, 2**64, (2_000, 4), np.uint64)
+    unpacked = np.unpackbits(hashes.view(np.uint8), axis=-1)
+    for values, chosen in zip(near.bands(hashes, bits), near._places(bits), strict=True):
+        assert len(np.unique(values)) == len(np.unique(unpacked[:, chosen], axis=0)) > 1_000
+
+
+@pytest.mark.parametrize("bits", [12, 20])
 def test_all_pairs_with_a_band_in_common_are_compared(bits):
     rng = np.random.default_rng(0)
     first = rng.integers(0, 2**64, (40, 4), np.uint64)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clip_jax.cli.commands import main
+from clip_jax.engine import Here
 from clip_jax.errors import InputError
 from clip_jax.inference.loading import load
 from clip_jax.prepare import stages
@@ -132,6 +133,33 @@ def test_a_stop_in_any_stage_loses_nothing_and_does_nothing_twice(
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     prepare(joined(source, out, **how))  # which finds the marker
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def test_each_stage_counts_its_samples(source, pairs, model, tmp_path):
+    """By that the bar moves, and work ends where another thread has failed."""
+    (tmp_path / "set").mkdir()
+    test_set = FORMATS["tar"](tmp_path / "set", pairs[:3]).path
+    counts: dict[str, list] = {}
+    with_model = []
+
+    def run(self, name, work, tasks, model=False):
+        with_model.extend([name] * model)
+        for task, size in tasks:
+            done = []
+            work(task, lambda indices: (done.append(index) or index for index in indices))  # noqa: B023
+            counts.setdefault(name, []).append((len(done), size))
+
+    how = {"score_with": model, "top_share": 0.9, "decontaminate": (test_set,)}
+    with mock.patch.object(Here, "run", autospec=True, side_effect=run):
+        prepare(joined(source, tmp_path / "out", **how))
+        prepare(PrepareConfig(source=source, destination=tmp_path / "alone"))
+    assert {*counts} == {"evaluation sets", "read", "compare", "hash", "score", "write", "prepare"}
+    assert {*with_model} == {"score"}
+    for name, tasks in counts.items():
+        if name == "score":  # candidates alone
+            assert 0 < sum(done for done, _ in tasks) < NUMBER
+        else:
+            assert all(done == size for done, size in tasks), name
 
 
 @pytest.mark.parametrize("name", ["000001.pairs", "000001.rows", "alike-00003", "000001.scores"])

@@ -124,7 +124,7 @@ def test_runs_of_every_kind_become_one_table(tmp_path: Path):
         },
     )
     summary = collect(CollectConfig(paths=(logs,), output=output))
-    assert summary["rows"] == 2
+    assert (summary["table"], summary["rows"]) == (str(output), 2)
     assert len(summary["skipped"]) == 2
     for reason in ("step 40 of 100", "the table has no column 'samples_seen'"):
         assert any(reason in line for line in summary["skipped"])

@@ -17,7 +17,7 @@ from clip_jax.data.sources import SampleError, tar_index
 from clip_jax.data.sources.array_record import ArrayRecordConfig, ArrayRecordSource, encode_example
 from clip_jax.data.sources.shards import warn_once
 from clip_jax.data.sources.tar import TarConfig, TarSource
-from clip_jax.data.sources.tar_members import IMAGES, TEXTS
+from clip_jax.data.sources.tar_members import IMAGES, TEXTS, members
 from clip_jax.errors import InputError
 from clip_jax.storage import files
 from tests.clock import HandClock
@@ -116,6 +116,25 @@ def test_a_size_of_thousands_of_digits_and_gzip_are_refused(tmp_path):
     tarfile.open(tmp_path / "packed.tar", "w:gz").close()
     with pytest.raises(InputError, match=r"packed\.tar .*gzip, which has no random access"):
         open_tar(tmp_path / "packed.tar")
+
+
+@pytest.mark.parametrize("size", [0, 511, 2**33, 2**36, 2**45])
+def test_members_of_any_size_are_passed_by(size):
+    """Above 8 GiB, the size stands in an extended header."""
+    content, at = {}, 0
+    for name, length in (("1.bin", size), ("1.jpg", 3)):
+        member = tarfile.TarInfo(name)
+        member.size = length
+        content[at] = member.tobuf(tarfile.PAX_FORMAT)
+        at += len(content[at]) + -(-length // 512) * 512
+    content[at] = bytes(1024)
+
+    def read(offset, count):
+        begin = max(x for x in content if x <= offset)
+        return content[begin][offset - begin :][:count].ljust(count, b"\0")
+
+    listed = [*members(read, 0, at + 1024, at + 1024, 512)]
+    assert [(member.name, member.size) for member in listed] == [(b"1.bin", size), (b"1.jpg", 3)]
 
 
 def test_missing_and_truncated_shards_are_named_or_skipped(tmp_path, caplog):

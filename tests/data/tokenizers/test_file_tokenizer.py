@@ -99,13 +99,15 @@ def test_texts_come_back_and_tokenizers_travel(files, kind):
     np.testing.assert_array_equal(pickle.loads(data)(["a photo of the cat", ""], 40), ids)
 
 
-def test_a_written_caption_ends_at_its_end_or_at_padding(files):
-    rules = TokenizerConfig(file=files["unigram"], clean="lower", begin_id=2, end_id=1, pad_id=3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_written_caption_ends_at_its_end_or_at_padding(files, kind):
+    rules = TokenizerConfig(file=files[kind], clean="lower", begin_id=2, end_id=1, pad_id=3)
     text = replace(TEXT, tokenizer=rules)
-    (ids,) = make_tokenizer(text)("a photo", 20)
-    without_end = np.where(ids == 1, 3, ids)
-    without_end[-1] = ids[1]  # a decoder goes on
-    assert read_captions(np.stack([ids, without_end]), text) == ["a photo", "a photo"]
+    for caption in ("a photo", "photo of a cat"):
+        (ids,) = make_tokenizer(text)(caption, 40)
+        without_end = np.where(ids == 1, 3, ids)
+        without_end[-1] = ids[1]  # a decoder goes on
+        assert read_captions(np.stack([ids, without_end]), text) == [caption, caption]
 
 
 def test_cleaning():
