@@ -13,12 +13,11 @@ from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig, Stor
 from clip_jax.optim import OptimConfig
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.prepare.writer import prepare
-from clip_jax.train import train
-from tests.conftest import TINY, losses, rows
+from tests.conftest import TINY, losses, rows, train_shared
 from tests.data.conftest import FORMATS
 from tests.prepare.conftest import tiny_pairs, write_reinforcers
 
-STEPS = 100
+STEPS = 40
 LARGE = {"logit_scale": 10.0, "embed_dim": 24}  # twice the student's resolution
 SMALL = {"logit_scale": 10.0, "embed_dim": TINY.embed_dim}
 
@@ -52,12 +51,12 @@ def run(made, kind, teachers, workdir):
             source=ArrayRecordConfig(path=str(made / kind / "*.array_record")), crop="stored"
         ),
         objective=(SoftmaxConfig(weight=0.25), DistillationConfig(weight=0.75, teachers=teachers)),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=10),
+        optim=OptimConfig(learning_rate=4e-3, warmup_steps=4),
         steps=STEPS,
         batch_size=16,
         report_every=1,
     )
-    train(config, workdir)
+    train_shared(config, workdir)
     samples = [row["samples_seen"] for row in rows(workdir) if "loss" in row]
     assert samples == list(range(16, 16 * STEPS + 1, 16))
     return np.array(list(losses(workdir).values()))
@@ -70,7 +69,7 @@ def test_a_stored_teacher_gives_the_losses_of_a_live_one(made, tmp_path):
     stored = (StoredTeacher(**LARGE), StoredTeacher(**SMALL))
     expected = run(made, "float16", live, tmp_path / "live")
     got = run(made, "float16", stored, tmp_path / "stored")
-    assert abs(got - expected).max() < 1e-3
+    assert abs(got - expected).max() < 5e-4
     coarse = run(made, "int8", stored, tmp_path / "int8")
-    assert abs(coarse - expected).max() < 1e-2
+    assert abs(coarse - expected).max() < 5e-3
     assert expected[-10:].mean() < expected[:10].mean() - 0.05
