@@ -140,7 +140,8 @@ def _table(default: BertConfig) -> Table:
 
 def _read(content: dict[str, Any], path: Path, default: BertConfig) -> CLIPConfig:
     image, words = hugging_face_family.sections(content, path)
-    embed_dim = count_of(content.get("projection_dim", 512), f"{path}: projection_dim")
+    width = 768 if default.head == "norm" else 512  # the defaults of transformers' two classes
+    embed_dim = count_of(content.get("projection_dim", width), f"{path}: projection_dim")
     vision = hugging_face_family.tower_fields(image, IMAGE, "quick_gelu")
     fields = hugging_face_family.tower_fields(words, _table(default), "gelu")
     needed = {"project_dim": embed_dim, "pad_token_id": default.first_position - 1}

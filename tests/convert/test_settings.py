@@ -3,16 +3,34 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from clip_jax.convert import image_processor, tokenizer_files
+from clip_jax.convert import hugging_face, image_processor, tokenizer_files
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.open_clip_config import read_config
 from clip_jax.errors import InputError
+from clip_jax.models import zoo
 from clip_jax.models.text import TokenizerConfig
 from tests import vocabularies
 from tests.convert.conftest import make_weights
+
+DEFAULTS = {"clip": "ViT-B-32-quickgelu", "siglip": "ViT-B-16-SigLIP"}  # model type → architecture
+
+
+@pytest.mark.parametrize("family", hugging_face.FAMILIES, ids=lambda family: family.model_type)
+def test_settings_that_a_file_leaves_out_are_those_of_a_known_model(family):
+    """CLIP's tokenizer alone does not come with the weights. See also tests/reference."""
+    name = family.model_type
+    config = family.read({"model_type": name}, Path("config.json"))
+    assert config.text.tokenizer.file == ("clip" if name == "clip" else "")
+    if name in DEFAULTS:
+        text = replace(config.text, tokenizer=TokenizerConfig())
+        expected = zoo.get(DEFAULTS[name])
+        assert (config.vision, text) == (expected.vision, expected.text)
+        assert config.embed_dim == expected.embed_dim
+
 
 WRONG = [
     None, True, "x", -1, 0, 1.5, 10**400, float("nan"), float("inf"),

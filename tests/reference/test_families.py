@@ -15,7 +15,7 @@ import torch
 import transformers
 from sentencepiece import sentencepiece_model_pb2
 
-from clip_jax.convert import bert, image_processor, timm, tokenizer_files
+from clip_jax.convert import bert, hugging_face, image_processor, timm, tokenizer_files
 from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.open_clip_config import read_config
 from clip_jax.convert.tensor_files import read_tensors
@@ -430,6 +430,15 @@ def test_transformers_processors(tmp_path, name):
             kind = type(processor.image_processor).__name__
             processor = getattr(transformers, f"{kind}Pil").from_pretrained(folder)
             check_inputs(weights, tokenize, functools.partial(transform, processor=processor))
+
+
+@pytest.mark.parametrize("family", hugging_face.FAMILIES, ids=lambda family: family.model_type)
+def test_defaults_of_classes(tmp_path, family):
+    """Of a file with nothing but the model's type."""
+    kind = getattr(transformers, family.class_name)
+    every = json.loads(kind.config_class().to_json_string(use_diff=False))
+    few = {"model_type": family.model_type}
+    assert family.read(few, tmp_path / "x") == family.read(every, tmp_path / "x")
 
 
 @pytest.mark.parametrize(("kind", "size"), [("Tipsv2", 448), ("ChineseCLIP", 224)])

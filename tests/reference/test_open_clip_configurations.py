@@ -9,9 +9,14 @@ import importlib.util
 import json
 import re
 import tempfile
+from collections import Counter
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from clip_jax.convert.open_clip_config import CONFIG_NAME, read_config
 from clip_jax.errors import InputError
@@ -49,16 +54,21 @@ def reason(error: InputError, path: Path) -> str:
     return re.sub(r"((?:\w+\.)?\w+=[^\s,:]+)", r"`\1`", first)
 
 
-@cache
-def results() -> dict[str, tuple[str, str]]:
-    """Read all configurations. Return `read` and the towers of each, or `not read` and why."""
+def model_file(name: str) -> Path:
+    """Return the path of open_clip's own configuration of a model."""
     spec = importlib.util.find_spec("open_clip")
     assert spec is not None
     assert spec.origin is not None
+    return Path(spec.origin).parent / f"model_configs/{name}.json"
+
+
+@cache
+def results() -> dict[str, tuple[str, str]]:
+    """Read all configurations. Return `read` and the towers of each, or `not read` and why."""
     answers = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG_NAME
-        for file in (Path(spec.origin).parent / "model_configs").glob("*.json"):
+        for file in model_file("").parent.glob("*.json"):
             content = {"model_cfg": json.loads(file.read_text()), "preprocess_cfg": {}}
             path.write_text(json.dumps(content))
             try:
@@ -92,6 +102,30 @@ def test_most_configurations_are_read_and_the_others_have_a_reason():
     assert answers["MobileCLIP-S1"][0] == "not read"
     assert "FastViT" in answers["MobileCLIP-S1"][1]
     assert not [why for _, why in answers.values() if tempfile.gettempdir() in why]
+
+
+def test_what_a_configuration_leaves_out_is_open_clips_default():
+    """Of ResNets and towers of timm and transformers, most of these settings are refused."""
+    counts = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG_NAME
+
+        def read(content: Any) -> CLIPConfig:
+            path.write_text(json.dumps({"model_cfg": content}))
+            return read_config(path)[0]
+
+        for name in (name for name, (result, _) in results().items() if result == "read"):
+            content = json.loads(model_file(name).read_text())
+            vision, text = content["vision_cfg"], content["text_cfg"]
+            if "hf_model_name" not in text:
+                counts["text"] += 1
+                every = {"text_cfg": asdict(CLIPTextCfg()) | text}
+                assert read(content | every) == read(content), name
+            if "timm_model_name" not in vision and isinstance(vision["layers"], int):
+                counts["vision"] += 1
+                every = {"vision_cfg": asdict(CLIPVisionCfg()) | vision}
+                assert read(content | every) == read(content), name
+    assert min(counts["text"], counts["vision"]) > 40
 
 
 if __name__ == "__main__":
