@@ -169,6 +169,31 @@ def test_a_pickle_without_end(tmp_path):
 # ------------------------------------------------------------------ tensors
 
 
+KINDS = {
+    "None": b"N",
+    "True": b"\x88",
+    "float": b"G" + struct.pack(">d", 1.0),
+    "text": text("31"),
+    "list": b"](" + integer(1) + integer(1) + b"e",
+    "dict": b"}(" + integer(1) + b"N" + integer(0) + b"Nu",
+    "tuple of texts": b"(" + text("3") + text("1") + b"t",
+    "tuple of tuples": b"(" + numbers([3]) + numbers([1]) + b"t",
+    "tensor": tensor(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_argument_of_another_kind_is_refused(tmp_path, kind):
+    """Each of the storage, offset, shape and strides, in turn."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+    honest = [storage + integer(6) + b"tQ", integer(0), numbers((2, 3)), numbers((3, 1))]
+    for number in range(len(honest)):
+        arguments = [*honest]
+        arguments[number] = KINDS[kind]
+        call = b"ctorch._utils\n_rebuild_tensor\n(" + b"".join(arguments) + b"tR"
+        refuse_bytes(tmp_path, packed(state_dict(call)), "impossible|x.pt")
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

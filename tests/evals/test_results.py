@@ -6,6 +6,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_jax.display import plain
 from clip_jax.evals import results
@@ -41,6 +43,21 @@ def test_classes_are_listed_by_their_accuracy_the_worst_first(drawn):
     classes = [*range(4, 30, 5), *range(3, 30, 5), *range(2, 30, 5), *range(1, 30, 5)]
     assert [row["class"] for row in rows] == [NAMES[i] for i in (*classes, *range(0, 30, 5))]
     assert [float(row["acc1"]) for row in rows] == [x / 4 for x in range(5) for _ in range(6)]
+
+
+@given(
+    values=st.dictionaries(st.sampled_from([*results.COLUMNS, "a", "lp_acc1", "z"]), st.floats())
+)
+def test_results_have_clip_benchmarks_columns_first_whatever_was_measured(values):
+    """As in its published tables, so that both can be joined line by line."""
+    columns = (
+        "acc1,acc5,mean_per_class_recall,dataset,model,pretrained,task,mean_average_precision,"
+        "image_retrieval_recall@5,text_retrieval_recall@5,model_fullname,language"
+    )
+    outcome = Outcome("zeroshot_classification", values)
+    header = results.to_csv([("colours", outcome)], "m").splitlines()[0]
+    others = sorted(values.keys() - {*columns.split(",")})
+    assert header == ",".join([columns, *others])
 
 
 def test_the_confusion_matrix_has_the_twelve_worst_classes(drawn):
