@@ -12,6 +12,8 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_jax import processes, sharding
 from clip_jax.data.digits import DigitsConfig
@@ -43,6 +45,35 @@ def test_half_an_address_is_refused(monkeypatch):
         pytest.raises(ValueError, match="without CLIP_JAX_PROCESS_INDEX"),
     ):
         processes.start(ProcessesConfig())
+
+
+ADDRESS = {
+    "CLIP_JAX_COORDINATOR": "host0:8476",
+    "CLIP_JAX_PROCESS_COUNT": "2",
+    "CLIP_JAX_PROCESS_INDEX": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "address", "method"),
+    [
+        (ADDRESS, ("host0:8476", 2, 1), {"cluster_detection_method": "deactivate"}),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "tpu"}, (), {}),
+        ({}, None, {}),
+    ],
+)
+@given(seconds=st.integers(5, 86_400))
+def test_processes_connect_where_there_are_several(environment, address, method, seconds):
+    """With the timeouts of the config, by which a lost process is noticed."""
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(processes, "_set_flags", autospec=True),
+        mock.patch.object(jax.distributed, "initialize", autospec=True) as initialize,
+    ):
+        processes.start(ProcessesConfig(heartbeat_seconds=seconds))
+    timeouts = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": 60}
+    expected = [] if address is None else [mock.call(*address, **method, **timeouts)]
+    assert initialize.mock_calls == expected
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,9 @@ def test_folders_are_copied_moved_and_taken_to_disk(folder, tmp_path_factory):
     assert not (start / "a").exists()
     names = [f"{folder}/moved/b/{name}" for name in ("b.txt", "deep/c.txt")]
     assert list(files.walk(f"{folder}/moved")) == names
+    files.move_folder(start / "moved" / "b", start / "moved" / "c")  # beside others
+    files.move_folder(start / "moved" / "c", start / "moved" / "b")
+    assert list(files.walk(f"{folder}/moved")) == names
     with files.local(start / "moved" / "b") as here:
         assert (here / "b.txt").read_text() == "text"
         assert (here / "deep/c.txt").read_text() == "below"

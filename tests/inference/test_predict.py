@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from unittest import mock
 
@@ -15,6 +16,9 @@ from PIL import Image
 from clip_jax.cli.commands import main
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.weights import Head
+from clip_jax.engine import Here
+from clip_jax.errors import InputError
+from clip_jax.inference.embed import EmbedConfig, embed
 from clip_jax.inference.loading import Model, load
 from tests.conftest import write_tiny_model
 from tests.data.conftest import write_tar
@@ -237,6 +241,34 @@ def test_what_a_kill_has_left_is_finished_and_not_searched_before(folder, tmp_pa
     run(*command)
     assert sorted(path.name for path in killed.iterdir()) == ["embed.json", *names]
     assert rows(killed).equals(whole)
+
+
+def test_paths_of_embeddings_do_not_depend_on_the_working_directory(
+    folder, tmp_path, run, refused, monkeypatch
+):
+    photos, others = tmp_path / "a/photos", tmp_path / "b/photos"
+    for images in (photos, others):
+        images.mkdir(parents=True)
+        shutil.copy(folder / "photos/000.png", images)
+    monkeypatch.chdir(tmp_path / "a")
+    model = os.path.relpath(folder / "model")
+    run("embed", model, "photos", "out")
+    monkeypatch.chdir(tmp_path / "b")
+    manifest = json.loads((tmp_path / "a/out/embed.json").read_text())
+    assert (manifest["model"], manifest["source"]) == (str(folder / "model"), str(photos))
+    error = refused("embed", folder / "model", "photos", tmp_path / "a/out")
+    assert f"with source='{photos}', now '{others}'" in " ".join(error.split())
+
+
+def test_embedding_is_work_with_a_model(folder, tmp_path):
+    """So that only one thread of a process uses it, and Ray gives it an accelerator."""
+    config = EmbedConfig(model=folder / "model", source=str(folder / "photos"), output=tmp_path)
+    with (
+        mock.patch.object(Here, "run", autospec=True, side_effect=InputError("stop")) as run,
+        pytest.raises(InputError, match="stop"),
+    ):
+        embed(config)
+    assert run.call_args.kwargs == {"model": True}
 
 
 @pytest.mark.parametrize("pattern", ["", "*.tar"])

@@ -400,6 +400,19 @@ valid_share versions
 """
 
 
+def test_the_command_describes_one_plan_and_compares_several(tmp_path, capsys):
+    args = ["plan", str(DIGITS), "--topology", "v5e:2x4", "--cache", str(tmp_path)]
+    texts = []
+    for more in ([], ["--compare", "v6e:2x4"]):
+        with mock.patch.object(pod, "compile_step", autospec=True, side_effect=facts):
+            assert main([*args, *more]) == 0
+        texts.append(capsys.readouterr().out)
+    alone, both = texts
+    assert both.startswith(alone)
+    added = both.removeprefix(alone)
+    assert all(topology in added for topology in ("v5e:2x4", "v6e:2x4"))
+
+
 def test_the_command_prints_one_object(tmp_path, capsys):
     args = ["plan", str(DIGITS), "--topology", "v5e:2x4", "--cache", str(tmp_path), "--json"]
     with mock.patch.object(pod, "compile_step", autospec=True, side_effect=facts):

@@ -2,23 +2,37 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from clip_jax.data.augment import AugmentationsConfig
-from clip_jax.data.reinforced import from_features
+from clip_jax.data.images import decode
+from clip_jax.data.reinforced import Reinforcement, from_features
+from clip_jax.data.sources.array_record import decode_example
 from clip_jax.data.sources.tar import TarConfig, TarSource
 from clip_jax.errors import InputError
 from clip_jax.inference.loading import unit
+from clip_jax.prepare import stages
+from clip_jax.prepare.filters import Pair
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.prepare.writer import prepare
 from tests.data.conftest import FORMATS
-from tests.prepare.conftest import assert_same_content, records, tiny_pairs, write_reinforcers
+from tests.prepare.conftest import (
+    assert_same_content,
+    jpeg,
+    records,
+    scene,
+    tiny_pairs,
+    write_reinforcers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +72,23 @@ def test_embeddings_of_several_captions_follow_their_captions(
         with pytest.raises(InputError, match=message):
             prepare(PrepareConfig(source=source, **fields, destination=tmp_path / "c"))
         shutil.rmtree(tmp_path / "c")
+
+
+@pytest.mark.parametrize("shards", ["array_record", "tar"])
+@given(count=st.integers(1, 5), embedded=st.booleans(), width=st.integers(1, 3))
+def test_a_record_has_an_embedding_for_each_of_its_captions_or_none(shards, count, embedded, width):
+    image, captions = jpeg(scene(0)), [f"text {i}" for i in range(count)]
+    text = np.arange(count * width, dtype=np.float32).reshape(count, width)
+    more = Reinforcement(text=text, widths=(width,)) if embedded else None
+    pair = Pair(image, decode(image), captions, math.nan, None, "key", more)
+    config = PrepareConfig(source="x", destination=Path("y"), shards=shards)
+    features = decode_example(stages._record(pair, config))
+    written = 1 if shards == "tar" else count  # tars have the first caption alone
+    assert features["caption"] == [x.encode() for x in captions[:written]]
+    stored = from_features(features)
+    assert (stored is not None) == embedded
+    if stored is not None:
+        np.testing.assert_array_equal(stored.text, text[:written])
 
 
 def test_an_image_that_a_tar_does_not_take_loses_no_embeddings(

@@ -330,6 +330,11 @@ def test_an_answer_counts_as_pending_until_it_is_read(client, monkeypatch):
     assert client.service.bytes_waiting == 0
 
 
+def test_the_largest_image_that_is_accepted_can_be_decoded():
+    """Else it would wait forever."""
+    assert 0 < service.MAX_PIXELS <= service._MOST_DECODED
+
+
 def test_pixels_that_are_decoded_at_once_have_a_limit(client, monkeypatch):
     """Or as many large images as the machine has cores would be in memory."""
     monkeypatch.setattr(service, "_MOST_DECODED", 639)
