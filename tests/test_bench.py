@@ -72,6 +72,7 @@ def test_input_says_how_long_each_stage_takes_and_what_limits(tmp_path, capsys):
     assert "limit: decode and crop; cores are idle: raise --data.threads" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_rates_of_a_pipeline_are_those_of_the_measured_seconds():
     """Here a batch takes 5 s at first, then half a second in the warmup, then a quarter."""
     clock, seconds = HandClock(), itertools.chain([5.0, *[0.5] * 4], itertools.repeat(0.25))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -35,8 +36,8 @@ def test_each_layer_is_optaxs_and_gains_biases_and_scalars_have_a_ratio_of_1():
 @pytest.mark.parametrize(("param", "update"), [(0.0, 3.0), (2.0, 0.0), (0.0, 0.0), (2.0, 3.0)])
 def test_updates_have_the_norm_of_their_layer_unless_one_of_the_norms_is_zero(param, update):
     names = "depth D E"
-    params: Any = {"kernel": np.array([[[param] * 2] * 3, [[1.0] * 2] * 3])}
-    updates: Any = {"kernel": np.array([[[update] * 2] * 3, [[-5.0] * 2] * 3])}
+    params: Any = {"kernel": jnp.array([[[param] * 2] * 3, [[1.0] * 2] * 3])}
+    updates: Any = {"kernel": jnp.array([[[update] * 2] * 3, [[-5.0] * 2] * 3])}
     transform = scale_by_trust_ratio({"kernel": names}, lambda params: {"kernel": True})
     scaled: Any = transform.update(updates, transform.init(params), params)[0]
     wanted = np.sign(update) * param if param and update else update
