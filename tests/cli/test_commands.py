@@ -9,15 +9,18 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from clip_jax import __main__ as console_script
 from clip_jax.cli import arguments
-from clip_jax.cli.commands import COMMANDS, demo, main, train
+from clip_jax.cli.commands import COMMANDS, demo, main, search, train
 from clip_jax.config_files import load_config
+from clip_jax.inference.search import SearchConfig
 from clip_jax.serve.demo import DemoConfig
+from clip_jax.storage.files import as_path
 from clip_jax.train import Diverged, Preempted
 from tests.conftest import DIGITS, ROOT
 
@@ -137,6 +140,21 @@ def test_a_flag_that_a_command_does_not_know_is_refused(command, flag, capsys, m
     printed = capsys.readouterr()
     assert (code, printed.out) == (2, "")
     assert flag in printed.err
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("None", None),
+        ("a/b.png", Path("a/b.png")),
+        ("gs://bucket/b.png", as_path("gs://bucket/b.png")),
+    ],
+)
+def test_a_path_that_may_be_left_out_takes_urls_and_none(text, path):
+    args = ["model", "embeddings", "--text", "a cat", "--sheet", text]
+    config, _ = arguments.read(SearchConfig, args, ("model", "embeddings"), search)
+    assert config.sheet == path
+    assert type(config.sheet) is type(path)
 
 
 def test_the_console_script_starts_itself_once_with_huge_pages():

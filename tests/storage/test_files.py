@@ -134,3 +134,12 @@ def test_what_is_no_text_file_is_one_message(tmp_path, make, message):
     make(tmp_path / "classnames.txt")
     with pytest.raises(InputError, match=message):
         files.read_text(tmp_path / "classnames.txt")
+
+
+def test_folders_move_into_one_that_exists_or_does_not(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+        files.move_folder(tmp_path / name, tmp_path / "new/inner" / name)
+        assert (tmp_path / "new/inner" / name / "file").read_text() == name
+        assert not (tmp_path / name).exists()
