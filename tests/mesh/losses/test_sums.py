@@ -260,3 +260,18 @@ def test_equals_the_definition(
     ids = np.arange(IMAGES) if text_ids is None else text_ids
     best = (x["image"] @ x["text"].T).argmax(1)
     assert metrics["image_to_text_accuracy"] == pytest.approx((ids[best] == range(IMAGES)).mean())
+
+
+def test_a_maximum_that_several_pairs_reach_shares_its_gradient() -> None:
+    """Equal texts are equally hard negatives, in one block or in several."""
+    image = l2_normalize(np.random.default_rng(0).normal(size=(4, EMBED)).astype(np.float32))
+    text = image[[0, 1, 1, 1]]
+
+    def gradients(form: Any) -> Any:
+        def value(image: Any, text: Any) -> Any:
+            config = Hinge(form=form, block_size=3, margin=1.0)
+            return contrastive_loss(config, image, text, jnp.float32(1))[0]
+
+        return jax.jit(jax.grad(value, (0, 1)))(image, text)
+
+    assert_close(gradients("dense"), gradients("blocked"))
