@@ -269,18 +269,3 @@ def test_sigterm_is_caught_for_a_while():
 )
 def test_the_position_of_a_process_is_known_before_it_connects(environment, expected):
     assert processes.position(environment) == expected
-
-
-@pytest.mark.parametrize("is_explicit", [True, False])
-def test_other_processes_are_given_up_after_the_configs_heartbeat(is_explicit, monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1" if is_explicit else "2")
-    names = ("CLIP_JAX_COORDINATOR", "CLIP_JAX_PROCESS_COUNT", "CLIP_JAX_PROCESS_INDEX")
-    for name, value in zip(names, ("host:1234", "2", "1"), strict=True):
-        monkeypatch.setenv(name, value if is_explicit else "")
-    with (
-        mock.patch.dict(os.environ),
-        mock.patch.object(jax.distributed, "initialize", autospec=True) as initialize,
-    ):
-        processes.start(processes.ProcessesConfig(heartbeat_seconds=77))
-    assert initialize.call_args.kwargs["heartbeat_timeout_seconds"] == 77
-    assert initialize.call_args.args == (("host:1234", 2, 1) if is_explicit else ())

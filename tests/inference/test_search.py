@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clip_jax.engine import Here
 from clip_jax.errors import InputError
 from clip_jax.inference import search
 from clip_jax.inference.embed import EmbedConfig, Manifest, embed, path_of, rows_of_files
@@ -247,24 +244,6 @@ def test_a_folder_whose_images_were_all_skipped_is_refused(folder, model, tmp_pa
         pq.write_table(table.replace_schema_metadata({"skipped": skipped}), path)
     with pytest.raises(InputError, match="has no embeddings: all 9 images were skipped"):
         Searcher(model, empty)
-
-
-def test_relative_paths_are_those_of_the_folder_that_embed_ran_in(folder, tmp_path, monkeypatch):
-    """And one thread at a time embeds, since a model takes all devices."""
-    monkeypatch.chdir(folder)
-    output = tmp_path / "out"
-    config = EmbedConfig(model=Path("model"), source="photos", output=output)
-    with mock.patch.object(Here, "run", autospec=True, side_effect=Here.run) as run:
-        embed(config)
-    assert run.call_args.kwargs["model"]
-    monkeypatch.chdir(tmp_path)
-    manifest = json.loads((output / "embed.json").read_text())
-    assert manifest["model"] == str(folder / "model")
-    assert manifest["source"] == str(folder / "photos")
-    embed(replace(config, model=folder / "model", source=str(folder / "photos")))  # the same
-    with Image.open(folder / "photos/0.png") as image:
-        picture = Searcher(load(folder / "model"), output).picture(0)
-        np.testing.assert_array_equal(np.asarray(picture), np.asarray(image))
 
 
 @pytest.mark.parametrize("has_digest", [True, False])

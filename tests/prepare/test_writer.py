@@ -170,17 +170,6 @@ def test_nothing_is_kept(source, tmp_path, capsys):
     assert "no pair was kept; the counts say why" in printed.err
 
 
-@pytest.mark.parametrize(("shards", "written"), [("array_record", 3), ("tar", 2)])
-def test_statistics_are_of_the_captions_that_are_written(shards, written, tmp_path):
-    """A tar has one caption for each image."""
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    rows = [{"image": "a.png", "caption": texts} for texts in (["one", "another"], ["last"])]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source, out = str(tmp_path / "pairs.jsonl"), tmp_path / "out"
-    report = prepare(PrepareConfig(source=source, destination=out, shards=shards))
-    assert sum(report["histograms"]["caption, characters"]) == written
-
-
 def test_inspect_shows_the_first_samples(source, capsys):
     assert main(["prepare", source, "--inspect", "--min-side", "11", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
