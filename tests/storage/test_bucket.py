@@ -1,6 +1,7 @@
 """Which bytes are read from an object, and when a range is requested again."""
 
 import asyncio
+import contextlib
 import io
 import itertools
 import statistics
@@ -19,11 +20,16 @@ from tests.clock import HandClock
 # ------------------------------------------------------------------ which bytes
 
 
+@contextlib.contextmanager
 def stored(content):
-    """A bucket with one object."""
+    """Make a bucket with one object, whose answers are never late, even on a busy machine."""
     store = MemoryStore()
     obstore.put(store, "x", content)
-    return mock.patch.object(bucket, "_bucket", autospec=True, return_value=store)
+    with (
+        mock.patch.object(bucket, "_bucket", autospec=True, return_value=store),
+        mock.patch.object(bucket, "CLOCK", HandClock()),
+    ):
+        yield
 
 
 @given(
@@ -35,6 +41,7 @@ def stored(content):
 @example(length=9, ranges=[(1, 0)], near=0, failing=set())
 @example(length=60, ranges=[(40, 2), (0, 12), (2, 3), (15, 4)], near=3, failing=set())
 @example(length=60, ranges=[(0, 4), (8, 2)], near=3, failing=set())
+@example(length=39, ranges=[(59, 3), (17, 1), (39, 2), (2, 1), (31, 7)], near=0, failing={1})
 def test_ranges_are_those_of_the_object_or_an_error(length, ranges, near, failing):
     """Ranges may be in any order, overlap, or extend beyond the end of the object. Those near each
     other are read by one request, which reads nothing else."""
