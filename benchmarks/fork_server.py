@@ -33,6 +33,10 @@ TIMES_AS_LONG, MORE_SECONDS = 10, 15
 IDLE_SECONDS, WAKING_SECONDS = 60, 0.05
 
 
+class RecordingError(Exception):
+    """A process of tests ended before it could say which code they execute."""
+
+
 class Ended(NamedTuple):
     """How a process that ran tests has ended."""
 
@@ -140,8 +144,8 @@ def record(checkout: Path, test_file: str, cache: Path) -> dict[str, Any]:
         status, _, _ = _watch(pid, events, None)
         rows = _read(events)
         if not output.exists():
-            print((scratch / "output").read_text(errors="replace")[-3000:])
-            raise SystemExit(f"{test_file} ended with status {status}")
+            printed = (scratch / "output").read_text(errors="replace")[-3000:]
+            raise RecordingError(f"{printed}\n{test_file} ended with status {status}")
         result = json.loads(output.read_text())
     seconds = {row["test"]: row["seconds"] for row in rows if row["kind"] == "end"}
     failed = {row["test"] for row in rows if row["kind"] == "failed"}

@@ -202,13 +202,19 @@ def record(args: argparse.Namespace) -> None:
     for path in folder.glob("tests+*.json"):
         if not (checkout / json.loads(path.read_text())["file"]).exists():
             path.unlink()
+    not_recorded = []
     for test_file in _test_files(checkout, args.tests):
         path = folder / f"{test_file.removesuffix('.py').replace('/', '+')}.json"
         digest = _digest((checkout / test_file).read_bytes())
         if path.exists() and json.loads(path.read_text())["digest"] == digest and not args.again:
             continue
         began = time.monotonic()
-        recorded = fork_server.record(checkout, test_file, args.cache.resolve())
+        try:
+            recorded = fork_server.record(checkout, test_file, args.cache.resolve())
+        except fork_server.RecordingError as error:
+            print(error, flush=True)
+            not_recorded.append(test_file)
+            continue
         tests = list(recorded["seconds"])
         hits = _hits(checkout, recorded["lines"], {test: i for i, test in enumerate(tests)})
         row = {
@@ -224,6 +230,8 @@ def record(args: argparse.Namespace) -> None:
         failed = f", {len(recorded['failed'])} failed" if recorded["failed"] else ""
         took = time.monotonic() - began
         print(f"{test_file}: {len(tests)} tests passed{failed}; {took:.0f} s", flush=True)
+    if not_recorded:
+        raise SystemExit(f"Not recorded: {', '.join(not_recorded)}; run the command again.")
 
 
 def _test_files(checkout: Path, chosen: Sequence[str]) -> list[str]:

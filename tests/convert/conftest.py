@@ -77,7 +77,7 @@ CONFIGS = {
     ),
     "eos": replace(VIT, text=replace(TEXT, pool="eos", eos_token_id=589)),
     "resnet": replace(
-        VIT, vision=ResNetConfig(image_size=64, layers=(1, 2, 1, 1), width=16, num_heads=8)
+        VIT, vision=ResNetConfig(image_size=64, layers=(1, 2, 1, 3), width=16, num_heads=8)
     ),
     "coca": COCA,
     # Its mean includes padding, whose id open_clip only has with the full vocabulary.

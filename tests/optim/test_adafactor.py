@@ -1,5 +1,7 @@
 """Adafactor beside big_vision's formula in float64, layer by layer, on a mesh too."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -50,14 +52,16 @@ def test_each_layer_is_big_visions(min_size, mesh):
         assert np.abs(got[name] - expected).max() <= 1e-5 * moved + 2e-7 * np.abs(param).max(), name
 
 
-def test_it_holds_a_momentum_and_little_more():
-    params = jax.eval_shape(CLIP(TINY).init, jax.random.key(0))
+@pytest.mark.parametrize("depth", [2, 200])
+def test_it_holds_a_momentum_and_little_more(depth):
+    config = replace(TINY, text=replace(TINY.text, depth=depth))
+    params = jax.eval_shape(CLIP(config).init, jax.random.key(0))
     optim = OptimConfig(optimizer=Adafactor(), first_moment="bfloat16")
     state, *_ = jax.eval_shape(make_optimizer(optim, ROWS).init, params)
     assert {str(x.dtype) for x in jax.tree.leaves(state.mu)} == {"bfloat16"}
     row, column = (x["text"]["transformer"]["resblocks"] for x in (state.nu_row, state.nu_col))
-    assert row["mlp"]["c_fc"]["kernel"].shape == (2, 32, 1)
-    assert column["mlp"]["c_fc"]["kernel"].shape == (2, 1, 128)
-    assert row["attn"]["in_proj"]["kernel"].shape == (2, 32, 3, 2, 16)  # 16 < 32
+    assert row["mlp"]["c_fc"]["kernel"].shape == (depth, 32, 1)
+    assert column["mlp"]["c_fc"]["kernel"].shape == (depth, 1, 128)
+    assert row["attn"]["in_proj"]["kernel"].shape == (depth, 32, 3, 2, 16)  # 16 < 32
     assert not jax.tree.leaves(column["attn"]["in_proj"])
     assert state.nu_row["logit_scale"].shape == ()
