@@ -63,11 +63,22 @@ class Here:
                     display.add(_STEP)
             display.add(done % _STEP)
 
+        def stopping(task: Any) -> str | None:
+            # Stops the others here: the thread may begin its next task before `run` sees the error.
+            if stop.is_set():
+                raise _Stopped
+            try:
+                return work(task, counted)
+            except BaseException:
+                stop.set()
+                raise
+
         with display, ThreadPoolExecutor(1 if model else self._threads) as threads:
-            futures = [threads.submit(work, task, counted) for task, _ in tasks]
+            futures = [threads.submit(stopping, task) for task, _ in tasks]
             try:
                 for future in as_completed(futures):
-                    _show(future.result())
+                    with contextlib.suppress(_Stopped):  # the error itself is in another future
+                        _show(future.result())
             except BaseException:
                 stop.set()
                 threads.shutdown(cancel_futures=True)

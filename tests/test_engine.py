@@ -2,9 +2,11 @@
 
 import sys
 import threading
+from concurrent.futures import wait
 
 import pytest
 
+from clip_jax import engine
 from clip_jax.engine import Here, runner
 
 
@@ -43,6 +45,20 @@ def test_an_error_stops_the_others_at_their_next_sample():
 
     with pytest.raises(ValueError, match="no such luck"):
         Here(2).run("x", work, [("fails", 1), ("goes on", 1_000_000_000), ("is not begun", 1)])
+
+
+def test_a_thread_whose_task_failed_begins_no_other(monkeypatch):
+    """Even if the main thread sees the error only when all tasks have ended."""
+    begun = []
+
+    def work(task, counted):
+        begun.append(task)
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(engine, "as_completed", lambda futures: wait(futures).done)
+    with pytest.raises(ValueError, match="no such luck"):
+        Here(1).run("x", work, [(0, 1), (1, 1), (2, 1)])
+    assert begun == [0]
 
 
 def test_without_ray_it_says_how_to_get_it(monkeypatch):
