@@ -153,7 +153,7 @@ def test_a_method_that_overrides_another_has_its_defaults():
 
 
 def _defaults(function: ast.FunctionDef) -> dict[str, str]:
-    """The defaults of a function's arguments, as they are written."""
+    """Return the source text of the defaults of a function's arguments."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     last = positional[len(positional) - len(arguments.defaults) :]
@@ -163,7 +163,7 @@ def _defaults(function: ast.FunctionDef) -> dict[str, str]:
 
 
 def test_nothing_is_done_in_the_order_of_a_set():
-    """It differs between processes: outputs would not be reproducible, or hosts wait for others."""
+    """It differs between processes: outputs would not be reproducible, and hosts could deadlock."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             ordered: list[ast.expr] = []
@@ -174,12 +174,15 @@ def test_nothing_is_done_in_the_order_of_a_set():
             elif isinstance(node, ast.Call):
                 is_ordered = ast.unparse(node.func).endswith(("list", "tuple", "join", "fromkeys"))
                 ordered = node.args[:1] if is_ordered else []
+            for x in [*ordered]:
+                if isinstance(x, ast.GeneratorExp):
+                    ordered += [generator.iter for generator in x.generators]
             sets = [ast.unparse(x) for x in ordered if _is_set(x)]
             assert not sets, f"{path}:{getattr(node, 'lineno', '')}: sort {sets}"
 
 
 def _is_set(node: ast.expr) -> bool:
-    """Whether an expression is clearly a set."""
+    """Return whether an expression is clearly a set."""
     if isinstance(node, ast.Set | ast.SetComp):
         return True
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub | ast.BitAnd | ast.BitOr):

@@ -89,9 +89,8 @@ def test_siglip2s_longest_batches_come_in_pairs_of_halves(lengths, steps, seed):
     for number, (patches, pairs, count) in enumerate(runs, start=1):
         is_longest = patches == max(lengths.patches)
         assert pairs == (16 if is_longest else 32)
-        assert (
-            not is_longest or count % 2 == 0 or number == len(runs)
-        )  # a run may end between two halves
+        may_end_between_halves = number == len(runs)
+        assert not is_longest or count % 2 == 0 or may_end_between_halves
     schedule = [lengths.schedule_step(step, steps) for step in range(steps + 1)]
     assert schedule[: first + 1] == list(range(first + 1))
     slopes = np.diff(schedule[first:])
