@@ -110,9 +110,10 @@ def convert(config: ConvertConfig) -> Conversion:
     return Conversion(verification, difference)
 
 
-def check_free(source: AnyPath, destination: AnyPath, overwrite: bool) -> None:
+def check_free(source: AnyPath | None, destination: AnyPath, overwrite: bool) -> None:
     """Raise InputError if a destination is the source, or exists and must not be replaced."""
-    if source.exists() and destination.exists() and source.resolve() == destination.resolve():
+    both = source is not None and source.exists() and destination.exists()
+    if both and source.resolve() == destination.resolve():
         raise InputError(f"{source} is both source and destination; choose another destination.")
     occupied = any(destination.iterdir()) if destination.is_dir() else destination.exists()
     if occupied and not overwrite:

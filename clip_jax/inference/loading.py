@@ -16,7 +16,8 @@ from scipy import special
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.retention import Unusable, named_step, split_name
 from clip_jax.convert import run
-from clip_jax.convert.formats import read_weights
+from clip_jax.convert.conversion import check_free
+from clip_jax.convert.formats import Format, read_weights, write_weights
 from clip_jax.convert.weight_files import WeightFiles
 from clip_jax.convert.weights import Head, Weights, at_length, cast, whole_model
 from clip_jax.data.images import ImageLike, Preprocess
@@ -79,17 +80,31 @@ class Model:
         how = self.image_preprocess
         return how.normalize(concatenate([how.batch(image) for image in many]))
 
-    def encode_image(self, images: Images, *, batch_size: int = 64) -> Float[Array, "B E"]:
-        """Embed images, bytes or the output of `preprocess`, in batches; not normalised."""
-        encode = compiled(embed_images, self.clip, self._mesh, normalize=False)
+    def encode_image(
+        self, images: Images, *, normalize: bool = False, batch_size: int = 64
+    ) -> Float[Array, "B E"]:
+        """Embed images, bytes or the output of `preprocess`, in batches.
+
+        With `normalize`, embeddings have unit length.
+        """
+        encode = compiled(embed_images, self.clip, self._mesh, normalize=normalize)
         return jnp.asarray(self._in_batches("encode_image", encode, images, batch_size=batch_size))
 
     def encode_text(
-        self, tokens: Int32[Any, "B L"], *, batch_size: int = 256
+        self, tokens: Int32[Any, "B L"], *, normalize: bool = False, batch_size: int = 256
     ) -> Float[Array, "B E"]:
-        """Embed the output of `tokenize`, in batches; not normalised."""
-        encode = compiled(embed_texts, self.clip, self._mesh, normalize=False)
+        """Embed the output of `tokenize`, in batches.
+
+        With `normalize`, embeddings have unit length.
+        """
+        encode = compiled(embed_texts, self.clip, self._mesh, normalize=normalize)
         return jnp.asarray(self._in_batches("encode_text", encode, tokens, batch_size=batch_size))
+
+    def similarity(
+        self, images: Float[Any, "B E"], texts: Float[Any, "T E"]
+    ) -> Float[np.ndarray, "B T"]:
+        """Return the cosine similarity of each image and each text, given their embeddings."""
+        return unit(images) @ unit(texts).T
 
     def probabilities(
         self, images: Float[Any, "B E"], texts: Float[Any, "T E"]
@@ -100,7 +115,7 @@ class Model:
         It is the softmax of scaled cosines (CLIP paper, figure 3) or, for a model with a logit
         bias, the sigmoid for each text by itself (SigLIP paper, 3.2).
         """
-        logits = unit(images) @ unit(texts).T * float(np.exp(self.params["logit_scale"]))
+        logits = self.similarity(images, texts) * float(np.exp(self.params["logit_scale"]))
         if "logit_bias" in self.params:
             return special.expit(logits + float(self.params["logit_bias"]))
         return special.softmax(logits, axis=1)
@@ -145,6 +160,24 @@ class Model:
         rows = (images,) if seeds is None else (images, seeds)
         ids = self._in_batches("caption", run, *rows, batch_size=batch_size)
         return read_captions(ids, self.config.text)
+
+    def save(
+        self, folder: str | AnyPath, to: Format = "clip-jax", *, overwrite: bool = False
+    ) -> None:
+        """Write the model in one of the formats of `clip-jax convert`; `load` reads all of them.
+
+        Raises InputError if the format cannot express the model, or if the folder exists and is not
+        empty, unless `overwrite`.
+        """
+        path = files.as_path(folder)
+        check_free(None, path, overwrite)
+        weights = Weights(
+            config=self.config,
+            params=jax.device_get(self.params),
+            preprocess=self.image_preprocess,
+            head=self.head,
+        )
+        write_weights(weights, path, to)
 
     @functools.cached_property
     def _mesh(self) -> Mesh:

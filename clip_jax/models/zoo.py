@@ -401,6 +401,11 @@ for _name, _parts in _RESNETS.items():
     ARCHITECTURES[f"{_name}-gelu"] = _clip(*_parts)
 
 
+def available_models() -> list[str]:
+    """List the names of known architectures; OpenAI's names mean OpenAI's models."""
+    return list(ARCHITECTURES)
+
+
 def get(name: str) -> CLIPConfig:
     """Return an architecture by name. Raises InputError, which lists similar names."""
     if name not in ARCHITECTURES:

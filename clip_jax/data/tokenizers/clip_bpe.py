@@ -185,3 +185,13 @@ class ClipTokenizer:
         letters = "".join(_LETTERS[byte] for byte in piece.encode())
         for token in self._bpe.tokenize(letters):
             yield token.id
+
+
+def tokenize(
+    texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
+) -> Int32[np.ndarray, "B L"]:
+    """Turn texts into OpenAI's token ids, zero-padded.
+
+    Raises InputError for a text that is too long, unless `truncate`, which keeps the end of text.
+    """
+    return ClipTokenizer()(texts, context_length, truncate)
