@@ -3,7 +3,7 @@ r"""A scaling ladder for two CPU cores: four-digit numbers, 3 widths × 4 sample
     clip-jax scale ladder ladder_digits --jobs 2
     clip-jax scale collect runs/ladder_digits --output ladder_digits.csv
     clip-jax scale fit ladder_digits.csv --metric info_nce --metric-is error --form additive \
-      --hold-out-samples 98304
+      --hold-out 'samples_seen>=98304'
 
 Hardware: two CPU cores, about half an hour (`--dry-run` estimates 0.94 core hours).
 Notes: The error is the contrastive loss among 1,024 held-out pairs (`info_nce`), which starts at

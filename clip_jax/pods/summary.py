@@ -51,7 +51,7 @@ def describe(plan: Plan) -> str:
 
 
 def _speed(plan: Plan) -> Iterator[str]:
-    """Format the FLOPs, bounds and estimates of a step, one a line."""
+    """Format the FLOPs, bounds and estimates of a step, one per line."""
     speed = plan.speed
     flops, of_teacher = speed.model_flops_per_step, speed.teacher_flops_per_step
     yield f"model FLOPs: {flops:.4g} per step, {flops / plan.devices:.4g} per device"
@@ -69,7 +69,7 @@ def _speed(plan: Plan) -> Iterator[str]:
         longest = sorted(speed.unscheduled.items(), key=lambda item: -item[1])
         shares = [f"{name} {x / total:.1%}" for name, x in longest if x >= 0.0005 * total]
         yield (
-            "of the schedule estimate, from XLA's cost model for want of a schedule: "
+            "of the schedule estimate, from XLA's cost model since they have no schedule: "
             + (", ".join(shares) or "less than 0.1%")
         )
     if speed.valid_share < 1:

@@ -107,7 +107,7 @@ def build(config: DemoConfig) -> Any:
                 )
                 # Any file, so that our reader decides and gives its error message.
                 image.preprocess = lambda file: file and file.path
-                lines = gr.Textbox(label="Labels, one a line", lines=4)
+                lines = gr.Textbox(label="Labels, one per line", lines=4)
                 template = gr.Textbox(label="Sentence around each", value="a photo of a {}.")
                 button = gr.Button("Label", variant="primary")
             bars = gr.Label(label="Probabilities", num_top_classes=20)

@@ -145,7 +145,7 @@ def test_times_bound_the_step_and_price_the_run():
     assert re.findall(r"terms .* ([\d.]+)", describe(assess(CONFIG, average))) == ["3.0"]
     text = describe(planned)
     assert "MFU (schedule estimate): " in text
-    assert "for want of a schedule: fusion 50.0%" in text
+    assert "since they have no schedule: fusion 50.0%" in text
     assert re.findall(r"token embedding .* ([\d.]+)", text) == ["7.0", "14.0"]
     for words in ("fits", "optimizer, AdamW", "the loss compiled alone", "minus the above"):
         assert words in text

@@ -80,7 +80,7 @@ def page(address: str, browser: Any) -> Iterator[Any]:
 
 
 def test_an_image_and_labels_become_bars_and_what_is_missing_is_named(folder, page):
-    labels = page.get_by_label("Labels, one a line")
+    labels = page.get_by_label("Labels, one per line")
     button = page.get_by_role("button", name="Label", exact=True)
     upload = page.locator("input[type=file]").first
     bars = page.get_by_test_id("label-output-value")
