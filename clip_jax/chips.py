@@ -16,6 +16,8 @@ class Chip:
     platform: Literal["tpu", "gpu"]
     device_kinds: tuple[str, ...]  # JAX's `device.device_kind`
     topology: str  # name in `--topology`, of TPUs libtpu's; "": no plans
+    accelerator_type: str  # name of Cloud TPU, as in `v5litepod-8`; "": none, or not known
+    axes: int | None  # dimensions of a TPU slice
     compiled_as: str  # `topology` of the chip that the compiler is to compile for
     libtpu_config: str | None  # libtpu's `chip_config_name`; None: its default
     devices: int  # JAX devices on one chip
@@ -69,6 +71,8 @@ def _chip(row: dict[str, str]) -> Chip:
         platform="tpu" if row["platform"] == "tpu" else "gpu",
         device_kinds=tuple(row["device_kinds"].split(";")),
         topology=row["topology"],
+        accelerator_type=row["accelerator_type"],
+        axes=count("axes"),
         compiled_as=row["compiled_as"] or row["topology"],
         libtpu_config=row["libtpu_config"] or None,
         devices=int(row["jax_devices"]),

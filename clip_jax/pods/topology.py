@@ -1,4 +1,4 @@
-"""Parse the name of a pod: `v5e:16x16`, `v5e:16x16/slices=2`, `H100:64`."""
+"""Parse the name of a pod: `v5e:16x16`, `v5e:16x16/slices=2`, `v5litepod-256`, `H100:64`."""
 
 import functools
 import math
@@ -35,7 +35,10 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        """Read a name. Raises InputError, which lists the families, for an unknown one."""
+        """Read a name, also one of Cloud TPU. Raises InputError, which lists the families, for an
+        unknown one."""
+        if cloud := re.fullmatch(r"(v\w+)-(\d+)", text.strip().lower()):
+            return cls._of_cloud(*cloud.groups())
         match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)(?:/slices=(\d+))?", text)
         family, size, slices = match.groups() if match else ("", "0", None)
         dims = tuple(int(x) for x in size.split("x"))
@@ -48,10 +51,30 @@ class Topology:
             )
             raise InputError(
                 f"topology {text!r} is not known; set --topology to a TPU slice such as "
-                f"v5e:16x16, v5p:4x4x8 or v5e:16x16/slices=2 (families {tpus}) or GPUs "
-                f"such as H100:64 ({gpus})."
+                f"v5e:16x16, v5p:4x4x8 or v5e:16x16/slices=2 (families {tpus}), a Cloud TPU "
+                f"accelerator type such as v5litepod-256, or GPUs such as H100:64 ({gpus})."
             )
         return cls(family=chip.topology, dims=dims, slices=int(slices or 1))
+
+    @classmethod
+    def _of_cloud(cls, kind: str, size: str) -> "Topology":
+        """Read an accelerator type of Cloud TPU: `v5litepod-8` is 2x4 chips, `v5p-8` 2x2x1.
+
+        The number counts TensorCores, of which a chip may have two. A slice is as nearly square, or
+        cubic, as a power of two can be.
+        """
+        chips = {chip.accelerator_type: chip for chip in families().values()}
+        chip, cores = chips.get(kind), int(size)
+        number = cores // chip.cores if chip and chip.cores else 0
+        if chip is None or not chip.axes or number.bit_count() != 1 or number * chip.cores != cores:
+            raise InputError(
+                f"topology {kind}-{size} is not known: an accelerator type is one of "
+                f"{', '.join(filter(None, chips))} and a power of two, such as v5litepod-8; other "
+                "slices are called like v5p:16x16x12."
+            )
+        doublings = number.bit_length() - 1
+        dims = tuple(2 ** ((doublings + i) // chip.axes) for i in range(chip.axes))
+        return cls(family=chip.topology, dims=(2, 2, 1) if dims == (1, 2, 2) else dims)
 
     def __str__(self) -> str:
         return self._named(self.family, self.slices)

@@ -27,10 +27,31 @@ def test_a_name_is_read_and_written(name, devices, islands, chip):
 
 
 @pytest.mark.parametrize(
+    ("accelerator_type", "name"),
+    [  # of Cloud TPU's documentation
+        ("v3-8", "v3:2x2"),
+        ("v4-8", "v4:2x2x1"),
+        ("v4-64", "v4:2x4x4"),
+        ("v5litepod-1", "v5e:1x1"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5litepod-256", "v5e:16x16"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-4096", "v5p:8x16x16"),
+        ("v6e-32", "v6e:4x8"),
+    ],
+)
+def test_an_accelerator_type_of_cloud_tpu_is_a_slice(accelerator_type, name):
+    assert str(Topology.parse(accelerator_type)) == name
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "v9:4x4",
-        "v5litepod-8",
+        "v5litepod-12",
+        "v5p-7",
+        "v9-8",
         "v5e:3",
         "H100:0",
         "H100:8x8",
@@ -40,7 +61,7 @@ def test_a_name_is_read_and_written(name, devices, islands, chip):
     ],
 )
 def test_what_is_none_is_refused(name):
-    with pytest.raises(ValueError, match=r"v5e:16x16|slices=2|a multiple of 8"):
+    with pytest.raises(ValueError, match=r"v5e:16x16|slices=2|a multiple of 8|v5litepod-8"):
         Topology.parse(name)
 
 
