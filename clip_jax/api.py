@@ -9,18 +9,19 @@ from jax.sharding import Mesh
 
 from clip_jax import processes, sharding, train
 from clip_jax.config import Config
-from clip_jax.config_files import load_config, with_order
+from clip_jax.config_files import load_config
 from clip_jax.convert.conversion import Conversion, ConvertConfig, convert
 from clip_jax.convert.formats import Format
 from clip_jax.convert.verify import Verification
 from clip_jax.convert.weights import default_preprocess
+from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import Pipeline
-from clip_jax.errors import InputError
 from clip_jax.export import ExportConfig, export
 from clip_jax.inference.evaluate import EvaluateConfig, evaluate
 from clip_jax.inference.loading import Model
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.processes import ProcessesConfig
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage.files import AnyPath
 
@@ -28,17 +29,31 @@ Settings = TypeVar("Settings")
 
 
 def create_model(
-    config: str | CLIPConfig, params: Params | None = None, *, seed: int = 0
+    config: str | CLIPConfig,
+    params: Params | None = None,
+    *,
+    preprocess: Preprocess | None = None,
+    seed: int = 0,
 ) -> Model:
-    """Return a model of an architecture, with random parameters unless `params` are given.
+    """Return a model of an architecture, with random parameters unless there are `params`.
 
     `config` may be a name that `available_models` lists. `params` are, for example, those of a
-    training state. Raises InputError for an unknown name.
+    training state. `preprocess` says how images are resized, by default as by OpenAI. Raises
+    InputError for an unknown name.
     """
     architecture = zoo.get(config) if isinstance(config, str) else config
     if params is None:
         params = jax.jit(CLIP(architecture).init)(jax.random.key(seed))
-    return Model(architecture, params, default_preprocess(architecture))
+    return Model(architecture, params, default_preprocess(architecture, preprocess))
+
+
+def start_processes(config: ProcessesConfig = ProcessesConfig()) -> None:
+    """Connect to the other processes of a run, if there are any, before any computation.
+
+    Does nothing if they are connected already. See `clip_jax.processes.start` for what is detected.
+    """
+    if not jax.distributed.is_initialized():
+        processes.start(config)
 
 
 def train_model(
@@ -53,7 +68,7 @@ def train_model(
     """
     chosen = load_config(config) if isinstance(config, str) else config
     chosen = replace(chosen, **changes)
-    processes.start(chosen.processes)
+    start_processes(chosen.processes)
     return train.train(chosen, workdir)
 
 

@@ -394,9 +394,7 @@ def loop(run: Run) -> None:
             program = run.programs[kind]
             with timers.measure("input"):
                 batch = next(batches)
-                row = batch.index - config.samples_after(step - 1)
-                values = {"image": batch.image, "text": batch.text, "row": row, **batch.inputs}
-                arrays = program.put(values, config.schedule_step(step - 1))
+                arrays = program.put(batch.arrays, config.schedule_step(step - 1))
             reports.skip(step, batch.skipped)
             reports.read(vars(batch.reading) | valid_patches(batch.image))
             run.state, metrics = program.step(run.state, arrays)

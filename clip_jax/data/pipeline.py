@@ -224,7 +224,8 @@ class Pipeline:
         with contextlib.closing(iter(dataset)) as pieces, contextlib.closing(make):
             for step in itertools.count(start_step):
                 times = plan.at(step).pairs // plan.unit
-                batch = join(list(itertools.islice(pieces, number * times)))
+                taken = list(itertools.islice(pieces, number * times))
+                batch = join(taken, plan.samples_after(step))
                 bad.judge(batch)
                 yield batch
 

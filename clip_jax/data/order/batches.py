@@ -47,8 +47,15 @@ class Batch:
     index: Int64[np.ndarray, " B"]  # global positions
     keys: list[str]  # of the samples used
     skipped: list[dict[str, Any]]  # position, key and reason of each bad sample
+    first: int = 0  # position of the global batch's first pair
     inputs: dict[str, Any] = field(default_factory=dict)  # further arrays [B, ...], by name
     reading: Reading = field(default_factory=Reading, compare=False)  # since the previous batch
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """All arrays by name, as `Program.put` takes them; `row` is the row in the global batch."""
+        row = self.index - self.first
+        return {"image": self.image, "text": self.text, "row": row, **self.inputs}
 
 
 @dataclass(frozen=True)
@@ -108,13 +115,14 @@ def _piece(samples: Sequence[Sample], tokenizers: Tokenizers, reading: Reading) 
     return arrays, notes
 
 
-def join(pieces: Iterable[Piece | NoPiece]) -> Batch:
-    """Assemble a batch from its pieces."""
+def join(pieces: Iterable[Piece | NoPiece], first: int = 0) -> Batch:
+    """Assemble a batch, whose first pair is at the position `first`, from its pieces."""
     parts, notes = zip(*filter(None, pieces), strict=True)
     arrays = concatenate(parts)  # copies even a single piece: its shared memory is reused
     return Batch(
         image=arrays.pop("image"),
         text=arrays.pop("text"),
+        first=first,
         inputs=arrays,
         index=np.concatenate([note.index for note in notes]),
         keys=[key for note in notes for key in note.keys],
