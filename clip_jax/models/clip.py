@@ -161,7 +161,7 @@ class CLIP:
 
     Parameters are plain nested float32 dicts: `visual`, `text`, `logit_scale` (its logarithm, as
     OpenAI stores it) and, for SigLIP, `logit_bias`; for a ResNet also `batch_stats`, BatchNorm's
-    running statistics, which have no gradient. Returned features are not normalised, in float32.
+    running statistics, which have no gradient. Features are float32, by default not normalised.
     """
 
     config: CLIPConfig
@@ -188,14 +188,26 @@ class CLIP:
             return images
         return normalize(images, self.config.image_mean, self.config.image_std)
 
-    def encode_image(self, params: Params, images: Images) -> Float[Array, "B E"]:
-        """Embed normalised images, pixels `[B, H, W, 3]` or patches."""
-        inputs = as_dtype(images, self.config.dtype)
-        return self._run(params, lambda towers: towers.visual(inputs)).astype(jnp.float32)
+    def encode_image(
+        self, params: Params, images: Images, *, normalize: bool = False
+    ) -> Float[Array, "B E"]:
+        """Embed normalised images, pixels `[B, H, W, 3]` or patches.
 
-    def encode_text(self, params: Params, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
-        """Embed token ids `[B, L]`, L at most the context length."""
-        return self._run(params, lambda towers: towers.text(tokens)).astype(jnp.float32)
+        With `normalize`, embeddings have unit length.
+        """
+        inputs = as_dtype(images, self.config.dtype)
+        features = self._run(params, lambda towers: towers.visual(inputs)).astype(jnp.float32)
+        return l2_normalize(features) if normalize else features
+
+    def encode_text(
+        self, params: Params, tokens: Int[Array, "B L"], *, normalize: bool = False
+    ) -> Float[Array, "B E"]:
+        """Embed token ids `[B, L]`, L at most the context length.
+
+        With `normalize`, embeddings have unit length.
+        """
+        features = self._run(params, lambda towers: towers.text(tokens)).astype(jnp.float32)
+        return l2_normalize(features) if normalize else features
 
     def encode_image_and_tokens(
         self, params: Params, images: Images
