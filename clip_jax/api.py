@@ -98,9 +98,7 @@ def convert_model(
     `options` are fields of ConvertConfig, such as `verify=True`. Raises InputError if the
     verification fails.
     """
-    settings = _settings(
-        ConvertConfig, source=source, destination=destination, to=to, **options
-    )
+    settings = _settings(ConvertConfig, source=source, destination=destination, to=to, **options)
     return convert(settings)
 
 

@@ -42,7 +42,10 @@ def on_config(config: Any) -> Any:
             {"All settings": "reference/settings/index.md"},
             *({x[0]: f"reference/settings/{name}.md"} for name, x in settings.PAGES.items()),
         ],
-        "Python API": [{x[0]: f"reference/{name}.md"} for name, x in api.PAGES.items()],
+        "Python API": [
+            {"Public API": "reference/library.md"},
+            *({title: f"reference/{name}.md"} for name, (title, _) in api.PAGES.items()),
+        ],
         "Notebooks": [{title: f"notebooks/{name}.md"} for name, title in NOTEBOOKS.items()],
     }
     fill(config.nav, pages)

@@ -16,9 +16,7 @@ from tests.pages import ROOT
 PAGE = ROOT / "docs/how-to/train-from-python.md"
 
 
-def test_the_loop_of_the_page_trains_and_resumes_as_the_command_does(
-    tmp_path, monkeypatch, capsys
-):
+def test_the_loop_of_the_page_trains_and_resumes_as_the_command_does(tmp_path, monkeypatch, capsys):
     """It prints the losses of `train`, bit for bit, and leaves the same weights."""
     config = tiny_digits(steps=60, report_every=20, checkpoint=CheckpointConfig(every_steps=20))
     train(dataclasses.replace(config, evals=()), tmp_path / "command")
