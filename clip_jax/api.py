@@ -40,6 +40,12 @@ def create_model(
     `config` may be a name that `available_models` lists. `params` are, for example, those of a
     training state. `preprocess` says how images are resized, by default as by OpenAI. Raises
     InputError for an unknown name.
+
+        >>> import clip_jax
+        >>> architecture = clip_jax.load_config("digits").model
+        >>> model = clip_jax.create_model(architecture, seed=1)
+        >>> model.params["visual"]["proj"].shape
+        (96, 64)
     """
     architecture = zoo.get(config) if isinstance(config, str) else config
     if params is None:
@@ -76,7 +82,14 @@ def open_data(config: Config, mesh: Mesh | None = None) -> Pipeline:
     """Open this process's part of a config's training data.
 
     `Pipeline.batches(step)` is an iterator over the batches after `step` steps. Without a mesh, all
-    rows of each batch are read here.
+    rows of each batch are read here. Raises InputError for data that cannot be read.
+
+        >>> import clip_jax
+        >>> batches = clip_jax.open_data(clip_jax.load_config("digits")).batches()
+        >>> batch = next(batches)
+        >>> batches.close()
+        >>> batch.image.shape, batch.image.dtype, batch.text.shape
+        ((128, 16, 16, 3), dtype('uint8'), (128, 16))
     """
     part, parts = (0, 1) if mesh is None else sharding.data_part(mesh)
     return train.open_data(config, part, parts)

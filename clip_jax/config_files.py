@@ -34,6 +34,11 @@ def load_config(path: str | Path) -> Config:
 
     A name such as `vit_b16` selects the bundled config of that name. Raises InputError that says
     what is wrong with the file.
+
+        >>> import clip_jax
+        >>> config = clip_jax.load_config("vit_b16")
+        >>> config.model.vision.patch_size, config.batch_size
+        (16, 32768)
     """
     path = Path(path)
     if path.suffix != ".json":

@@ -68,7 +68,13 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arrange devices (default: all) as `data × fsdp × tensor`, every axis Auto."""
+    """Arrange devices (default: all) as `data × fsdp × tensor`, every axis Auto.
+
+    >>> import clip_jax
+    >>> mesh = clip_jax.make_mesh(clip_jax.MeshConfig(fsdp=1))
+    >>> mesh.axis_names
+    ('data', 'fsdp', 'tensor')
+    """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(config, len(devices))
     slices = {getattr(device, "slice_index", 0) for device in devices}

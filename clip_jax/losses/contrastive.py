@@ -205,6 +205,13 @@ def contrastive_loss(
     count 1/k.
 
     Raises InputError if B or C is not a multiple of the number of shards.
+
+        >>> import clip_jax, jax.numpy as jnp
+        >>> image, text = jnp.eye(4), jnp.eye(4)[jnp.array([0, 1, 3, 2])]
+        >>> softmax = clip_jax.SoftmaxConfig()
+        >>> loss, metrics = clip_jax.contrastive_loss(softmax, image, text, jnp.float32(2))
+        >>> print(f"{loss:.2f}", metrics["image_to_text_accuracy"])
+        1.34 0.5
     """
     if not config.needs_bias:
         logit_bias = jnp.zeros_like(logit_scale)

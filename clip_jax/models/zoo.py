@@ -402,7 +402,12 @@ for _name, _parts in _RESNETS.items():
 
 
 def available_models() -> list[str]:
-    """List the names of known architectures; OpenAI's names mean OpenAI's models."""
+    """List the names of known architectures; OpenAI's names mean OpenAI's models.
+
+    >>> import clip_jax
+    >>> clip_jax.available_models()[:3]
+    ['ViT-B/32', 'ViT-B/16', 'ViT-L/14']
+    """
     return list(ARCHITECTURES)
 
 

@@ -1,5 +1,6 @@
 """A Griffe extension that adds fields and their meanings to the docstrings of dataclasses."""
 
+import html
 from typing import Any
 
 import griffe
@@ -18,7 +19,7 @@ class DataclassFields(griffe.Extension):
             text = f"Fields and flags: [{cls.name}][{cls.name}]."
         elif meanings:
             rows = [
-                f"| `{name}` | `{settings.cell(str(cls.members[name].annotation))}` "
+                f"| `{name}` | {_code(str(cls.members[name].annotation))} "
                 f"| {settings.cell(settings.escape(text[:1].upper() + text[1:]))} |"
                 for name, text in meanings.items()
                 if not name.startswith("_")
@@ -28,3 +29,8 @@ class DataclassFields(griffe.Extension):
             return
         before = cls.docstring.value if cls.docstring else ""
         cls.docstring = griffe.Docstring(f"{before}\n\n{text}", parent=cls)
+
+
+def _code(text: str) -> str:
+    """Format code whose bars do not end a table's cell; Markdown shows entities as they are."""
+    return f"<code>{settings.cell(html.escape(text))}</code>"

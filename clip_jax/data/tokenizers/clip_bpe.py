@@ -193,5 +193,10 @@ def tokenize(
     """Turn texts into OpenAI's token ids, zero-padded.
 
     Raises InputError for a text that is too long, unless `truncate`, which keeps the end of text.
+
+        >>> import clip_jax
+        >>> clip_jax.tokenize(["a cat", "a photo of a cat"], context_length=7)
+        array([[49406,   320,  2368, 49407,     0,     0,     0],
+               [49406,   320,  1125,   539,   320,  2368, 49407]], dtype=int32)
     """
     return ClipTokenizer()(texts, context_length, truncate)
