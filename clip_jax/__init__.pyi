@@ -25,4 +25,5 @@ from .sharding import MeshConfig as MeshConfig
 from .sharding import make_mesh as make_mesh
 from .step import Program as Program
 
+__all__: list[str]
 __version__: str

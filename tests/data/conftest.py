@@ -263,4 +263,4 @@ def join(parts: Sequence[Batch]) -> Batch:
         np.concatenate([getattr(x, name) for x in parts]) for name in ("image", "text", "index")
     )
     lists = ([y for x in parts for y in getattr(x, name)] for name in ("keys", "skipped"))
-    return Batch(*arrays, *lists)
+    return Batch(*arrays, *lists, first=parts[0].first)

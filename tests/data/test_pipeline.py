@@ -49,6 +49,9 @@ def blank(index, rng):
 def test_processes_hold_the_parts_of_the_same_batches(processes, start):
     wanted = take(digits(), 6)[start:]
     assert_same(wanted, of_processes(digits(), 6 - start, processes, start=start))
+    last = take(digits(), 1, process=(processes - 1, processes), start=start)[0]
+    share = 12 // processes
+    np.testing.assert_array_equal(last.arrays["row"], np.arange(12 - share, 12))
 
 
 @pytest.mark.parametrize("start", [0, 3])
