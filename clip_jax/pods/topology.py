@@ -64,9 +64,9 @@ class Topology:
         cubic, as a power of two can be.
         """
         chips = {chip.accelerator_type: chip for chip in families().values()}
-        chip, cores = chips.get(kind), int(size)
-        number = cores // chip.cores if chip and chip.cores else 0
-        if chip is None or not chip.axes or number.bit_count() != 1 or number * chip.cores != cores:
+        chip = chips.get(kind)
+        number, rest = divmod(int(size), chip.cores) if chip and chip.cores else (0, 0)
+        if chip is None or not chip.axes or rest or number.bit_count() != 1:
             raise InputError(
                 f"topology {kind}-{size} is not known: an accelerator type is one of "
                 f"{', '.join(filter(None, chips))} and a power of two, such as v5litepod-8; other "
