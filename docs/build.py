@@ -17,6 +17,8 @@ NOTEBOOKS = {
     "convert": "Convert to Hugging Face",
     "scaling": "Scaling laws",
 }
+# The beginning of an output that has a table, whose heading is ruled off.
+TABLE_OUTPUT = re.compile(r"^```text\n(?=(?:(?!```).*\n)*? *───)", re.M)
 
 
 def write(path: Path, data: str | bytes) -> None:
@@ -85,7 +87,8 @@ def on_pre_build(config: Any = None) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Show each drawing in the colours of the page; add search terms to the glossary."""
+    """Show each drawing in the colours of the page; mark outputs that are tables; add search terms
+    to the glossary."""
     if page.file.src_uri == "reference/glossary.md":
         for term, words in ALIASES.items():
             heading = re.search(rf"^## {re.escape(term)}\n", markdown, re.M)
@@ -100,6 +103,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[0]
         return f"![{text}]({name}.svg#only-light)![{text}]({name}-dark.svg#only-dark)"
 
+    markdown = TABLE_OUTPUT.sub("```{.text .columns}\n", markdown)
     return re.sub(r"!\[([^\]]*)\]\(([\w/.-]+)\.svg\)", both, markdown)
 
 

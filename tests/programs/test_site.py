@@ -300,6 +300,29 @@ def test_the_api_shows_what_dataclasses_hold(site):
     assert re.search(r'href="[^"]*settings/model/#ViTConfig"', site["reference/models/index.html"])
 
 
+def test_signatures_and_examples_of_the_api_are_laid_out(site):
+    """Ruff breaks signatures, which without it are one line; examples are code, not quotations."""
+    text = site["reference/library/index.html"]
+    signatures = re.findall(r'<div class="[^"]*doc-signature[^"]*">(.*?)</div>', text, re.S)
+    lines = [html.unescape(re.sub(r"<[^>]+>", "", x)).splitlines() for x in signatures]
+    assert max(len(x) for x in lines) > 5
+    assert max(len(line) for x in lines for line in x) <= 90
+    assert re.search(r'<div class="[^"]*language-pycon[^"]*">', text)
+    assert "<blockquote>" not in text
+
+
+def test_outputs_with_tables_are_marked(site):
+    """They scroll on a phone, where other outputs wrap."""
+    outputs = re.findall(
+        r'<div class="([^"]*\blanguage-text\b[^"]*)">(.*?)</div>',
+        site["how-to/pods/index.html"],
+        re.S,
+    )
+    assert {"columns" in kind.split() for kind, _ in outputs} == {True, False}
+    for kind, output in outputs:
+        assert ("columns" in kind.split()) == ("───" in output)
+
+
 def test_notebooks_are_pages_with_their_pictures(site):
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = [x for x in json.loads(path.read_text())["cells"] if x["cell_type"] == "code"]
