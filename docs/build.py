@@ -1,4 +1,4 @@
-"""The parts of the site that come from the code: reference, notebooks, drawings, search terms.
+"""The parts of the site that come from elsewhere: reference, benchmarks, notebooks, drawings.
 
 MkDocs calls this file as a hook; `python docs/build.py` writes the same files without MkDocs.
 """
@@ -77,6 +77,8 @@ def on_pre_build(config: Any = None) -> None:
         write(reference / f"commands/{name}", text)
     for name, text in api.pages().items():
         write(reference / name, text)
+    measured = (DOCS.parent / "BENCHMARKS.md").read_text()
+    write(reference / "benchmarks.md", re.sub(r"`docs/([\w/-]+\.md)`", r"[`\1`](../\1)", measured))
     for name, svg in drawings.pictures():
         write(DOCS / "explanation" / name, svg)
     for name in NOTEBOOKS:
@@ -87,8 +89,10 @@ def on_pre_build(config: Any = None) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Show each drawing in the colours of the page; mark outputs that are tables; add search terms
-    to the glossary."""
+    """Show each drawing in the colours of the page; mark outputs that are tables; link to the
+    benchmarks; add search terms to the glossary."""
+    to_reference = "../" * page.file.src_uri.count("/") + "reference/benchmarks.md"
+    markdown = markdown.replace("`BENCHMARKS.md`", f"[`BENCHMARKS.md`]({to_reference})")
     if page.file.src_uri == "reference/glossary.md":
         for term, words in ALIASES.items():
             heading = re.search(rf"^## {re.escape(term)}\n", markdown, re.M)

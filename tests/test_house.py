@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import tomllib
 from collections import Counter
 
@@ -64,6 +65,24 @@ def test_the_install_page_lists_every_extra():
     _, _, table = (ROOT / "docs/install.md").read_text().partition("## Extras")
     listed = re.findall(r"^\| `([\w-]+)` \|", table, re.M)
     assert sorted(listed) == sorted(project["optional-dependencies"])
+
+
+def test_files_state_the_address_and_the_version_of_pyproject(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs/builder/project.py"))
+    values, others = script["read"](), {"address": "https://a.b/c-d/e.f", "version": "12.3.4"}
+    for name in script["STATED"]:
+        text = (ROOT / name).read_text()
+        assert script["written"](name, values) == text, "run `python docs/builder/project.py`"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(script["written"](name, others))
+        assert script["written"](name, values, tmp_path) == text
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*")]
+    stated = {
+        address
+        for page in pages
+        for address in re.findall(r"https://[\w.-]+/[\w-]+/clip_jax\b", page.read_text())
+    }
+    assert stated == {values["address"]}
 
 
 def test_the_wheel_has_every_package():
