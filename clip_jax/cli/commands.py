@@ -378,6 +378,15 @@ def sample_data(args: Sequence[str]) -> int:
     return _print(result, as_json, text.format(**result))
 
 
+def completion(args: Sequence[str]) -> int:
+    """Print a script for a shell that completes commands and options: clip-jax completion bash"""
+    from clip_jax.cli.completion import CompletionConfig, script
+
+    config, _ = arguments.read(CompletionConfig, args, ("shell",), completion, takes_json=False)
+    print(script(config.shell, COMMANDS), end="")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "configs": configs,
     "sample-data": sample_data,
@@ -395,6 +404,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "scale": scale,
     "bench": bench,
+    "completion": completion,
 }
 
 

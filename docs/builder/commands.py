@@ -28,6 +28,7 @@ HOW_TO = {
     "plan": ("how-to/pods.md", "Plan and run on pods"),
     "bench": ("how-to/pods.md", "Plan and run on pods"),
     "scale": ("how-to/scale.md", "Fit scaling laws"),
+    "completion": ("install.md", "Install"),
 }
 EXAMPLES = {
     "configs": "clip-jax configs",

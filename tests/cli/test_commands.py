@@ -118,6 +118,7 @@ FIRST = {  # arguments of each command before its flags
     "plan": ["configs/digits.py"],
     "scale": ["", *(f"{verb} x" for verb in SCALE)],
     "bench": ["", "input configs/digits.py", "step configs/digits.py"],
+    "completion": ["bash"],
 }
 
 
@@ -231,7 +232,7 @@ WITH_HELP = [
     *SHORTENED.values(),
     *(f"scale {verb}" for verb in SCALE),
     *("predict", "embed", "search", "demo", "serve", "convert", "export"),
-    *("sample-data", "configs"),
+    *("sample-data", "configs", "completion"),
 ]
 
 

@@ -51,6 +51,29 @@ def test_nothing_heavy_is_imported(code: str, heavy: set[str]):
         assert {"train", "evaluate", "convert", "scale"} <= set(done.stdout.split())
 
 
+COMPLETED = {
+    "clip-jax sea": "search",
+    "clip-jax scale ch": "choose",
+    "clip-jax train vit_b1": "vit_b16 vit_b16_distilled",
+    "clip-jax train digits vit": "",  # then the shell completes paths
+    "clip-jax train digits --data.source.p": "--data.source.path",
+    "clip-jax scale fit table.csv --metri": "--metric --metric-is",
+    "clip-jax convert a b --to h": "hugging-face",
+    "clip-jax convert a b --to hugging-face --verif": "--verify",
+}
+
+
+def test_bash_completes_commands_options_and_values(tmp_path):
+    (tmp_path / "script").write_text(run("-m", "clip_jax", "completion", "bash").stdout)
+    text = f"source {tmp_path}/script\n"
+    for line in COMPLETED:
+        text += f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n"
+        text += '_clip_jax; echo "${COMPREPLY[*]}"\n'
+    done = subprocess.run(["bash", "-c", text], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [*COMPLETED.values()]
+    assert done.stderr == ""
+
+
 def test_a_bug_shows_its_traceback_and_exits_with_1():
     train = "lambda args: int('none')"
     done = run(
