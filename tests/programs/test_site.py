@@ -94,6 +94,17 @@ def anchors(text: str) -> set[str]:
     return set(re.findall(r'\sid="([^"]+)"', text))
 
 
+def test_the_benchmarks_are_a_page_to_which_all_pages_that_name_them_link(site):
+    page = site["reference/benchmarks/index.html"]
+    assert "how-fast-is-a-training-step" in anchors(page)
+    assert 'href="../../explanation/performance/"' in page.partition("<article")[2]
+    link = re.compile(r'<a href="[./]*(reference/)?benchmarks/"><code>BENCHMARKS.md</code></a>')
+    named = {name for name, text in site.items() if link.search(text)}
+    assert {"how-to/pods/index.html", "explanation/performance/index.html"} <= named
+    code = "<code>BENCHMARKS.md</code>"
+    assert not [name for name, text in site.items() if code in link.sub("", text)]
+
+
 # ------------------------------------------------------------------ settings
 
 
