@@ -115,6 +115,11 @@ def embed_images(
     return _unit(features) if normalize else features
 
 
+def attend_to_patches(model: CLIP, params: Params, images: Images) -> Float[Array, "B L"]:
+    """Return how much the embedding of each image attends to its patches."""
+    return model.patch_attention(params, model.normalize(images))
+
+
 def embed_texts(
     model: CLIP, params: Params, tokens: Int[Array, "B L"], *, normalize: bool = True
 ) -> Float[Array, "B E"]:

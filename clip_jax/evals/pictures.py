@@ -10,6 +10,7 @@ from clip_jax.display import plain
 from clip_jax.storage.files import AnyPath, write_whole
 
 TILE = 1.42  # width of an image on a sheet in inches; 1.5 with the gap
+PAIRS = 4  # images beside their attention maps in a row of a sheet
 LINE = 19  # bold letters that fit below an image
 
 
@@ -72,6 +73,37 @@ def contact_sheet(
                 fontweight="normal" if color == "black" else "bold",
             )
     save(figure, path, bbox_inches="tight")  # texts are outside the axes
+
+
+def attention_sheet(
+    path: AnyPath,
+    images: Sequence[UInt8[np.ndarray, "_H _W C"]],
+    maps: Sequence[Float[np.ndarray, "_h _w"]],
+    lines: Sequence[str],
+) -> None:
+    """Draw each image beside its attention map, which covers it, and a line of text below both.
+
+    Each map has its own scale, from its least to its most attended patch.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(PAIRS, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure((3 * columns, (TILE + 0.35) * rows), dpi=100, layout="constrained")
+    axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axis in axes:
+        axis.axis("off")
+    for axis, image, shares, line in zip(axes, images, maps, lines, strict=False):
+        height, width = (side / max(image.shape[:2]) for side in image.shape[:2])
+        vertical = (0.5 - height / 2, 0.5 + height / 2)
+        left, right = (1 - width, 1), (1.05, 1.05 + width)
+        axis.imshow(image, extent=(*left, *vertical), interpolation="nearest")
+        axis.imshow(image.mean(-1), extent=(*right, *vertical), cmap="gray", vmin=0, vmax=255)
+        over = {"extent": (*right, *vertical), "alpha": 0.7, "interpolation": "bicubic"}
+        axis.imshow(shares, cmap="inferno", **over)
+        axis.set(xlim=(0, 2.05), ylim=(0, 1))
+        axis.set_title(plain(line), y=0, pad=-13, fontsize=9)
+    save(figure, path)
 
 
 def with_probabilities(

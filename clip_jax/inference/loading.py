@@ -25,13 +25,21 @@ from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.evals.captioning import write
-from clip_jax.evals.evaluator import Encoder, compiled, embed_images, embed_texts
+from clip_jax.evals.evaluator import (
+    Encoder,
+    attend_to_patches,
+    compiled,
+    embed_images,
+    embed_texts,
+)
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize, path_name
 from clip_jax.models.generation import GenerationConfig
-from clip_jax.models.images import Images, concatenate
+from clip_jax.models.images import Images, Patches, concatenate
 from clip_jax.models.layers import Activation, DType
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
+
+_WEIGHTS = 1 << 27  # attention weights of a batch that are held at once
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,27 @@ class Model:
             raise InputError("the model has no classifier; give labels, or train ClassifierConfig.")
         logits = unit(images) @ self.head.kernel.T
         return special.softmax(logits * float(np.exp(self.params["logit_scale"])), axis=1)
+
+    def attention_maps(
+        self, images: Images, *, batch_size: int = 64
+    ) -> list[Float[np.ndarray, "rows columns"]]:
+        """Return for each image how much its embedding attends to each patch.
+
+        It is the attention rollout (arXiv:2005.00928) of a vision transformer. Raises InputError
+        for other image towers. Images are bytes or the output of `preprocess`, of any aspect ratio
+        for a NaFlex model.
+        """
+        vision = self.config.vision
+        size = max(
+            1, min(batch_size, _WEIGHTS // max(vision.num_layers * vision.num_patches**2, 1))
+        )
+        compute = compiled(attend_to_patches, self.clip, self._mesh)
+        shares = self._in_batches("attention_maps", compute, images, batch_size=size)
+        side = (vision.grid, vision.grid)
+        grids = images.grid if isinstance(images, Patches) else [side] * len(shares)
+        return [
+            x[: h * w].reshape(h, w) for x, (h, w) in zip(shares, np.asarray(grids), strict=True)
+        ]
 
     def caption(
         self,

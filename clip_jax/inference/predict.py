@@ -11,18 +11,21 @@ from clip_jax.data.images import ImageError, ImageLike, Item, read_ahead
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.image_folder import image_files
 from clip_jax.display import say
-from clip_jax.errors import InputError, check_ranges, shown
+from clip_jax.errors import InputError, check_picture, check_ranges, shown
 from clip_jax.evals.evaluator import length_of
+from clip_jax.evals.pictures import attention_sheet
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.models.generation import GenerationConfig
-from clip_jax.models.images import Images, concatenate
+from clip_jax.models.images import Images, concatenate, pictures
 from clip_jax.models.layers import DType
 from clip_jax.models.templates import check_template, fill
+from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 # Characters of a text that are read per token of the context; later ones cannot matter: the longest
 # token of CLIP's vocabulary has 32 letters.
 _LETTERS = 100
+SHEET = 240  # most images on a picture of attention maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,9 @@ class PredictConfig:
     images: tuple[AnyPath, ...] = ()  # Image files, or folders of them.
     labels: tuple[str, ...] = ()  # Labels to choose from. Empty: those of the model's classifier.
     template: str = "a photo of a {}."  # Prompt template; {} is the label.
+    # Picture (PNG, SVG or PDF) of each image beside a map of the patches that its embedding attends
+    # to; needs a vision transformer.
+    attention: AnyPath | None = None
     caption: bool = False  # Write a caption of each image; needs a CoCa or MaMMUT model.
     generation: GenerationConfig = GenerationConfig()
     batch_size: int = 64  # Images computed at once.
@@ -42,6 +48,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, batch_size="[1, inf)", tokens="[1, inf)")
+        check_picture(self.attention, "attention")
         if self.labels:
             check_labels(self.labels, self.template)
 
@@ -49,23 +56,26 @@ class PredictConfig:
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """Return for each readable image its path and all labels with probabilities, best first.
 
-    With `caption`, also a caption; of a NaFlex model, also its sequence length `tokens`. Unreadable
+    With `attention`, a picture of up to 240 images with their attention maps is written. With
+    `caption`, also a caption; of a NaFlex model, also its sequence length `tokens`. Unreadable
     images are reported on standard error. Raises InputError if no image can be read.
     """
     paths = image_files(config.images)
     if not paths:
         names = ", ".join(map(str, config.images)) or "nothing"
         raise InputError(f"no images in {names}; set --images to image files or folders of them.")
+    files.check_destination(config.attention, "--attention", folder=False)
     model = load(config.model, dtype=config.dtype, tokens=config.tokens)
     if config.caption:
         model.clip.needs_decoder()
     head = None if config.labels else model.head
     labels = list(head.classes) if head else []
-    if config.labels or not (head or config.caption):
+    if config.labels or not (head or config.caption or config.attention):
         labels = check_labels(config.labels, config.template)
     classes = embed_labels(model, labels, config.template) if config.labels else None
 
     results: list[dict[str, Any]] = []
+    drawn: list[tuple[Any, Any]] = []  # images and their attention maps
     size = config.batch_size
     for readable, images, skipped in read_images(model, paths, lambda path: path, size):
         for path, reason in skipped:
@@ -77,6 +87,9 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
             captions = model.caption(images, config.generation, batch_size=size)
             for row, caption in zip(rows, captions, strict=True):
                 row["caption"] = caption
+        if config.attention and len(drawn) < SHEET:
+            maps = model.attention_maps(images, batch_size=size)
+            drawn += zip(pictures(images, model.config.vision.patch_size), maps, strict=True)
         if labels:
             x = model.encode_image(images, batch_size=size)
             by_class = model.class_probabilities(x) if head else model.probabilities(x, classes)
@@ -85,7 +98,17 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         results += [row | length_of(model.image_preprocess) for row in rows]
     if not results:
         raise InputError(f"none of the {len(paths)} images could be read; see the reasons above.")
+    if config.attention:
+        lines = [answer(result) for result in results[:SHEET]]
+        attention_sheet(config.attention, *zip(*drawn[:SHEET], strict=True), lines)
     return results
+
+
+def answer(result: dict[str, Any]) -> str:
+    """Return the best label with its probability, or else the caption or the file's name."""
+    if "labels" in result:
+        return "{label}  {probability:.0%}".format(**result["labels"][0])
+    return result.get("caption", files.as_path(result["image"]).name)
 
 
 def check_labels(labels: Sequence[str], template: str) -> list[str]:

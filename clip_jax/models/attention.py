@@ -89,7 +89,7 @@ def xla(
     As in every backend, the output for tokens past `lengths` is undefined. `keys` masks the tokens
     that are attended to, at any positions.
     """
-    q, k, v = _parts(qkv, heads)
+    q, k, v = split_heads(qkv, heads)
     mask = None if keys is None else keys[:, None, None, :]
     out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=lengths
@@ -142,7 +142,7 @@ def cached(
 
     Returns also the cache, with the token's key and value written at `position`.
     """
-    q, *new = _parts(qkv, heads)
+    q, *new = split_heads(qkv, heads)
     keys, values = (
         jax.lax.dynamic_update_slice_in_dim(
             old, x.swapaxes(1, 2).astype(old.dtype), position, axis=2
@@ -169,6 +169,21 @@ def to_cached(
     return jnp.einsum("BNLT,BNTK->BLNK", jax.nn.softmax(scores).astype(q.dtype), values)
 
 
+def weights(
+    q: Float[Array, "B L N K"], k: Float[Array, "B T N K"], keys: Keys = None
+) -> Float[Array, "B L T"]:
+    """Return the attention weights, the mean over heads, in float32.
+
+    To look at: the backends above never store them. `keys` are those that are attended to.
+    """
+    scores = jnp.einsum("BLNK,BTNK->BNLT", q, k, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
+    if keys is not None:
+        seen = keys if keys.ndim > 1 else jnp.arange(k.shape[1]) < keys[:, None]
+        scores = jnp.where(seen[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(scores).mean(1)
+
+
 def cudnn(
     qkv: QKV, heads: int, causal: bool = False, lengths: Lengths = None
 ) -> Float[Array, "B L *NK"]:
@@ -187,7 +202,7 @@ def cudnn(
         qkv = jnp.pad(qkv, ((0, 0), (0, 1), *((0, 0),) * (qkv.ndim - 2)))
         if lengths is None and not causal:  # causal masks the added token, too
             lengths = jnp.full(batch, length, jnp.int32)
-    q, k, v = _parts(qkv, heads)
+    q, k, v = split_heads(qkv, heads)
     out = jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
     )
@@ -205,7 +220,7 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    parts = _parts(qkv, heads)
+    parts = split_heads(qkv, heads)
     batch, length, _, dim = parts[0].shape
     padded = -(-length // _LANES) * _LANES
     block = max(size for size in range(_LANES, _BLOCK + 1, _LANES) if padded % size == 0)
@@ -237,7 +252,8 @@ def splash(
     return _like(out[:, :, :length, :dim].swapaxes(1, 2), qkv)
 
 
-def _parts(qkv: QKV, heads: int) -> list[Float[Array, "B L N K"]]:
+def split_heads(qkv: QKV, heads: int) -> list[Float[Array, "B L N K"]]:
+    """Return queries, keys and values."""
     split = qkv.reshape(*qkv.shape[:2], 3, heads, -1)
     return [split[:, :, third] for third in range(3)]
 

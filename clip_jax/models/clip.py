@@ -25,6 +25,7 @@ from clip_jax.models.images import (
     OPENAI_STD,
     Images,
     ImageTokens,
+    Patches,
     as_dtype,
     is_normalized,
     normalize,
@@ -310,6 +311,19 @@ class CLIP:
             return visual.ln_post(x) if norm else x
 
         return self._run(params, states).astype(jnp.float32)
+
+    def patch_attention(self, params: Params, images: Images) -> Float[Array, "B L"]:
+        """Return how much the embedding attends to each patch of a vision transformer.
+
+        It is the attention rollout (arXiv:2005.00928), without the shares of other tokens. Patches
+        past an image's length have none.
+        """
+        vision, inputs = self.config.vision, as_dtype(images, self.config.dtype)
+        _, recorded = self._run(
+            params, lambda towers: towers.visual(inputs), mutable=["intermediates"]
+        )
+        length = images.length if isinstance(images, Patches) else None
+        return vision.patch_attention(recorded.get("intermediates", {}).get("visual", {}), length)
 
     def text_tokens(
         self, params: Params, tokens: Int[Array, "B L"], layer: int = -1, norm: bool = False

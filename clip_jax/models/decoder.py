@@ -73,8 +73,10 @@ class CrossAttention(nn.Module):
             )(other)
             if q.shape[0] == 1:
                 q = jnp.broadcast_to(q, (other.shape[0], *q.shape[1:]))
+            queries = q.reshape(other.shape[0], -1, *heads)
+            layers.record(self, lambda: (queries, both[:, :, 0], length))
             y = jax.nn.dot_product_attention(
-                q.reshape(other.shape[0], -1, *heads),
+                queries,
                 both[:, :, 0],
                 both[:, :, 1],
                 key_value_seq_lengths=length,

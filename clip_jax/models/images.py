@@ -234,6 +234,16 @@ def pixels_of(images: Images) -> Any:
     return images.pixels if isinstance(images, Patches) else images
 
 
+def pictures(images: Images, patch_size: int) -> list[Shaped[np.ndarray, "_H _W C"]]:
+    """Return each image of a batch as an array, without the padding of patches."""
+    if not isinstance(images, Patches):
+        return list(images)
+    return [
+        rearrange(x[: h * w], "(h w) (P Q C) -> (h P) (w Q) C", h=h, P=patch_size, Q=patch_size)
+        for x, (h, w) in zip(images.pixels, np.asarray(images.grid), strict=True)
+    ]
+
+
 def with_pixels(images: Images, pixels: Any) -> Images:
     """Return the images with their pixels replaced."""
     return dataclasses.replace(images, pixels=pixels) if isinstance(images, Patches) else pixels

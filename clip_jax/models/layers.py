@@ -321,6 +321,16 @@ def adapt(module: nn.Module, x: Float[Array, "..."], y: Float[Array, "..."], nam
     return y + jnp.einsum("...SR,SRTF->...TF", low, b).reshape(y.shape)
 
 
+def record(module: nn.Module, inputs: Callable[[], tuple[Any, ...]]) -> None:
+    """Record attention weights, if `apply` collects any (`mutable=["intermediates"]`).
+
+    `inputs` returns those of `attention.weights`. Otherwise nothing calls it, so that programs stay
+    the same.
+    """
+    if module.is_mutable_collection("intermediates"):
+        module.sow("intermediates", "weights", attention.weights(*inputs()))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a fused projection to queries, keys and values."""
 
@@ -359,6 +369,8 @@ class Attention(nn.Module):
         if isinstance(keys, attention.Rotation):
             qkv, keys = attention.rotate(qkv, self.num_heads, keys), None
         qkv = checkpoint_name(qkv, "qkv")
+        if not self.causal:
+            record(self, lambda: (*attention.split_heads(qkv, self.num_heads)[:2], keys))
         if cache is not None and position is not None:
             x, cache = attention.cached(qkv, self.num_heads, cache, position)
         elif keys is not None and keys.ndim > 1:  # no kernel supports such a mask
@@ -556,7 +568,7 @@ class Transformer(nn.Module):
             block = nn.remat(block, prevent_cse=self.unroll > 1, policy=policy)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast,) * 3,
             length=self.depth,

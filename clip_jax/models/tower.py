@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError
 from clip_jax.models import layers
@@ -171,6 +171,19 @@ class ImageTowerConfig(TowerConfig, Part):
     def pads_caption_tokens(self) -> bool:
         """Whether images differ in the number of valid tokens that a caption decoder attends to."""
         return self.is_naflex
+
+    def patch_attention(
+        self, weights: Arrays, length: Int[Array, " B"] | None
+    ) -> Float[Array, "B L"]:
+        """Return how much the embedding attends to each patch; `length` counts the valid ones.
+
+        `weights` are those that the module recorded (`layers.record`), by its modules' names.
+        """
+        kind = type(self).__name__.removesuffix("Config")
+        raise InputError(
+            f"attention maps need a vision transformer, and this model has a {kind}: use a model "
+            "with a ViT as image tower."
+        )
 
     def unprojected(self: AnyTower, embed_dim: int, params: Arrays) -> tuple[AnyTower, int, Arrays]:
         """Return the tower for linear probes, the width of its features, and its parameters.

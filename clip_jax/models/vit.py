@@ -205,6 +205,30 @@ class ViTConfig(ImageTowerConfig):
             return super().resize_grid(grid, side)
         return resize_positions(jnp.asarray(grid), jnp.array([[side, side]]), side * side)[0]
 
+    def patch_attention(self, weights: Arrays, length: Lengths) -> Float[Array, "B L"]:
+        """Attention rollout (arXiv:2005.00928): from the pooled token or tokens back through all
+        blocks, each of which passes on one half by its residual and the other by its attention."""
+        blocks = weights["transformer"]["resblocks"]["attn"]["weights"][0]  # [depth, B, L, L]
+        extra, index = self.extra_tokens, jnp.arange(blocks.shape[-1])
+        match self.pool:
+            case "class_token":
+                share = index == 0
+            case "mean":
+                share = index >= extra
+            case "mean_all":
+                share = index >= 0
+            case "map":
+                share = weights["attn_pool"]["weights"][0][:, 0]
+            case "queries":
+                share = weights["attn_pool"]["attn"]["weights"][0][:, 0]
+        if length is not None:
+            share = share * (index < jnp.maximum(length, 1)[:, None] + extra)
+        share = jnp.broadcast_to(share, blocks.shape[1:3]).astype(jnp.float32)
+        share = share / share.sum(1, keepdims=True)
+        for attended in blocks[::-1]:
+            share = (share + jnp.einsum("BL,BLT->BT", share, attended)) / 2
+        return share[:, extra:]
+
     def check_width(self, embed_dim: int) -> None:
         if not self.projection and self.pooled_width(embed_dim) != embed_dim:
             raise InputError(
@@ -336,6 +360,7 @@ class AttentionPool(nn.Module):
             jnp.broadcast_to(latent.astype(x.dtype), (x.shape[0], 1, c.width))
         )
         kv = Einsum("BLD,DSNK->BLSNK", (c.width, 2, *heads), (2, *heads), init, init, name="kv")(x)
+        layers.record(self, lambda: (q, kv[:, :, 0], length))
         x = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1], key_value_seq_lengths=length)
         x = Einsum("BLNK,NKD->BLD", (*heads, c.width), (c.width,), init, init, name="proj")(x)
         init_fns = layers.BlockInit.image(c.width, mlp_width)

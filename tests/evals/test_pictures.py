@@ -4,10 +4,11 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from clip_jax.evals import pictures
-from clip_jax.evals.pictures import contact_sheet, with_probabilities
+from clip_jax.evals.pictures import attention_sheet, contact_sheet, with_probabilities
 
 
 def test_dollars_are_letters(tmp_path: Path):
@@ -49,6 +50,24 @@ def test_an_answer_is_bold_green_where_it_is_right_and_red_where_it_is_wrong():
     drawn = [axis.images[0].get_array() for axis in figure.axes[:3]]
     np.testing.assert_array_equal(drawn, images)
     assert [text.get_color() for axis in plain.axes for text in axis.texts] == ["black"]
+
+
+def test_an_attention_map_covers_its_image():
+    """Also that of a tall image, in the same proportions."""
+    images = [np.zeros((24, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)]
+    maps = [np.eye(6, 2), np.eye(2)]
+    with mock.patch.object(pictures, "save", autospec=True) as save:
+        attention_sheet(Path("maps.png"), images, maps, ["cat", "$dog"])
+    figure, _ = save.call_args.args
+    for axis, image, shares in zip(figure.axes, images, maps, strict=True):
+        left, grey, over = axis.images
+        np.testing.assert_array_equal(left.get_array(), image)
+        np.testing.assert_array_equal(over.get_array(), shares)
+        assert grey.get_extent() == over.get_extent()
+        x0, x1, y0, y1 = over.get_extent()
+        assert left.get_extent()[1] <= x0
+        assert (x1 - x0) / (y1 - y0) == pytest.approx(image.shape[1] / image.shape[0])
+    assert [axis.get_title() for axis in figure.axes] == ["cat", r"\$dog"]
 
 
 def test_probabilities_are_a_softmax_over_all_names():

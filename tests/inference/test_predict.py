@@ -1,6 +1,7 @@
 """predict, embed and search on a tiny model: answers, errors, and kills."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.convert.weights import Head
 from clip_jax.engine import Here
 from clip_jax.errors import InputError
+from clip_jax.inference import predict as predict_module
 from clip_jax.inference.embed import EmbedConfig, embed
 from clip_jax.inference.loading import Model, load
 from tests.conftest import write_tiny_model
@@ -136,10 +138,32 @@ def test_without_labels_the_classes_are_those_of_the_models_classifier(folder, t
     assert results[0] == results[1]
 
 
+def test_attention_maps_are_drawn_beside_the_images(folder, tmp_path, run, refused):
+    """With labels and without."""
+    images = [folder / "photos/000.png", folder / "photos/002.png"]
+    command = ["predict", folder / "model", "--images", *images, "--attention"]
+    with mock.patch.object(predict_module, "attention_sheet", autospec=True) as drawn:
+        results, _ = run(*command, tmp_path / "maps.png", "--labels", "cat", "dog")
+        best = [f"{x['labels'][0]['label']}  " for x in results]
+        run(*command, tmp_path / "maps.png")
+    (path, pixels, maps, lines), (*_, names) = (call.args for call in drawn.call_args_list)
+    assert path == tmp_path / "maps.png"
+    assert [line[: len(label)] for line, label in zip(lines, best, strict=True)] == best
+    assert names == ["000.png", "002.png"]
+    model = load(folder / "model")
+    expected = [model.image_preprocess.batch(image)[0] for image in images]
+    np.testing.assert_array_equal(pixels, expected)
+    expected = model.attention_maps(model.preprocess(images))
+    np.testing.assert_allclose(maps, expected, rtol=1e-5)
+    assert expected[0].shape == (2, 2)
+    assert "must end in one of" in refused(*command, tmp_path / "maps.txt")
+
+
 def test_with_a_bias_every_label_has_a_probability_of_its_own():
     """As a SigLIP's sigmoid gives it, also where there is one label alone."""
     params = {"logit_scale": np.float32(1.0), "logit_bias": np.float32(-2.0)}
-    model = mock.Mock(spec=Model, params=params)
+    similarity = functools.partial(Model.similarity, None)
+    model = mock.Mock(spec=Model, params=params, similarity=similarity)
     images, classes = np.eye(2, dtype=np.float32), np.float32([[0.6, 0.8]])
     logits = np.e * np.array([[0.6], [0.8]]) - 2
     expected = 1 / (1 + np.exp(-logits))

@@ -127,6 +127,20 @@ TPU = functools.partial(SimpleNamespace, platform="tpu")
 GPU = functools.partial(SimpleNamespace, platform="gpu", device_kind="NVIDIA")
 
 
+@pytest.mark.parametrize("lengths", [None, (5, 3)])
+def test_weights_are_those_of_the_backends(lengths):
+    """The mean over heads of the output's weights, which values of the unit matrix show."""
+    qkv = np.random.default_rng(0).standard_normal((2, 5, 3, 2, 5), np.float32)
+    qkv[:, :, 2] = np.eye(5)[:, None]
+    lengths = None if lengths is None else jnp.array(lengths)
+    q, k, _ = attention.split_heads(qkv, 2)
+    expected = attention.xla(jnp.asarray(qkv), 2, False, lengths).mean(2)
+    found = attention.weights(q, k, lengths)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1, :3], expected[1, :3], rtol=1e-5)
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("device", "length", "heads", "dim", "dtype", "expected"),
     [

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 
 from clip_jax.errors import InputError
+from clip_jax.models import attention
 from clip_jax.models.clip import CLIP, CLIPConfig, l2_normalize
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.images import NaFlex, Patches, concatenate, split_tokens, zeros
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig, choose_patches, resize_positions
@@ -200,6 +203,53 @@ def test_patch_dropout_keeps_each_images_own_share():
         assert (np.diff(valid, axis=1) > 0).all()
         often = np.bincount(valid.ravel(), minlength=length) / draws
         np.testing.assert_allclose(often, count / length, atol=0.1)
+
+
+# ------------------------------------------------------------------ attention maps
+
+
+@pytest.mark.parametrize("pool", ["class_token", "mean", "mean_all", "map", "queries"])
+def test_shares_of_patches_are_the_rollout_from_what_is_pooled(pool):
+    """Against the paper's matrix product, of the first query where there are queries."""
+    config = replace(VISION, max_patches=None, pool=pool)
+    rng = np.random.default_rng(0)
+    blocks, pools = (rng.dirichlet(np.ones(17), size) for size in ((2, 3, 17), (3, 4)))
+    weights = {"transformer": {"resblocks": {"attn": {"weights": (jnp.asarray(blocks),)}}}}
+    recorded = {"weights": (jnp.asarray(pools),)}
+    weights["attn_pool"] = {"attn": recorded} if pool == "queries" else recorded
+    pooled = {"class_token": np.eye(17)[0], "mean": np.arange(17) > 0, "mean_all": np.ones(17)}
+    first, second = (blocks + np.eye(17)) / 2
+    for image in range(3):
+        start = pooled.get(pool, pools[image, 0])
+        expected = start / start.sum() @ second[image] @ first[image]
+        found = config.patch_attention(weights, None)
+        np.testing.assert_allclose(found[image], expected[1:], rtol=1e-5)
+
+
+def test_attention_maps_do_not_see_padding():
+    """Whatever it contains; it has no share itself, and only the class token has another."""
+    model, params = setting(CONFIGS["map_class_token"])
+    compute = jax.jit(model.patch_attention)
+    clean, dirty = (np.asarray(compute(params, images(padding=std))) for std in (0.0, 30.0))
+    np.testing.assert_array_equal(clean, dirty)
+    is_valid = np.arange(LENGTH) < images().length[:, None]
+    assert ((clean > 0) == is_valid).all()
+    assert np.ptp(clean[0]) > 1e-3
+    assert ((clean.sum(1) > 0.5) & (clean.sum(1) < 1)).all()
+
+
+def test_attention_weights_are_computed_for_maps_only():
+    model, params = setting(CONFIGS["queries"])
+    with mock.patch.object(attention, "weights", autospec=True, side_effect=attention.weights) as x:
+        jax.eval_shape(model.encode_image, params, images())
+        x.assert_not_called()
+        jax.eval_shape(model.patch_attention, params, images())
+    assert x.call_count >= 2  # of the blocks and of the pool
+
+
+def test_a_tower_without_patches_has_no_attention_maps():
+    with pytest.raises(InputError, match="this model has a ResNet"):
+        ResNetConfig().patch_attention({}, None)
 
 
 def test_heads_of_a_pooling_that_a_tower_lacks_are_any_number():
