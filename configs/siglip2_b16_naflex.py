@@ -4,7 +4,7 @@ r"""SigLIP 2 NaFlex B/16: images at their own aspect ratio, in sequences of 128 
         --model.text.tokenizer.file gs://BUCKET/tokenizer.model
     clip-jax plan siglip2_b16_naflex --topology v5e:16x16
 
-Hardware: one v5e-256 slice; 149 hours at an assumed 40% MFU, $45,900 at $1.20 per chip-hour.
+Hardware: one v5e-256 slice; its FLOPs take 149 hours at an assumed 40% MFU. No plan was compiled.
 Recipe: Tschannen et al. 2025 (SigLIP 2), section 2.4.2, and for everything else `siglip2_b16`. The
 first 90% of the learning-rate schedule have square images of 256 pixels. In its last 10%, stretched
 to 3.75 times as many steps, each batch has images at their own aspect ratio and a length drawn from
@@ -14,8 +14,7 @@ Expected: below the paper's 78.5% ImageNet zero-shot top-1 at 256 patches, which
 its losses; this config has the sigmoid loss only.
 Notes: Parameters and optimizer state are sharded over 16 chips. Batches of 784 patches take the
 most memory: estimated from the compiled steps in BENCHMARKS.md, 23 GB per chip if activations are
-recomputed as in `siglip2_b16`, and 13 of 16 GB with `remat="attention"`. `plan`, which compiles all
-six steps, has not been run on this config.
+recomputed as in `siglip2_b16`, and 13 of 16 GB with `remat="attention"`.
 """
 
 import dataclasses

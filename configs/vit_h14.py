@@ -3,7 +3,7 @@
     clip-jax train vit_h14 --data.source.path 'gs://BUCKET/pairs/*.tar'
     clip-jax plan vit_h14 --topology v5p:4x4x8
 
-Hardware: 128 v5p chips; 20 days at an assumed 40% MFU, $253,000 at $4.20 per chip-hour.
+Hardware: 128 v5p chips; 470 hours at an assumed 40% MFU, $253,000 at $4.20 per chip-hour.
 Recipe: Cherti et al. 2023 for LAION-2B. Learning rate 5e-4, 2,000 warm-up steps; their 34.7B
 samples at a batch size of 79,104 (824 A100s) are 1,060,000 steps of 32,768 here.
 Expected: 78.0% ImageNet zero-shot top-1 with LAION-2B (the paper's).

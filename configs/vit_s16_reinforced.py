@@ -7,8 +7,8 @@ r"""ViT-S/16 on a reinforced data set: stored teachers, augmentations and synthe
     clip-jax train vit_s16_reinforced --data.source.path gs://BUCKET/reinforced
     clip-jax plan vit_s16_reinforced --topology v5e:4x4
 
-Hardware: one v5e-16 slice; 2.6 hours at an assumed 40% MFU, $50 at $1.20 per chip-hour, without
-the work of `prepare`.
+Hardware: one v5e-16 slice; its FLOPs take 2.6 hours at an assumed 40% MFU, without the work of
+`prepare`. No plan was compiled.
 Recipe: MobileCLIP (Vasu et al. 2023, arXiv:2311.17049), its released training script for 12.8M
 pairs with 30 augmentations and five synthetic captions each, and two ViT-L/14 as teachers. The loss
 is distillation alone, with true and with synthetic captions. Batch 8,192 for 30,000 steps (246M
