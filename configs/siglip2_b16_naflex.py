@@ -46,7 +46,7 @@ def get_config() -> Config:
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         objective=(SigmoidConfig(),),
         optim=OptimConfig(
-            learning_rate=1e-3, warmup_steps=20_000, weight_decay=1e-4, b2=0.95, clip_norm=1.0
+            learning_rate=1e-3, warmup_steps=20_000, weight_decay=0.1, b2=0.95, clip_norm=1.0
         ),
         mesh=MeshConfig(fsdp=16),
         checkpoint=CheckpointConfig(every_steps=1_000),
