@@ -208,3 +208,21 @@ def _is_set(node: ast.expr) -> bool:
         both = [node.left, node.right]
         return any(_is_set(x) or ast.unparse(x).endswith(".keys()") for x in both)
     return isinstance(node, ast.Call) and ast.unparse(node.func) in ("set", "frozenset")
+
+
+def test_every_picture_exists_is_used_and_has_a_text():
+    """Builds write the drawings of the explanations; `docs/builder/pictures.py` writes others. They
+    stay small: a clone and a page load them."""
+    used = set()
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for text, name in re.findall(r"!\[([^\]]*)\]\(([^)#]+)\)", page.read_text()):
+            path = (page.parent / name).resolve()
+            if path.parent.name not in ("explanation", "notebooks"):
+                assert path.exists(), f"{page} shows {name}"
+                assert text, f"{page}: {name} needs a text for those who cannot see it"
+            used |= {path, path.with_name(f"{path.stem}-dark.svg")}
+    pictures = {*(ROOT / "docs").glob("**/images/*")}
+    assert not [path.name for path in pictures - used]
+    sizes = {path.name: path.stat().st_size for path in pictures}
+    assert not [name for name, size in sizes.items() if size > 150_000]
+    assert sum(sizes.values()) < 2_000_000

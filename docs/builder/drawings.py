@@ -179,15 +179,21 @@ def resume() -> Figure:
 DRAWINGS: tuple[Callable[[], Figure], ...] = (order, accumulation, losses, ring, sharding, resume)
 
 
-def pictures() -> Iterator[tuple[str, str]]:
-    """Yield the file names and SVGs of all drawings."""
+def themes() -> Iterator[str]:
+    """Yield the suffix of each theme's files, while its colours are those of matplotlib."""
     from clip_jax.display import STYLE
 
     for suffix, (ink, back) in THEMES.items():
         edges = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
         theme = {**dict.fromkeys(edges, ink), "grid.color": back, "axes.facecolor": "none"}
         with matplotlib.rc_context({**STYLE, **theme}):
-            for draw in DRAWINGS:
-                svg = io.StringIO()
-                draw().savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
-                yield f"{draw.__name__}{suffix}.svg", svg.getvalue()
+            yield suffix
+
+
+def pictures() -> Iterator[tuple[str, str]]:
+    """Yield the file names and SVGs of all drawings."""
+    for suffix in themes():
+        for draw in DRAWINGS:
+            svg = io.StringIO()
+            draw().savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
+            yield f"{draw.__name__}{suffix}.svg", svg.getvalue()
