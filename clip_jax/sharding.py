@@ -40,8 +40,10 @@ class MeshConfig:
     """Number of devices along each mesh axis; at most one may be −1, for all that remain."""
 
     data: int = -1  # Data parallelism: the batch is sharded, parameters are replicated.
-    fsdp: int = 1  # Fully sharded data parallelism: splits batch, parameters and optimizer state.
-    tensor: int = 1  # Tensor parallelism: attention heads and MLP channels are sharded.
+    # Devices that split batch, parameters and optimizer state (fully sharded data parallelism).
+    fsdp: int = 1
+    # Devices that split attention heads and MLP channels (tensor parallelism).
+    tensor: int = 1
 
     def __post_init__(self) -> None:
         check_ranges(self, "mesh.", **dict.fromkeys(AXES, "[-1, inf)"))

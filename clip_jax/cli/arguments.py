@@ -2,17 +2,19 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import itertools
 import os
 import re
 import shutil
+import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from types import FunctionType, NoneType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from clip_jax import parts
 from clip_jax.errors import InputError
@@ -64,6 +66,17 @@ _MOST_USED: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+_HELP = frozenset({"-h", "--help", "--help-all"})
+_METAVARS = {"models": "MODEL", "names": "NAME", "paths": "RUN"}  # others: the field's name
+# Arguments before the first flag that are no fields, and --json, as the help describes them.
+_CONFIG = (
+    "Config file (mine.py), name of a bundled config (`clip-jax configs` lists them), or the "
+    "config.json of a run."
+)
+_JSON = "Print JSON on standard output, all else on standard error. (default: False)"
+# Without CONFIG, the help shows the options of this one: its data have a path.
+_EXAMPLE = "pairs"
+
 _COMPONENTS = """\
 The options are the fields of the components that CONFIG chooses. To choose others, edit a config
 (clip-jax configs NAME > mine.py); docs/reference/settings lists the fields of each:"""
@@ -101,20 +114,56 @@ def read(
     verb: str = "",
     takes_json: bool = True,
 ) -> tuple[Any, bool]:
-    """Parse a command's config, its first fields by position; also say if --json was passed."""
+    """Parse a command's config, its first fields by position; also say if --json was passed.
+
+    The last of the fields takes all values that are left if it is a tuple; if another one is, that
+    takes all but one for each field after it.
+    """
     rest = [arg for arg in args if arg != "--json"] if takes_json else list(args)
-    values = leading(rest)[: len(positional)]
-    names = positional[: len(values)]
-    flags = [part for pair in zip(names, values, strict=True) for part in (f"--{pair[0]}", pair[1])]
-    verb = " ".join([verb or command.__name__, *(name.upper() for name in positional)])
-    verb += " [--json]" if takes_json else ""
-    config = parse(kind, [*flags, *rest[len(values) :]], verb, command)
+    values = [] if is_help(rest) else leading(rest)
+    flags, count = _as_flags(kind, positional, values)
+    verb = " ".join([verb or command.__name__, *_in_usage(kind, positional)])
+    config = parse(kind, [*flags, *rest[count:]], verb, command, None, "", positional, takes_json)
     return config, len(rest) < len(args)
 
 
-def read_run(
-    kind: Any, args: Sequence[str], command: FunctionType, verb: str, **defaults: Any
-) -> Any:
+def is_help(args: Sequence[str]) -> bool:
+    """Say whether the arguments ask for help."""
+    return not _HELP.isdisjoint(args)
+
+
+def metavar(name: str) -> str:
+    """Return how help calls a field that is read by position."""
+    return _METAVARS.get(name, name.upper())
+
+
+def _in_usage(kind: Any, positional: Sequence[str]) -> Iterator[str]:
+    """Yield the fields that are read by position as usage shows them."""
+    hints = typing.get_type_hints(kind)
+    optional = {x.name for x in dataclasses.fields(kind) if x.default is not dataclasses.MISSING}
+    for name in positional:
+        is_many = typing.get_origin(hints[name]) is tuple
+        shown = metavar(name) + " ..." * is_many
+        yield f"[{shown}]" if name in optional else shown
+
+
+def _as_flags(
+    kind: type, positional: Sequence[str], values: Sequence[str]
+) -> tuple[list[str], int]:
+    """Return values by position as flags, and the number of values that this took."""
+    hints = typing.get_type_hints(kind)
+    flags: list[str] = []
+    left = list(values)
+    for index, name in enumerate(positional):
+        after = len(positional) - index - 1
+        is_many = typing.get_origin(hints[name]) is tuple
+        taken = left[: max(len(left) - after, 0) if is_many else 1]
+        flags += [f"--{name}", *taken] if taken else []
+        left = left[len(taken) :]
+    return flags, len(values) - len(left)
+
+
+def read_run(kind: Any, args: Sequence[str], command: Callable, verb: str, **defaults: Any) -> Any:
     """Load a config file, override it by flags, and return it as `kind`, a subclass of Config."""
     from clip_jax.config import Config
     from clip_jax.config_files import load_config
@@ -125,11 +174,14 @@ def read_run(
     _check_elsewhere(args, of_command - of_run)
     path = leading(args)[0] if leading(args) else None
     rest = list(args[1:] if path else args)
-    if path is None and not {"-h", "--help", "--help-all"} & set(rest):
+    if path is None and not is_help(rest):
         raise InputError(f"{verb} needs a config file, as in: clip-jax {verb} configs/digits.py")
-    default = load_config(path) if path else Config()
+    default = load_config(path or _EXAMPLE)
     about = "\n  ".join((_COMPONENTS, *_choices(Config)))
-    return parse(kind, rest, f"{verb} CONFIG", command, kind(**vars(default), **defaults), about)
+    values = kind(**vars(default), **defaults)
+    takes_json = "--json" not in args and verb != "train"
+    config = _CONFIG if path else f"{_CONFIG} Defaults below: those of the config {_EXAMPLE}."
+    return parse(kind, rest, f"{verb} CONFIG", command, values, about, (), takes_json, config)
 
 
 def _choices(kind: type, prefix: str = "") -> Iterator[str]:
@@ -152,26 +204,31 @@ def parse(
     command: Callable,
     default: Any = None,
     about: str = "",
+    positional: Sequence[str] = (),
+    takes_json: bool = False,
+    config: str = "",
 ) -> Any:
     """Parse flags into a dataclass with tyro, which prints its own errors and exits with 2.
 
-    The complete help begins with `about`.
+    The complete help begins with `about`. Fields in `positional` that no flag sets are called
+    arguments in help and errors. `config` describes the argument CONFIG, if there is one.
     """
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_path_rule)
     names = () if "--help-all" in args else _MOST_USED.get(verb.split()[0], ())
-    is_help = bool({"-h", "--help"} & set(args))
     about = f"\n\n{about}" if "--help-all" in args else ""
+    unset = [name for name in positional if f"--{name}" not in args]
     try:
-        shown = _shortened(names, verb) if names and is_help else contextlib.nullcontext()
-        with shown, parts.fields_opened(kind):
+        readable = _readable(names, verb, takes_json, config)
+        shown = readable if is_help(args) else contextlib.nullcontext()
+        with shown, parts.fields_opened(kind), _as_arguments(kind, unset):
             return tyro.cli(
                 kind,
                 registry=registry,
                 prog=f"clip-jax {verb}",
-                description=(command.__doc__ or "").strip() + about,
+                description=inspect.cleandoc(command.__doc__ or "") + about,
                 args=["--help" if arg == "--help-all" else arg for arg in args],
                 config=(tyro.conf.AvoidSubcommands,),
                 **({} if default is None else {"default": default}),
@@ -186,8 +243,30 @@ def parse(
 
 
 @contextlib.contextmanager
-def _shortened(names: Sequence[str], verb: str) -> Generator[None]:
-    """Reduce the help that is printed inside to these options, in this order."""
+def _as_arguments(kind: type, names: Sequence[str]) -> Generator[None]:
+    """Let tyro read these fields of a dataclass by position, within the context."""
+    import tyro
+
+    with contextlib.ExitStack() as restored:
+        for name in names:
+            base = next(x for x in kind.__mro__ if name in inspect.get_annotations(x))
+            annotations = inspect.get_annotations(base)
+            hint: Any = annotations[name]
+            values = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+            choices = f" {{{','.join(values)}}}" if values else ""
+            shown = tyro.conf.arg(metavar=metavar(name) + choices)
+            hint = Annotated[hint, tyro.conf.Positional, shown]
+            restored.callback(setattr, base, "__annotations__", annotations)
+            base.__annotations__ = annotations | {name: hint}
+        yield
+
+
+@contextlib.contextmanager
+def _readable(names: Sequence[str], verb: str, takes_json: bool, config: str) -> Generator[None]:
+    """Print the help that tyro prints inside as plain text, arguments before options.
+
+    With `names`, of the options only these, in this order.
+    """
     printed = io.StringIO()
     # On a wide terminal, tyro sets groups side by side.
     os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, 100))
@@ -195,12 +274,39 @@ def _shortened(names: Sequence[str], verb: str) -> Generator[None]:
         with contextlib.redirect_stdout(printed):
             yield
     finally:
-        intro, _, rest = printed.getvalue().partition("\n options")
-        blocks = re.findall(r"^  (--([a-z][\w.-]*).*\n(?: {6}.*\n)*)", rest, re.M)
-        options = {name: re.sub(r"^ *\n| +$", "", block, flags=re.M) for block, name in blocks}
-        print(f"{intro.rstrip()}\n\nmost used options:")
-        print("".join(f"  {options[name].rstrip()}\n" for name in names if name in options))
-        print(f"All {len(options)} options: clip-jax {verb.replace(' [--json]', '')} --help-all")
+        if text := printed.getvalue():
+            print(_laid_out(text, names, verb, takes_json, config))
+
+
+def _laid_out(text: str, names: Sequence[str], verb: str, takes_json: bool, config: str) -> str:
+    """Lay out help that tyro has printed; see `_readable`."""
+    text = re.sub(r" +$", "", text, flags=re.M)
+    text = re.sub(r"\n  -{20,}$", "", text, flags=re.M)  # below what a group's class says
+    text = re.sub(r"^ (\w.*)\n -{20,}$", r"\1:", text, flags=re.M)
+    text = re.sub(r"\(default:(\s+)\)", r"(default:\1empty)", text)
+    _, _, text = text.partition("\n\n")  # its usage, which takes arguments for the last
+    intro, _, text = text.partition("\noptions:\n")
+    intro = intro.replace("positional arguments:", "arguments:")
+    if config:
+        about, *lines = textwrap.wrap(config, 90)
+        intro = f"{intro.rstrip()}\n\narguments:\n  CONFIG  {about}\n"
+        intro += "".join(f"          {line}\n" for line in lines)
+    line = re.match(r"  -h, --help(\s+)show .*\n", text)
+    indent, text = (line[1], text[line.end() :]) if line else ("  ", text)
+    wide = indent if "\n" in indent else indent + " " * (len("-h, --help") - len("--json"))
+    rows = [f"  -h, --help{indent}Show this help."]
+    if takes_json:
+        rows.append(f"  --json{wide}{_JSON}")
+    head = f"usage: clip-jax {verb} [OPTIONS]\n\n{intro.rstrip()}\n\n"
+    if not names:
+        return f"{head}options:\n" + "\n".join(rows) + f"\n{text.rstrip()}"
+    blocks = re.findall(r"^  (--([a-z][\w.-]*).*\n(?: {6}.*\n)*)", text + "\n", re.M)
+    options = {name: block.rstrip() for block, name in blocks}
+    shown = [f"  {options[name]}" for name in names if name in options] + rows[1:]
+    return "\n".join([
+        f"{head}most used options:", *shown, "",
+        f"All {len(options) + takes_json} options: clip-jax {verb} --help-all",
+    ])  # fmt: skip
 
 
 def _check_elsewhere(args: Sequence[str], options: Collection[str]) -> None:

@@ -9,6 +9,7 @@ import difflib
 import errno
 import functools
 import os
+import re
 import select
 import shutil
 import signal
@@ -40,31 +41,14 @@ commands:
 optimizers and tokenizers of your own module known (repeat it for several modules).
 """
 
-SCALE_USAGE = """\
-usage: clip-jax scale VERB [...]
+GROUP_USAGE = """\
+usage: clip-jax {group} VERB [...]
 
-Scaling experiments: train a ladder of runs, collect the results, fit scaling laws and use them.
+{about}
 
-  ladder SPEC        Train the missing runs of models x samples x seeds (--dry-run: estimate hours)
-  collect RUN ...    Collect finished runs into one table
-  choose TABLE       Choose the best trial at each point of a sweep; check the learning-rate rule
-  fit TABLE          Fit a law with intervals; predict runs, allocate compute, compare families
-  plan TABLE         Plan a run for a budget: model, pairs, batch, learning rate, hours, price
-  relate TABLE       Fit one metric against another: accuracy against loss, robustness of families
-  report RUN ...     Write an HTML report: points, laws, loss curves, costs, failures
+{verbs}
 
-`clip-jax scale VERB --help` lists the options of a verb.
-"""
-
-BENCH_USAGE = """\
-usage: clip-jax bench VERB CONFIG [...]
-
-Measure the throughput of this machine with a run's config.
-
-  input    Samples/s of each input stage and of the whole pipeline, and the bottleneck
-  step     Pairs/s, MFU and memory of training steps on synthetic data (CPU, GPU, TPU)
-
-`clip-jax bench VERB --help` lists the options of a verb.
+`clip-jax {group} VERB --help` lists the options of a verb.
 """
 
 
@@ -81,7 +65,7 @@ def train(args: Sequence[str]) -> int:
             if not self.workdir.strip():
                 raise InputError(f"workdir={self.workdir!r} is empty; set a folder or gs://...")
 
-    path = Path(arguments.leading(args)[0] if arguments.leading(args) else "config")
+    path = Path(arguments.leading(args)[0] if arguments.leading(args) else "CONFIG")
     # The config.json of a run resumes that run.
     workdir = path.parent if path.name == "config.json" else Path("runs") / path.stem
     values = dict(vars(arguments.read_run(Run, args, train, "train", workdir=str(workdir))))
@@ -197,10 +181,7 @@ def average(args: Sequence[str]) -> int:
     from clip_jax.inference.average import AverageConfig
     from clip_jax.inference.average import average as run_average
 
-    paths = arguments.leading(args)
-    named = ["--models", *paths[:-1], "--output", *paths[-1:]] if paths else []
-    kind, verb = AverageConfig, "average MODEL ... OUTPUT"
-    config, as_json = arguments.read(kind, [*named, *args[len(paths) :]], (), average, verb)
+    config, as_json = arguments.read(AverageConfig, args, ("models", "output"), average)
     result = run_average(config)
     rows = result["rows"]
     lines = [f"{name}: {x}" for name, x in result.items() if name != "rows"]
@@ -220,60 +201,19 @@ def export(args: Sequence[str]) -> int:
 
 def scale(args: Sequence[str]) -> int:
     """Run scaling experiments: clip-jax scale ladder | collect | fit | plan | report ..."""
-    verb, rest = (args[0], args[1:]) if args else ("", [])
-    if verb in ("-h", "--help"):
-        print(SCALE_USAGE)
-        return 0
-    if verb == "ladder":
-        return _ladder(rest)
-    from clip_jax.scaling import (
-        choose,
-        downstream,
-        fit,
-        fit_result,
-        html_report,
-        planning,
-        run_table,
+    about = (
+        "Scaling experiments: train a ladder of runs, collect the results, fit scaling laws and "
+        "use them."
     )
-
-    of_table = {
-        "plan": (planning.ScalePlanConfig, planning.plan, planning.describe),
-        "choose": (choose.ChooseConfig, choose.choose, choose.describe),
-        "relate": (downstream.RelateConfig, downstream.relate, downstream.describe),
-    }
-    if verb in of_table:
-        kind, run, describe = of_table[verb]
-        config, as_json = arguments.read(kind, rest, ("table",), scale, f"scale {verb}")
-        result = run(config)
-        return _print(result, as_json, describe(result))
-    if verb == "fit":
-        command, as_json = arguments.read(fit.FitCommand, rest, ("table",), scale, "scale fit")
-        fitted = fit.fit_file(command)
-        return _print(fitted.to_json(), as_json, fit_result.describe(fitted))
-    paths = arguments.leading(rest)
-    rest = [*(["--paths", *paths] if paths else []), *rest[len(paths) :]]
-    if verb == "collect":
-        config, as_json = arguments.read(run_table.CollectConfig, rest, (), scale, "scale collect")
-        result = run_table.collect(config)
-        _print(result, as_json, f"{result['rows']} runs in {result['table']}")
-        for line in result["skipped"]:
-            say(f"skipped: {line}")
-    elif verb == "report":
-        config, as_json = arguments.read(html_report.ReportConfig, rest, (), scale, "scale report")
-        result = html_report.report(config)
-        shown = (f"{number} {status}" for status, number in result["runs"].items())
-        _print(result, as_json, f"{result['page']}: {', '.join(shown)}")
-    else:
-        verbs = "ladder, collect, choose, fit, plan, relate or report"
-        raise InputError(f"scale needs {verbs}, not {verb!r}.")
-    return 0
+    return _run_verb("scale", about, SCALE, args)
 
 
 def _ladder(args: Sequence[str]) -> int:
+    """Train the missing runs of models x samples x seeds: clip-jax scale ladder SPEC --dry-run"""
     from clip_jax.scaling.climb import LadderCommand, climb
     from clip_jax.scaling.jobs import Stopped
 
-    config, as_json = arguments.read(LadderCommand, args, ("spec",), scale, "scale ladder")
+    config, as_json = arguments.read(LadderCommand, args, ("spec",), _ladder, "scale ladder")
     show = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
     try:
         result = climb(config, show)
@@ -286,6 +226,83 @@ def _ladder(args: Sequence[str]) -> int:
     if all(point["done"] for point in result["points"]):
         say(f"next: clip-jax scale collect {result['root']}")
     return 1 if failures else 0
+
+
+def _collect(args: Sequence[str]) -> int:
+    """Collect finished runs into one table: clip-jax scale collect RUN ... --output runs.csv"""
+    from clip_jax.scaling.run_table import CollectConfig
+    from clip_jax.scaling.run_table import collect as run_collection
+
+    config, as_json = arguments.read(CollectConfig, args, ("paths",), _collect, "scale collect")
+    result = run_collection(config)
+    _print(result, as_json, f"{result['rows']} runs in {result['table']}")
+    for line in result["skipped"]:
+        say(f"skipped: {line}")
+    return 0
+
+
+def _choose(args: Sequence[str]) -> int:
+    """Choose the best trial at each point of a sweep; check the learning-rate rule: clip-jax scale
+    choose TABLE --choose-by info_nce"""
+    from clip_jax.scaling import choose
+
+    config, as_json = arguments.read(choose.ChooseConfig, args, ("table",), _choose, "scale choose")
+    result = choose.choose(config)
+    return _print(result, as_json, choose.describe(result))
+
+
+def _fit(args: Sequence[str]) -> int:
+    """Fit a law with intervals; predict runs, compare families: clip-jax scale fit TABLE"""
+    from clip_jax.scaling import fit, fit_result
+
+    command, as_json = arguments.read(fit.FitCommand, args, ("table",), _fit, "scale fit")
+    fitted = fit.fit_file(command)
+    return _print(fitted.to_json(), as_json, fit_result.describe(fitted))
+
+
+def _scale_plan(args: Sequence[str]) -> int:
+    """Plan a run for a budget (model, pairs, batch, learning rate, hours, price): clip-jax scale
+    plan TABLE --budget 300chip-hours"""
+    from clip_jax.scaling import planning
+
+    kind = planning.ScalePlanConfig
+    config, as_json = arguments.read(kind, args, ("table",), _scale_plan, "scale plan")
+    result = planning.plan(config)
+    return _print(result, as_json, planning.describe(result))
+
+
+def _relate(args: Sequence[str]) -> int:
+    """Fit one metric against another, such as accuracy against loss: clip-jax scale relate TABLE
+    --metric imagenet1k_acc1 --against info_nce"""
+    from clip_jax.scaling import downstream
+
+    kind = downstream.RelateConfig
+    config, as_json = arguments.read(kind, args, ("table",), _relate, "scale relate")
+    result = downstream.relate(config)
+    return _print(result, as_json, downstream.describe(result))
+
+
+def _report(args: Sequence[str]) -> int:
+    """Write an HTML report of points, laws, loss curves, costs, failures: clip-jax scale report
+    RUN ... --output report.html"""
+    from clip_jax.scaling.html_report import ReportConfig
+    from clip_jax.scaling.html_report import report as write_report
+
+    config, as_json = arguments.read(ReportConfig, args, ("paths",), _report, "scale report")
+    result = write_report(config)
+    shown = (f"{number} {status}" for status, number in result["runs"].items())
+    return _print(result, as_json, f"{result['page']}: {', '.join(shown)}")
+
+
+SCALE: dict[str, Callable[[Sequence[str]], int]] = {
+    "ladder": _ladder,
+    "collect": _collect,
+    "choose": _choose,
+    "fit": _fit,
+    "plan": _scale_plan,
+    "relate": _relate,
+    "report": _report,
+}
 
 
 def plan(args: Sequence[str]) -> int:
@@ -320,23 +337,58 @@ def prepare(args: Sequence[str]) -> int:
 
 def bench(args: Sequence[str]) -> int:
     """Measure this machine's throughput: clip-jax bench input CONFIG, clip-jax bench step CONFIG"""
-    from clip_jax import bench as benches
+    about = "Measure the throughput of this machine with a run's config."
+    return _run_verb("bench", about, BENCH, args)
 
-    verb, rest = (args[0], args[1:]) if args else ("", [])
-    if verb in ("-h", "--help"):
-        print(BENCH_USAGE)
-        return 0
-    if verb not in benches.BENCHES:
-        raise InputError(f"bench needs one of {', '.join(benches.BENCHES)}; got {verb!r}.")
-    kind, measure, describe = benches.BENCHES[verb]
-    flags = [arg for arg in rest if arg != "--json"]
-    config = arguments.read_run(kind, flags, bench, f"bench {verb}")
+
+def _bench_input(args: Sequence[str]) -> int:
+    """Measure samples/s of each input stage and the bottleneck: clip-jax bench input CONFIG"""
+    return _measure("input", args, _bench_input)
+
+
+def _bench_step(args: Sequence[str]) -> int:
+    """Measure pairs/s, MFU and memory of training steps on synthetic data: clip-jax bench step
+    CONFIG"""
+    return _measure("step", args, _bench_step)
+
+
+BENCH: dict[str, Callable[[Sequence[str]], int]] = {"input": _bench_input, "step": _bench_step}
+
+
+def _measure(verb: str, args: Sequence[str], command: Callable) -> int:
+    from clip_jax.bench import BENCHES
+
+    kind, measure, describe = BENCHES[verb]
+    flags = [arg for arg in args if arg != "--json"]
+    config = arguments.read_run(kind, flags, command, f"bench {verb}")
     if verb != "input":  # the input benchmark uses no device
         from clip_jax import processes
 
         processes.start(config.processes)  # with the flags that training takes
     result = measure(config)
-    return _print(result, len(flags) < len(rest), describe(result))
+    return _print(result, len(flags) < len(args), describe(result))
+
+
+def _run_verb(
+    group: str, about: str, verbs: dict[str, Callable[[Sequence[str]], int]], args: Sequence[str]
+) -> int:
+    """Run a verb of a group of commands, or print the group's help."""
+    verb, rest = (args[0], args[1:]) if args else ("", [])
+    if arguments.is_help([verb]):
+        listing = re.sub(r": clip-jax .*", "", _listing(verbs))
+        print(GROUP_USAGE.format(group=group, about=about, verbs=listing))
+        return 0
+    if verb not in verbs:
+        *names, last = verbs
+        raise InputError(f"{group} needs {', '.join(names)} or {last}, not {verb!r}.")
+    return verbs[verb](rest)
+
+
+def _listing(commands: dict[str, Callable[[Sequence[str]], int]]) -> str:
+    """List commands with the first lines of their docstrings."""
+    width = max(map(len, commands)) + 2
+    lines = ((name, " ".join((run.__doc__ or "").split())) for name, run in commands.items())
+    return "\n".join(f"  {name:<{width}}{about}" for name, about in lines)
 
 
 def configs(args: Sequence[str]) -> int:
@@ -347,10 +399,7 @@ def configs(args: Sequence[str]) -> int:
     class Choice:
         names: tuple[str, ...] = ()  # Bundled configs to print. Empty: list all, with their notes.
 
-    names = [arg for arg in args if not arg.startswith("-")]
-    flags = [arg for arg in args if arg.startswith("-")]
-    named = ["--names", *names] if names else []
-    config, as_json = arguments.read(Choice, [*named, *flags], (), configs, "configs [NAME ...]")
+    config, as_json = arguments.read(Choice, args, ("names",), configs)
     paths = bundled_configs()
     if unknown := [name for name in config.names if name not in paths]:
         raise InputError(f"no config {unknown[0]!r}; choose from {', '.join(paths)}.")
@@ -462,10 +511,7 @@ def _run(args: Sequence[str]) -> int:
     for module in modules:
         parts.load(module)
     if not args or args[0] in ("-h", "--help"):
-        listing = "\n".join(
-            f"  {name:<12} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()
-        )
-        print(USAGE.format(commands=listing))
+        print(USAGE.format(commands=_listing(COMMANDS)))
         return 0
     if args[0] == "--version":
         from clip_jax import __version__

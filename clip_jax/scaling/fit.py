@@ -93,8 +93,8 @@ class FitConfig(Selection):
     # family and compares them. None: one law for all runs.
     compare: str | None = None
     # Points to fit. all: every run. frontier: the runs that no other beats with at most their
-    # compute. cherti: the lowest error of each of 5 bins of compute, at its centre (Cherti et al.
-    # 2023). laion: the best runs along compute, with a robust loss (arXiv:2506.04598).
+    # compute. cherti: the lowest error of each of 5 bins of compute, at its centre, as in
+    # arXiv:2212.07143. laion: the best runs along compute, with a robust loss (arXiv:2506.04598).
     procedure: Procedure = "all"
     bins: int = BINS  # Number of bins of the procedure cherti, equally wide in log C.
     draws: int = 1_000  # Number of bootstrap draws, for comparisons and published procedures.

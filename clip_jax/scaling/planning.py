@@ -51,7 +51,8 @@ class ScalePlanConfig(Selection):
     form: Literal["additive", "repeated", "batched"] = "additive"  # Form of the law.
     candidates: tuple[str, ...] = ()  # Models to choose from. Empty: the table's.
     unique: str | None = None  # Number of distinct pairs, such as 400M. None: no pair is repeated.
-    batch_size: int | None = None  # None: the best of the form batched, or the nearest run's.
+    # Batch size. None: the best one by the form batched, or that of the nearest run.
+    batch_size: int | None = None
     sweep: AnyPath | None = None  # Output of `scale choose --json`, for the learning rate.
 
     def __post_init__(self) -> None:

@@ -250,8 +250,8 @@ class Selection:
     # samples_seen<=3e9.
     where: tuple[str, ...] = ()
     # Columns of another program's table, as OURS=THEIRS or OURS=THEIRS:UNIT, such as
-    # gmacs_per_sample=flops:GFLOPs, or a preset: open_clip, clip_benchmark, cherti or laion. With
-    # =THEIRS, columns are left out: rows of a long table that differ in them are joined.
+    # gmacs_per_sample=flops:GFLOPs, or a preset: open_clip, clip_benchmark, cherti or laion. A
+    # column written as =THEIRS is left out: rows of a long table that differ in it are joined.
     columns: tuple[str, ...] = ()
 
 

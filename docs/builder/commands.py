@@ -118,13 +118,11 @@ def read(name: str, doc: str) -> list[Command]:
     text, call = printed(*name.split())
     example = EXAMPLES.get(name, f"clip-jax{example}")
     kind = call.args[0] if call else None
-    words = re.findall(r"^usage: clip-jax (.*)$", text, re.M)[0].split()
-    names = {field.name for field in dataclasses.fields(kind)} if kind else set()
-    positional = tuple(x.lower() for x in words if x.isupper() and x.lower() in names)
+    positional = tuple(call.args[6]) if call else ()
     command = Command(name, said.strip(), example, text, kind, positional)
     if kind:
         return [command]
-    verbs = re.findall(r"^  (\w[\w-]*) (?:.*?  +)(.*)$", text, re.M)
+    verbs = re.findall(r"^  (\w[\w-]*) +(.*)$", text, re.M)
     return [command, *(x for verb, does in verbs for x in read(f"{name} {verb}", does))]
 
 

@@ -300,6 +300,8 @@ def table(
     positional: Iterable[str] = (),
 ) -> str:
     """Write the table of a config's fields, but for some that another table has."""
+    from clip_jax.cli import arguments
+
     lines = ['<div class="settings" markdown>\n']
     lines += ["| Field | Type | Default | Meaning | Flag |", "|---|---|---|---|---|"]
     fields = [field for field in dataclasses.fields(kind) if field.name not in without]
@@ -313,7 +315,7 @@ def table(
             type_of(hint, links),
             "required" if value is dataclasses.MISSING else code(text_of(value)),
             said + (choices(hint, links) if len(below) > 1 else ""),
-            code(field.name.upper()) if field.name in positional
+            code(arguments.metavar(field.name)) if field.name in positional
             else flags_of(field.name, hint, value, uses),
         )  # fmt: skip
         lines.append("| " + " | ".join(map(cell, cells)) + " |")

@@ -1,5 +1,6 @@
 """Wrong use, and how the console script starts itself."""
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -7,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +48,7 @@ SCALE = ("ladder", "collect", "choose", "fit", "plan", "relate", "report")
         ("prepare file.csv out", "SOURCE: .* 'image', only 'as it was'; set image_column"),
         ("prepare nowhere out", "SOURCE: nowhere does not exist"),
         ("scale nonsense", "scale needs ladder, collect, choose, fit, plan, relate or report"),
-        ("bench nonsense", "bench needs one of input"),
+        ("bench nonsense", "bench needs input or step, not 'nonsense'"),
         ("bench input", "bench input needs a config file"),
         ("demo nowhere", r"pip install 'clip-jax-pods\[demo\]'"),
         # A destination is checked before anything is done.
@@ -219,8 +221,98 @@ def test_help_shows_the_options_used_most_and_help_all_every_one(capsys, monkeyp
         assert ("  model.vision: ViTConfig | ResNetConfig | " in complete) == is_run
     for name, few in arguments._MOST_USED.items():
         if name != "bench":
-            assert shown[name] == [*few]
-    assert {*shown["bench input"], *shown["bench step"]} == {*arguments._MOST_USED["bench"]}
+            assert [option for option in shown[name] if option != "json"] == [*few]
+    of_bench = {*shown["bench input"], *shown["bench step"]}
+    assert of_bench - {"json"} == {*arguments._MOST_USED["bench"]}
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with contextlib.suppress(SystemExit):
+        main([*command.split(), "--help"])
+    return capsys.readouterr().out
+
+
+def test_help_without_a_config_shows_where_data_of_ones_own_go(capsys):
+    text = help_of("train", capsys)
+    assert "\n  CONFIG  Config file" in text
+    assert "Defaults below: those of the config pairs." in " ".join(text.split())
+    assert "\n  --data.source.path STR\n" in text
+    assert "runs/CONFIG)" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "usage", "arguments"),
+    [
+        ("predict", "MODEL", {"MODEL": "required"}),
+        ("embed", "MODEL SOURCE OUTPUT", {"MODEL": "required", "OUTPUT": "required"}),
+        ("average", "MODEL ... OUTPUT", {"MODEL": "default: empty", "OUTPUT": "required"}),
+        ("scale fit", "[TABLE]", {"TABLE": "default: scaling.csv"}),
+        ("configs", "[NAME ...]", {"NAME": "default: empty"}),
+    ],
+)
+def test_help_lists_arguments_by_the_names_of_the_usage(command, usage, arguments, capsys):
+    text = help_of(command, capsys)
+    assert text.startswith(f"usage: clip-jax {command} {usage} [OPTIONS]\n")
+    block = re.search(r"\narguments:\n(.*?)\n\n", text, re.S)[1]
+    for name, hint in arguments.items():
+        (about,) = re.findall(rf"^  {name} .*(?:\n   .*)*", block, re.M)
+        assert " ".join(about.split()).endswith(f"({hint})")
+        assert f"--{name.lower()} " not in text
+
+
+def test_values_by_position_and_by_flag_are_the_same():
+    by_flag = ["--model", "runs/x", "--embeddings", "y", "--text", "a cat"]
+    read = functools.partial(arguments.read, SearchConfig, positional=("model", "embeddings"))
+    for args in (["runs/x", "y", "--text", "a cat"], by_flag):
+        config, _ = read(args, command=search)
+        assert (config.model, config.embeddings) == (Path("runs/x"), Path("y"))
+
+
+def test_a_missing_argument_is_named_as_in_the_usage(capsys):
+    with pytest.raises(SystemExit):
+        main(["embed", "runs/x"])
+    assert re.search(r"^.? +SOURCE *.?$", capsys.readouterr().err, re.M)
+
+
+@pytest.mark.parametrize(("group", "verbs"), [("scale", SCALE), ("bench", ("input", "step"))])
+def test_the_help_of_each_verb_begins_with_its_own_sentence(group, verbs, capsys):
+    listing = dict(re.findall(r"^  (\w+) +(.*)$", help_of(group, capsys), re.M))
+    assert listing.keys() == {*verbs}
+    for verb, about in listing.items():
+        sentence = " ".join(help_of(f"{group} {verb}", capsys).split("\n\n")[1].split())
+        assert sentence.startswith(f"{about}: clip-jax {group} {verb} ")
+
+
+def test_json_is_among_the_options_of_the_commands_that_take_it(capsys):
+    commands = [name for name in COMMANDS if name not in ("scale", "bench")]
+    verbs = [*(f"scale {verb}" for verb in SCALE), "bench input", "bench step"]
+    takers = {
+        name for name in [*commands, *verbs] if re.search(r"\n  --json\s", help_of(name, capsys))
+    }
+    without = {"train", "demo", "serve", "completion"}
+    assert {*commands, *verbs} - takers == without
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The commands in a config's docstring, without what a shell reads."""
+    note = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
+    lines = [line.strip() for line in note.splitlines() if line.startswith("    clip-jax ")]
+    parts = [part for line in lines for part in re.sub(" +#.*", "", line).split(" && ")]
+    return [shlex.split(part)[1:] for part in parts]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!_]*.py")), ids=lambda x: x.stem)
+def test_the_commands_of_a_configs_note_use_options_that_exist(path):
+    commands = commands_of(path)
+    assert commands
+    for name, *args in commands:
+        if name in ("scale", "bench"):
+            name = f"{name} {args.pop(0)}"
+        config = f" {args[0]}" if name in ("train", "plan", "bench step") else ""
+        config = config if not config.endswith(".json") else " pairs"
+        text = complete_help(name + config)
+        for flag in (arg for arg in args if arg.startswith("--")):
+            assert re.search(rf"^  (?:.*, )?{flag}\b", text, re.M), (name, flag)
 
 
 # Notes of its authors, for which the field has words of its own.
@@ -248,13 +340,14 @@ def components(value: object) -> dict[type, object]:
 def assert_stands_alone(help_text: str) -> None:
     """Each option's text is a phrase of its own, and does not go on where its name ends."""
     joined = re.sub(r", *\n  (?! )", ", ", help_text)  # long names go on in a second line
-    blocks = re.findall(r"^  --[a-z].*\n(?: {6}.*\n)*", joined, re.M)
+    pattern = r"^  (?:--[a-z]|(?!CONFIG)[A-Z]{3,}).*\n(?: {6}.*\n)*"  # options and arguments
+    blocks = re.findall(pattern, joined, re.M)
     assert blocks
     for block in blocks:
         option, text = re.split(r" {2,}|\n +", block.strip(), maxsplit=1)
         text = " ".join(text.split())
         assert re.match(r"[A-Z0-9\"`\[]", text), (option, text)
-        assert not re.match(r"(Of|Which|Whose)\b", text), (option, text)
+        assert not re.match(r"(Of|Which|Whose|None)\b", text), (option, text)
         assert re.search(r"\. \((default|required|repeatable).*\)$", text), (option, text)
         assert not [word for word in PRIVATE if word in text.lower()]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from clip_jax.cli.commands import BENCH_USAGE, embed, export
+from clip_jax.cli.commands import BENCH, embed, export
 from clip_jax.cli.completion import script
 from clip_jax.config_files import bundled_configs
 from tests.conftest import ROOT
@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 def bench(args: Sequence[str]) -> int:
     """Print help as `clip-jax bench` does, whose real one takes seconds."""
     assert args in (("--help",), ("input", "pairs", "--help-all"), ("step", "pairs", "--help-all"))
-    print(BENCH_USAGE if len(args) == 1 else f"  --{args[0]} INT  A number. (default: 1)")
+    verbs = "\n".join(f"  {verb}  About it." for verb in BENCH)
+    print(verbs if len(args) == 1 else f"  --{args[0]} INT  A number. (default: 1)")
     return 0
 
 
@@ -36,9 +37,10 @@ def test_commands_verbs_and_configs_are_completed(words):
 
 def test_options_and_their_values_are_those_of_the_help(words):
     assert words["export --format"] == ["stablehlo", "onnx"]
-    assert {"--help", "--model", "--output", "--verify", "--overwrite"} <= {*words["export"]}
+    assert {"--help", "--json", "--format", "--verify", "--overwrite"} <= {*words["export"]}
     assert words["embed --dtype"] == ["float32", "bfloat16"]
-    assert "embed --source" not in words  # whose text has an example in braces
+    assert "--model" not in words["export"]  # an argument
+    assert "embed --on" in words
 
 
 def test_zsh_reads_the_script_of_bash():
