@@ -71,13 +71,19 @@ def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def to_markdown(outcomes: Outcomes, model: str) -> str:
     """Write the main metric of each data set and, for zero-shot tasks, that of OpenAI's models as
-    open_clip measured it: not for VOC2007, which it measured on cropped objects."""
-    models = [model, *(f"OpenAI {x}" for x in OPENAI_MODELS)]
+    open_clip measured it: not for VOC2007, which it measured on cropped objects. Without any such
+    data set, OpenAI's models are left out."""
+    published = [
+        (name, ROWS[name].openai)
+        for name, outcome in outcomes
+        if name in ROWS and outcome.task.startswith("zeroshot")
+    ]
+    is_any = any(row for _, row in published)
+    models = [model, *(f"OpenAI {x}" for x in OPENAI_MODELS if is_any)]
     rows = [("data set", "metric", *models), ("---",) * (2 + len(models))]
     for name, outcome in outcomes:
         metric = main_metric(name, outcome)
-        is_published = name in ROWS and outcome.task.startswith("zeroshot")
-        beside = ROWS[name].openai if is_published else ()
+        beside = dict(published).get(name, ()) if outcome.task.startswith("zeroshot") else ()
         cells = [f"{100 * x:.1f}" for x in (outcome.values[metric], *beside)]
         rows.append((name, metric, *cells, *[""] * (len(models) - len(cells))))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -149,7 +155,12 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
             )
     axis.set_xticks(range(len(columns)), [drawn[c] for c in columns], rotation=90, fontsize=7)
     axis.set_yticks(range(len(worst)), [drawn[c] for c in worst], fontsize=7)
-    axis.set(xlabel="predicted", ylabel="true class", title="The worst classes")
+    title = f"The {len(worst)} classes with the lowest accuracy"
+    if right.all():
+        title = "No errors" + (
+            f": {len(worst)} of the classes" if len(worst) < len(present) else ""
+        )
+    axis.set(xlabel="predicted", ylabel="true class", title=title)
     save(figure, directory / "confusion.png")
 
     wrong = np.flatnonzero(right == 0)

@@ -86,6 +86,48 @@ def test_the_confusion_matrix_has_the_twelve_worst_classes(drawn):
     assert {shown[at].get_color() for at in zip(*np.where(counts > 2), strict=True)} == {"white"}
 
 
+@pytest.mark.parametrize(
+    ("classes", "wrong", "title"),
+    [
+        (3, 0, "No errors"),
+        (30, 0, "No errors: 12 of the classes"),
+        (3, 1, "The 3 classes with the lowest accuracy"),
+        (30, 1, "The 12 classes with the lowest accuracy"),
+    ],
+)
+def test_the_title_of_the_confusion_matrix_speaks_of_errors_only_if_there_are_any(
+    classes, wrong, title, tmp_path
+):
+    labels = np.arange(classes)
+    logits = np.eye(classes)[np.where(labels < wrong, labels + 1, labels)]
+    data = Labelled(classes, lambda i: (None, int(labels[i])), NAMES[:classes], ["{c}"], [])
+    outcome = Outcome(
+        "zero_shot", {}, names=NAMES[:classes], logits=logits, labels=labels, indices=labels
+    )
+    with (
+        mock.patch.object(results, "save", autospec=True) as save,
+        mock.patch.object(results, "contact_sheet", autospec=True),
+        mock.patch.object(results, "center_crop", autospec=True),
+        mock.patch.object(results, "decode", autospec=True),
+    ):
+        results.draw(tmp_path, data, outcome)
+    assert save.call_args.args[0].axes[0].get_title() == title
+
+
+def test_models_of_openai_are_columns_only_beside_a_data_set_that_they_have_results_of():
+    mine = Outcome("zeroshot_classification", {"acc1": 0.5})
+    probe = Outcome("linear_probe", {"linear_probe/acc1": 0.8})
+    alone = [("shapes", mine), ("cifar10", probe)]
+    assert results.to_markdown(alone, "mine").splitlines() == [
+        "| data set | metric | mine |",
+        "| --- | --- | --- |",
+        "| shapes | acc1 | 50.0 |",
+        "| cifar10 | linear_probe/acc1 | 80.0 |",
+    ]
+    beside = results.to_markdown([*alone, ("cifar10", mine)], "mine").splitlines()
+    assert {line.count("|") for line in beside} == {9}
+
+
 def test_errors_are_spread_over_the_classes_with_what_they_were_taken_for(drawn):
     folder, _, sheet = drawn
     (path, images, lines), options = sheet.call_args
