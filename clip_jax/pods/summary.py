@@ -14,6 +14,7 @@ SECONDS |= {"memory": "HBM with padding", "operations": "sequential"}
 SHARE = ", the part of a card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)"
 MFU = f"MFU: {' / '.join(label for label, _ in BOUNDS.values())}"
 SLOW = ", which stores the scores: `short` needs heads of at least 64 channels and more VMEM"
+SHORT = 0.01  # seconds of a step below which milliseconds are printed
 IMAGE_BYTES = 70e3  # typical JPEG of 640 x 480 pixels
 BLOCK_BYTES = 4 << 20  # bytes per request with shuffle blocks
 
@@ -63,7 +64,9 @@ def _speed(plan: Plan) -> Iterator[str]:
         yield "HBM traffic counts every operand; those that are still in a card's cache cost less."
     for bound, (label, sign) in BOUNDS.items():
         seconds, mfu = speed.step_seconds[bound], speed.mfus[bound]
-        value = "not known" if mfu is None else f"{seconds:.4f} s, MFU {sign} {mfu:.1%}"
+        value = "not known"
+        if seconds is not None and mfu is not None:
+            value = f"{_time(seconds)}, MFU {sign} {mfu:.1%}"
         yield f"{label}: {value}"
     if total := speed.seconds["schedule"]:
         longest = sorted(speed.unscheduled.items(), key=lambda item: -item[1])
@@ -108,7 +111,7 @@ def compare(plans: Sequence[Plan]) -> str:
                 "×".join(map(str, x.mesh.values())),
                 x.remat,
                 f"{_fits(x.memory)} of {x.memory.hbm_bytes / 1e9:.0f}",
-                "" if seconds is None else f"{seconds:.4f}",
+                "" if seconds is None else _decimals(seconds),
                 _percent(x.speed.mfus) if x.memory.fits else "",
                 max(limits, key=lambda name: limits[name], default=""),
                 f"{x.cost.hours:,.1f}",
@@ -132,7 +135,7 @@ def _lengths(plan: Plan) -> str:
                 f"{x.cost.steps:,}",
                 x.attention.get("image", ""),
                 _fits(x.memory),
-                "" if seconds is None else f"{seconds:.4f}",
+                "" if seconds is None else _decimals(seconds),
                 _percent(x.speed.mfus),
                 _percent(bound, x.speed.valid_share),
                 f"{x.compile_seconds:.0f}",
@@ -206,14 +209,24 @@ def _seconds(speed: Speed) -> str:
     parts = dict(speed.seconds_by_part)
     if speed.seconds:
         parts["the step"] = speed.seconds
+    longest = max((x or 0.0 for seconds in parts.values() for x in seconds.values()), default=0.0)
+    unit, scale = ("seconds", 1.0) if longest >= SHORT else ("milliseconds", 1e3)
     texts = [
-        {name: "not known" if x is None else f"{x:.4f}" for name, x in seconds.items()}
+        {name: "not known" if x is None else f"{scale * x:.4f}" for name, x in seconds.items()}
         for seconds in parts.values()
     ]
     rows = [
         (part, *(x.get(name, "") for name in SECONDS)) for part, x in zip(parts, texts, strict=True)
     ]
-    return table(("seconds at the peaks", *SECONDS.values()), rows)
+    return table((f"{unit} at the peaks", *SECONDS.values()), rows)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.4f} s" if seconds >= SHORT else f"{1e3 * seconds:.4f} ms"
+
+
+def _decimals(seconds: float) -> str:
+    return f"{seconds:.4f}" if seconds >= SHORT else f"{seconds:.2g}"
 
 
 def _mib(size: int) -> str:

@@ -114,6 +114,24 @@ def test_bytes_of_parameters_optimizer_and_batch_are_those_of_a_run(kind, table)
     }
 
 
+@pytest.mark.parametrize(("factor", "unit"), [(1.0, "seconds"), (1e-4, "milliseconds")])
+def test_short_steps_are_printed_in_milliseconds(factor, unit):
+    compiled = facts(planning.request(CONFIG))
+    (work,), (moved,) = compiled.works, compiled.collectives
+    work = dataclasses.replace(
+        work, bytes=round(factor * work.bytes), cycles=round(factor * work.cycles), flops=0
+    )
+    moved = dataclasses.replace(moved, received=round(factor * moved.received))
+    plan: Any = assess(CONFIG, dataclasses.replace(compiled, works=(work,), collectives=(moved,)))
+    text = describe(plan)
+    assert f"{unit} at the peaks" in text
+    assert re.search(r"the step .*" + ("0\\.0100" if unit == "seconds" else "0\\.0010"), text)
+    (shown,) = re.findall(r"^overlapped bound: ([\d.]+) (m?s),", text, re.M)
+    assert shown == (("0.0100", "s") if unit == "seconds" else ("0.0010", "ms"))
+    (row,) = re.findall(r"256×1×1.*", compare([plan, plan]))[:1]
+    assert ("0.0100" if unit == "seconds" else "1e-06") in row
+
+
 def test_times_bound_the_step_and_price_the_run():
     planned: Any = assess(CONFIG, facts(planning.request(CONFIG)))
     seconds = planned.speed.seconds
