@@ -117,4 +117,5 @@ def check_free(source: AnyPath | None, destination: AnyPath, overwrite: bool) ->
         raise InputError(f"{source} is both source and destination; choose another destination.")
     occupied = any(destination.iterdir()) if destination.is_dir() else destination.exists()
     if occupied and not overwrite:
-        raise InputError(f"{destination} exists; use --overwrite to replace it.")
+        how = "use --overwrite (in Python: overwrite=True) to replace it"
+        raise InputError(f"{destination} exists; {how}.")

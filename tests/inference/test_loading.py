@@ -129,7 +129,7 @@ def test_the_library_says_what_can_be_loaded():
 @pytest.mark.parametrize(
     ("destination", "extra", "says"),
     [
-        ("out", ["--to", "clip-jax"], "exists; use --overwrite"),
+        ("out", ["--to", "clip-jax"], "exists; use --overwrite (in Python: overwrite=True) to "),
         ("run", ["--to", "clip-jax"], "is both source and destination"),
         ("out", ["--to", "openai", "--overwrite"], "is a folder; --to openai takes a file"),
         (
