@@ -3,9 +3,13 @@
 MkDocs calls this file as a hook; `python docs/build.py` writes the same files without MkDocs.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
+
+# Nothing here needs a device. Where libtpu is installed, JAX would wait for a TPU for minutes.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from builder import api, commands, drawings, notebooks, settings
 from builder.search import ALIASES

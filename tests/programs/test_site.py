@@ -334,6 +334,21 @@ def test_outputs_with_tables_are_marked(site):
         assert ("columns" in kind.split()) == ("───" in output)
 
 
+def test_building_the_site_waits_for_no_device():
+    """Where libtpu is installed, JAX would wait for a TPU."""
+    code = "import os, build; print(os.environ['JAX_PLATFORMS'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "docs",
+        env={k: x for k, x in os.environ.items() if k != "JAX_PLATFORMS"}
+        | {"PYTHONPATH": f"{ROOT}:{ROOT / 'docs'}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "cpu\n"
+
+
 def test_notebooks_are_pages_with_their_pictures(site):
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = [x for x in json.loads(path.read_text())["cells"] if x["cell_type"] == "code"]
