@@ -47,11 +47,14 @@ from clip_jax.scaling.run_table import read
 from clip_jax.scaling.uncertainty import fit_law
 
 matplotlib.rcParams.update(STYLE)
-points = next(
-    path
-    for folder in (Path.cwd(), *Path.cwd().parents)
-    if (path := folder / "tests" / "golden" / "scaling_points.csv").exists()
-)
+folders = (Path.cwd(), *Path.cwd().parents)
+paths = [folder / "tests" / "golden" / "scaling_points.csv" for folder in folders]
+points = next((path for path in paths if path.exists()), None)
+if points is None:
+    raise FileNotFoundError(
+        f"{Path.cwd()} is not in a clone of the repository, which has the tables of results; "
+        "clone it and open its notebooks/scaling.ipynb."
+    )
 table = read(points)
 LAION = FitConfig(where=("upstream_dataset=LAION*",))
 CHERTI = replace(LAION, procedure="cherti")

@@ -54,6 +54,14 @@ def test_both_files_say_the_same_and_outputs_are_saved(name: str):
     assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 500_000
 
 
+def test_outside_of_a_clone_the_scaling_notebook_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = jupytext.read(NOTEBOOKS / "scaling.py").cells
+    first = next(cell.source for cell in cells if cell.cell_type == "code")
+    with pytest.raises(FileNotFoundError, match="is not in a clone of the repository"):
+        exec(first.replace("%matplotlib inline", ""), {})
+
+
 def test_quickstart_trains_and_draws(quickstart: Path):
     printed = (quickstart / "printed.txt").read_text()
     assert "80 numbers in the training set; 20 unseen numbers: [14, " in printed
