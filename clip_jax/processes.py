@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -54,6 +55,9 @@ CPU_FLAGS = {  # set in XLA_FLAGS for simulated devices and for several processe
     # deadlock.
     "xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
+
+# What the collectives of CPUs (Gloo) and GPUs (NCCL), and JAX's barriers, say without a process.
+_LOST = re.compile("by peer|Broken pipe|remote process exited|Socket closed|unhealthy")
 
 _EXPLICIT = ("CLIP_JAX_COORDINATOR", "CLIP_JAX_PROCESS_COUNT", "CLIP_JAX_PROCESS_INDEX")
 
@@ -166,6 +170,11 @@ def position(environment: Mapping[str, str] = os.environ) -> Position:
         count = number("MEGASCALE_NUM_SLICES", 1) * len(hosts)
         index = number("MEGASCALE_SLICE_ID", 0) * len(hosts) + number("TPU_WORKER_ID", 0)
     return Position(name.replace("/", "-"), index, count) if count > 1 else Position()
+
+
+def has_lost_another(error: Exception) -> bool:
+    """Say whether an error of a collective means that another process of the run has ended."""
+    return not is_alone() and bool(_LOST.search(str(error)))
 
 
 def is_alone() -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,10 @@ class Diverged(Exception):
     """The loss or the gradient is not finite, or too many updates were skipped."""
 
 
+class LostProcess(Exception):
+    """Another process of the run has ended, so that this one cannot continue."""
+
+
 class Preempted(Exception):
     """The run received SIGTERM and has saved its state."""
 
@@ -66,15 +71,35 @@ def train(config: Config, workdir: epath.PathLike) -> dict[str, Any]:
     `workdir`, the run directory, may be in a bucket (`gs://`, `s3://`). All processes of a run call
     this alike. Returns the content of `result.json`. Raises InputError for a config that cannot run
     or does not match the run directory, Diverged for a loss that is not finite, Preempted at
-    SIGTERM.
+    SIGTERM, LostProcess if another process of the run has ended.
     """
     workdir = epath.Path(workdir if files.is_remote(workdir) else Path(workdir).absolute())
     files.check_destination(workdir, "--workdir")
     with Claim(workdir) as claim:
         with WeightFiles() as weight_files:
             run = set_up(config, workdir, claim, weight_files)
-        loop(run)
+        try:
+            loop(run)
+        except jax.errors.JaxRuntimeError as error:
+            if processes.has_lost_another(error):
+                raise LostProcess(_without_another(run.workdir, error)) from error
+            raise
         return end(run)
+
+
+def _without_another(workdir: epath.Path, error: Exception) -> str:
+    """Say which process ended and how the run resumes; write the traceback to a file."""
+    index, count = jax.process_index(), jax.process_count()
+    other = f"process {1 - index}" if count == 2 else f"another of the {count} processes"
+    path = workdir / "tracebacks" / f"process-{index}.txt"
+    files.write_whole(path, "".join(traceback.format_exception(error)))
+    steps = steps_in(workdir / "checkpoints")
+    how = f"it resumes from step {steps[-1]}" if steps else "it starts from the beginning"
+    return (
+        f"{other} ended, and this process cannot continue without it "
+        f"({str(error).rpartition(': ')[2]}). Run the same command in all processes again: {how}. "
+        f"The traceback is in {path}."
+    )
 
 
 # ------------------------------------------------------------------ set-up

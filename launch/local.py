@@ -21,6 +21,12 @@ import threading
 
 from clip_jax.clock import CLOCK, Clock
 
+ABORTED = "JAX distributed service detected fatal errors"  # since another process ended
+LOST = "cannot continue without it"  # what training says then
+CONSEQUENCE = (
+    "JAX ended this process, because another one ended. The same command resumes from the newest "
+    "checkpoint."
+)
 DONE, WRONG_USE, PREEMPTED, INTERRUPTED = 0, 2, 3, 130
 
 
@@ -77,10 +83,15 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
         print(f"launch: process {index} is pid {processes[-1].pid}", flush=True)
 
     def copy(index: int) -> None:
+        is_aborted = False
         for line in processes[index].stdout:
+            if is_aborted:
+                continue  # a stack of C++
+            is_aborted = ABORTED in line
+            words = CONSEQUENCE if is_aborted else line.rstrip()
             # One write per line, since several threads write. The last line may lack its end.
-            print(f"[{index}] {line.rstrip()}\n", end="", flush=True)
-            last_words[index] = line.strip() or last_words[index]
+            print(f"[{index}] {words}\n", end="", flush=True)
+            last_words[index] = words.strip() or last_words[index]
 
     copies = [threading.Thread(target=copy, args=(i,)) for i in range(options.processes)]
     for thread in copies:
@@ -119,7 +130,8 @@ def run(options: argparse.Namespace, clock: Clock = CLOCK) -> tuple[int, str]:
 
     def is_consequence(index: int) -> bool:
         """Say whether JAX aborted it because another died, or its collective lost the other."""
-        return codes[index] == -signal.SIGABRT or "by peer" in last_words[index]
+        words = last_words[index]
+        return codes[index] == -signal.SIGABRT or "by peer" in words or LOST in words
 
     failed = min(ended, key=is_consequence)
     code = codes[failed]

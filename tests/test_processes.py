@@ -269,3 +269,19 @@ def test_sigterm_is_caught_for_a_while():
 )
 def test_the_position_of_a_process_is_known_before_it_connects(environment, expected):
     assert processes.position(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "count", "expected"),
+    [
+        ("UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer", 2, True),
+        ("INTERNAL: NCCL operation failed: remote process exited", 2, True),
+        ("UNAVAILABLE: The following tasks are unhealthy", 2, True),
+        ("RESOURCE_EXHAUSTED: Out of memory", 2, False),
+        ("Connection reset by peer", 1, False),  # of something else
+    ],
+)
+def test_errors_of_collectives_mean_that_another_process_has_ended(message, count, expected):
+    error = jax.errors.JaxRuntimeError(message)
+    with mock.patch.object(processes, "is_alone", autospec=True, return_value=count == 1):
+        assert processes.has_lost_another(error) is expected

@@ -72,14 +72,14 @@ def train(args: Sequence[str]) -> int:
     workdir = values.pop("workdir")
 
     from clip_jax import processes
-    from clip_jax.train import Diverged, Preempted
+    from clip_jax.train import Diverged, LostProcess, Preempted
     from clip_jax.train import train as run_training
 
     try:
         with processes.interruptible():
             processes.start(values["processes"])
             run_training(Config(**values), workdir)
-    except Diverged as error:
+    except (Diverged, LostProcess) as error:
         return _end(str(error), code=1)
     except Preempted as error:
         return _end(str(error), code=3)

@@ -76,6 +76,9 @@ def test_a_killed_process_ends_all_and_two_or_one_go_on_with_its_lengths_and_blo
     two.until("trouble: kill")
     os.kill(two.pid(0), signal.SIGKILL)
     assert two.end(code=137)[-1] == "launch: process 0 was killed by SIGKILL"
+    lost = [line for line in two.lines if line.startswith("[1]")][-1]
+    assert "JAX ended this process" in lost or "process 0 ended, and this process" in lost, lost
+    assert "Check failure stack trace" not in two.output
     shutil.copytree(killed, alone)
     again = start(*training(killed, *flags, **how))
     assert "resuming from step 6" in "".join(again.end())
@@ -134,6 +137,12 @@ def test_an_exception_and_a_hang_in_one_process_end_all_and_are_shown(tmp_path, 
     last = two.end(code=1)[-1]
     assert last.startswith("launch: process 1 ended first, with exit code 1"), two.output
     assert "the disk of this host is on fire" in last, two.output
+    survivor = [line for line in two.lines if line.startswith("[0]")]
+    path = tmp_path / "tracebacks/process-0.txt"
+    assert "process 1 ended, and this process cannot continue without it" in survivor[-1]
+    assert survivor[-1].endswith(f"it starts from the beginning. The traceback is in {path}.")
+    assert not [line for line in survivor if "Traceback" in line]
+    assert "JaxRuntimeError" in path.read_text()
 
     two = start(*training(tmp_path, *once), TROUBLE="1:5:hang")
     lines = two.end(code=1)
