@@ -202,7 +202,7 @@ def patches() -> None:
         panel.text(width / 2, top - 2, text, ha="center", va="bottom", fontsize=8)
         panel.set(xlim=(-3, width + 3), ylim=(highest, -12))
         panel.axis("off")
-    drawn.savefig(IMAGES / "patches.png")
+    drawn.savefig(IMAGES / "patches.png", bbox_inches="tight")
     smaller(IMAGES / "patches.png")
 
 
