@@ -28,7 +28,7 @@ from clip_jax.cli.commands import COMMANDS
 from clip_jax.config_files import bundled_configs, load_config
 from tests.conftest import ROOT, made_once
 
-_NAMES = ("cli.arguments", "cli.commands", "display", "errors", "serialize")
+_NAMES = ("cli.arguments", "cli.commands", "cli.completion", "display", "errors", "serialize")
 UNLISTED = {f"clip_jax.{name}" for name in _NAMES}
 RUNS = sorted(name for name in bundled_configs() if not name.startswith("ladder_"))
 
