@@ -16,6 +16,7 @@ from clip_jax.convert.verify import Verification
 from clip_jax.convert.weights import default_preprocess
 from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import Pipeline
+from clip_jax.errors import InputError
 from clip_jax.export import ExportConfig, export
 from clip_jax.inference.evaluate import EvaluateConfig, evaluate
 from clip_jax.inference.loading import Model
@@ -112,7 +113,10 @@ def convert_model(
     verification fails.
     """
     settings = _settings(ConvertConfig, source=source, destination=destination, to=to, **options)
-    return convert(settings)
+    done = convert(settings)
+    if done.verification is not None and not done.verification.passed:
+        raise InputError(f"{destination} is written, but differs:\n{done.verification.describe()}")
+    return done
 
 
 def export_model(

@@ -170,9 +170,18 @@ def convert(args: Sequence[str]) -> int:
     values: dict[str, Any] = {"destination": str(config.destination)}
     if done.activation_difference is not None:
         values["activation_difference"] = done.activation_difference
-    if done.unverified:
-        values["verification"] = f"written; cannot be verified because {done.unverified}"
-    return _print_proof(values, done.verification, as_json)
+    proof = done.verification
+    if proof is None:
+        return _print_proof(values, None, as_json)
+    most = {"max_relative_difference": proof.max_relative_difference}
+    if as_json:
+        made = [dataclasses.asdict(x) | {"differing": x.differing} for x in proof.made]
+        values |= {"verifications": made, "not_compared": proof.not_compared, **most}
+        return _print(values, as_json, "") or int(not proof.passed)
+    _print_proof(values, None, as_json)
+    print(proof.describe())
+    _print_proof(most, None, as_json)
+    return int(not proof.passed)
 
 
 def average(args: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ The file has no configuration: sizes are inferred from the arrays, the rest is t
 positions.
 """
 
+import functools
 import math
 import re
 from dataclasses import replace
@@ -210,8 +211,8 @@ def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
     write_npz(path, to_tensors(weights, dtype))
 
 
-def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
-    """Return the outputs of open_clip's model of these sizes and its loader of such files.
+def _load(weights: Weights, path: Path) -> verify.Reference:
+    """Load a file by open_clip's model of these sizes and its loader of such files.
 
     Its GELU has to be changed to big_vision's.
     """
@@ -235,7 +236,13 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
             if type(module).__name__.startswith("GELU"):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, torch.nn.GELU("tanh"))
-        return verify.torch_outputs(model.encode_image, model.encode_text, model, inputs)
+    return verify.Reference(
+        name=verify.named("open_clip_torch"),
+        outputs=functools.partial(
+            verify.torch_outputs, model.encode_image, model.encode_text, model
+        ),
+        notes=("token ids and preprocessing: an .npz stores neither",),
+    )
 
 
-TARGET = Target(write=write, reference="open_clip", outputs=_outputs, check=check)
+TARGET = Target(write=write, load=_load, check=check)

@@ -2,8 +2,12 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+import jax
+import numpy as np
 
 from clip_jax.convert import (
     big_vision,
@@ -16,8 +20,16 @@ from clip_jax.convert import (
 )
 from clip_jax.convert.target import Inexpressible, Target
 from clip_jax.convert.tensor_files import write_safetensors
-from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
-from clip_jax.convert.weight_files import HEAD_NAME, WeightFiles
+from clip_jax.convert.verify import (
+    Reference,
+    Unverifiable,
+    Verification,
+    compare,
+    our_outputs,
+    relative_difference,
+    tokenizer_of,
+)
+from clip_jax.convert.weight_files import HEAD_NAME, WeightFiles, located
 from clip_jax.convert.weights import (
     DType,
     Head,
@@ -30,6 +42,7 @@ from clip_jax.convert.weights import (
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.display import say
 from clip_jax.errors import InputError
+from clip_jax.models.clip import Params
 from clip_jax.models.layers import Activation
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -134,20 +147,83 @@ def _advice(weights: Weights, has_remedy: bool) -> str:
 
 
 def verify(weights: Weights, path: Path, to: Format, *, dtype: DType | None = None) -> Verification:
-    """Load the written model at `path` by the reference implementation and compare the outputs.
+    """Load the model at `path` by the library of its format and compare it with ours.
 
     If that library or `dtype` rounds weights, the reference for the comparison is our model with
-    the rounded weights, and the effect of rounding is reported separately. Raises InputError if
-    the library is not installed, Unverifiable if it has no such model.
+    the rounded weights, and the effect of rounding is reported separately. Raises NotInstalled
+    without the library, and Unverifiable if it has no such model or is clip_jax itself.
     """
     target = TARGETS[to]
-    inputs = random_inputs(weights.config)
-    params = target.rounded(weights, dtype)
-    ours = our_outputs(weights.config, params, *inputs)
-    theirs = target.outputs(weights, path, inputs)
-    loss = None
-    if params is not weights.params:
-        exact = our_outputs(weights.config, weights.params, *inputs)
-        loss = max(relative_difference(ours[name], exact[name]) for name in exact)
-    differences: dict[str, Any] = {x: relative_difference(ours[x], theirs[x]) for x in ours}
-    return Verification(reference=target.reference, rounding_loss=loss, **differences)
+    if target.load is None:
+        message = "clip_jax alone reads its own format"
+        raise Unverifiable(message)
+    return compared(weights, target.rounded(weights, dtype), target.load(weights, path))
+
+
+def verify_source(weights: Weights, source: AnyPath, **recorded: Any) -> Verification:
+    """Load `source` by the library of its format and compare it with `weights`, read from it.
+
+    `recorded` are the `activation`, `tokenizer` and `base` with which it was read. Raises what
+    `verify` does.
+    """
+    reasons = {
+        "run": "clip_jax alone reads a run",
+        "clip-jax": "clip_jax alone reads its own format",
+        "perception-models": "no library on PyPI reads PE core's own files",
+    }
+    if reason := reasons.get(weights.format):
+        raise Unverifiable(reason)
+    target = TARGETS[cast("Format", weights.format)]
+    params = weights.params if weights.format == "peft" else target.rounded(weights, None)
+    with WeightFiles() as weight_files, files.local(located(source)) as here:
+        # What the library is not told by the file comes from here, and not from `weights`.
+        settings = weight_files.open(here, **recorded)
+        if weights.format == "peft":
+            base = files.as_path(recorded.get("base") or peft.base_of(here))
+            with files.local(located(base)) as folder:
+                if not (folder / "config.json").exists():
+                    message = "the base of the adapters is no folder of Hugging Face"
+                    raise Unverifiable(message)
+                return compared(weights, params, peft.load_upon(settings, here, folder))
+        if weights.format == "hugging-face" and here.is_file():
+            here = here.parent
+        if weights.format in ("openai", "big-vision") and here.is_dir():
+            here = open_clip.find_weights(here)
+        if target.load is None:
+            raise AssertionError(weights.format)
+        return compared(weights, params, target.load(settings, here))
+
+
+def verify_again(
+    weights: Weights, path: AnyPath, to: Format, *, dtype: DType | None = None
+) -> Verification:
+    """Read the model at `path`, which was written from `weights`, again, and compare both."""
+    base = weights.adapters.base if to == "peft" and weights.adapters is not None else None
+    result = read_weights(path, base=base, one_tower=TARGETS[to].has_single_towers)
+    params = weights.params
+    if to == "peft":
+        params = TARGETS[to].rounded(weights, dtype)
+    else:
+        stored = jax.tree.map(lambda x, y: np.asarray(x).astype(y.dtype), params, result.params)
+        dtypes = [[x.dtype for x in jax.tree.leaves(tree)] for tree in (params, stored)]
+        params = params if dtypes[0] == dtypes[1] else stored
+    pixels = replace(result.preprocess, rules=weights.preprocess.rules)  # a format may fix them
+    has_tokenizer = bool(result.config.text.tokenizer.file) and weights.only_tower != "image"
+    reference = Reference(
+        name="clip_jax",
+        outputs=lambda inputs: our_outputs(result.config, result.params, *inputs),
+        # A big_vision file stores no preprocessing: what is read is that of the released models.
+        preprocess=None if to == "big-vision" else lambda x: pixels.normalize(pixels.batch(x)),
+        tokenize=tokenizer_of(result.config.text) if has_tokenizer else None,
+    )
+    return compared(weights, params, reference)
+
+
+def compared(weights: Weights, params: Params, reference: Reference) -> Verification:
+    """Compare a reference with our model of parameters that may be rounded."""
+    verification, ours, inputs = compare(reference, weights, params)
+    if params is weights.params:
+        return verification
+    exact = our_outputs(weights.config, weights.params, *inputs)
+    loss = max(relative_difference(ours[name], exact[name]) for name in exact)
+    return replace(verification, rounding_loss=loss)

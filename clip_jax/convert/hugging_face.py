@@ -4,9 +4,14 @@
 its settings.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from clip_jax.convert import (
     bert,
@@ -25,7 +30,7 @@ from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig, Params
-from clip_jax.models.images import Patches
+from clip_jax.models.images import Images, Patches
 from clip_jax.optim.wrappers import TOWERS, Tower
 
 # A model is written as the first family that it fits.
@@ -185,50 +190,117 @@ def _rounded(weights: Weights, dtype: DType | None) -> Params:
     return params | exact if exact else params
 
 
-def outputs(
-    weights: Weights, path: Path, inputs: verify.Inputs, adapt: Any = lambda model: model
-) -> verify.Outputs:
-    """Return the outputs of the model in a folder, as `adapt` changes it."""
+def load(
+    weights: Weights, path: Path, adapt: Any = lambda model: model, package: str = "transformers"
+) -> verify.Reference:
+    """Load the model in a folder by transformers, as `adapt` of `package` changes it."""
+    only = weights.only_tower
+    notes: list[str] = []
     with verify.library("transformers", "transformers"):
         import torch
         import transformers
 
-        if only := weights.only_tower:
-            kind = getattr(transformers, read_json(path / "config.json")["architectures"][0])
-            of_tower = verify.torch_inputs(inputs)[only == "text"]
-            with torch.no_grad():
-                features = kind.from_pretrained(path)(of_tower)[f"{only}_embeds"]
-            return {f"{only}_features": features.numpy()}
-
         # In float32 from the start: buffers, too, would be rounded.
         options = {"local_files_only": True, "dtype": torch.float32}
-        model = transformers.AutoModel.from_pretrained(path, **options)
-        model = adapt(model).eval().float()
+        kind = transformers.AutoModel
+        if only:
+            kind = getattr(transformers, read_json(path / "config.json")["architectures"][0])
+        model = adapt(kind.from_pretrained(path, **options)).eval().float()
+        processor = tokenizer = None
+        names = (image_processor.CONFIG_NAME, image_processor.PROCESSOR_NAME)
+        if any((path / name).exists() for name in names) and only != "text":
+            processor = _image_processor(path)
+        elif only != "text":
+            notes.append("preprocessing: the folder has no image processor")
+        if tokenizer_files.exist(path) and only != "image":
+            tokenizer = _tokenizer(path, weights.config.text.context_length)
+        elif only != "image":
+            notes.append("token ids: the folder has no tokenizer")
+    kinds = [] if processor is None else [kind.__name__ for kind in type(processor).__mro__]
+    return verify.Reference(
+        name=verify.named(package),
+        outputs=functools.partial(_outputs, model, weights),
+        preprocess=None if processor is None else functools.partial(_preprocess, processor),
+        is_torchvision=any("Torchvision" in name or name.endswith("Fast") for name in kinds),
+        tokenize=tokenizer,
+        notes=tuple(notes),
+    )
 
-        def encode_image(images: Any) -> Any:
-            if not isinstance(images, Patches):
-                return model.get_image_features(pixel_values=images).pooler_output
-            valid = torch.arange(images.pixels.shape[1]) < images.length[:, None]
-            return model.get_image_features(
-                pixel_values=images.pixels,
-                pixel_attention_mask=valid.int(),
-                spatial_shapes=images.grid.long(),
-            ).pooler_output
 
-        def encode_text(ids: Any) -> Any:
-            text = weights.config.text
-            mask = (ids != text.tokenizer.pad_id).long() if text.masks_padding else None
-            return model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+def _image_processor(folder: Path) -> Any:
+    """Load the image processor of a folder: that of Pillow, if its class has one."""
+    import transformers
 
-        if hasattr(model, "temperature"):
-            model.logit_scale = -model.temperature.log()
-        return verify.torch_outputs(encode_image, encode_text, model, inputs)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        options = {"local_files_only": True, "backend": "pil"}
+        return transformers.AutoImageProcessor.from_pretrained(folder, **options)
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _preprocess(processor: Any, image: Image.Image) -> Images:
+    """Return a batch of one image by an image processor of transformers."""
+    out = {name: x.numpy() for name, x in processor(image, return_tensors="pt").items()}
+    if "spatial_shapes" not in out:
+        return out["pixel_values"].transpose(0, 2, 3, 1)
+    length = out["pixel_attention_mask"].sum(axis=1)
+    return Patches(out["pixel_values"], *(np.int32(x) for x in (out["spatial_shapes"], length)))
+
+
+def _tokenizer(folder: Path, length: int) -> Callable[[Sequence[str]], np.ndarray]:
+    """Return a folder's tokenizer as a function."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    settings = folder / tokenizer_files.CONFIG_NAME
+    # Gemma's class ignores this setting of SigLIP 2's folders; training followed it.
+    lowers = "Gemma" in type(tokenizer).__name__ and (
+        settings.exists() and read_json(settings).get("do_lower_case") is True
+    )
+
+    def tokenize(texts: Sequence[str]) -> np.ndarray:
+        options = {"padding": "max_length", "truncation": True, "max_length": length}
+        texts = [text.lower() if lowers else text for text in texts]
+        return tokenizer(texts, return_tensors="np", **options)["input_ids"]
+
+    return tokenize
+
+
+def _outputs(model: Any, weights: Weights, inputs: verify.Inputs) -> verify.Outputs:
+    """Return the outputs of a model of transformers."""
+    import torch
+
+    if only := weights.only_tower:
+        of_tower = verify.torch_inputs(inputs)[only == "text"]
+        with torch.no_grad():
+            features = model(of_tower)[f"{only}_embeds"]
+        return {f"{only}_features": features.numpy()}
+
+    def encode_image(images: Any) -> Any:
+        if not isinstance(images, Patches):
+            return model.get_image_features(pixel_values=images).pooler_output
+        valid = torch.arange(images.pixels.shape[1]) < images.length[:, None]
+        return model.get_image_features(
+            pixel_values=images.pixels,
+            pixel_attention_mask=valid.int(),
+            spatial_shapes=images.grid.long(),
+        ).pooler_output
+
+    def encode_text(ids: Any) -> Any:
+        text = weights.config.text
+        mask = (ids != text.tokenizer.pad_id).long() if text.masks_padding else None
+        return model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+
+    if hasattr(model, "temperature"):
+        model.logit_scale = -model.temperature.log()
+    return verify.torch_outputs(encode_image, encode_text, model, inputs)
 
 
 TARGET = Target(
     write=write,
-    reference="transformers",
-    outputs=outputs,
+    load=load,
     rounded=_rounded,
     check=check,
     has_single_towers=True,

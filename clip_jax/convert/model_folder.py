@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert import verify
-from clip_jax.convert.on_demand import loaded
 from clip_jax.convert.settings import read_json, write_json
 from clip_jax.convert.state_dict import Convention, flatten, table, to_params
 from clip_jax.convert.target import Target
@@ -127,15 +125,9 @@ def read(folder: Path) -> Weights:
     return replace(weights, config=config)
 
 
-def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
-    again = read(path)
-    return verify.our_outputs(again.config, loaded(again.params), *inputs)
-
-
 TARGET = Target(
     write=write,
-    reference="clip_jax",
-    outputs=_outputs,
+    load=None,
     check=manifest,
     names=(MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME),
     use="`clip_jax.load(FOLDER)`; `manifest.json` describes preprocessing and tokenization.",

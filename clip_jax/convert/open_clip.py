@@ -1,15 +1,21 @@
 """open_clip's format: OpenAI's names with more options, beside an `open_clip_config.json`."""
 
+import contextlib
 import functools
+import tempfile
 import typing
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_jax.convert import openai, timm, verify
+import numpy as np
+
+from clip_jax.convert import openai, timm, tokenizer_files, verify
 from clip_jax.convert.open_clip_config import (
     CONFIG_NAME,
     check_tokenizer,
+    config_of,
     is_custom,
     model_cfg,
     preprocess_cfg,
@@ -22,7 +28,7 @@ from clip_jax.convert.open_clip_towers import (
     image_family,
     text_family,
 )
-from clip_jax.convert.settings import write_json
+from clip_jax.convert.settings import read_json, write_json
 from clip_jax.convert.state_dict import TORCH, Row, from_params, table, to_params
 from clip_jax.convert.target import Assumptions, Inexpressible, Target, check_assumptions
 from clip_jax.convert.tensor_files import Tensors, write_safetensors
@@ -191,36 +197,108 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     write_tokenizer(folder, weights.config.text)
 
 
-def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
+def _published_settings(config: CLIPConfig) -> dict[str, Any] | None:
+    """Return open_clip's own settings of a published model; None if it has none of this config."""
+    import open_clip
+
+    sought = (config.embed_dim, config.vision, config.text)
+    for name in open_clip.list_models():
+        settings = open_clip.get_model_config(name)
+        with contextlib.suppress(InputError):
+            theirs, _ = config_of({"model_cfg": settings}, Path(name))
+            if (theirs.embed_dim, theirs.vision, theirs.text) == sought:
+                return settings
+    return None
+
+
+@contextlib.contextmanager
+def _local_dir(weights: Weights, path: Path) -> Generator[Path]:
+    """Yield a folder that open_clip loads: `path`, or one that links to a file of weights.
+
+    The file's configuration is that beside it, or without any that of the published model.
+    """
+    folder, file = (path, find_weights(path)) if path.is_dir() else (path.parent, path)
+    config_path = folder / CONFIG_NAME
+    if file.name.endswith(".index.json"):
+        raise verify.Unverifiable(f"open_clip does not load shards ({file.name})")
+    if config_path.exists():
+        content = read_json(config_path)
+    else:
+        content = _published_settings(weights.config) or model_cfg(weights)
+    if path.is_dir() and file.name in WEIGHTS_NAMES and "model_cfg" in content:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
+        for beside in folder.iterdir() if config_path.exists() else ():
+            if beside.name.startswith(("tokenizer", "special_tokens", "vocab", "merges")):
+                (temporary / beside.name).symlink_to(beside.resolve())
+        with file.open("rb") as stream:
+            is_safetensors = stream.read(9)[8:] == b"{"
+        name = WEIGHTS_NAME if is_safetensors else "open_clip_pytorch_model.bin"
+        (temporary / name).symlink_to(file.resolve())
+        write_json(temporary / CONFIG_NAME, {"model_cfg": content} | content)
+        yield temporary
+
+
+def _load(weights: Weights, path: Path) -> verify.Reference:
+    """Load a folder or a file by open_clip."""
     decoder = weights.config.decoder
     if decoder is not None and (reason := decoder_family(decoder).unverifiable):
         raise verify.Unverifiable(reason)
-    with verify.library("open_clip", "open_clip_torch"):
+    folder = path if path.is_dir() else path.parent
+    notes: list[str] = []
+    if not (folder / CONFIG_NAME).exists():
+        notes.append("architecture and activation: the file stores none")
+    tokenize: Callable[[Sequence[str]], np.ndarray] | None = None
+    with (
+        verify.library("open_clip", "open_clip_torch"),
+        _local_dir(weights, path) as folder,
+    ):
         import open_clip
-        import torch
 
-        model = open_clip.create_model(f"local-dir:{path}").eval()
+        name = f"local-dir:{folder}"
+        model, _, transform = open_clip.create_model_and_transforms(name)
+        model.eval()
+        settings = read_json(folder / CONFIG_NAME)["model_cfg"]["text_cfg"]
+        if settings.get("hf_tokenizer_name") and not tokenizer_files.exist(folder):
+            notes.append("token ids: the folder has no tokenizer")
+        else:
+            tokenizer = open_clip.get_tokenizer(name)
+            tokenize = lambda texts: tokenizer(list(texts)).numpy()  # noqa: E731
+    is_naflex = weights.preprocess.max_patches is not None
+    if is_naflex:
+        notes.append("preprocessing: open_clip squashes images to squares")
+    return verify.Reference(
+        name=verify.named("open_clip_torch"),
+        outputs=functools.partial(_outputs, model),
+        preprocess=None if is_naflex else verify.torch_transform(transform),
+        tokenize=tokenize,
+        notes=tuple(notes),
+    )
 
-        def encode_image(images: Any, **options: Any) -> Any:
-            is_naflex = isinstance(images, Patches)
-            return model.encode_image(
-                timm.as_dictionary(images) if is_naflex else images, **options
-            )
 
-        encode = [encode_image, model.encode_text]
-        if not hasattr(model, "text_decoder"):
-            return verify.torch_outputs(*encode, model, inputs)
-        encode = [functools.partial(f, normalize=False) for f in encode]  # CoCa's default is True
-        outputs = verify.torch_outputs(*encode, model, inputs)
-        with torch.no_grad():
-            written = model(*verify.torch_inputs(inputs))["logits"]
-        return outputs | {"caption_logits": written.numpy()}
+def _outputs(model: Any, inputs: verify.Inputs) -> verify.Outputs:
+    """Return the outputs of one of open_clip's models."""
+    import torch
+
+    def encode_image(images: Any, **options: Any) -> Any:
+        is_naflex = isinstance(images, Patches)
+        return model.encode_image(timm.as_dictionary(images) if is_naflex else images, **options)
+
+    encode = [encode_image, model.encode_text]
+    if not hasattr(model, "text_decoder"):
+        return verify.torch_outputs(*encode, model, inputs)
+    encode = [functools.partial(f, normalize=False) for f in encode]  # CoCa's default is True
+    outputs = verify.torch_outputs(*encode, model, inputs)
+    with torch.no_grad():
+        written = model(*verify.torch_inputs(inputs))["logits"]
+    return outputs | {"caption_logits": written.numpy()}
 
 
 TARGET = Target(
     write=write,
-    reference="open_clip",
-    outputs=_outputs,
+    load=_load,
     as_computed=as_computed,
     check=check,
     names=(CONFIG_NAME, WEIGHTS_NAME),

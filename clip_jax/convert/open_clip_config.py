@@ -99,10 +99,11 @@ def read_config(path: Path) -> tuple[CLIPConfig, Preprocess]:
     """Read the file. Raises InputError, which names an unsupported setting."""
     content = read_json(path)
     with naming(path):
-        return _read_config(content, path)
+        return config_of(content, path)
 
 
-def _read_config(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Preprocess]:
+def config_of(content: dict[str, Any], path: Path) -> tuple[CLIPConfig, Preprocess]:
+    """Return what the content of such a file describes; `path` names it in messages."""
     top = Settings(content.get("model_cfg", content), f"{path}: model_cfg")
     quick_gelu = top.get("quick_gelu", False, bool)
     vision = Settings(top.get("vision_cfg", {}, dict), f"{path}: vision_cfg", _INERT)

@@ -1,11 +1,13 @@
 """OpenAI's format: released TorchScript archives, and plain state dicts of the same names."""
 
+import functools
 import importlib.util
 import re
 import sys
 import types
 import typing
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,11 +209,7 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
     Inexpressible if the format cannot express the model.
     """
     _check_model(weights)
-    config = weights.config
-    tensors = from_params(rows(config), weights.params)
-    for name, array in tensors.items():
-        is_exact = dtype == "float16" and _ALWAYS_FLOAT32.fullmatch(name)
-        tensors[name] = cast(array, "float32" if is_exact else dtype)
+    config, tensors = weights.config, _weights_as(dtype, weights)
     text = config.text
     sizes = (config.vision.image_size, text.context_length, text.vocab_size)
     return {
@@ -219,6 +217,15 @@ def to_tensors(weights: Weights, dtype: DType | None = None) -> Tensors:
         **counters(tensors),
         **{n: np.array(x) for n, x in zip(SIZES, sizes, strict=True)},
     }
+
+
+def _weights_as(dtype: DType | None, weights: Weights) -> Tensors:
+    """Return the weights under OpenAI's names, rounded as `to_tensors` does."""
+    tensors = from_params(rows(weights.config), weights.params)
+    for name, array in tensors.items():
+        is_exact = dtype == "float16" and _ALWAYS_FLOAT32.fullmatch(name)
+        tensors[name] = cast(array, "float32" if is_exact else dtype)
+    return tensors
 
 
 def counters(tensors: Tensors) -> Tensors:
@@ -259,11 +266,25 @@ def write(weights: Weights, path: Path, *, dtype: DType | None = None) -> None:
 
 def _rounded(weights: Weights, dtype: DType | None) -> Params:
     """Return the parameters in openai-clip, which always rounds matrices to float16."""
-    tensors = without_bookkeeping(to_tensors(weights, "float16"))
+    tensors = _weights_as("float16", weights)
     return loaded(to_params(rows(weights.config), tensors, weights.config, "rounded weights"))
 
 
-def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
+def _load(weights: Weights, path: Path) -> verify.Reference:
+    """Load an archive or a state dict by openai-clip, or without it by open_clip."""
+    text, size = weights.config.text, weights.config.vision.image_size
+    if not importlib.util.find_spec("clip") and importlib.util.find_spec("open_clip"):
+        import open_clip
+
+        model = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
+        return verify.Reference(
+            name=verify.named("open_clip_torch"),
+            outputs=functools.partial(
+                verify.torch_outputs, model.encode_image, model.encode_text, model
+            ),
+            preprocess=verify.torch_transform(open_clip.image_transform(size, is_train=False)),
+            tokenize=lambda texts: open_clip.tokenize(list(texts), text.context_length).numpy(),
+        )
     with verify.library("clip", "openai-clip"):
         if "pkg_resources" not in sys.modules and not importlib.util.find_spec("pkg_resources"):
             # openai-clip 1.0.1 imports `packaging` from it; recent setuptools do not have it.
@@ -274,10 +295,19 @@ def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outp
             sys.modules.setdefault("pkg_resources", stub)
         import clip
 
-        model, _ = clip.load(str(path), device="cpu")
-        return verify.torch_outputs(model.encode_image, model.encode_text, model, inputs)
+        model, transform = clip.load(str(path), device="cpu")
+
+    def tokenize(texts: Sequence[str]) -> np.ndarray:
+        return clip.tokenize(list(texts), text.context_length, truncate=True).numpy()
+
+    return verify.Reference(
+        name=verify.named("openai-clip"),
+        outputs=functools.partial(
+            verify.torch_outputs, model.encode_image, model.encode_text, model
+        ),
+        preprocess=verify.torch_transform(transform),
+        tokenize=tokenize,
+    )
 
 
-TARGET = Target(
-    write=write, reference="openai-clip", outputs=_outputs, rounded=_rounded, check=check
-)
+TARGET = Target(write=write, load=_load, rounded=_rounded, check=check)

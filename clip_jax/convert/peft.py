@@ -193,19 +193,31 @@ def _rounded(weights: Weights, dtype: DType | None) -> Params:
     return lora.merge(adapters.weights, arrays, weights.config, adapters.lora)
 
 
-def _outputs(weights: Weights, path: Path, inputs: verify.Inputs) -> verify.Outputs:
-    with verify.library("peft", "peft"), tempfile.TemporaryDirectory() as folder:
-        hugging_face.write(replace(weights, params=_adapters_of(weights).weights), Path(folder))
+def _load(weights: Weights, path: Path) -> verify.Reference:
+    """Load a run's adapters by PEFT, upon a copy of the weights that the run began with."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = replace(weights, params=_adapters_of(weights).weights)
+        hugging_face.write(base, Path(folder))
+        return load_upon(weights, path, Path(folder))
+
+
+def load_upon(weights: Weights, path: Path, base: Path) -> verify.Reference:
+    """Load adapters by PEFT, upon a folder of Hugging Face's."""
+    with verify.library("peft", "peft"):
         from peft import PeftModel
 
         adapt = functools.partial(PeftModel.from_pretrained, model_id=path)
-        return hugging_face.outputs(weights, Path(folder), inputs, adapt)
+        return hugging_face.load(weights, base, adapt, "peft")
+
+
+def base_of(folder: Path) -> str:
+    """Return the path of the weights that the adapters of a folder change."""
+    return Settings(read_json(folder / CONFIG_NAME), str(folder)).get(_BASE, "", str)
 
 
 TARGET = Target(
     write=write,
-    reference="peft",
-    outputs=_outputs,
+    load=_load,
     rounded=_rounded,
     check=check,
     names=(CONFIG_NAME, WEIGHTS_NAME),

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from clip_jax.convert.verify import Inputs, Outputs
+from clip_jax.convert.verify import Reference
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError
 from clip_jax.models.clip import Params
@@ -100,10 +100,11 @@ class Target:
     """A format that `convert --to` writes."""
 
     write: Callable[..., None]  # of weights and a path; `dtype=None` keeps each array's
-    reference: str  # reference implementation for --verify
     check: Callable[[Weights], Any]  # raises Inexpressible if the format cannot express a model
     has_single_towers: bool = False  # whether it can express one tower of a model alone
-    outputs: Callable[[Weights, Path, Inputs], Outputs]  # its outputs for the model at a path
+    # Loads the model at a path by the library of the format, for --verify; None: it is clip_jax.
+    # Raises Unverifiable if that library has no such model, NotInstalled without the library.
+    load: Callable[[Weights, Path], Reference] | None
     rounded: Callable[[Weights, DType | None], Params] = rounded  # the weights it uses
     # Returns the model as the library will compute it, if the format cannot express its activation.
     as_computed: Callable[[Weights], Weights] | None = None

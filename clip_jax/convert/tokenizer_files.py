@@ -46,6 +46,11 @@ _RELEASED = {
 }
 
 
+def exist(folder: Path) -> bool:
+    """Return whether a folder has a vocabulary for a tokenizer of transformers."""
+    return any((folder / name).exists() for name in (JSON_NAME, *_UNREAD))
+
+
 def missing(text: TextConfig, clean: Cleaning) -> TokenizerConfig:
     """Return the rules of a vocabulary whose files are missing."""
     begin, end, pad = _RELEASED.get(text.vocab_size, (None, None, 0))

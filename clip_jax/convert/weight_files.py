@@ -25,6 +25,7 @@ from clip_jax.convert import (
     model_folder,
     open_clip,
     open_clip_config,
+    openai,
     peft,
     perception_models,
     run,
@@ -90,8 +91,7 @@ class WeightFiles:
         self, path: AnyPath, activation: Activation | None, base: str | None, ema: bool
     ) -> Weights:
         path, which = split_name(path)
-        if not path.exists():
-            path = hub.fetch(os.fspath(path))
+        path = located(path)
         if base is not None and not _is_adapters(path):
             raise InputError(
                 f"{path} has no adapters of PEFT's, so it has no base {base}; omit --base."
@@ -109,7 +109,7 @@ class WeightFiles:
         self._opening.append(name)
         try:
             if run.is_run(path):
-                weights = self._open_run(path, which, ema)
+                weights = replace(self._open_run(path, which, ema), format="run")
             else:
                 weights = self._open_files(path, activation, base)
         finally:
@@ -144,21 +144,25 @@ class WeightFiles:
         config_path = (path if path.is_dir() else path.parent) / open_clip_config.CONFIG_NAME
         if path.is_dir():
             if (path / model_folder.MANIFEST_NAME).is_file():
-                return model_folder.read(path)
+                return replace(model_folder.read(path), format="clip-jax")
             if _is_adapters(path):
-                return peft.read(path, functools.partial(self._open_base, base))
+                adapters = peft.read(path, functools.partial(self._open_base, base))
+                return replace(adapters, format="peft")
             if _is_hugging_face(path):
-                return hugging_face.read(path)
+                return replace(hugging_face.read(path), format="hugging-face")
             path = open_clip.find_weights(path)
         tensors = read_tensors(path)
         if any(name.startswith(("img/", "params/img/")) for name in tensors):
-            return big_vision.read(tensors, str(path))
+            return replace(big_vision.read(tensors, str(path)), format="big-vision")
         if any(name.startswith("text_model.") for name in tensors):
-            return hugging_face.read(path.parent)
+            return replace(hugging_face.read(path.parent), format="hugging-face")
         config = config_path if config_path.exists() else None
         if config is None and perception_models.PROBE in tensors:
-            return perception_models.read(tensors, str(path))
-        return open_clip.read(tensors, str(path), config, activation=activation)
+            weights = perception_models.read(tensors, str(path))
+            return replace(weights, format="perception-models")
+        weights = open_clip.read(tensors, str(path), config, activation=activation)
+        is_openais = config is None and all(name in tensors for name in openai.SIZES)
+        return replace(weights, format="openai" if is_openais else "open-clip")
 
     def _open_base(self, base: str | None, named: str) -> Weights:
         """Open `base`, or else what a file names, which only a person may let contact a server."""
@@ -170,6 +174,11 @@ class WeightFiles:
                 "clip-jax convert ADAPTERS NEW --to clip-jax --base hf:OWNER/NAME."
             )
         return whole_model(self.open(named if base is None else base))
+
+
+def located(path: AnyPath) -> AnyPath:
+    """Return an existing path, or where the weights of that name have been downloaded to."""
+    return path if path.exists() else hub.fetch(os.fspath(path))
 
 
 def _with_tokenizer(weights: Weights, tokenizer: str | None) -> Weights:

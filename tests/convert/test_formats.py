@@ -442,12 +442,14 @@ def test_only_clips_class_has_clips_vocabulary_without_files(tmp_path, name):
 
 
 @pytest.mark.parametrize(("name", "to"), [("mammut", "open-clip"), ("siglip", "big-vision")])
-def test_what_no_reference_implementation_builds_is_written(tmp_path, capsys, name, to):
+def test_what_no_library_can_load_is_written_and_an_error(tmp_path, capsys, name, to):
     write_weights(make_weights(name), tmp_path / "model", "clip-jax")
     flags = ["--to", to, "--verify"]
     with mock.patch.object(convert_verify, "library", return_value=contextlib.nullcontext()):
-        assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out.npz"), *flags]) == 0
-    assert re.search("written; cannot be verified because .*open_clip", capsys.readouterr().out)
+        assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out.npz"), *flags]) == 2
+    assert (tmp_path / "out.npz").exists()
+    message = "is written, but --verify compared it with no library, because .*result: .*open_clip"
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_laions_configuration_is_read(tmp_path):

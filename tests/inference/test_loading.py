@@ -92,20 +92,28 @@ def test_verification_of_our_own_folder(run, tmp_path, capsys):
     workdir, config, params = run
     args = ["convert", str(workdir), str(tmp_path / "out"), "--to", "clip-jax", "--verify"]
     assert main([*args, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["max_relative_difference"] == 0.0
+    values = json.loads(capsys.readouterr().out)
+    assert values["max_relative_difference"] == 0.0
+    assert values["verifications"][0]["reference"] == "clip_jax"
+    assert values["not_compared"] == [
+        "source: clip_jax alone reads a run",
+        "result: clip_jax alone reads its own format",
+    ]
     assert main([*args, "--overwrite", "--dtype", "float16", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["max_relative_difference"] == 0.0
-    assert 1e-5 < values["rounding_loss"] < 1e-1
+    assert 1e-5 < values["verifications"][0]["rounding_loss"] < 1e-1
     assert main([*args, "--overwrite"]) == 0
-    assert "rounding_loss" not in capsys.readouterr().out  # where nothing is rounded
-    for factor, shown in ((1.001, float), (np.nan, type(None))):
+    assert "rounding" not in capsys.readouterr().out  # where nothing is rounded
+    for factor, code in ((1.001, 1), (np.nan, 2)):  # NaN cannot be read
         scaled = jax.tree.map(lambda x, by=factor: x * np.float32(by), params)
-        other = Weights(config=config, params=scaled)
+        other = Weights(config=config, params=scaled, preprocess=default_preprocess(config))
         with mock.patch.object(model_folder, "read", autospec=True, return_value=other):
-            assert main([*args, "--overwrite", "--json"]) == 1
-        values = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is no JSON
-        assert isinstance(values["max_relative_difference"], shown)
+            assert main([*args, "--overwrite", "--json"]) == code
+        if code == 1:
+            values = json.loads(capsys.readouterr().out)
+            assert values["max_relative_difference"] > 1e-5
+            assert "image tower" in values["verifications"][0]["differing"]
     assert not Verification(image_features=np.nan, text_features=0.0).passed
 
 

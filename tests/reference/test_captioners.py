@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from clip_jax.convert import open_clip as layout
 from clip_jax.convert.conversion import ConvertConfig, convert
-from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.tensor_files import write_safetensors
 from clip_jax.convert.verify import BOUND, our_outputs, random_inputs, relative_difference
 from clip_jax.losses import CaptionConfig, SoftmaxConfig
@@ -139,10 +139,11 @@ def test_coca_out(coca, open_clip, tmp_path):
     model = coca_of(coca)
     source = folder_of(model, tmp_path / "theirs")
     convert(ConvertConfig(source=source, destination=tmp_path / "ours", to="clip-jax"))
-    settings = {"destination": tmp_path / "out", "to": "open-clip", "verify": True}
-    done = convert(ConvertConfig(source=tmp_path / "ours", **settings))
-    assert done.verification is not None
-    assert done.verification.passed
+    settings = {"destination": tmp_path / "out", "to": "open-clip"}
+    convert(ConvertConfig(source=tmp_path / "ours", **settings))
+    done = verify(read_weights(source), tmp_path / "out", "open-clip")
+    # A tokenizer of transformers, which a short vocabulary needs, pads with end of text.
+    assert done.differing == ("token ids",)
     again = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").state_dict()
     for name, x in model.state_dict().items():
         np.testing.assert_array_equal(again[name], x, err_msg=name)

@@ -269,13 +269,14 @@ def test_ours(openai_clip, open_clip, tmp_path, name, to, options):
     """And other weights are told from them."""
     weights = random_weights(small(name))
     write_weights(weights, tmp_path / "out", to, **options)
-    assert verify(weights, tmp_path / "out", to, **options).passed
+    # openai-clip has one vocabulary, larger than this model's.
+    differing = ("token ids",) if to == "openai" else ()
+    assert verify(weights, tmp_path / "out", to, **options).differing == differing
     params = jax.tree.map(lambda x: np.asarray(1.01 * x), weights.params)
     others = replace(weights, params=params)
-    assert not verify(others, tmp_path / "out", to, **options).passed
+    assert "image tower" in verify(others, tmp_path / "out", to, **options).differing
     model, tokenize = loaded(to, tmp_path / "out")
     ours = make_tokenizer(weights.config.text)(texts_for(to), 20, True)
-    # openai-clip has one vocabulary, larger than this model's.
     theirs = ours if to == "openai" else tokenize(texts_for(to)).numpy()
     check_parity(weights, model.float(), random_inputs(weights.config)[0], ours, theirs)
     again = read_weights(tmp_path / "out")

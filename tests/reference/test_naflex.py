@@ -65,7 +65,7 @@ def embeddings(weights, path, grids, length):
     _, tokens = random_inputs(weights.config)
     inputs = patches_of(grids, weights.config, length), tokens
     ours = our_outputs(weights.config, weights.params, *inputs)
-    theirs = hugging_face.TARGET.outputs(weights, path, inputs)
+    theirs = hugging_face.load(weights, path).outputs(inputs)
     for name in ("image_features", "text_features"):
         difference = unit(ours[name]) - unit(theirs[name])
         assert np.linalg.norm(difference, axis=1).max() <= 1e-5

@@ -40,10 +40,11 @@ def test_peft_loads_our_adapters(folders, tmp_path, name, dtype):
     settings = {"source": run, "to": "peft", "verify": True, "dtype": dtype}
     verification = convert(ConvertConfig(destination=tmp_path / "peft", **settings)).verification
     assert verification is not None
-    assert verification.reference == "peft"
+    theirs, _ = verification.made
+    assert theirs.reference.startswith("peft ")
     assert verification.passed
     if dtype is not None:
-        assert (verification.rounding_loss or 0) > BOUND
+        assert (theirs.rounding_loss or 0) > BOUND
         return
     merged = read_weights(run)
     images, tokens = random_inputs(merged.config)
@@ -63,7 +64,10 @@ def test_merged_adapters_load_everywhere(folders, tmp_path, to):
     settings = {"source": run, "destination": tmp_path / "out", "to": to, "verify": True}
     verification = convert(ConvertConfig(**settings)).verification
     assert verification is not None
-    assert verification.passed
+    theirs, again = verification.made
+    # openai-clip has one vocabulary, larger than this model's.
+    assert theirs.differing == (("token ids",) if to == "openai" else ())
+    assert again.passed
 
 
 def their_adapters(folder, out, base, **settings):
