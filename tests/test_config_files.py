@@ -139,7 +139,7 @@ def test_a_classifier_takes_the_classes_of_the_data_once(tmp_path):
         check_resumable(tmp_path, before, now, config.samples_after)
     (tmp_path / "pets").rename(tmp_path / "moved")
     assert with_weights(filled) == filled  # needs no data any more
-    with pytest.raises(InputError, match="pets is not a folder"):
+    with pytest.raises(InputError, match="there is no folder"):
         with_weights(config)
     plain = FolderConfig(path=str(tmp_path / "moved"))
     with pytest.raises(InputError, match="source has none"):

@@ -70,8 +70,13 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         model.clip.needs_decoder()
     head = None if config.labels else model.head
     labels = list(head.classes) if head else []
-    if config.labels or not (head or config.caption or config.attention):
+    if config.labels:
         labels = check_labels(config.labels, config.template)
+    elif not (head or config.caption or config.attention):
+        raise InputError(
+            f"{config.model} has no classifier, so give at least one label by --labels, such as "
+            '--labels "red star" "blue circle".'
+        )
     classes = embed_labels(model, labels, config.template) if config.labels else None
 
     results: list[dict[str, Any]] = []

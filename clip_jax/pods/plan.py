@@ -52,8 +52,9 @@ AsText = tyro.constructors.PrimitiveConstructorSpec(
 class PlanConfig(Config):
     """Config of a training run, and the pod that it is planned for."""
 
-    # Pod to plan for: TPUs such as v5e:16x16, or GPUs such as H100:64. v5e:16x16/slices=2 is two
-    # slices, joined along the data axis by the network between slices.
+    # Pod to plan for: TPUs such as v5e:16x16 or, by Cloud TPU's name, v5litepod-256; GPUs such as
+    # H100:64. v5e:16x16/slices=2 is two slices, joined along the data axis by the network between
+    # slices.
     topology: Annotated[Topology, AsText] = V5E
     chip_hour_price: float | None = None  # Price of one chip-hour, in any currency. None: no price.
     # Assumed MFU (0 to 1) for hours and price, unless a bound or the schedule estimate is lower.

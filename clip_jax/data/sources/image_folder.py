@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clip_jax.data.class_folders import read_classes
+from clip_jax.data.class_folders import SPLITS, read_classes
 from clip_jax.data.images import SUFFIXES
 from clip_jax.data.sources import SourceConfig, StoredRecord, StoredSource, read_file
 from clip_jax.data.sources.shards import listed, warn_once
@@ -69,7 +69,12 @@ class FolderSource(StoredSource):
     def __init__(self, config: FolderConfig) -> None:
         self._folder = files.as_path(config.path)
         if not self._folder.is_dir():
-            raise InputError(f"{config.path} is not a folder; give a folder of images")
+            if not self._folder.exists():
+                raise InputError(f"there is no folder {config.path}; correct the path")
+            raise InputError(
+                f"{config.path} is not a folder, and this config reads folders of images; other "
+                "formats need a config whose source is a PathConfig, such as pairs"
+            )
         paths = image_files([self._folder], beside=[".txt"])
         self._names = sorted(path.relative_to(self._folder).as_posix() for path in paths)
         if not self._names:
@@ -101,6 +106,13 @@ class FolderSource(StoredSource):
 
     def _read_classes(self) -> tuple[tuple[str, ...], dict[str, int]]:
         """Return the classes and their folders' numbers; all images must be in such folders."""
+        parts = [name.split("/") for name in self._names]
+        if {names[0].lower() for names in parts} <= {*SPLITS} and max(map(len, parts)) > 2:
+            splits = sorted({names[0] for names in parts})
+            raise InputError(
+                f"{self._folder} has the splits {listed(splits)}, not class folders; give one of "
+                f"them, such as {self._folder / splits[-1]}"
+            )
         if loose := next((name for name in self._names if "/" not in name), None):
             raise InputError(f"{self._folder}/{loose} is in no class folder; templates need one")
         classes = read_classes(self._folder)

@@ -189,6 +189,21 @@ def test_class_folders_are_captioned_by_templates_and_their_names(tmp_path):
         open_single(dataclasses.replace(config, path="pairs.csv"), 16)
 
 
+def test_splits_or_a_file_in_the_position_of_class_folders_are_refused(tmp_path):
+    for name in ("pets/test/cat/0.png", "pets/train/cat/1.png", "vehicles/train/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    config = FolderConfig(path=str(tmp_path / "pets"), templates=("a {}",))
+    with pytest.raises(InputError, match=r"has the splits test, train, .* such as .*pets/train"):
+        FolderSource(config)
+    vehicles = dataclasses.replace(config, path=str(tmp_path / "vehicles"))
+    assert FolderSource(vehicles).classes == ("train",)
+    with pytest.raises(InputError, match=r"0\.png is not a folder, .* such as pairs"):
+        FolderSource(FolderConfig(path=str(tmp_path / "pets/test/cat/0.png")))
+    with pytest.raises(InputError, match="there is no folder nowhere"):
+        FolderSource(FolderConfig(path="nowhere"))
+
+
 def test_all_readers_take_the_same_files_for_images_and_count_the_others(tmp_path, caplog):
     """Dot files, which macOS puts beside each file, are neither."""
     images = ["0.JPG", "1.gif", "2.tiff", "3.jp2", "4.ppm"]
