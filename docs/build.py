@@ -20,6 +20,7 @@ NOTEBOOKS = {
     "zero_shot": "Zero-shot and features",
     "convert": "Convert to Hugging Face",
     "scaling": "Scaling laws",
+    "free_tpu": "Free TPUs",
 }
 # The beginning of an output that has a table, whose heading is ruled off.
 TABLE_OUTPUT = re.compile(r"^```text\n(?=(?:(?!```).*\n)*? *───)", re.M)

@@ -18,7 +18,7 @@ STEPS = 16
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
-DRAWN = {"quickstart": 4, "zero_shot": 6, "convert": 2, "scaling": 4}
+DRAWN = {"quickstart": 4, "zero_shot": 6, "convert": 2, "scaling": 4, "free_tpu": 1}
 
 
 def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -108,3 +108,14 @@ def test_convert_gives_pytorchs_numbers(quickstart: Path, monkeypatch: pytest.Mo
     assert int(same) == int(arrays) > 20
     verdicts = re.findall(r"^'.*' +(same|\d+) tokens.*$", printed, re.M)
     assert [verdict == "same" for verdict in verdicts] == [True, False, False, True]
+
+
+def test_free_tpu_uses_all_devices_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")  # as many as a v5e-8 has
+    printed = execute("free_tpu", tmp_path, monkeypatch)
+    assert "8 × cpu" in printed
+    assert "mesh data=8 fsdp=1 tensor=1" in printed
+    assert re.search(r"^zero_shot/unseen/top1 +[\d.]+%$", printed, re.M)
+    for name in ("hugging_face/model.safetensors", "onnx/onnx/vision_model.onnx"):
+        assert (tmp_path / "exported" / name).stat().st_size > 0
+        assert f"exported/{name}  " in printed
