@@ -30,7 +30,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from builder.drawings import DEVICES, faint, figure, themes
+from builder.drawings import DEVICES, figure, themes
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs/images"
@@ -232,7 +232,7 @@ def curves() -> None:
         left.set(title="loss of the batch", xlabel="step", ylim=(0, None))
         seen, unseen = "zero_shot/seen/top1", "zero_shot/unseen/top1"
         batch = "image_to_text_accuracy"
-        line(right, batch, "in-batch accuracy", faint())
+        line(right, batch, "in-batch accuracy", PURPLE)
         line(right, seen, "zero-shot, numbers seen in training", GREEN, marker="o", markersize=4)
         line(right, unseen, "zero-shot, unseen numbers", ORANGE, marker="o", markersize=4)
         right.set(title="accuracy", xlabel="step", ylim=(0, 1.02))
@@ -264,7 +264,7 @@ def plan() -> None:
         left.set_yticks(range(len(memory)), list(memory))
         limit = result["hbm_bytes"] / 1e9
         left.axvline(limit, color=ORANGE, linestyle="--")
-        left.text(limit, -0.75, f"limit {limit:.1f}", color=ORANGE, ha="right", fontsize=8)
+        left.text(limit - 0.3, 0, f"limit {limit:.1f}", color=ORANGE, ha="right", fontsize=8)
         left.set(title="memory per device, GB", xlim=(0, limit * 1.02))
         for row, milliseconds in enumerate(parts.values()):
             right.barh(row, milliseconds, color=GREEN)
