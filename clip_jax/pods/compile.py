@@ -7,6 +7,7 @@ starts a process of its own, `python -m clip_jax.pods.compile`.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -121,9 +122,9 @@ def compile_step(request: Request) -> Facts:
     """Return the facts of a step, compiled in a process of its own: see `facts`. Raises InputError
     without the compiler, or for an invalid request."""
     names, extra = (TPU_COMPILER, "tpu") if request.topology.is_tpu else (GPU_COMPILER, "plan-gpu")
-    if not installed(names[0]):
+    if missing := [name for name in names if not installed(name)]:
         raise InputError(
-            f"planning for {request.topology} needs the compiler {names[0]}, which is not "
+            f"planning for {request.topology} needs the compiler {missing[0]}, which is not "
             f"installed (no device is needed): pip install 'clip-jax-pods[{extra}]'."
         )
     content = to_dict(request)
@@ -141,19 +142,36 @@ def compile_step(request: Request) -> Facts:
                 "LIBTPU_INIT_ARGS": " ".join(flags),
             }
         )
-        done = subprocess.run(
-            [sys.executable, "-m", "clip_jax.pods.compile", folder, *parts.needed(content)],
-            input=json.dumps(content),
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-    if done.returncode:
-        raise RuntimeError(f"compiling for {request.topology} failed:\n{done.stderr[-4000:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
+        command = [sys.executable, "-m", "clip_jax.pods.compile", folder, *parts.needed(content)]
+        code, output, errors = _run(command, json.dumps(content), environment)
+    if code:
+        raise RuntimeError(f"compiling for {request.topology} failed:\n{errors[-4000:]}")
+    result = json.loads(output.splitlines()[-1])
     if "error" in result:
         raise InputError(result["error"])
     return from_dict(Facts, result)
+
+
+def _run(command: list[str], text: str, environment: dict[str, str]) -> tuple[int, str, str]:
+    """Run a command; say each minute that it still runs. Return its exit code and its outputs."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            for minutes in itertools.count(1):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    output, errors = process.communicate(text, timeout=60)
+                    break
+                say(f"still compiling after {minutes} min ...")
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, output, errors
 
 
 def installed(*names: str) -> list[str]:

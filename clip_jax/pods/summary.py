@@ -61,7 +61,10 @@ def _speed(plan: Plan) -> Iterator[str]:
     if not speed.seconds:
         return
     if plan.is_gpu:
-        yield "HBM traffic counts every operand; those that are still in a card's cache cost less."
+        yield (
+            "HBM traffic counts every operand; those that are still in a card's cache cost less. "
+            "Where HBM is the limit, the MFU may be higher than its bounds."
+        )
     for bound, (label, sign) in BOUNDS.items():
         seconds, mfu = speed.step_seconds[bound], speed.mfus[bound]
         value = "not known"

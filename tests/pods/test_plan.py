@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ import pytest
 from clip_jax import flops, processes, sharding
 from clip_jax.cli.commands import main
 from clip_jax.data.batch_plan import SigLIP2Lengths
+from clip_jax.errors import InputError
 from clip_jax.losses import Frozen, SoftmaxConfig, Term
 from clip_jax.models.images import NaFlex, fit_patches
 from clip_jax.models.lora import LoRAConfig
@@ -31,6 +33,7 @@ from clip_jax.pods.work import Work
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe
 from tests.conftest import DIGITS, TINY
+from tests.pods.conftest import recipe
 
 GIB = 2**30
 CONFIG = PlanConfig(model=TINY, batch_size=2_048, steps=1_000, chip_hour_price=1.2)
@@ -393,7 +396,11 @@ def test_a_step_is_compiled_once_for_the_same_code(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("topology", "distribution", "extra"),
-    [("v5e:2x4", "libtpu", "[tpu]"), ("H100:8", "jax-cuda13-plugin", "[plan-gpu]")],
+    [
+        ("v5e:2x4", "libtpu", "[tpu]"),
+        ("H100:8", "jax-cuda13-plugin", "[plan-gpu]"),
+        ("H100:8", "nvidia-cudnn-cu13", "[plan-gpu]"),
+    ],
 )
 def test_without_the_compiler_the_command_says_how_to_get_it(
     topology, distribution, extra, tmp_path, capsys
@@ -403,6 +410,23 @@ def test_without_the_compiler_the_command_says_how_to_get_it(
         installed.side_effect = lambda *names: [name for name in names if name != distribution]
         assert main(args) == 2
     assert f"pip install 'clip-jax-pods{extra}'" in capsys.readouterr().err
+
+
+def test_a_long_compile_says_each_minute_that_it_goes_on(capsys):
+    late, result = subprocess.TimeoutExpired("compile", 60), json.dumps({"error": "no such slice"})
+    request = Request(recipe=recipe(), mesh=MeshConfig(), topology=Topology.parse("v5e:2x4"))
+    with (
+        mock.patch.object(subprocess, "Popen", autospec=True) as popen,
+        mock.patch.object(pod, "installed", autospec=True),
+    ):
+        process = popen.return_value.__enter__.return_value
+        process.communicate.side_effect = [late, late, (result, "")]
+        process.returncode = 0
+        with pytest.raises(InputError, match="no such slice"):
+            pod.compile_step(request)
+    assert capsys.readouterr().err.splitlines() == [
+        f"clip-jax: still compiling after {minutes} min ..." for minutes in (1, 2)
+    ]
 
 
 RELEASED = """
