@@ -71,10 +71,10 @@ def block(page: str, kind: str, containing: str) -> str:
     return next(text for text in every if containing in text)
 
 
-def smaller(path: Path, colors: int = 255) -> None:
+def smaller(path: Path) -> None:
     """Write a PNG with a palette, in which pictures of few colours take a third of the bytes."""
     with Image.open(path) as picture:
-        flat = picture.convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+        flat = picture.convert("RGB").quantize(255, dither=Image.Dither.NONE)
     flat.save(path, optimize=True)
 
 
@@ -316,7 +316,6 @@ def report() -> None:
     with browser(1200, 775) as page:
         page.goto(f"file://{Path('laion.html').absolute()}", wait_until="networkidle")
         page.screenshot(path=IMAGES / "report.png")
-    smaller(IMAGES / "report.png", 64)
 
 
 def demo() -> None:
@@ -339,7 +338,7 @@ def demo() -> None:
     finally:
         server.terminate()
         server.wait()
-    smaller(IMAGES / "demo.png", 64)
+    smaller(IMAGES / "demo.png")
 
 
 def wait_for(url: str) -> None:
