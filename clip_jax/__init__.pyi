@@ -21,6 +21,7 @@ from .losses.contrastive import contrastive_loss as contrastive_loss
 from .models.clip import CLIP as CLIP
 from .models.clip import CLIPConfig as CLIPConfig
 from .models.zoo import available_models as available_models
+from .processes import catch_sigterm as catch_sigterm
 from .sharding import MeshConfig as MeshConfig
 from .sharding import make_mesh as make_mesh
 from .step import Program as Program

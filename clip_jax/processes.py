@@ -267,10 +267,11 @@ def code_version() -> str:
 
 
 @contextlib.contextmanager
-def sigterm() -> Generator[Callable[[], bool]]:
+def catch_sigterm() -> Generator[Callable[[], bool]]:
     """Catch SIGTERM within the context; yield a function that says whether it has arrived.
 
-    Several processes use JAX's preemption service instead, which then handles the signal.
+    It never has for several processes: JAX's preemption service handles the signal then, and
+    `Checkpoints.reached_preemption` says at which step all of them stop.
     """
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield lambda: False  # handlers need the main thread; notebooks and tests use others

@@ -400,7 +400,7 @@ def loop(run: Run) -> None:
     health = Health(run)
     kinds = config.batches.counts(run.start, config.end)
     with contextlib.ExitStack() as stack:
-        terminated = stack.enter_context(processes.sigterm())
+        terminated = stack.enter_context(processes.catch_sigterm())
         stack.push(reports.close)
         stack.push(functools.partial(_close, run.checkpoints))
         stack.callback(batches.close)

@@ -239,7 +239,7 @@ def test_ctrl_c_ends_the_process_and_its_children_at_once(ended, capfd):
 
 def test_sigterm_is_caught_for_a_while():
     before = signal.getsignal(signal.SIGTERM)
-    with processes.sigterm() as came:
+    with processes.catch_sigterm() as came:
         assert not came()
         signal.raise_signal(signal.SIGTERM)
         assert came()

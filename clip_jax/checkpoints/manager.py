@@ -133,12 +133,18 @@ class Checkpoints:
         """Restore the newest intact checkpoint, with the shapes and shardings of `state`.
 
         Newer ones, which are damaged, are moved aside. All processes must call this. Raises
-        InputError if none is intact; then none is moved.
+        InputError if none is intact, or if they are of another model; then none is moved.
         """
         damaged: dict[int, str] = {}
         args = ocp.args.StandardRestore(state)
         for step in sorted(self._manager.all_steps(), reverse=True):
-            read = functools.partial(_read, self._directory / str(step), args)
+            folder = self._directory / str(step)
+            if difference := _difference(folder, state):
+                raise InputError(
+                    f"{folder} is a checkpoint of another model: {difference}. Use the settings "
+                    "that it was trained with."
+                )
+            read = functools.partial(_read, folder, args)
             try:
                 restored = processes.together(read, Damaged)
             except Damaged as error:
@@ -149,6 +155,8 @@ class Checkpoints:
             self._manager.reload()
             self._best_value = self._best_stored()
             return Restored(step, *restored, tuple(messages))
+        if not damaged:
+            raise InputError(f"there is no checkpoint in {self._directory}.")
         each = "; ".join(f"that of step {step} is damaged ({why})" for step, why in damaged.items())
         raise InputError(
             f"no checkpoint in {self._directory} is intact: {each}. Restore a copy of one, or "
@@ -239,6 +247,25 @@ def _refusing(workdir: AnyPath, step: int) -> Generator[epath.Path]:
             f"the checkpoint of step {step} in {workdir} is damaged ({error}). The training "
             "command moves it aside and resumes from the newest intact one."
         ) from error
+
+
+def _difference(folder: epath.Path, state: Any) -> str:
+    """Say how the arrays of a saved state differ in shape from those of `state`.
+
+    Empty if they do not, or if the checkpoint does not tell.
+    """
+    try:
+        saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+    except Exception:
+        return ""
+    shapes, expected = (
+        {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (saved, state)
+    )
+    for name, shape in expected.items():
+        if shapes.get(name, shape) != shape:
+            return f"{name} is {shapes[name]} there, {shape} here"
+    return ""
 
 
 def _average_in(folder: epath.Path) -> tuple[str, ...]:

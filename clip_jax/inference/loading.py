@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, UInt32
 from scipy import special
@@ -195,18 +196,26 @@ class Model:
     ) -> None:
         """Write the model in one of the formats of `clip-jax convert`; `load` reads all of them.
 
-        Raises InputError if the format cannot express the model, or if the folder exists and is not
-        empty, unless `overwrite`.
+        In a multi-process run, all processes call this and one of them writes. Raises InputError if
+        the format cannot express the model, or if the folder exists and is not empty, unless
+        `overwrite`.
         """
-        path = files.as_path(folder)
-        check_free(None, path, overwrite)
+        path, params = files.as_path(folder), self.params
+        if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
+            params = multihost_utils.process_allgather(params, tiled=True)
         weights = Weights(
             config=self.config,
-            params=jax.device_get(self.params),
+            params=jax.device_get(params),
             preprocess=self.image_preprocess,
             head=self.head,
         )
-        write_weights(weights, path, to)
+
+        def write_once() -> None:
+            if processes.is_lead():
+                check_free(None, path, overwrite)
+                write_weights(weights, path, to)
+
+        processes.together(write_once, InputError)
 
     @functools.cached_property
     def _mesh(self) -> Mesh:

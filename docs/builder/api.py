@@ -14,7 +14,7 @@ SECTIONS = {  # of the first page, which has the names of clip_jax/__init__.pyi
     ),
     "Train": (
         *("train_model", "load_config", "Config", "start_processes", "MeshConfig", "make_mesh"),
-        *("open_data", "Program", "Checkpoints"),
+        *("open_data", "Program", "Checkpoints", "catch_sigterm"),
     ),
     "Models and losses as functions": (
         *("CLIP", "CLIPConfig", "contrastive_loss", "SoftmaxConfig", "SigmoidConfig"),

@@ -113,6 +113,19 @@ def test_where_no_checkpoint_is_intact_all_stay_and_each_is_named(workdir):
     assert steps_in(workdir / "checkpoints") == [2, 3]
 
 
+def test_a_checkpoint_of_another_model_is_refused_by_name_and_none_is_moved(workdir, tmp_path):
+    other = make_state() | {"w": jnp.zeros((16, 4))}
+    checkpoints = Checkpoints(workdir / "checkpoints", EVERY)
+    with pytest.raises(InputError, match=r"3 is a .* another model: w is \(16, 8\).*, \(16, 4\) h"):
+        checkpoints.restore(other)
+    assert checkpoints.restore(make_state()).step == 3
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "empty", EVERY)
+    with pytest.raises(InputError, match="there is no checkpoint in"):
+        checkpoints.restore(other)
+    checkpoints.close()
+
+
 def test_damage_that_another_process_meets_counts_for_all(workdir):
     other = iter(["its disk is broken"])  # of step 3; then all is well
     gather = mock.patch.object(processes, "gather", autospec=True)
