@@ -204,7 +204,8 @@ def contrastive_loss(
     `image_to_text_accuracy` and `text_to_image_accuracy`, top 1 in the batch, where k-fold ties
     count 1/k.
 
-    Raises InputError if B or C is not a multiple of the number of shards.
+    Raises InputError if the mesh lacks one of `axes`, or if B or C is not a multiple of the number
+    of shards.
 
         >>> import clip_jax, jax.numpy as jnp
         >>> image, text = jnp.eye(4), jnp.eye(4)[jnp.array([0, 1, 3, 2])]
@@ -224,6 +225,11 @@ def contrastive_loss(
         )
     if config.mask_same_caption and caption_ids is None:
         raise ValueError("mask_same_caption=True needs caption_ids, but got None.")
+    if mesh is not None and (unknown := [axis for axis in axes if axis not in mesh.shape]):
+        raise InputError(
+            f"axes={axes!r}: the mesh has no axis {', '.join(map(repr, unknown))}; its axes are "
+            f"{', '.join(mesh.axis_names)}."
+        )
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
     for size in (len(image_features), len(text_features)):
         if size % shards:
@@ -263,10 +269,19 @@ def _pair_loss(config: Contrastive, one_to_one: bool) -> PairLoss:
             )
         return with_ties(common | further)
 
+    def losses(image: Statistics, text: Statistics, scale: Array, bias: Array) -> Any:
+        try:
+            return config.losses(image, text, scale, bias)
+        except KeyError as error:
+            names = ", ".join(name for name in image if not name.endswith("/ties"))
+            raise InputError(
+                f"{type(config).__name__}.losses looks up {error}; the statistics are {names}."
+            ) from error
+
     is_closed = one_to_one and _has_closed_gradient(type(config))
     return PairLoss(
         sums=sums,
-        losses=config.losses,
+        losses=losses,
         gradient=config.gradient if is_closed else None,
         precision=config.precision,
         widths=config.widths,

@@ -35,8 +35,9 @@ class Max:
     """The largest of `values`, which are `MASKED` for pairs that do not take part.
 
     If none takes part, the maximum is `MASKED`, and sums relative to it have no meaning.
-    `has_gradient`: the values that reach it share its gradient, as in JAX. Without, it must cancel
-    out of the loss, like a maximum that only keeps exponentials from overflowing.
+    With `has_gradient`, the values that reach it share its gradient, as in JAX. Without, it counts
+    as a constant. That is exact only if the loss does not depend on it, as where a maximum is
+    subtracted to keep exponentials from overflowing, and added again.
     """
 
     values: Values
