@@ -354,12 +354,13 @@ def _made_up(config: Config) -> Inputs:
 
 def describe_step(result: dict[str, Any]) -> str:
     """Return lines about the device, speed and memory, and a table beside a plan."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
     share = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
     tokens = f" at {result['tokens']:,} tokens" if "tokens" in result else ""
     beside = result.get("against_plan", ())
     cells = [["–" if x is None else x for x in row.values()] for row in beside]
     return (
-        f"{result['devices']} × {result['device_kind']}, mesh {result['mesh']}, "
+        f"{result['devices']} × {result['device_kind']}, mesh {mesh}, "
         f"batch {result['batch_size']:,}{tokens}\n"
         f"{result['seconds']:.4f} s/step (median; fastest {result['seconds_fastest']:.4f})\n"
         f"{result['samples_per_second']:,.1f} pairs/s, "

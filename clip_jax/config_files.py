@@ -5,6 +5,7 @@ A config file is Python with `get_config() -> Config`, or the `config.json` of a
 
 import ast
 import contextlib
+import difflib
 import json
 import re
 from dataclasses import replace
@@ -152,7 +153,9 @@ def run_file(path: Path, function: str, kind: type) -> Any:
     if not path.is_file():
         bundled = bundled_configs()
         if str(path) not in bundled:
-            raise InputError(f"no config file at {path}; bundled are {', '.join(bundled)}.")
+            near = difflib.get_close_matches(str(path), bundled, 1)
+            guess = f"; did you mean {near[0]}?" if near else ";"
+            raise InputError(f"no config file at {path}{guess} bundled are {', '.join(bundled)}.")
         path = bundled[str(path)]
     module = parts.run_file(path)
     with parts.blamed_on(path):

@@ -297,4 +297,16 @@ def blamed_on(path: str | Path) -> Generator[None]:
             raise
         where = f"{path}:{lines[-1]}" if lines else str(path)
         what = "" if is_input else f"{type(error).__name__}: "
-        raise InputError(f"{where}: {what}{getattr(error, 'msg', error)}") from error
+        message = f"{where}: {what}{getattr(error, 'msg', error)}"
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            message += _advice(Path(path).parent, error.name.partition(".")[0])
+        raise InputError(message) from error
+
+
+def _advice(folder: Path, name: str) -> str:
+    """Return what to pass for a missing module that is a file beside a user's, or here."""
+    if any(Path(path).exists() for path in (f"{name}.py", f"{name}/__init__.py")):
+        return f"; pass --import {name}."
+    if (file := folder / f"{name}.py").exists():
+        return f"; pass --import {file}."
+    return ""

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from clip_jax import processes, sharding
+from clip_jax.data.order.batches import Batch
 from clip_jax.errors import InputError
 from clip_jax.losses import (
     Axes,
@@ -163,13 +164,14 @@ class Program:
         """Compile the step now; it then takes only states and batches that are on the mesh."""
         self.step = self.step.lower(self.state, self.batch).compile()
 
-    def put(self, batch: Inputs, step: float = 0) -> Inputs:
-        """Put this process's shard of a batch, NumPy arrays by name, on the mesh.
+    def put(self, batch: Inputs | Batch, step: float = 0) -> Inputs:
+        """Put this process's shard of a batch, or of its NumPy arrays by name, on the mesh.
 
         The learning rate after `step` steps of the schedule is added as an input: runs that differ
         only in their schedule share one compiled program. `row`, by default the pairs' order here,
         is the place of each pair in the global batch, on which patch dropout depends.
         """
+        batch = batch.arrays if isinstance(batch, Batch) else batch
         rows = np.asarray(batch.get("row", np.arange(len(batch["text"]))), np.int32)
         rate = np.float32(self._learning_rate(step))
         values = {**batch, "row": rows, "learning_rate": rate}

@@ -117,6 +117,7 @@ def test_a_step_is_timed(capsys):
     assert result["mfu"] == result["model_flops"] / (result["seconds"] * 8 * 1e12)
     assert result["peak_bytes"] > 0
     assert result["seconds_fastest"] <= result["seconds"]
+    assert ", mesh data=8 fsdp=1 tensor=1, batch 16\n" in describe_step(result)
     assert "MFU" in describe_step(result)
     assert "MFU" not in describe_step(result | {"mfu": None})  # no peak of a CPU is known
     assert "tokens" not in result

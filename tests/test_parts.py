@@ -279,6 +279,17 @@ def test_what_cannot_be_imported_is_named(name, content, message):
         parts.load(name)
 
 
+def test_a_module_that_a_config_needs_is_named_as_it_is_imported():
+    write("Near", "near_loss.py")
+    write("Far", "far/far_loss.py")
+    for path, advice in (("near_loss", "near_loss"), ("far_loss", "far/far_loss.py")):
+        Path("far/run.py").write_text(f"import {path}\n")
+        with pytest.raises(
+            InputError, match=rf"No module named '{path}'; pass --import {advice}\."
+        ):
+            load_config("far/run.py")
+
+
 def test_annotations_of_a_file_may_be_texts():
     path = write("Late", "late_loss.py")
     future = "from __future__ import annotations\nfrom typing import ClassVar\n"

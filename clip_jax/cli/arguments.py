@@ -31,6 +31,10 @@ _ELSEWHERE = (
     ("model", "a config file with another model, or --model.vision.depth and the like"),
     ("pretrained", "--init-from"),
     ("output-dir logs", "--workdir"),
+    (
+        "evals no-evals",
+        "evals=() in a config file, or --evals.0.every-steps above --steps, which leaves the last",
+    ),
 )
 
 # Options that `--help` shows; `--help-all` shows all. Commands that are not listed have few.

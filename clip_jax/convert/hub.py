@@ -23,8 +23,9 @@ def fetch(name: str) -> Path:
     repository = _OPENAI.get(name, name.removeprefix("hf:"))
     if repository == name:
         raise InputError(
-            f"there is no {name}; give a file (.pt, .bin, .safetensors, .npz), a folder, "
-            f"hf:OWNER/NAME for weights of the Hugging Face hub, or one of {', '.join(_OPENAI)}."
+            f"there is no {name}; give a run directory, a file (.pt, .bin, .safetensors, .npz), a "
+            "folder, hf:OWNER/NAME for weights of the Hugging Face hub, or one of "
+            f"{', '.join(_OPENAI)}."
         )
     advice = (
         f"Or download huggingface.co/{repository} on another machine and give the folder "

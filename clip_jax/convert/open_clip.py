@@ -69,6 +69,12 @@ def find_weights(folder: Path) -> Path:
             if path.exists():
                 return path
     others = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES)
+    if not others and (folder / "checkpoints").is_dir():
+        raise InputError(
+            f"{folder} has checkpoints but no config.json, which records a run's model. Load the "
+            "folder that create_model(config.model, state.params).save(...) writes, or restore the "
+            "file."
+        )
     if len(others) != 1:
         names = ", ".join(path.name for path in others[:5])
         raise InputError(

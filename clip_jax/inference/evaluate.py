@@ -144,6 +144,12 @@ def _suite(config: EvaluateConfig, run: Config | None) -> Literal["run", "clip"]
     if config.dataset or config.data_dir != usual.data_dir:
         return "clip"
     if run is None and (split_name(config.model)[0] / "checkpoints").is_dir():
+        file = split_name(config.model)[0] / "config.json"
+        if not file.exists():
+            raise InputError(
+                f"{config.model} has checkpoints but no config.json, so its model is unknown; "
+                "evaluate the run directory of clip-jax train, or a model folder."
+            )
         raise InputError(
             f"{config.model} is a run whose config.json cannot be read, so its evaluators are "
             "unknown; use --suite clip or --dataset."

@@ -33,6 +33,8 @@ def test_no_file_where_a_file_was_expected(tmp_path):
     refuse(tmp_path, "is a directory")
     refuse(tmp_path / "nothing.pt", "there is no")
     refuse(tmp_path, "0 files of weights", read_weights)
+    (tmp_path / "checkpoints").mkdir()
+    refuse(tmp_path, r"has checkpoints but no config\.json", read_weights)
     (tmp_path / "manifest.json").write_text('{"format": "clip-jax", "version": 2}')
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ValueError, match=r"config\.json is a directory"):

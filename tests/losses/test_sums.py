@@ -30,7 +30,7 @@ def test_a_statistic_that_the_loss_does_not_have_is_named_with_those_that_it_has
             return image["negativs"]
 
     features = np.eye(2, dtype=np.float32)
-    message = r"Misspelt\.losses looks up 'negativs'; .* are top, negatives, .*, count\.$"
+    message = r"Misspelt\.losses looks up 'negativs'; .* are top, negatives, .*, count\."
     with pytest.raises(InputError, match=message):
         jax.eval_shape(lambda x: contrastive_loss(Misspelt(), x, x, x[0, 0]), features)
 

@@ -141,7 +141,7 @@ def test_packed_patches_are_trained_on(program, tmp_path, crop_scale):
     assert isinstance(batch.image, Patches)
     np.testing.assert_array_equal(batch.image.length, batch.image.grid.prod(1))
     assert len(set(map(tuple, batch.image.grid))) > 1  # pictures of several shapes
-    on_mesh = program.put({"image": batch.image, "text": batch.text})
+    on_mesh = program.put(batch)
     assert jax.tree.structure(on_mesh) == jax.tree.structure(program.batch)
     for expected, array in zip(
         jax.tree.leaves(program.batch), jax.tree.leaves(on_mesh), strict=True
