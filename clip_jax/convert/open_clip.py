@@ -140,9 +140,6 @@ _REASONS = {
     "vision.activation": "both towers have QuickGELU or neither",
     "text.correct_class_mask": "open_clip has only the other mask",
     "vision.max_patches": "its NaFlex towers are SigLIP's",
-    # Other sizes are written as Hugging Face's tokenizer, which can only pad with end of text.
-    "text.clip_vocab_size": "a smaller vocabulary's padding with id 0, which matters with "
-    "text.causal=False and text.pool='last', cannot be written",
 }
 
 

@@ -79,6 +79,8 @@ def _tokenizer(section: Settings, text: Text, folder: Path) -> TokenizerConfig:
     if not name:
         return TokenizerConfig(clean=clean)
     strip = options.get("strip_sep_token")
+    if strip and tokenizer_files.has_zeroed_padding(folder, text):
+        return tokenizer_files.with_cleaning(TokenizerConfig(), clean, f"{where}.clean")
     absent = tokenizer_files.missing(text, clean)
     if strip:  # CLIPA, with BERT's vocabulary
         absent = tokenizer_files.zeroed(replace(absent, begin_id=101, end_id=102, pad_id=0), 102)
@@ -185,10 +187,21 @@ def is_open_clips_own(text: Text) -> bool:
     return is_full and tokenizer.clean in _CLEANING.values()
 
 
+def _zeroes_padding(text: Text) -> bool:
+    """Return whether open_clip must replace a tokenizer's padding by id 0, the model's.
+
+    A smaller vocabulary of CLIP is written as a tokenizer of transformers. That cannot pad with
+    id 0, which is "!": it would take each "!" of a text for padding.
+    """
+    is_short = text.tokenizer.file == "clip" and not is_open_clips_own(text)
+    return is_short and text.sees_padding
+
+
 def write_tokenizer(folder: Path, text: Text) -> None:
     """Write the files of a tokenizer that is not built into open_clip."""
     if not is_open_clips_own(text):
-        tokenizer_files.write(folder, text, text.tokenizer.clean in _CLEANING.values())
+        cleaned = text.tokenizer.clean in _CLEANING.values()
+        tokenizer_files.write(folder, text, cleaned, zeroed_padding=_zeroes_padding(text))
 
 
 def check_tokenizer(text: Text) -> None:
@@ -234,6 +247,8 @@ def text_cfg(text: Text) -> dict[str, Any]:
     if not is_open_clips_own(text):
         clean = {ours: theirs for theirs, ours in _CLEANING.items()}.get(text.tokenizer.clean)
         content["hf_tokenizer_name"] = _LOCAL
-        strips = {} if text.tokenizer.zeroed_id is None else {"strip_sep_token": True}
-        content["tokenizer_kwargs"] = {"clean": clean or "whitespace", **strips}
+        options: dict[str, Any] = {"clean": clean or "whitespace"}
+        if text.tokenizer.zeroed_id is not None or _zeroes_padding(text):
+            options["strip_sep_token"] = True
+        content["tokenizer_kwargs"] = options
     return content

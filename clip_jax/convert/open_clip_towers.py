@@ -297,15 +297,11 @@ def _write_text(text: TextConfig) -> dict[str, Any]:
 
 
 def _text_assumptions(config: CLIPConfig) -> Assumptions:
-    text = config.text
-    assumptions: Assumptions = {
+    return {
         "text": (TextConfig, BertConfig),
         "text.pool": ("argmax", "eos", "last"),
         "text.activation": _ACTIVATIONS,
     }
-    if text.tokenizer.file == "clip" and (not text.causal or text.pool == "last"):
-        assumptions["text.clip_vocab_size"] = FULL_VOCAB_SIZE
-    return assumptions
 
 
 def _text_convention(text: TextConfig) -> Convention:

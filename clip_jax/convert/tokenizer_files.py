@@ -24,6 +24,7 @@ from clip_jax.models.text import Cleaning, TextConfig, TokenizerConfig
 from clip_jax.storage.files import write_whole
 
 SIGLIP_NAME = "spiece.model"
+_ZEROED_PADDING = "<|padding|>"  # has no row in the model's table: its id becomes 0
 # Vocabularies in other files than those that are read.
 _UNREAD = (
     "vocab.json",
@@ -131,18 +132,19 @@ def write(
     cleaned: bool = False,
     as_json: bool = False,
     own_padding: bool = False,
+    zeroed_padding: bool = False,
 ) -> None:
     """Write the files with which `AutoTokenizer.from_pretrained` returns a model's token ids.
 
     With `cleaned`, its input is already cleaned; with `as_json`, a sentencepiece model becomes a
     `tokenizer.json`, the only format of some readers. Hugging Face repairs no mojibake and
-    unescapes no HTML. `own_padding` is that of `write_clip_tokenizer`.
+    unescapes no HTML. `own_padding` and `zeroed_padding` are those of `write_clip_tokenizer`.
     Raises Inexpressible as `check` does.
     """
     config = text.tokenizer
     check(text, cleaned, as_json)
     if config.file == "clip":
-        write_clip_tokenizer(folder, text, own_padding)
+        write_clip_tokenizer(folder, text, own_padding, zeroed_padding)
         return
     if not config.file:
         return
@@ -169,10 +171,11 @@ def write(
 def check(text: TextConfig, cleaned: bool = False, as_json: bool = False) -> None:
     """Raise Inexpressible if no tokenizer of transformers has a model's rules; see `write`."""
     config = text.tokenizer
-    if config.file == "clip" and not cleaned and config.clean != "clip":
+    lower_case = ("clip", "canonicalize") if cleaned else ("clip",)
+    if config.file == "clip" and config.clean not in lower_case:
         raise Inexpressible(
-            "transformers has CLIP's BPE only with text.tokenizer.clean='clip', not "
-            f"{config.clean!r}"
+            "transformers has CLIP's BPE only with text.tokenizer.clean="
+            f"{' or '.join(map(repr, lower_case))}, not {config.clean!r}"
         )
     if config.file in ("", "clip") or as_json or is_json(read_vocabulary(config.file)):
         return
@@ -285,7 +288,7 @@ def with_cleaning(config: TokenizerConfig, clean: Cleaning, where: str) -> Token
         "none": ("whitespace", "canonicalize", "clip"),
         "lower": ("canonicalize", "clip"),
         "punctuation": ("canonicalize",),
-        "clip": ("clip",),
+        "clip": ("canonicalize", "clip"),
     }
     if clean not in covered.get(config.clean, ()):
         raise InputError(
@@ -318,13 +321,17 @@ def zeroed(config: TokenizerConfig, number: int) -> TokenizerConfig:
 # ------------------------------------------------------------------ CLIP's vocabulary
 
 
-def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = False) -> None:
+def write_clip_tokenizer(
+    folder: Path, text: TextConfig, own_padding: bool = False, zeroed_padding: bool = False
+) -> None:
     """Write the two files that `CLIPProcessor.from_pretrained` needs to tokenize and to pad.
 
     Padding is end-of-text, as in Hugging Face's CLIP: the state of the first one is pooled, so
     features equal those of our padding with 0. (Id 0 is "!", which as a padding token would be
     removed from texts.) Hugging Face applies no ftfy and unescapes no HTML. With `own_padding`,
-    for readers that do not remove padding tokens from texts, padding is the model's own.
+    for readers that do not remove padding tokens from texts, padding is the model's own. With
+    `zeroed_padding`, for open_clip's `strip_sep_token`, which replaces the separator by id 0,
+    padding is a separator that no text has.
     """
     tokenizer = ClipTokenizer(text.clip_vocab_size)
     content = HubTokenizer(
@@ -351,6 +358,12 @@ def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = Fal
         add_prefix_space=False,
     )
     content.add_special_tokens([START_OF_TEXT, END_OF_TEXT])
+    padding = END_OF_TEXT
+    if zeroed_padding:
+        padding = _ZEROED_PADDING
+        content.add_special_tokens([padding])
+    elif own_padding:
+        padding = content.id_to_token(text.tokenizer.pad_id)
     (folder / JSON_NAME).write_text(content.to_str(pretty=False))
     settings = {
         "tokenizer_class": "CLIPTokenizer",
@@ -358,10 +371,27 @@ def write_clip_tokenizer(folder: Path, text: TextConfig, own_padding: bool = Fal
         "bos_token": START_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "unk_token": END_OF_TEXT,
-        "pad_token": content.id_to_token(text.tokenizer.pad_id) if own_padding else END_OF_TEXT,
+        "pad_token": padding,
         "do_lower_case": True,
     }
+    if zeroed_padding:
+        settings["sep_token"] = padding
     write_json(folder / CONFIG_NAME, settings)
+
+
+def has_zeroed_padding(folder: Path, text: TextConfig) -> bool:
+    """Return whether a folder's tokenizer is CLIP's with the padding of `zeroed_padding`.
+
+    Raises InputError if its other settings are not CLIP's.
+    """
+    settings = tokenizer_settings.read_settings(folder)
+    named = settings.named()
+    if any(named.get(name) != _ZEROED_PADDING for name in ("pad_token", "sep_token")):
+        return False
+    if not is_clip_tokenizer(folder, text.clip_vocab_size):
+        return False
+    tokenizer_settings.check_clip(settings, folder / JSON_NAME, _ZEROED_PADDING)
+    return True
 
 
 def is_clip_tokenizer(folder: Path, vocab_size: int) -> bool:

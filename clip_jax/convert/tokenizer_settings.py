@@ -320,11 +320,12 @@ def read_rules(settings: TokenizerSettings, file: str) -> Rules:
     return Rules(begin, end, id_of("pad_token"), side)
 
 
-def check_clip(settings: TokenizerSettings, file: Path) -> None:
+def check_clip(settings: TokenizerSettings, file: Path, padding_token: str = _CLIP_PADDING) -> None:
     """Raise InputError for a setting by which transformers makes other ids of CLIP's vocabulary
     than OpenAI. `file` is the folder's `tokenizer.json`, if it exists.
 
-    Two padding tokens are released, and both have no effect: the padding follows the end of text.
+    Padding may be end of text or `padding_token`. Both of the released tokens have no effect: the
+    padding follows the end of text.
     """
     clip, padding = "CLIPTokenizer", {}
     tokens = [*CLASSES[clip].tokens.items(), *settings.named().items(), *settings.extra()]
@@ -342,9 +343,9 @@ def check_clip(settings: TokenizerSettings, file: Path) -> None:
             f"set it to {clip}."
         )
     allowed = {"bos_token": {START_OF_TEXT}, "eos_token": {END_OF_TEXT}, "unk_token": {END_OF_TEXT}}
-    allowed["pad_token"] = {END_OF_TEXT, _CLIP_PADDING}
+    allowed["pad_token"] = {END_OF_TEXT, padding_token}
     for name, token in tokens:
-        if token not in allowed.get(name, {START_OF_TEXT, END_OF_TEXT, _CLIP_PADDING, None}):
+        if token not in allowed.get(name, {START_OF_TEXT, END_OF_TEXT, padding_token, None}):
             raise InputError(
                 f"{settings.path}: {name}={token!r:.99} is not supported with CLIP's vocabulary; "
                 "remove it, or set it as in openai/clip-vit-base-patch32."

@@ -80,7 +80,7 @@ CONFIGS = {
         VIT, vision=ResNetConfig(image_size=64, layers=(1, 2, 1, 3), width=16, num_heads=8)
     ),
     "coca": COCA,
-    # Its mean includes padding, whose id open_clip only has with the full vocabulary.
+    # With the vocabulary of LAION's, whose tokenizer is built into open_clip.
     "mammut": replace(
         MAMMUT,
         vision=replace(MAMMUT.vision, activation="gelu"),

@@ -154,14 +154,8 @@ def test_safetensors_hold_values_and_are_as_open_as_any_other_file(tmp_path):
         (
             "open-clip",
             "vit",
-            {"text": {"causal": False}},
-            r"clip_vocab_size=600 \(needs 49408: a smaller vocabulary's padding",
-        ),
-        (
-            "open-clip",
-            "vit",
-            {"text": {"pool": "last"}},
-            r"clip_vocab_size=600 \(needs 49408: a smaller vocabulary's padding",
+            {"text": {"tokenizer": TokenizerConfig(clean="whitespace")}},
+            "only with text.tokenizer.clean='clip' or 'canonicalize', not 'whitespace'",
         ),
         ("openai", "vit", {"vision": {"max_patches": 9}}, r"vision.max_patches=9 \(needs None"),
         ("open-clip", "vit", {"vision": {"max_patches": 9}}, "max_patches=9.*are SigLIP's"),
@@ -308,6 +302,22 @@ def test_a_class_token_masks_the_padding_of_its_tokenizer(tmp_path):
     assert read_weights(tmp_path).config.text.tokenizer.pad_id == 1
     path.write_text(path.read_text().replace('"pad_id": 1', '"pad_id": 3'))
     assert_refused(tmp_path, r"text_cfg.pad_id=3 is not supported: .* padding id, 1\.")
+
+
+@pytest.mark.parametrize(("pool", "clean"), [("class_token", "clip"), ("last", "canonicalize")])
+def test_a_short_vocabulary_is_padded_with_0(tmp_path, pool, clean):
+    """Which matters to a class token and to the last state. In transformers it would be "!"."""
+    weights = make_weights("coca" if pool == "class_token" else "vit")
+    text = replace(weights.config.text, pool=pool, tokenizer=TokenizerConfig(clean=clean))
+    text = replace(text, correct_class_mask=pool != "class_token")
+    write_weights(
+        replace(weights, config=replace(weights.config, text=text)), tmp_path, "open-clip"
+    )
+    assert read_weights(tmp_path).config.text == text
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["pad_token"] == settings["sep_token"] == "<|padding|>"
+    content = json.loads((tmp_path / "open_clip_config.json").read_text())
+    assert content["model_cfg"]["text_cfg"]["tokenizer_kwargs"]["strip_sep_token"] is True
 
 
 def test_wrapped_names(tmp_path):
