@@ -154,8 +154,8 @@ def run_file(path: Path, function: str, kind: type) -> Any:
         bundled = bundled_configs()
         if str(path) not in bundled:
             near = difflib.get_close_matches(str(path), bundled, 1)
-            guess = f"; did you mean {near[0]}?" if near else ";"
-            raise InputError(f"no config file at {path}{guess} bundled are {', '.join(bundled)}.")
+            guess = f"; did you mean {near[0]}? Bundled" if near else "; bundled"
+            raise InputError(f"no config file at {path}{guess} are {', '.join(bundled)}.")
         path = bundled[str(path)]
     module = parts.run_file(path)
     with parts.blamed_on(path):

@@ -73,7 +73,7 @@ def test_a_config_that_ships_is_read_by_its_name(tmp_path, monkeypatch):
             InputError, match=rf"no config file at {name}; .* vit_b16, vit_b16_distilled, vit_b32"
         ):
             load_config(name)
-    with pytest.raises(InputError, match=r"no config file at digit; did you mean digits\? bundled"):
+    with pytest.raises(InputError, match=r"no config file at digit; did you mean digits\? Bundled"):
         load_config("digit")
     (tmp_path / "digits").write_text("")  # somebody's own file
     with pytest.raises(InputError, match="digits is not a Python file"):

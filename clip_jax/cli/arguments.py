@@ -33,7 +33,7 @@ _ELSEWHERE = (
     ("output-dir logs", "--workdir"),
     (
         "evals no-evals",
-        "evals=() in a config file, or --evals.0.every-steps above --steps, which leaves the last",
+        "evals=() in a config file, or --evals.0.every-steps above --steps for the last step only",
     ),
 )
 

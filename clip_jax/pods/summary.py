@@ -7,6 +7,7 @@ import numpy as np
 from clip_jax.display import table
 from clip_jax.pods.bounds import LIMITS
 from clip_jax.pods.plan import BOUNDS, Memory, Plan, Speed
+from clip_jax.pods.topology import Topology
 
 # Columns of the table of seconds. `network` is the one between slices or nodes.
 SECONDS = {name: name for name in (*LIMITS, "operations", "schedule", "cost model")}
@@ -30,8 +31,10 @@ def describe(plan: Plan) -> str:
     """Format a plan's memory, collectives, times and cost."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     memory, gigabytes = plan.memory, plan.memory.bytes_per_device["total"] / 1e9
+    slice_name = Topology.parse(plan.name).accelerator_type
+    name = f"{plan.name} ({slice_name})" if slice_name else plan.name
     lines = [
-        f"{plan.name}: {plan.devices} devices, mesh {mesh}, batch {plan.batch_size:,} "
+        f"{name}: {plan.devices} devices, mesh {mesh}, batch {plan.batch_size:,} "
         f"({plan.rows} per shard), remat {plan.remat}, {plan.form} loss, {plan.versions}",
         f"{'fits' if memory.fits else 'DOES NOT FIT'}: {gigabytes:.2f} GB of "
         f"{memory.hbm_bytes / 1e9:.1f} GB per device" + (SHARE if plan.is_gpu else ""),

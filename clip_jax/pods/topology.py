@@ -1,5 +1,6 @@
 """Parse the name of a pod: `v5e:16x16`, `v5e:16x16/slices=2`, `v5litepod-256`, `H100:64`."""
 
+import contextlib
 import functools
 import math
 import re
@@ -82,6 +83,15 @@ class Topology:
     def _named(self, family: str, slices: int) -> str:
         size = "x".join(map(str, self.dims))
         return f"{family}:{size}" + (f"/slices={slices}" if slices > 1 else "")
+
+    @property
+    def accelerator_type(self) -> str:
+        """Return Cloud TPU's name of a slice, such as `v5p-8`; empty if it has none."""
+        name = f"{self.chip.accelerator_type}-{self.chips * (self.chip.cores or 0)}"
+        with contextlib.suppress(InputError):
+            if self.slices == 1 and self.parse(name) == self:
+                return name
+        return ""
 
     @property
     def compiled_as(self) -> str:

@@ -45,6 +45,8 @@ SCALE = ("ladder", "collect", "choose", "fit", "plan", "relate", "report")
         ("train configs/digits.py --train-data x", "use --data.source.path"),
         ("train configs/digits.py --model ViT-B-32", "use a config file with another model"),
         ("train configs/digits.py --output-dir x", "use --workdir"),
+        ("train configs/digits.py --evals None", r"use evals=\(\) in a config file"),
+        ("evaluate loop", r"loop has checkpoints but no config\.json"),
         ("prepare file.csv out", "SOURCE: .* 'image', only 'as it was'; set image_column"),
         ("prepare nowhere out", "SOURCE: nowhere does not exist"),
         ("scale nonsense", "scale needs ladder, collect, choose, fit, plan, relate or report"),
@@ -64,6 +66,7 @@ def test_wrong_use_is_one_message_and_exit_code_2(command, says, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "loop/checkpoints").mkdir(parents=True)
     for name in ("file", "file.csv"):
         (tmp_path / name).write_text("as it was\nx\n")
     assert main(command.split()) == 2

@@ -42,7 +42,13 @@ def test_a_name_is_read_and_written(name, devices, islands, chip):
     ],
 )
 def test_an_accelerator_type_of_cloud_tpu_is_a_slice(accelerator_type, name):
-    assert str(Topology.parse(accelerator_type)) == name
+    topology = Topology.parse(accelerator_type)
+    assert (str(topology), topology.accelerator_type) == (name, accelerator_type)
+
+
+@pytest.mark.parametrize("name", ["v5e:16x16/slices=2", "v5p:4x4x12", "tpu7x:4x4x4", "H100:8"])
+def test_others_have_no_accelerator_type(name):
+    assert not Topology.parse(name).accelerator_type
 
 
 @pytest.mark.parametrize(
