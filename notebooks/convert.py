@@ -46,13 +46,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import clip_jax
-from clip_jax.config_files import load_config
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.data import digits
 from clip_jax.data.images import Preprocess
 from clip_jax.display import STYLE
 from clip_jax.models.clip import count
-from clip_jax.train import train
 
 warnings.simplefilter("ignore")  # from PyTorch and transformers
 os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local
@@ -69,13 +67,13 @@ matplotlib.rcParams.update(STYLE)
 # Train the bundled digits config, unless the run directory holds a finished run.
 
 # %%
-config = load_config("digits")
+config = clip_jax.load_config("digits")
 steps = int(os.environ.get("CLIP_JAX_NOTEBOOK_STEPS", config.steps))
 default = "runs/digits" if steps == config.steps else f"runs/digits-{steps}"
 workdir = Path(os.environ.get("CLIP_JAX_NOTEBOOK_RUN", default))
 if not (workdir / "result.json").exists():
     optim = replace(config.optim, warmup_steps=steps // 8)
-    train(replace(config, steps=steps, optim=optim), workdir)
+    clip_jax.train_model(config, workdir, steps=steps, optim=optim)
 model = clip_jax.load(workdir)
 print(f"{count(model.params) / 1e6:.2f} million parameters")
 

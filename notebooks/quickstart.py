@@ -29,7 +29,11 @@
 #
 # For a quick look, set the environment variable `CLIP_JAX_NOTEBOOK_STEPS` to 100 before you start
 # Jupyter. Training then takes less than a minute, but the model does not learn to read in so few
-# steps.
+# steps. The run directory is then `runs/digits-100`, which the other notebooks use with the same
+# variable.
+#
+# Jupyter looks for run directories in the folder of the notebook. If you have trained `runs/digits`
+# at the root of the clone, link it: `ln -s ../runs notebooks/runs`.
 
 # %%
 # %matplotlib inline
@@ -45,15 +49,14 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 import clip_jax
-from clip_jax.config_files import load_config
+
+# The bundled data, and how the pictures look. A program of yours needs none of these modules.
 from clip_jax.data import digits
 from clip_jax.display import STYLE
 from clip_jax.evals.pictures import contact_sheet
-from clip_jax.models.clip import l2_normalize
-from clip_jax.train import train
 
 matplotlib.rcParams.update(STYLE)
-config = load_config("digits")
+config = clip_jax.load_config("digits")
 steps = int(os.environ.get("CLIP_JAX_NOTEBOOK_STEPS", config.steps))
 workdir = Path("runs", "digits" if steps == config.steps else f"digits-{steps}")
 
@@ -101,7 +104,7 @@ config = replace(
     report_every=max(steps // 32, 1),
     evals=(replace(config.evals[0], every_steps=200),),
 )
-result = train(config, workdir)
+result = clip_jax.train_model(config, workdir)
 
 # %% [markdown]
 # Look at the loss: it starts at about log(128) = 4.9, the value of a random guess among 128 pairs,
@@ -154,8 +157,8 @@ numbers = [12, 21, 24, 42, 47, 74, 17, 27, 72, 65]
 images, _ = digits.evaluation_set(config.data.source, numbers, 1, size)
 captions = [digits.prompts(number, 2)[i] for i, number in enumerate(numbers)]
 
-image_embeddings = l2_normalize(model.encode_image(model.preprocess(list(images))))
-text_embeddings = l2_normalize(model.encode_text(model.tokenize(captions)))
+image_embeddings = model.encode_image(model.preprocess(list(images)), normalize=True)
+text_embeddings = model.encode_text(model.tokenize(captions), normalize=True)
 similarity = np.asarray(text_embeddings @ image_embeddings.T)
 figure = Figure(figsize=(6.5, 4.5), dpi=90, layout="constrained")
 axes = figure.subplots()

@@ -27,11 +27,12 @@
 # By default the notebook uses the run directory `runs/digits`, which the notebook `quickstart` or
 # `clip-jax train digits` writes. For another model, set the environment variable
 # `CLIP_JAX_NOTEBOOK_MODEL` before you start Jupyter. It takes a run directory, or weights from
-# OpenAI, open_clip or Hugging Face.
+# OpenAI, open_clip or Hugging Face. `CLIP_JAX_NOTEBOOK_STEPS` shortens the training.
 
 # %%
 # %matplotlib inline
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -43,7 +44,6 @@ from matplotlib.figure import Figure
 
 import clip_jax
 from clip_jax import sharding
-from clip_jax.config_files import load_config
 from clip_jax.data import digits
 from clip_jax.display import STYLE
 from clip_jax.evals.evaluator import compiled, embed_for_probe
@@ -52,13 +52,16 @@ from clip_jax.evals.pictures import contact_sheet, with_probabilities
 from clip_jax.evals.prompts import ensemble
 from clip_jax.evals.zero_shot import top_k_accuracy
 from clip_jax.models.clip import l2_normalize
-from clip_jax.train import train
 
 matplotlib.rcParams.update(STYLE)
 pictures = Path("pictures")
-path = Path(os.environ.get("CLIP_JAX_NOTEBOOK_MODEL", "runs/digits"))
-if path == Path("runs/digits") and not (path / "result.json").exists():
-    train(load_config("digits"), path)
+config = clip_jax.load_config("digits")
+steps = int(os.environ.get("CLIP_JAX_NOTEBOOK_STEPS", config.steps))
+trained = "runs/digits" if steps == config.steps else f"runs/digits-{steps}"
+path = Path(os.environ.get("CLIP_JAX_NOTEBOOK_MODEL", trained))
+if path == Path(trained) and not (path / "result.json").exists():
+    optim = replace(config.optim, warmup_steps=steps // 8)
+    clip_jax.train_model(config, path, steps=steps, optim=optim)
 model = clip_jax.load(path)
 vision = model.config.vision
 print(f"{type(vision).__name__}, {vision.image_size} pixels, {model.config.embed_dim} dimensions")

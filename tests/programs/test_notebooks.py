@@ -4,11 +4,13 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
 import pytest
 
+import clip_jax
 from tests.conftest import ROOT, TINY, execute_notebook, made_once, write_tiny_model
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -56,10 +58,29 @@ def test_both_files_say_the_same_and_outputs_are_saved(name: str):
 
 def test_outside_of_a_clone_the_scaling_notebook_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cells = jupytext.read(NOTEBOOKS / "scaling.py").cells
-    first = next(cell.source for cell in cells if cell.cell_type == "code")
     with pytest.raises(FileNotFoundError, match="is not in a clone of the repository"):
-        exec(first.replace("%matplotlib inline", ""), {})
+        exec(first_cell("scaling"), {})
+
+
+def first_cell(name: str) -> str:
+    cells = jupytext.read(NOTEBOOKS / f"{name}.py").cells
+    first = next(cell.source for cell in cells if cell.cell_type == "code")
+    return first.replace("%matplotlib inline", "")
+
+
+def test_zero_shot_takes_the_run_of_a_short_quickstart(tmp_path, monkeypatch):
+    class Trained(Exception):
+        pass
+
+    def train_model(config: clip_jax.Config, workdir: Path, **changes: Any) -> None:
+        raise Trained(workdir, changes["steps"])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clip_jax, "train_model", train_model)
+    monkeypatch.setenv("CLIP_JAX_NOTEBOOK_STEPS", "100")
+    with pytest.raises(Trained) as trained:
+        exec(first_cell("zero_shot"), {})
+    assert trained.value.args == (Path("runs/digits-100"), 100)
 
 
 def test_quickstart_trains_and_draws(quickstart: Path):
