@@ -137,6 +137,40 @@ def samples() -> None:
     smaller(IMAGES / "samples.png")
 
 
+def duplicates() -> None:
+    """Training images that are near a test image, and the bits that differ: how-to/prepare.md."""
+    from clip_jax.evals.pictures import contact_sheet
+    from clip_jax.prepare.near import distances, perceptual_hash
+
+    shapes()
+    hashes, pictures = [], []
+    for split in ("train", "test"):
+        files = sorted(Path("shapes/folders", split).glob("*/*.png"))
+        opened = [Image.open(file).convert("RGB") for file in files]
+        pairs = [(x, code) for x in opened if (code := perceptual_hash(x)) is not None]
+        pictures.append([np.asarray(picture) for picture, _ in pairs])
+        hashes.append(np.array([code for _, code in pairs]))
+    bits = distances(hashes[0][:, None], hashes[1][None])
+    nearest_test = bits.argmin(1)
+    least = bits.min(1)
+    order = np.argsort(least, kind="stable")
+    near = int((least <= 40).sum())  # the default of --near-distance
+    chosen = [*order[:near][:: near // 3][:3], *order[near:][::100][:3]]
+    sheets = ([pictures[0][i] for i in chosen], [pictures[1][nearest_test[i]] for i in chosen])
+    verdicts = ["dropped" if least[i] <= 40 else "kept" for i in chosen]
+    lines = [
+        ["nearest test image", f"{least[i]} bits: {verdict}"]
+        for i, verdict in zip(chosen, verdicts, strict=True)
+    ]
+    contact_sheet(
+        IMAGES / "duplicates.png",
+        [*sheets[0], *sheets[1]],
+        [*[["training image"]] * len(chosen), *lines],
+        columns=len(chosen),
+    )
+    smaller(IMAGES / "duplicates.png")
+
+
 def similarity() -> None:
     """Cosines of images and texts: how-to/library.md."""
     import clip_jax
@@ -352,7 +386,7 @@ def wait_for(url: str) -> None:
 
 
 PICTURES = (
-    *(nearest, attention, demo, samples, similarity, errors),
+    *(nearest, attention, demo, samples, duplicates, similarity, errors),
     *(patches, naflex_attention, curves, plan, law, report),
 )
 
