@@ -16,7 +16,7 @@ from clip_jax.losses.objective import Context, Result, Term
 from clip_jax.losses.pairs import Pairs, Precision, Side
 from clip_jax.losses.same_caption import caption_ids as number_captions
 from clip_jax.losses.streamed import Route, streamed
-from clip_jax.losses.sums import Statistics, Sums, common_sums, with_ties
+from clip_jax.losses.sums import Statistics, Sums, common_sums, maxima, with_ties
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.inputs import Input, LabelInput, TextInput
 
@@ -267,6 +267,13 @@ def _pair_loss(config: Contrastive, one_to_one: bool) -> PairLoss:
                 f"{type(config).__name__}.sums defines {', '.join(taken)}, which every contrastive "
                 "loss has already; give yours another name."
             )
+        tops = maxima(common | further)
+        for name, entry in further.items():
+            if (top := getattr(entry, "of", None)) not in (None, *tops):
+                raise InputError(
+                    f"{type(config).__name__}.sums: {name} is relative to {top!r}, which is no "
+                    f"maximum; these are {', '.join(tops)}."
+                )
         return with_ties(common | further)
 
     def losses(image: Statistics, text: Statistics, scale: Array, bias: Array) -> Any:

@@ -7,7 +7,7 @@ import pytest
 
 from clip_jax.errors import InputError
 from clip_jax.losses import SoftmaxConfig, contrastive_loss
-from clip_jax.losses.sums import Max, SumOf
+from clip_jax.losses.sums import ExpSum, Max, SumOf
 from clip_jax.sharding import MeshConfig, make_mesh
 
 
@@ -31,6 +31,17 @@ def test_a_statistic_that_the_loss_does_not_have_is_named_with_those_that_it_has
 
     features = np.eye(2, dtype=np.float32)
     message = r"Misspelt\.losses looks up 'negativs'; .* are top, negatives, .*, count\."
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(lambda x: contrastive_loss(Misspelt(), x, x, x[0, 0]), features)
+
+
+def test_a_maximum_that_the_loss_does_not_have_is_named_with_those_that_it_has() -> None:
+    class Misspelt(SoftmaxConfig):
+        def sums(self, scale, bias):
+            return {"others": ExpSum("topp")}
+
+    features = np.eye(2, dtype=np.float32)
+    message = r"Misspelt\.sums: others is relative to 'topp', which is no maximum; these are top\."
     with pytest.raises(InputError, match=message):
         jax.eval_shape(lambda x: contrastive_loss(Misspelt(), x, x, x[0, 0]), features)
 
