@@ -5,7 +5,7 @@ r"""A scaling ladder for two CPU cores: four-digit numbers, 3 widths × 4 sample
     clip-jax scale fit ladder_digits.csv --metric info_nce --metric-is error --form additive \
       --hold-out 'samples_seen>=98304'
 
-Hardware: two CPU cores, about half an hour (`--dry-run` estimates 0.94 core hours).
+Hardware: two CPU cores, 20 to 30 minutes (`--dry-run` estimates 0.94 core hours).
 Notes: The error is the contrastive loss among 1,024 held-out pairs (`info_nce`), which starts at
 log 1,024 = 6.93. With 10,000 numbers, a batch rarely holds two pairs of the same number.
 The handwriting varies as mildly as in the test set. With the stronger jitter of `digits`, width 32

@@ -255,6 +255,11 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
     return np.array(_crop_of_resized(image, square, Image.Resampling.BICUBIC))
 
 
+def complete(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Fit a complete RGB image of any aspect ratio into a white square."""
+    return np.array(ImageOps.pad(image, (size, size), color="white"))
+
+
 def fitted(pixels: UInt8[np.ndarray, "H W C"], spec: ImageSpec) -> UInt8[np.ndarray, "h w C"]:
     """Resize an image that was drawn for another input, unless it fits (bicubic)."""
     height, width = pixels.shape[:2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.images import center_crop, decode
+from clip_jax.data.images import center_crop, complete, decode
 from clip_jax.display import plain, table
 from clip_jax.evals.catalog import OPENAI_MODELS, ROWS
 from clip_jax.evals.datasets import Data
@@ -116,8 +116,11 @@ def write(directory: AnyPath, outcomes: Outcomes, model: str, tokens: int | None
             write_whole(directory / name / "templates.csv", _csv(("template", "acc1"), rows))
 
 
-def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
-    """Write a classification's `classes.csv` (worst first), `confusion.png` and `errors.png`."""
+def draw(directory: AnyPath, data: Data, outcome: Outcome, *, crop: bool = True) -> None:
+    """Write a classification's `classes.csv` (worst first), `confusion.png` and `errors.png`.
+
+    Images are drawn as the model sees them: the central square of each, or without `crop` all.
+    """
     from matplotlib.figure import Figure
 
     if outcome.logits is None or outcome.labels is None or outcome.indices is None:
@@ -166,7 +169,8 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome) -> None:
     wrong = np.flatnonzero(right == 0)
     wrong = wrong[:: max(-(-len(wrong) // 32), 1)]  # evenly spaced: data sets are sorted by class
     if len(wrong):
-        pictures = [center_crop(decode(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]
+        fit = center_crop if crop else complete
+        pictures = [fit(decode(data.load(int(outcome.indices[i]))[0]), 96) for i in wrong]
         lines = [
             [*with_probabilities(outcome.logits[i], names), f"true: {names[labels[i]]}"]
             for i in wrong

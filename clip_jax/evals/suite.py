@@ -133,7 +133,7 @@ class SuiteEvaluator:
                 tokens = encoder.preprocess.max_patches
                 results.write(output, outcomes, encoder.name, tokens)
                 for outcome in new:
-                    results.draw(output / name, splits.open("test"), outcome)
+                    results.draw(output / name, splits.open("test"), outcome, crop=tokens is None)
             for outcome in new:
                 for metric, value in outcome.values.items():
                     yield f"{name}/{metric}", value

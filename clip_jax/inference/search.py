@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Float32, Int
 from PIL import Image
 
-from clip_jax.data.images import ImageError, center_crop, decode
+from clip_jax.data.images import ImageError, center_crop, complete, decode
 from clip_jax.data.sources import SampleError, StoredSource, digest
 from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.shards import listed
@@ -227,9 +227,13 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
     """Return `key`, cosine `similarity` and `index` in the source of the results, best first."""
     files.check_destination(config.sheet, "--sheet", folder=False)
     searcher = Searcher(load_for(config.embeddings, config.model, config.tokens), config.embeddings)
-    results = searcher.search(config.image or config.text, config.top, config.index)
+    try:
+        results = searcher.search(config.image or config.text, config.top, config.index)
+    except ImageError as error:
+        raise InputError(f"--image {config.image}: {error}. Correct the path.") from error
     if config.sheet:
-        tiles = [center_crop(searcher.picture(x["index"]), TILE) for x in results[:SHEET]]
+        fit = center_crop if searcher.tokens is None else complete  # what the model saw
+        tiles = [fit(searcher.picture(x["index"]), TILE) for x in results[:SHEET]]
         lines = [[f"{x['similarity']:.3f}", x["key"]] for x in results]
         title = config.text or str(config.image)
         contact_sheet(config.sheet, tiles, lines, columns=5, title=title)
@@ -305,6 +309,11 @@ class Searcher:
         if row >= self._manifest.rows:
             return False
         return path_of(self._folder, self._manifest.file_of(row)).name == name
+
+    @property
+    def tokens(self) -> int | None:
+        """Maximum number of patches per image of a NaFlex model; None: fixed resolution."""
+        return self._model.tokens
 
     def search(
         self, query: str | AnyPath, top: int, index: Method = "exact"

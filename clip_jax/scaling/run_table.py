@@ -61,14 +61,15 @@ class RunTable:
     def columns(self) -> list[str]:
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
-    def check(self, *columns: str) -> None:
-        """Raise InputError for a missing column."""
+    def check(self, *columns: str, option: str = "") -> None:
+        """Raise InputError for a missing column, which `option` names, if any."""
         names = self.columns
+        choose = f"Choose one of them with {option}, or map" if option else "Map"
         for column in columns:
             if column not in names:
                 raise InputError(
                     f"the table has no column {column!r}; it has {', '.join(names) or 'no rows'}. "
-                    "Map the names of another program's table with --columns."
+                    f"{choose} the names of another program's table with --columns."
                 )
 
     def select(self, metric: str, where: Sequence[str] = ()) -> "RunTable":
@@ -76,7 +77,8 @@ class RunTable:
 
         Raises InputError for a missing column, or if no row is left.
         """
-        self.check("arch", "samples_seen", "gmacs_per_sample", metric)
+        self.check("arch", "samples_seen", "gmacs_per_sample")
+        self.check(metric, option="--metric")
         meets = zip(self.rows, self.meets(where), strict=True)
         rows = [row for row, is_met in meets if is_met and text(row, metric)]
         if not rows:

@@ -18,6 +18,7 @@ from clip_jax.data.images import (
     ImageError,
     Preprocess,
     center_crop,
+    complete,
     decode,
     read_ahead,
     read_crops,
@@ -466,3 +467,13 @@ def test_batches_are_read_ahead_in_their_order(monkeypatch):
     assert next(results) == [0, 2, 4]
     assert begun == [0, 3]
     assert list(results) == [[6, 8, 10], [12, 14, 16], [18, 20, 22]]
+
+
+def test_a_complete_image_is_in_the_middle_of_a_white_square():
+    tall = Image.new("RGB", (20, 80), "red")
+    tall.paste("blue", (0, 0, 20, 20))
+    square = complete(tall, 40)
+    assert square.shape == (40, 40, 3)
+    assert {tuple(square[20, x]) for x in (0, 14, 25, 39)} == {(255, 255, 255)}
+    assert tuple(square[2, 20]) == (0, 0, 255)
+    assert tuple(square[37, 20]) == (255, 0, 0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from clip_jax.display import plain
 from clip_jax.evals import results
@@ -139,3 +140,27 @@ def test_errors_are_spread_over_the_classes_with_what_they_were_taken_for(drawn)
     for i, (first, *_, last) in zip(wrong, lines, strict=True):
         assert first.rpartition("  ")[0] == NAMES[(labels[i] + 1) % 30]
         assert last == f"true: {NAMES[labels[i]]}"
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_errors_of_a_naflex_model_are_drawn_with_complete_images(crop, tmp_path):
+    stripes = np.zeros((60, 20, 3), np.uint8)
+    stripes[20:40] = 200  # the middle square
+    data = Labelled(2, lambda i: (Image.fromarray(stripes), 0), ["a", "b"], ["{c}"], [])
+    outcome = Outcome(
+        "zero_shot",
+        {},
+        names=["a", "b"],
+        logits=np.eye(2)[[1, 1]],
+        labels=np.zeros(2, int),
+        indices=np.arange(2),
+    )
+    with (
+        mock.patch.object(results, "save", autospec=True),
+        mock.patch.object(results, "contact_sheet", autospec=True) as sheet,
+        mock.patch.object(results, "decode", autospec=True, side_effect=lambda x: x),
+    ):
+        results.draw(tmp_path, data, outcome, crop=crop)
+    image = sheet.call_args.args[1][0]
+    black = (image[:, image.shape[1] // 2] < 50).all(axis=1).mean()
+    assert black == (0 if crop else pytest.approx(2 / 3, abs=0.1))
