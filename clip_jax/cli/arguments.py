@@ -30,7 +30,37 @@ _ELSEWHERE = (
     ("workers", "--data.workers"),
     ("model", "a config file with another model, or --model.vision.depth and the like"),
     ("pretrained", "--init-from"),
-    ("output-dir logs", "--workdir"),
+    ("pretrained-image", "--init-from, with --init-towers image"),
+    ("resume", "the same command again: a run resumes by itself"),
+    ("output-dir logs name remote-sync", "--workdir"),
+    (
+        "dataset-type train-num-samples",
+        "nothing: the path tells the format, and shards are counted",
+    ),
+    ("csv-img-key", "--data.source.image-column"),
+    ("csv-caption-key", "--data.source.caption-column"),
+    ("aug-cfg", "--data.crop-scale and --data.augment"),
+    ("lock-image", "--optim.locked image"),
+    ("lock-text", "--optim.locked text"),
+    ("grad-checkpointing", "--model.remat hidden, or residual, attention, full"),
+    ("precision", "--model.dtype bfloat16 or float32"),
+    ("opt", "optimizer of OptimConfig in a config file"),
+    ("lr-scheduler", "schedule of OptimConfig in a config file"),
+    ("beta1", "--optim.b1"),
+    ("beta2", "--optim.b2"),
+    ("eps", "--optim.eps"),
+    ("grad-clip-norm", "--optim.clip-norm"),
+    ("force-patch-dropout", "--model.vision.patch-dropout"),
+    ("force-image-size", "--model.vision.image-size"),
+    ("force-context-length", "--model.text.context-length"),
+    ("siglip", "objective=(SigmoidConfig(),) in a config file"),
+    ("local-loss gather-with-grad", "nothing: the loss is always that of the global batch"),
+    ("distill-model distill-pretrained", "DistillationConfig in a config file"),
+    ("save-frequency", "--checkpoint.every-steps"),
+    ("delete-previous-checkpoint", "--checkpoint.keep"),
+    ("imagenet-val val-data zeroshot-frequency val-frequency", "evals in a config file"),
+    ("log-every-n-steps", "--report-every"),
+    ("report-to wandb-project-name", "--wandb-project"),
     (
         "evals no-evals",
         "evals=() in a config file, or --evals.0.every-steps above --steps for the last step only",
@@ -314,14 +344,19 @@ def _laid_out(text: str, names: Sequence[str], verb: str, takes_json: bool, conf
 
 
 def _check_elsewhere(args: Sequence[str], options: Collection[str]) -> None:
-    """Raise InputError for a flag of another tool, naming the one to use.
+    """Raise InputError for flags of other tools, naming for each what to use.
 
     `options` are those of the command that a training run lacks.
     """
-    for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-        for names, instead in _ELSEWHERE:
-            if flag[2:] not in options and flag[2:].replace("_", "-") in names.split():
-                raise InputError(f"there is no option {flag}; use {instead}.")
+    counterparts = {name: instead for names, instead in _ELSEWHERE for name in names.split()}
+    flags = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    foreign = [
+        f"there is no option {flag}; use {instead}."
+        for flag in dict.fromkeys(flags)
+        if flag[2:] not in options and (instead := counterparts.get(flag[2:].replace("_", "-")))
+    ]
+    if foreign:
+        raise InputError("\n".join(foreign))
 
 
 def _is_ours(error: BaseException) -> bool:

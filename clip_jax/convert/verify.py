@@ -136,7 +136,7 @@ class Verifications:
         lines += [
             f"{'rounding loss':<24} {x.rounding_loss:.2g} ({x.reference} loads the {x.model})"
             for x in self.made
-            if x.rounding_loss is not None
+            if x.rounding_loss
         ]
         lines += [f"{'not compared':<24} {note}" for note in self.not_compared]
         for x in self.made:

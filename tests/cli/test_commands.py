@@ -77,6 +77,17 @@ def test_wrong_use_is_one_message_and_exit_code_2(command, says, capsys, monkeyp
     assert (tmp_path / "file").read_text() == "as it was\nx\n"
 
 
+def test_all_flags_of_open_clip_in_a_command_are_translated_at_once(capsys):
+    command = "train configs/digits.py --lock-image --precision amp --beta2=0.98 --lr 3 --lr 4"
+    assert main(command.split()) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "clip-jax: there is no option --lock-image; use --optim.locked image.",
+        "there is no option --precision; use --model.dtype bfloat16 or float32.",
+        "there is no option --beta2; use --optim.b2.",
+        "there is no option --lr; use --optim.learning-rate.",
+    ]
+
+
 @pytest.mark.parametrize(("end", "code"), [(Diverged("why"), 1), (Preempted("why"), 3)])
 def test_what_ended_a_run_is_its_exit_code(end, code, capsys, monkeypatch, tmp_path):
     with (
