@@ -131,11 +131,15 @@ class RunTable:
     def size_of(self, model: str) -> float:
         """Return the forward GMACs of a model of the table or else of the zoo.
 
-        Raises InputError if models of different sizes have this name.
+        Raises InputError if there is none, or if models of different sizes have this name.
         """
         rows = RunTable([row for row in self.rows if row["arch"] == model])
         if not rows.rows:
-            return gmacs(zoo.get(model))
+            try:
+                return gmacs(zoo.get(model))
+            except InputError as error:
+                names = ", ".join(sorted({str(row["arch"]) for row in self.rows}))
+                raise InputError(f"the table has {names}, and {error}") from error
         sizes = rows.numbers("gmacs_per_sample")
         if sizes.max() > 1.02 * sizes.min():
             raise InputError(

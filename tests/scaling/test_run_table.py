@@ -91,6 +91,8 @@ def test_a_model_of_several_sizes_has_no_size():
     near = rows_of("gmacs_per_sample", "3", "3.01")
     assert near.size_of("a") == 3.01
     assert near.size_of("ViT-B-32") == pytest.approx(7.4, rel=0.01)
+    with pytest.raises(InputError, match=r"the table has a, and no architecture 'w64'"):
+        near.size_of("w64")
     with pytest.raises(InputError, match=r"models of 3 to 30 GMACs are all named a; correct"):
         rows_of("gmacs_per_sample", "3", "30").size_of("a")
 
