@@ -13,6 +13,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 
 from clip_jax import bench
 from clip_jax.cli import commands
+from clip_jax.cli.completion import CompletionConfig
 from clip_jax.config import Config
 from clip_jax.convert.conversion import ConvertConfig
 from clip_jax.data.digits import DigitsConfig
@@ -40,6 +41,7 @@ COMMANDS = (
     run_table.CollectConfig, fit.FitCommand, climb.LadderCommand, ladder.LadderConfig,
     html_report.ReportConfig, bench.InputBench, bench.StepBench, ExportConfig, ServeConfig,
     average.AverageConfig, SampleDataConfig, ScalePlanConfig, ChooseConfig, RelateConfig,
+    CompletionConfig,
 )  # fmt: skip
 GIVEN = {  # where there is no default, or none that can stand alone
     "PredictConfig.labels": ("cat",),
