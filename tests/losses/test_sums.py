@@ -47,7 +47,7 @@ def test_a_maximum_that_the_loss_does_not_have_is_named_with_those_that_it_has()
 
 
 def test_an_axis_that_the_mesh_lacks_is_named_with_those_that_it_has() -> None:
-    mesh, features = make_mesh(MeshConfig(), jax.devices()[:1]), np.eye(2)
+    mesh, features = make_mesh(MeshConfig(), jax.devices()[:1]), jnp.eye(2)
     with pytest.raises(InputError, match=r"no axis 'dta'; its axes are data, fsdp, tensor\."):
         contrastive_loss(
             SoftmaxConfig(), features, features, features[0, 0], mesh=mesh, axes=("dta",)

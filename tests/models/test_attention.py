@@ -133,7 +133,7 @@ def test_weights_are_those_of_the_backends(lengths):
     qkv = np.random.default_rng(0).standard_normal((2, 5, 3, 2, 5), np.float32)
     qkv[:, :, 2] = np.eye(5)[:, None]
     lengths = None if lengths is None else jnp.array(lengths)
-    q, k, _ = attention.split_heads(qkv, 2)
+    q, k, _ = attention.split_heads(jnp.asarray(qkv), 2)
     expected = attention.xla(jnp.asarray(qkv), 2, False, lengths).mean(2)
     found = attention.weights(q, k, lengths)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
