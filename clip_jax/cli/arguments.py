@@ -337,10 +337,14 @@ def _laid_out(text: str, names: Sequence[str], verb: str, takes_json: bool, conf
     blocks = re.findall(r"^  (--([a-z][\w.-]*).*\n(?: {6}.*\n)*)", text + "\n", re.M)
     options = {name: block.rstrip() for block, name in blocks}
     shown = [f"  {options[name]}" for name in names if name in options] + rows[1:]
-    return "\n".join([
-        f"{head}most used options:", *shown, "",
-        f"All {len(options) + takes_json} options: clip-jax {verb} --help-all",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"{head}most used options:",
+            *shown,
+            "",
+            f"All {len(options) + takes_json} options: clip-jax {verb} --help-all",
+        ]
+    )
 
 
 def _check_elsewhere(args: Sequence[str], options: Collection[str]) -> None:
