@@ -22,7 +22,8 @@ _QUANTILES = (0.05, 0.5, 0.95)
 class Statistics:
     """Counts the kept and the dropped pairs of a shard."""
 
-    def __init__(self) -> None:
+    def __init__(self, list_dropped: bool = False) -> None:
+        self._dropped: list[tuple[str, str]] | None = [] if list_dropped else None
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
         self._values: dict[str, list[float]] = {name: [] for name in _EDGES}
@@ -46,6 +47,8 @@ class Statistics:
         reason = str(error).partition(":")[0]
         self._counts[reason] += 1
         self._examples.setdefault(reason, f"{key}: {error}")
+        if self._dropped is not None:
+            self._dropped.append((key, str(error)))
 
     def match(self, matches: Sequence[tuple[str, int, int]]) -> None:
         """Count a pair that is dropped as a near-duplicate of images of evaluation sets."""
@@ -55,8 +58,8 @@ class Statistics:
             of_set["images"] += [image for other, image, _ in matches if other == name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return counts and an example by reason, histograms, extremes, and as `found` the matched
-        images of evaluation sets."""
+        """Return counts and an example by reason, histograms, extremes, as `found` the matched
+        images of evaluation sets, and if they are listed, all dropped pairs."""
         histograms = {}
         extremes = {}
         for name, edges in _EDGES.items():
@@ -71,6 +74,7 @@ class Statistics:
             "found": self._matches,
             "histograms": histograms,
             "extremes": extremes,
+            **({} if self._dropped is None else {"dropped": self._dropped}),
         }
 
 

@@ -39,6 +39,7 @@ class PrepareConfig(FilterConfig):
     worker: str = "1/1"  # This worker's number and the number of all workers: 1/4 to 4/4.
     shuffle: bool = False  # Shuffle all pairs, by a hash of key and seed; else keep their order.
     seed: int = 0  # Random seed of the shuffle, of synthetic captions and of augmentations.
+    list_dropped: bool = False  # Also write dropped.csv: the key and the reason of dropped pairs.
     # Format of the shards. "tar": WebDataset in the layout of Apple's reinforced data sets, with
     # float16 embeddings; of several captions, only the first is written.
     shards: Literal["array_record", "tar"] = "array_record"

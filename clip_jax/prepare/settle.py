@@ -2,7 +2,7 @@
 sample, and nine more to keep the share with the best scores."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -33,6 +33,7 @@ class Dropped:
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    samples: Iterable[tuple[str, str]] = ()  # keys and reasons, if they are to be listed
     near: tuple[int, int] | None = None  # indices of the first near-duplicate and of its original
 
 
@@ -113,6 +114,33 @@ def describe(dropped: Dropped, verdicts: UInt8[np.ndarray, " N"], source: Stored
             example += f" of {source.key(dropped.near[1])}"
         dropped.examples[reason] = example
     return dropped
+
+
+def listed(
+    layout: Layout, config: PrepareConfig, verdicts: UInt8[np.ndarray, " N"], source: StoredSource
+) -> Iterator[tuple[str, str]]:
+    """Yield the key of each sample dropped in comparison with others, with the reason."""
+    originals = {
+        DUPLICATE: _originals(layout, "same", layout.join_buckets if config.drop_duplicates else 0),
+        NEAR: _originals(
+            layout, "alike", near.BANDS * layout.join_buckets if config.drop_near_duplicates else 0
+        ),
+    }
+    for index in np.flatnonzero(np.isin(verdicts, list(REASONS))).tolist():
+        verdict = int(verdicts[index])
+        reason = REASONS[verdict]
+        if verdict in originals:
+            reason += f" of {source.key(originals[verdict][index])}"
+        yield source.key(index), reason
+
+
+def _originals(layout: Layout, kind: str, count: int) -> dict[int, int]:
+    """Return the first of the samples that each duplicate repeats, by their indices."""
+    first: dict[int, int] = {}
+    for data in _ahead([layout.joined(kind, bucket) for bucket in range(count)]):
+        for index, of in np.frombuffer(data, REPEATED).tolist():
+            first[index] = min(of, first.get(index, of))
+    return first
 
 
 def _scored(

@@ -90,7 +90,7 @@ def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -
 
     That is the pairs, in the order in which they will be read, and the keys that compare them.
     """
-    statistics = Statistics()
+    statistics = Statistics(config.list_dropped)
     rows = []
     same = []
     alike = []
@@ -121,7 +121,7 @@ def read(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -
 
 def copy(config: PrepareConfig, layout: Layout, number: int, counted: Counted) -> str:
     """Read samples and write those that pass as a shard, where no pair depends on another."""
-    statistics = Statistics()
+    statistics = Statistics(config.list_dropped)
     shard = layout.shard(number, layout.reads)
     files.remove_partial(shard)  # of a run that was killed
 

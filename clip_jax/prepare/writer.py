@@ -7,6 +7,7 @@ copies those that pass. Otherwise samples are read once into the folder `work`, 
 there, and gathered into shards.
 """
 
+import csv
 import dataclasses
 import functools
 import io
@@ -143,7 +144,10 @@ class _Work:
             if any(shard not in complete for shard in of_group):
                 tasks.append((group, group.pairs))
         self._does.run("write", write, tasks, model=config.has_models)
-        return settle.describe(dropped, verdicts, stages.opened(config, layout)[0]), shards
+        source = stages.opened(config, layout)[0]
+        if config.list_dropped:
+            dropped.samples = settle.listed(layout, config, verdicts, source)
+        return settle.describe(dropped, verdicts, source), shards
 
     def hash_evaluation_sets(self) -> None:
         """Hash the images of all evaluation sets, with which each pair is compared."""
@@ -299,6 +303,19 @@ def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource
         files.write_whole(path, json.dumps(settings, indent=1))
 
 
+def _list(path: AnyPath, statistics: Sequence[dict[str, Any]], dropped: settle.Dropped) -> None:
+    """Write the key and the reason of all dropped samples."""
+    with (
+        files.written_whole(path) as partial,
+        partial.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("key", "reason"))
+        for of_task in statistics:
+            writer.writerows(of_task.get("dropped", ()))
+        writer.writerows(dropped.samples)
+
+
 def _report(
     config: PrepareConfig, layout: Layout, dropped: settle.Dropped, shards: Sequence[AnyPath]
 ) -> dict[str, Any]:
@@ -321,6 +338,8 @@ def _report(
         "models": reinforce.describe_models(config),
     }
     files.write_whole(folder / "report.json", json.dumps(result, indent=1))
+    if config.list_dropped:
+        _list(folder / "dropped.csv", statistics, dropped)
     if len(done) == len(shards):
         files.write_whole(folder / _WHOLE, "")
         epath.Path(layout.work).rmtree(missing_ok=True)

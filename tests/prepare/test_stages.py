@@ -1,5 +1,6 @@
 """Duplicates, scores, a shuffle: all pairs joined, the same shards however the work is shared."""
 
+import csv
 import hashlib
 import json
 from unittest import mock
@@ -66,6 +67,21 @@ def test_pairs_are_deduplicated_and_shuffled_by_their_keys(format, pairs, tmp_pa
     assert report["shards"] == {"written": 3, "of": 3}
     assert not (out / "work").exists()
     assert "4  near duplicate" in describe(report)
+
+
+def test_dropped_pairs_are_listed_with_the_reason(source, tmp_path):
+    report = prepare(joined(source, tmp_path / "a", list_dropped=True))
+    with (tmp_path / "a/dropped.csv").open(newline="") as file:
+        rows = [(row["key"].rpartition(":")[2], row["reason"]) for row in csv.DictReader(file)]
+    assert len(rows) == NUMBER - report["counts"]["kept"]
+    assert rows[0][1].startswith("not an image")
+    originals = [(int(key), int(reason.rpartition(":")[2])) for key, reason in rows[1:]]
+    assert originals == [(21, 3), (22, 20), (23, 3), (24, 5), (25, 6), (26, 7), (27, 8)]
+    copy = PrepareConfig(
+        source=source, destination=tmp_path / "b", max_caption=6, list_dropped=True
+    )
+    prepare(copy)
+    assert ":10,caption length: 7 characters" in (tmp_path / "b/dropped.csv").read_text()
 
 
 def test_the_shards_do_not_depend_on_how_the_work_is_shared(source, tmp_path):
