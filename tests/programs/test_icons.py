@@ -1,0 +1,97 @@
+"""The study on icons in miniature: its scripts on a few hundred icons, with two sizes of models."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+STUDY = ROOT / "studies/icons"
+GOLDEN = ROOT / "tests/golden"
+SMALL = (
+    *("--steps", "4", "--batch-size", "32", "--optim.warmup-steps", "2", "--report-every", "2"),
+    *("--evals.2.pairs", "64", "--evals.2.pool", "64"),
+    *("--evals.3.pairs", "64", "--evals.3.pool", "64"),
+)
+
+
+def run(*command: object, folder: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def prepare(folder: Path) -> None:
+    archive = ("--archive", GOLDEN / "icons.tgz", "--sets", GOLDEN / "icon_sets.csv")
+    run(STUDY / "prepare.py", "icons", *archive, folder=folder)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    prepare(folder)
+    return folder
+
+
+def test_every_icon_is_kept_or_dropped_for_a_reason(prepared):
+    counts = Counter[str]()
+    for row in table(prepared / "icons/counts.csv"):
+        counts[row["stage"]] += int(row["icons"])
+    read = counts.pop("read")
+    assert read == counts.total()
+    assert counts["licence"] == 1
+    assert counts["hidden"] == 15
+    assert counts["brand"] == 2  # a set, and a name in another set
+    assert min(counts[stage] for stage in ("equal drawing", "near duplicate", "in test")) > 0
+    assert counts["kept"] > 0.8 * read
+
+
+def test_captions_have_the_names_and_aliases_without_words_of_style(prepared):
+    captions = {}
+    for path in (prepared / "icons/drawn").glob("*/*.tar"):
+        with tarfile.open(path) as tar:
+            for name in tar.getnames():
+                if name.endswith(".json"):
+                    captions[name] = json.load(tar.extractfile(name))["caption"]
+    of_bank = ["bank", "bank icon", "an icon of bank", "a pictogram of bank"]
+    assert captions["osmic/bank-14.json"] == of_bank
+    assert captions["pinhead/tall-gate.json"][::4] == ["tall gate", "gate tall"]
+
+
+def test_the_same_archive_gives_the_same_bytes(prepared, tmp_path):
+    prepare(tmp_path)
+    assert table(tmp_path / "icons/digests.csv") == table(prepared / "icons/digests.csv")
+
+
+@pytest.mark.parametrize("width", [48, 192])
+def test_the_fixed_setting_trains_and_is_measured_on_held_out_sets(prepared, width):
+    run_folder = f"runs/{width}"
+    size = ("--model.vision.width", width)
+    train = ("-m", "clip_jax", "train", STUDY / "base.py", "--workdir", run_folder, *size, *SMALL)
+    run(*train, folder=prepared)
+    result = json.loads((prepared / run_folder / "result.json").read_text())
+    measured = {"val/acc1", "classes/acc1", "classes/acc5", "validation/info_nce"}
+    assert result.keys() >= measured | {"test/text_retrieval_recall@1"}
+    output = run(STUDY / "accuracy.py", run_folder, "--output", "sets.csv", folder=prepared)
+    assert f"top-1: {result['classes/acc1']:.1%} (" in output
+    assert {row["set"] for row in table(prepared / "sets.csv")} == {"temaki"}
