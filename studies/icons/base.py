@@ -31,7 +31,7 @@ AT_THE_END = 1_000_000  # steps between evaluations; the last step is always eva
 
 def get_config() -> Config:
     return Config(
-        steps=640,
+        steps=500,
         batch_size=256,
         model=CLIPConfig(
             embed_dim=128,
@@ -42,14 +42,14 @@ def get_config() -> Config:
         data=DataConfig(source=PathConfig(path="icons/train"), crop_scale=(0.8, 1.0), threads=2),
         objective=(SoftmaxConfig(mask_same_caption=True),),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.1),
-        checkpoint=CheckpointConfig(every_steps=320),
+        checkpoint=CheckpointConfig(every_steps=250),
         evals=(
-            zero_shot("folder:icons/classes/val", every_steps=320),
+            zero_shot("folder:icons/classes/val", every_steps=250),
             zero_shot("folder:icons/classes"),
             pairs("validation", pairs=1_024),
             pairs("test", pairs=2_048),
         ),
-        report_every=40,
+        report_every=50,
     )
 
 

@@ -28,6 +28,7 @@ import icon_sets
 from icon_sets import SPLITS, Icon
 
 PACKAGE = "@iconify/json@2.2.535"
+SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
 PER_TAR = 5_000
 # Differing bits of near-duplicates. At more than 12, icons with other meanings are among them.
 NEAR = "8"
@@ -68,6 +69,9 @@ def download(folder: Path) -> Path:
     archive = folder / "iconify-json-2.2.535.tgz"
     if not archive.exists():
         subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True)
+    with archive.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
+            raise SystemExit(f"{archive} is not {PACKAGE}; delete it, and run the command again")
     return archive
 
 
@@ -91,6 +95,8 @@ def draw_all(icons: list[Icon], folder: Path, size: int, pool: ProcessPoolExecut
     keys: set[str] = set()
     tars = pool.map(partial(draw_tar, size), *zip(*tasks, strict=True))
     for (part, path, inverted), drawn in zip(tasks, tars, strict=True):
+        if not {icon.key for icon in part}.issuperset(drawn):
+            raise SystemExit(f"{path} has other icons; delete {folder}, or choose another output")
         print(f"{path}: {len(drawn)} of {len(part)} icons", flush=True)
         keys.update(() if inverted else drawn)
     return keys
