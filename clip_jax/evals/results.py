@@ -117,7 +117,8 @@ def write(directory: AnyPath, outcomes: Outcomes, model: str, tokens: int | None
 
 
 def draw(directory: AnyPath, data: Data, outcome: Outcome, *, crop: bool = True) -> None:
-    """Write a classification's `classes.csv` (worst first), `confusion.png` and `errors.png`.
+    """Write a classification's `images.csv`, `classes.csv` (worst first), and its pictures
+    `confusion.png` and `errors.png`.
 
     Images are drawn as the model sees them: the central square of each, or without `crop` all.
     """
@@ -127,7 +128,15 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome, *, crop: bool = True)
         return
     names, labels, predicted = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
     present, drawn = np.unique(labels), [plain(name) for name in names]
-    right = standing(outcome.logits, labels).within(1)
+    stands = standing(outcome.logits, labels)
+    right = stands.within(1)
+    by_image = [
+        (data.key(int(outcome.indices[i])), names[labels[i]], names[predicted[i]], *hits)
+        for i, hits in enumerate(zip(right, stands.within(5), strict=True))
+    ]
+    header = ("image", "class", "predicted", "acc1", "acc5")
+    write_whole(directory / "images.csv", _csv(header, by_image))
+
     accuracy = np.array([right[labels == c].mean() for c in present])
     order = np.argsort(accuracy, kind="stable")
 

@@ -46,6 +46,16 @@ def test_classes_are_listed_by_their_accuracy_the_worst_first(drawn):
     assert [float(row["acc1"]) for row in rows] == [x / 4 for x in range(5) for _ in range(6)]
 
 
+def test_every_image_is_listed_with_the_class_that_was_predicted(drawn):
+    rows = list(csv.DictReader((drawn[0] / "images.csv").read_text().splitlines()))
+    assert [row["image"] for row in rows] == [f"image {i}" for i in range(0, 240, 2)]
+    assert [row["class"] for row in rows] == [NAMES[i // 4] for i in range(120)]
+    for row in rows:
+        assert float(row["acc1"]) == (row["class"] == row["predicted"])
+    assert sum(float(row["acc1"]) for row in rows) == 60
+    assert float(rows[4]["acc5"]) > 0  # one of 29 equal classes, after the one predicted
+
+
 @given(
     values=st.dictionaries(st.sampled_from([*results.COLUMNS, "a", "lp_acc1", "z"]), st.floats())
 )
