@@ -1,74 +1,47 @@
-"""Measure zero-shot accuracy on class folders, with 95% intervals over icon sets.
+"""Print zero-shot accuracy with 95% intervals, from the `images.csv` of runs or evaluations.
 
-    python studies/icons/accuracy.py runs/icons --output results/accuracy.csv
+    python studies/icons/accuracy.py runs/icons/evals/classes/images.csv
 
-An interval is that of a bootstrap over sets, not over icons: icons of one set are alike. With two
-models, the interval of their difference is printed, too, on the same sets.
+An interval is that of a bootstrap over icon sets, not over icons: icons of one set are alike. With
+several files, the differences from the first one follow, on the same sets.
 """
 
-import argparse
 import csv
+import sys
 from pathlib import Path
 
-import captions
 import numpy as np
 
-import clip_jax
-
 DRAWS = 10_000
+METRICS = ("acc1", "acc5")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", help="Runs, or folders of weights.")
-    parser.add_argument("--images", type=Path, default=Path("icons/classes/test"))
-    parser.add_argument("--output", type=Path, help="CSV file for the counts of each set.")
-    options = parser.parse_args()
-    files = sorted(options.images.glob("*/*.png"))
-    sets, set_of = np.unique([file.stem for file in files], return_inverse=True)
-    right = {}
-    table = []
-    for path in options.models:
-        right[path] = classify(clip_jax.load(path), files, options.images)
-        for name, hits in right[path].items():
-            print(f"{path} {name}: {interval(hits, set_of)}")
-            for number, of_set in enumerate(sets):
-                inside = hits[set_of == number]
-                row = {"model": path, "set": of_set, "metric": name}
-                table.append(row | {"right": int(inside.sum()), "icons": len(inside)})
-    first, *others = options.models
-    for other in others:
-        for name in right[first]:
-            difference = right[other][name].astype(float) - right[first][name]
-            print(f"{other} minus {first} {name}: {interval(difference, set_of)}")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, table[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+def main(paths: list[str]) -> None:
+    tables = [read(Path(path)) for path in paths]
+    for path, table in zip(paths, tables, strict=True):
+        for metric in METRICS:
+            print(f"{path} {metric}: {interval(*by_set(table, metric))}")
+    first, *others = tables
+    for path, table in zip(paths[1:], others, strict=True):
+        for metric in METRICS:
+            set_of, values = by_set(table, metric)
+            difference = values - by_set(first, metric)[1]
+            print(f"{path} minus {paths[0]} {metric}: {interval(set_of, difference)}")
 
 
-def classify(model: clip_jax.Model, files: list[Path], folder: Path) -> dict[str, np.ndarray]:
-    """Return for each image whether its class is the nearest, and among the nearest five."""
-    classes = sorted(path.name for path in folder.iterdir())
-    names = [name.replace("_", " ") for name in classes]
-    texts = np.mean([embed(model, template, names) for template in captions.TEMPLATES], axis=0)
-    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    images = model.encode_image(model.preprocess(files), normalize=True)
-    similarity = images @ texts.T
-    label = np.array([classes.index(file.parent.name) for file in files])
-    of_label = similarity[np.arange(len(files)), label]
-    rank = (similarity > of_label[:, None]).sum(axis=1)
-    return {"top-1": rank < 1, "top-5": rank < 5}
+def read(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a file, in the order of the images."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return sorted(csv.DictReader(file), key=lambda row: row["image"])
 
 
-def embed(model: clip_jax.Model, template: str, names: list[str]) -> np.ndarray:
-    prompts = [template.replace("{}", name) for name in names]
-    return model.encode_text(model.tokenize(prompts, truncate=True), normalize=True)
+def by_set(table: list[dict[str, str]], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of the set and the value of each image; a file is named after its set."""
+    sets = [Path(row["image"]).stem for row in table]
+    return np.unique(sets, return_inverse=True)[1], np.array([float(row[metric]) for row in table])
 
 
-def interval(values: np.ndarray, set_of: np.ndarray) -> str:
+def interval(set_of: np.ndarray, values: np.ndarray) -> str:
     """Return the mean over all icons and its 95% interval, from sets drawn with replacement."""
     total = np.bincount(set_of, values)
     count = np.bincount(set_of)
@@ -79,4 +52,4 @@ def interval(values: np.ndarray, set_of: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

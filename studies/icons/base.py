@@ -44,8 +44,8 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.1),
         checkpoint=CheckpointConfig(every_steps=250),
         evals=(
-            zero_shot("folder:icons/classes/val", every_steps=250),
             zero_shot("folder:icons/classes"),
+            zero_shot("folder:icons/classes/val", every_steps=250),
             pairs("validation", pairs=1_024),
             pairs("test", pairs=2_048),
         ),

@@ -23,7 +23,7 @@ def main(classes: Path) -> None:
     )
     _, set_of = np.unique([file.stem for file in test], return_inverse=True)
     print(f"{len(train):,} training icons, {len(test):,} test icons of {set_of.max() + 1} sets")
-    print(f"top-1: {interval(is_right, set_of)}")
+    print(f"acc1: {interval(set_of, is_right)}")
 
 
 def unit(files: list[Path]) -> np.ndarray:

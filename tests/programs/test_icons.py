@@ -92,6 +92,7 @@ def test_the_fixed_setting_trains_and_is_measured_on_held_out_sets(prepared, wid
     result = json.loads((prepared / run_folder / "result.json").read_text())
     measured = {"val/acc1", "classes/acc1", "classes/acc5", "validation/info_nce"}
     assert result.keys() >= measured | {"test/text_retrieval_recall@1"}
-    output = run(STUDY / "accuracy.py", run_folder, "--output", "sets.csv", folder=prepared)
-    assert f"top-1: {result['classes/acc1']:.1%} (" in output
-    assert {row["set"] for row in table(prepared / "sets.csv")} == {"temaki"}
+    images = f"{run_folder}/evals/classes/images.csv"
+    output = run(STUDY / "accuracy.py", images, images, folder=prepared)
+    assert f"{images} acc1: {result['classes/acc1']:.1%} (" in output
+    assert f"minus {images} acc5: 0.0% (0.0% to 0.0%)" in output
