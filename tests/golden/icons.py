@@ -1,5 +1,7 @@
 """Write icons.tgz: some icons of four CC0 sets of npm's `@iconify/json`, in its layout.
 
+Three small sets of our own have what these lack: another licence, logos, a copy of a test icon.
+
     python tests/golden/icons.py ICONIFY_JSON.tgz
 """
 
@@ -13,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = {"maki": 110, "osmic": 80, "pinhead": 160, "temaki": 110}
-# Sets of our own that the study leaves out: by their licence, and as logos.
 OWN = {
     "other": {"license": {"spdx": "GPL-3.0-only"}},
     "marks": {"license": {"spdx": "CC0-1.0"}, "category": "Logos"},
+    "shapes": {"license": {"spdx": "CC0-1.0"}},
 }
 SQUARE = {"body": '<path fill="currentColor" d="M2 2h12v12H2z"/>'}
 
@@ -38,6 +40,10 @@ def main(archive: Path) -> None:
         for field in ("info", "chars", "categories", "lastModified"):
             content.pop(field, None)
     files |= {name: {"prefix": name, "icons": {"square": SQUARE}} for name in OWN}
+    original = files["temaki"]["icons"]["airport"]
+    paler = original | {"body": f'<g opacity=".95">{original["body"]}</g>'}
+    size = {field: files["temaki"][field] for field in ("width", "height")}
+    files["shapes"] |= {"icons": {"logo-square": SQUARE, "paler": paler}} | size
     content = {"collections.json": {name: collections[name] for name in COUNTS} | OWN}
     content |= {path(name): file for name, file in files.items()}
     write(content, Path(__file__).with_name("icons.tgz"))
