@@ -117,17 +117,27 @@ def split_folder(path: AnyPath, split: Split) -> AnyPath | None:
     """Return the folder of a split; None if there is none.
 
     A folder either has `train`, `val` and `test`, or is the test split itself. Without `test`, the
-    images in `val` are the test split, as in ImageNet.
+    images in `val` are the test split, as in ImageNet. A folder with images directly in it is a
+    class, whatever its name: trains, for example.
     """
-    train, test = path / "train", path / "test"
-    validation = next((f for n in SPLITS[1:4] if (f := path / n).is_dir()), None)
+    splits = {name: path / name for name in SPLITS if _is_split(path / name)}
+    train, test = splits.get("train"), splits.get("test")
+    validation = next((splits[name] for name in SPLITS[1:4] if name in splits), None)
     if split == "train":
-        return train if train.is_dir() else None
+        return train
     if split == "validation":
-        return validation if test.is_dir() else None
-    if test.is_dir():
+        return validation if test else None
+    if test:
         return test
-    return validation if train.is_dir() else path
+    return validation if train else path
+
+
+def _is_split(folder: AnyPath) -> bool:
+    """Return whether a folder exists and is not a class, with images directly in it."""
+    if not folder.is_dir():
+        return False
+    visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return not any(entry.suffix.lower() in SUFFIXES for entry in visible)
 
 
 def open_folder(path: AnyPath, *, name: str = "") -> Labelled:

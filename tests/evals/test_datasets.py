@@ -99,6 +99,16 @@ def test_splits_lie_in_a_folder_or_are_it(tmp_path):
     assert folders == [tmp_path / "train", tmp_path / "val", tmp_path / "test"]
 
 
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    for name in ("bus", "test", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.PNG").touch()
+    assert split_folder(tmp_path, "test") == tmp_path
+    assert split_folder(tmp_path, "train") is None
+    (tmp_path / "test/1.PNG").rename(tmp_path / "test/._1.PNG")  # as macOS writes it
+    assert split_folder(tmp_path, "test") == tmp_path / "test"
+
+
 @mock.patch.object(datasets, "_PER_NUMBER", 4)
 def test_the_digits_are_a_data_set():
     """Test images are those that a run's evaluator draws."""
