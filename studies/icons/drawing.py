@@ -3,6 +3,7 @@
 import hashlib
 import io
 
+import numpy as np
 import resvg_py
 from icon_sets import Icon
 from PIL import Image
@@ -50,4 +51,5 @@ def png(icon: Icon, size: int, colours: tuple[str, str] = INK) -> bytes | None:
 def _is_plain(image: bytes) -> bool:
     """Return whether all pixels of an image are equal, as those of an icon that only moves."""
     with Image.open(io.BytesIO(image)) as picture:
-        return all(low == high for low, high in picture.convert("RGB").getextrema())
+        pixels = np.asarray(picture.convert("RGB"))
+    return bool((pixels == pixels[0, 0]).all())

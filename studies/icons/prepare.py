@@ -135,22 +135,26 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def prepare_split(output: Path, split: str) -> tuple[set[str], list[dict[str, str | int]]]:
-    """Run `clip-jax prepare`; return the keys of dropped icons, and the counts by reason."""
-    drawn = output / "drawn"
-    sources = {}
+    """Run `clip-jax prepare`; return the keys of dropped icons, and the counts by reason.
+
+    The order of a shuffle follows from keys, which contain the paths of tars. Paths below `output`
+    give the same order wherever it is.
+    """
+    decontaminate = []
     for other in SPLITS[: SPLITS.index(split)]:
-        sources[other] = f"{drawn / other}/*.tar"
-        sources[f"{other} inverted"] = f"{drawn}/inverted/{other}-*.tar"
-    decontaminate = [f"{name}={source}" for name, source in sources.items()]
+        decontaminate += [
+            f"{other}=drawn/{other}/*.tar",
+            f"{other} inverted=drawn/inverted/{other}-*.tar",
+        ]
     command = [
-        *("prepare", f"{drawn / split}/*.tar", output / split, "--caption-column", "caption"),
+        *("clip_jax", "prepare", f"drawn/{split}/*.tar", split, "--caption-column", "caption"),
         *("--drop-duplicates", "--near-distance", NEAR, "--shuffle", "--list-dropped"),
     ]
     if decontaminate:
         command += ["--decontaminate", *decontaminate]
     if split == "train":  # sets of validation and test stay as their designers drew them
         command.append("--drop-near-duplicates")
-    subprocess.run([sys.executable, "-m", "clip_jax", *map(str, command)], check=True)
+    subprocess.run([sys.executable, "-m", *command], cwd=output, check=True)
     with (output / split / "dropped.csv").open(encoding="utf-8", newline="") as file:
         dropped = [(row["key"], row["reason"]) for row in csv.DictReader(file)]
     reasons = Counter(reason.partition(":")[0].partition(" of ")[0] for _, reason in dropped)
