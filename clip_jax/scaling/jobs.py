@@ -1,6 +1,8 @@
 """Run the processes of a queue, a limited number at a time."""
 
 import contextlib
+import itertools
+import os
 import signal
 import subprocess
 from collections.abc import Generator, Mapping
@@ -21,10 +23,12 @@ def run(
 ) -> None:
     """Run the jobs that a queue gives; the failure of one does not affect the others.
 
+    Each gets an equal share of the CPUs, so that threads of one do not interrupt those of another.
     After SIGTERM or SIGINT, sends SIGTERM to the running processes and raises Stopped when they
     have ended. Call it from the main thread, since only that one handles signals.
     """
     running = list[tuple[Job, subprocess.Popen, float]]()
+    shares = _shares(at_a_time)
     terminated = False
     with _listening() as came, contextlib.ExitStack() as locks:
         while running or not (came or queue.is_over()):
@@ -42,6 +46,10 @@ def run(
                         process_group=0,
                         pass_fds=[job.held.fileno()] if job.held else [],
                     )
+                if shares:
+                    job = job._replace(cpus=shares.pop(0))
+                    with contextlib.suppress(ProcessLookupError):  # it has ended already
+                        os.sched_setaffinity(process.pid, job.cpus)
                 running.append((job, process, clock.now()))
                 say(f"{job.name}: started as process {process.pid}")
             lost = queue.lost()
@@ -54,6 +62,7 @@ def run(
                         process.terminate()
                     continue
                 running.remove(entry)
+                shares += [job.cpus] if job.cpus else []
                 failure = _failure(job, process.returncode)
                 if files.is_remote(job.workdir):
                     files.write_whole(job.workdir / job.log.name, job.log.read_bytes())
@@ -71,6 +80,15 @@ def run(
             f"stopped by {signal.Signals(came[0]).name}; running jobs were saved. Run the same "
             "command again to continue."
         )
+
+
+def _shares(count: int) -> list[frozenset[int]]:
+    """Divide this process's CPUs into shares; none for fewer CPUs than shares, or by the system."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if not 1 < count <= len(cpus):
+        return []
+    edges = [len(cpus) * i // count for i in range(count + 1)]
+    return [frozenset(cpus[first:last]) for first, last in itertools.pairwise(edges)]
 
 
 def _failure(job: Job, code: int) -> str | None:

@@ -55,6 +55,7 @@ class Job(NamedTuple):
     after: str = ""  # name of the job that produces its input, if there is one
     is_ready: Callable[[], bool] = lambda: True  # whether its input exists
     held: IO[bytes] | None = None  # the lock, if this process has it
+    cpus: frozenset[int] = frozenset()  # that its process may use; none: all
 
     def lock(self) -> "Job | None":
         """Lock the job on this machine until its process ends; None if another process has it."""

@@ -65,6 +65,7 @@ class Machine(HandClock):
         self._folder, self._programs = folder, dict[str, Process]()
         self.started: list[str] = []
         self.said: list[str] = []
+        self.cpus: list[set[int]] = []  # of each process that has not all
 
     def job(self, name: str, *, done_after: float | None = 1.0, **program: Any) -> Job:
         """A job whose process leaves `done` in its directory, unless `done_after` is None."""
@@ -86,6 +87,10 @@ class Machine(HandClock):
         self.started += args
         return self._programs[args[0]]
 
+    def pin(self, pid: int, cpus: frozenset[int]) -> None:
+        assert pid == Process.pid
+        self.cpus.append({*cpus})
+
     def advance(self, seconds: float) -> None:
         super().advance(seconds)
         for name in self.started:
@@ -100,7 +105,11 @@ class Machine(HandClock):
 @pytest.fixture
 def machine(tmp_path: Path) -> Generator[Machine]:
     made = Machine(tmp_path)
-    with mock.patch.object(subprocess, "Popen", autospec=True, side_effect=made.start):
+    with (
+        mock.patch.object(subprocess, "Popen", autospec=True, side_effect=made.start),
+        mock.patch.object(os, "sched_getaffinity", autospec=True, return_value={0, 1, 2, 5, 6}),
+        mock.patch.object(os, "sched_setaffinity", autospec=True, side_effect=made.pin),
+    ):
         yield made
 
 
@@ -134,6 +143,15 @@ def test_how_long_each_took_and_how_many_are_left_is_said(machine: Machine):
         "b: done after 1.0 min; 0 left",
     ]
     assert set(machine.slept) == {jobs.POLL_SECONDS}
+
+
+def test_jobs_share_the_cpus(machine: Machine):
+    seconds = {"a": 1, "b": 9, "c": 1, "d": 1}
+    machine.run([machine.job(name, seconds=x) for name, x in seconds.items()], 2)
+    assert machine.cpus == [{0, 1}, {2, 5, 6}, {0, 1}, {0, 1}]  # b has the others all the time
+    machine.run([machine.job("alone")])
+    machine.run([machine.job(name) for name in "efghij"], 6)
+    assert len(machine.cpus) == 4
 
 
 def test_a_job_waits_for_what_another_makes_and_does_not_begin_if_that_failed(machine, tmp_path):
