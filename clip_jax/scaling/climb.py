@@ -34,6 +34,8 @@ class LadderCommand:
     # Folder of the run directories and of the queue. None: runs/ and the spec's name.
     root: AnyPath | None = None
     only: str = "*"  # Pattern of the names of points to train, such as 'w32@*' or '*-seed0'.
+    # Patterns of the names of points to leave out, such as those to predict first: 'w64@98K*'.
+    leave_out: tuple[str, ...] = ()
     jobs: int = 1  # Number of points to train at once on this machine. 0: only write configs.
     # Limit of the study's estimated cost: training FLOPs (1e21), or chip-hours of the spec's first
     # hardware (500chip-hours). No point starts that would exceed it. None: no limit.
@@ -58,7 +60,7 @@ def climb(command: LadderCommand, say: Say) -> dict[str, Any]:
     root = command.root or Path("runs") / command.spec.stem
     group = _group(command)
     complete_grid = grid(ladder, root)
-    points = _chosen(complete_grid, command.only)
+    points = _chosen(complete_grid, command.only, command.leave_out)
     done = {point.name for point in points if is_done(point)}
     missing = [point for point in points if point.name not in done]
     afford = _afford(ladder, complete_grid, command.limit)
@@ -125,11 +127,18 @@ def _costs(points: Sequence[Point], ladder: LadderConfig) -> dict[str, Any]:
     }
 
 
-def _chosen(points: Sequence[Point], only: str) -> list[Point]:
+def _chosen(points: Sequence[Point], only: str, leave_out: Sequence[str]) -> list[Point]:
     """Return matching points and their parents, by cost: that of a parent is with its branches."""
     names = {point.name for point in points if fnmatch(point.name, only)}
     if not names:
         raise InputError(f"only={only!r} matches no point; the first is {points[0].name}.")
+    for pattern in leave_out:
+        matching = {point.name for point in points if fnmatch(point.name, pattern)}
+        if not matching:
+            raise InputError(f"leave_out={pattern!r} matches no point, such as {points[0].name}.")
+        names -= matching
+    if not names:
+        raise InputError(f"leave_out={list(leave_out)} leaves out every point; omit a pattern.")
     names |= {point.parent for point in points if point.name in names}
     chosen = [point for point in points if point.name in names]
     work = Counter[str]()

@@ -2,11 +2,10 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from clip_jax import flops
 from clip_jax.checkpoints.resume import branch_point, check_resumable
 from clip_jax.checkpoints.retention import steps_in
 from clip_jax.checkpoints.run_config import read_run_config
@@ -31,11 +30,11 @@ class Point(NamedTuple):
     samples: int  # as in the spec; the run sees complete batches
     config: Config
     workdir: AnyPath
-    parent: str = ""  # name of the run that it branches from
+    parent: str = ""  # name of the run that it branches from, or that has its initial weights
 
     @property
     def samples_seen(self) -> int:
-        return self.config.steps * self.config.batch_size
+        return self.config.samples_after(self.config.steps)
 
     @property
     def first_step(self) -> int:
@@ -45,12 +44,15 @@ class Point(NamedTuple):
     @property
     def training_flops(self) -> int:
         """FLOPs of the run's own steps, without the parent run's."""
-        return flops.of_step(self.config).total * (self.config.steps - self.first_step)
+        of_run = self.config.flops_after
+        return of_run(self.config.steps) - of_run(self.first_step)
 
     def is_ready(self) -> bool:
-        """Return whether the checkpoint from which it starts exists."""
-        if not self.config.branch_from:
+        """Return whether the checkpoint or the weights from which it starts exist."""
+        if not self.parent:
             return True
+        if not self.config.branch_from:
+            return (self.workdir.with_name(self.parent) / "result.json").exists()
         parent, step = branch_point(self.config.branch_from)
         return step in steps_in(files.as_path(parent) / "checkpoints")
 
@@ -60,7 +62,7 @@ def grid(ladder: LadderConfig, root: AnyPath) -> list[Point]:
     base = ladder.base
     sweep = ladder.sweep or SweepConfig()
     lengths = _lengths(ladder, sweep)
-    shortest = min(steps for _, _, steps in lengths)
+    shortest = min((steps for _, _, steps in lengths), default=0)
     objectives = ladder.teachers or {"": base.objective}
     points = []
     for (model, architecture), teacher in itertools.product(ladder.models.items(), objectives):
@@ -84,9 +86,23 @@ def grid(ladder: LadderConfig, root: AnyPath) -> list[Point]:
         if ladder.branches:
             points_of_model = _with_parents(points_of_model, ladder.branches)
         points += points_of_model
+    points += _others(ladder.runs, root)
     counts = Counter(point.name for point in points)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise InputError(f"points would share the names {twice}; samples are too close.")
+    return points
+
+
+def _others(runs: Mapping[str, Config], root: AnyPath) -> list[Point]:
+    """Return the runs that are not of the grid."""
+    points = []
+    for name, config in runs.items():
+        label = name.removesuffix(f"-seed{config.seed}")
+        parent = config.init_from if config.init_from in runs else None
+        if parent:
+            config = replace(config, init_from=str(root / parent))
+        samples = config.samples_after(config.steps)
+        points.append(Point(name, label, samples, config, root / name, parent or ""))
     return points
 
 

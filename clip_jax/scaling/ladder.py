@@ -160,11 +160,15 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LadderConfig:
-    """A grid of runs, models × teachers × samples × seeds, that share a base config."""
+    """A grid of runs, models × teachers × samples × seeds, that share a base config.
+
+    `runs` are others, such as those that differ in one setting each.
+    """
 
     base: Config  # Shared config; points replace its model, steps, seeds and learning rates.
-    models: Mapping[str, CLIPConfig]  # Models, by the name that their points get.
-    samples: tuple[int, ...]  # Numbers of pairs seen, each in one point's complete schedule.
+    # Models, by the name that their points get.
+    models: Mapping[str, CLIPConfig] = field(default_factory=dict)
+    samples: tuple[int, ...] = ()  # Numbers of pairs seen, each in one point's complete schedule.
     # Objectives with teachers, by the name that is added to the model's; "" adds none. Empty: the
     # base's objective. A live teacher needs its `model`, to count its FLOPs.
     teachers: Mapping[str, tuple[TermConfig, ...]] = field(default_factory=dict)
@@ -173,14 +177,18 @@ class LadderConfig:
     rules: RulesConfig = field(default_factory=RulesConfig)
     branches: BranchesConfig | None = None  # Cool-down branches. None: full schedules.
     sweep: SweepConfig | None = None  # Trials per point. None: one, by the rules.
+    # Runs beside the grid, by the name of their directory, trained as they are. `init_from` may be
+    # the name of another one, which is trained before.
+    runs: Mapping[str, Config] = field(default_factory=dict)
     hardware: tuple[HardwareConfig, ...] = ()  # Hardware to estimate hours for, each on its own.
 
     def __post_init__(self) -> None:
         check_ranges(self, samples="[1, inf)", batch_sizes="[2, inf)", seeds="[0, 4294967295]")
         if self.base.double_batch_at or self.base.lengths:
             raise InputError("base.double_batch_at, lengths: points have one batch; remove both.")
-        _check_distinct("models", tuple(self.models))
-        _check_distinct("samples", self.samples)
+        least = 0 if self.runs else 1
+        _check_distinct("models", tuple(self.models), least)
+        _check_distinct("samples", self.samples, least)
         _check_distinct("seeds", self.seeds)
         if self.batch_sizes and len(self.batch_sizes) != len(self.samples):
             raise InputError(

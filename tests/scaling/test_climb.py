@@ -17,6 +17,17 @@ from clip_jax.scaling.ladder import load_ladder
 from tests.conftest import DIGITS, ROOT
 from tests.scaling.conftest import collected, stamps, train_all, write_spec
 
+RUNS = """\
+from dataclasses import replace
+from tests.scaling.conftest import tiny_ladder
+
+def get_ladder():
+    ladder = tiny_ladder(seeds=(0,))
+    first = replace(ladder.base, steps=20, seed=3)
+    runs = {"second-seed3": replace(first, init_from="first-seed3"), "first-seed3": first}
+    return replace(ladder, models={"w16": first.model}, runs=runs)
+"""
+
 
 def test_a_parent_goes_with_its_branches(tmp_path):
     spec = write_spec(tmp_path, "samples=(160, 640), branches=BranchesConfig(), seeds=(0, 1)")
@@ -27,6 +38,7 @@ def test_a_parent_goes_with_its_branches(tmp_path):
 
     runs = {f"w16{kind}-seed{seed}" for kind in ("-parent", "@160") for seed in (0, 1)}
     assert names(only="w16@160-*") == runs
+    assert names(only="w16*", leave_out=("w16@640-*", "*@640-seed1")) == runs
 
 
 def test_the_most_expensive_goes_first_and_a_parent_before_its_branches(tmp_path):
@@ -128,6 +140,19 @@ def test_branches_follow_their_parent(tmp_path):
         share = {"96": 2 / 6, "160": 4 / 10}.get(row["samples_seen"], 1)
         share = share if row["schedule"] == "cool_down" else 1
         assert float(row["flops_spent"]) == pytest.approx(share * float(row["training_flops"]))
+
+
+def test_runs_of_their_own_begin_from_another_once_it_is_done(tmp_path):
+    (tmp_path / "tiny.py").write_text(RUNS)
+    order = []
+    with mock.patch.object(jobs, "run", autospec=True) as ran:
+        ran.side_effect = lambda *how: order.extend(train_all(*how))
+        climb(LadderCommand(spec=tmp_path / "tiny.py", root=tmp_path / "root"), print)
+    assert order == ["first-seed3", "second-seed3", "w16@160-seed0"]
+    rows = {Path(row["source"]).name: row for row in collected(tmp_path)}
+    assert rows["first-seed3"]["samples_seen"] == rows["second-seed3"]["samples_seen"] == "320"
+    second = load_config(tmp_path / "root/second-seed3/config.json")
+    assert second.init_from == str(tmp_path / "root/first-seed3")
 
 
 def test_configs_alone_are_written_and_are_ordinary_runs(tmp_path):
