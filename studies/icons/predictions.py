@@ -1,0 +1,112 @@
+"""Predict the two dearest points of the ladder from the others, and compare with measurements.
+
+    python studies/icons/predictions.py predict studies/icons/results
+    python studies/icons/predictions.py compare studies/icons/results
+
+`predict` reads ladder_small.csv, which `scale collect` has written before the two points are
+trained, and writes ladder_predictions.csv. `compare` reads that file and ladder.csv, and writes
+ladder_measured.csv and ladder_measured.md.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ladder import WIDTHS, get_ladder
+
+METRICS = ("test/info_nce", "validation/info_nce", "classes/acc1", "val/acc1")
+LAST = 2  # numbers of pairs of the largest model that are predicted
+
+
+def main(what: str, results: Path) -> None:
+    if what == "predict":
+        write(results / "ladder_predictions.csv", predictions(results / "ladder_small.csv"))
+        return
+    rows = [measured(row, read(results / "ladder.csv")) for row in read_predictions(results)]
+    write(results / "ladder_measured.csv", rows)
+    table = markdown(rows)
+    (results / "ladder_measured.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def predictions(path: Path) -> list[dict[str, Any]]:
+    """Return the prediction of `scale fit` for each metric of each of the two points."""
+    model = next(row["arch"] for row in read(path) if int(row["width"]) == max(WIDTHS))
+    points = {f"{model}@{pairs}": pairs for pairs in sorted(get_ladder().samples)[-LAST:]}
+    trained = {row["samples_seen"] for row in read(path) if row["arch"] == model}
+    if known := trained & {str(pairs) for pairs in points.values()}:
+        raise SystemExit(f"{path} has runs of {model} with {', '.join(known)} pairs.")
+    first, *others = METRICS
+    fit = ("-m", "clip_jax", "scale", "fit", str(path), "--json", "--form", "additive")
+    command = (*fit, "--metric", first, "--also", *others, "--predict", *points)
+    result = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, check=True)
+    fits = json.loads(result.stdout)
+    rows = []
+    for law in (fits, *fits["also"]):
+        for name, answer in law["predictions"].items():
+            kind = "score" if "score" in answer else "error"
+            low, high = answer.get(f"{kind}_interval", ("", ""))
+            predicted = {"predicted": answer[kind], "low": low, "high": high}
+            point = {"width": max(WIDTHS), "pairs": points[name], "metric": law["metric"]}
+            rows.append(point | predicted)
+    return rows
+
+
+def measured(row: dict[str, str], table: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """Add what the runs of a point measured: the mean, each seed, and whether they are inside."""
+    runs = [x for x in table if (x["width"], x["samples_seen"]) == (row["width"], row["pairs"])]
+    values = [float(run[row["metric"]]) for run in sorted(runs, key=lambda run: run["seed"])]
+    inside = ""
+    if row["low"]:
+        inside = sum(float(row["low"]) <= value <= float(row["high"]) for value in values)
+    seeds = {f"seed {i}": value for i, value in enumerate(values)}
+    return row | {"measured": float(np.mean(values)), **seeds, "inside": inside}
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| pairs | metric | predicted (95% of a run) | measured, mean | seeds inside |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        style = ".1%" if "acc" in row["metric"] else ".3f"
+        predicted = "not determined"
+        if row["predicted"]:
+            value, low, high = (float(row[x]) for x in ("predicted", "low", "high"))
+            predicted = f"{value:{style}} ({low:{style}} to {high:{style}})"
+        count = sum(name.startswith("seed ") for name in row)
+        cells = (
+            f"{int(row['pairs']):,}",
+            f"`{row['metric']}`",
+            predicted,
+            f"{row['measured']:{style}}",
+            f"{row['inside']} of {count}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def read_predictions(results: Path) -> list[dict[str, str]]:
+    return read(results / "ladder_predictions.csv")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,192 @@
+"""What helps: runs that differ from base.py in one setting each, at equal training FLOPs.
+
+    clip-jax scale ladder studies/icons/variants.py --jobs 2
+    python studies/icons/what_helps.py runs/variants studies/icons/results
+
+Hardware: two CPU cores, three to four hours; each run has one core. The same command resumes.
+Recipe: base.py; three seeds. A variant whose step costs fewer FLOPs takes more steps: as many as
+the FLOPs of a run of base.py pay for, by `Config.flops_after`.
+Notes: With `ICONS_TEACHER=RUN`, a run or a model folder, there is also `distilled`. The teacher's
+forward passes are counted, its own training is not. The FLOPs of an optimizer's update are not
+counted; Muon's cost more time than AdamW's.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+import clip_jax
+from clip_jax.config import Config
+from clip_jax.config_files import load_config
+from clip_jax.data.sources import SourceConfig, StoredSource
+from clip_jax.data.sources.any import PathConfig
+from clip_jax.losses import (
+    CaptionConfig,
+    DistillationConfig,
+    LiveTeacher,
+    SigmoidConfig,
+    SoftmaxConfig,
+)
+from clip_jax.models.decoder import CoCaConfig
+from clip_jax.optim import Constant
+from clip_jax.optim.muon import Muon
+from clip_jax.scaling.ladder import HardwareConfig, LadderConfig
+
+STUDY = Path(__file__).parent
+TEMPLATES = (STUDY / "templates.txt").read_text(encoding="utf-8").splitlines()
+SEEDS = (0, 1, 2)
+AT_THE_END = 1_000_000  # steps between evaluations; the last step is always evaluated
+LAST = (0.8, 0.85, 0.9, 0.95)  # of a run's steps: checkpoints to average with the last one
+SMALL_SHARE = 0.5  # of the FLOPs at the small resolution
+
+LABELS = {
+    "base": "base: softmax, AdamW, words of style",
+    "sigmoid": "sigmoid instead of softmax",
+    "unmasked": "equal captions are negatives",
+    "no_style": "captions without words of style",
+    "dropout": "patch dropout 0.5",
+    "small_first": "16 pixels for half of the FLOPs",
+    "muon": "Muon instead of AdamW",
+    "distilled": "distillation",
+    "decoder": "caption decoder",
+    "average": "moving average of the weights",
+    "checkpoints": "average of the last five checkpoints",
+    "constant": "constant learning rate",
+    "constant_checkpoints": "the same, average of the last five",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutStyle(SourceConfig):
+    """Icons whose captions are their names alone, without words of their style."""
+
+    path: str  # Folder that `clip-jax prepare` has written.
+
+    def open(self, image_size: int, process: tuple[int, int]) -> "Names":
+        """Open the folder."""
+        return Names(PathConfig(path=self.path).open(image_size, process))
+
+
+class Names:
+    """A source of the same icons, in which each caption is a template of a name."""
+
+    def __init__(self, source: StoredSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, index: int) -> str:
+        return self.source.key(index)
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[bytes, str]:
+        record = self.source.record(index)
+        captions = without_style(record.captions())
+        return record.image(), captions[rng.integers(len(captions))]
+
+
+def without_style(captions: list[str]) -> list[str]:
+    """Leave out captions with words of style: a name is one that all its templates follow."""
+    count = len(TEMPLATES)
+    groups = (captions[i : i + count] for i in range(len(captions)))
+    return [text for group in groups if group == of_name(group[0]) for text in group]
+
+
+def of_name(name: str) -> list[str]:
+    return [template.replace("{}", name) for template in TEMPLATES]
+
+
+def base_config() -> Config:
+    """Return base.py for one core, with checkpoints to average, and evaluated at the end alone."""
+    base = load_config(STUDY / "base.py")
+    return replace(
+        base,
+        data=replace(base.data, threads=1),
+        checkpoint=replace(base.checkpoint, every_steps=100, keep=1),
+        evals=tuple(replace(evaluator, every_steps=AT_THE_END) for evaluator in base.evals),
+    )
+
+
+def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
+    """Return a config for each variant; the number of steps is still that of `base`."""
+    model, optim = base.model, base.optim
+    vision, text = model.vision, model.text
+
+    def with_objective(*terms, **changes) -> Config:
+        return replace(base, objective=terms, model=replace(model, **changes))
+
+    def with_optim(**changes) -> Config:
+        return replace(base, optim=replace(optim, **changes))
+
+    softmax = SoftmaxConfig(mask_same_caption=True)
+    table = {
+        "base": base,
+        "sigmoid": with_objective(
+            SigmoidConfig(mask_same_caption=True), init_logit_scale=10.0, init_logit_bias=-10.0
+        ),
+        "unmasked": with_objective(SoftmaxConfig()),
+        "decoder": with_objective(
+            softmax,
+            CaptionConfig(weight=1.0),
+            vision=replace(vision, pool="queries", pool_queries=17, pool_heads=4),
+            text=replace(text, pool="class_token"),
+            decoder=CoCaConfig(depth=2, num_heads=text.num_heads),
+        ),
+        "no_style": replace(
+            base, data=replace(base.data, source=WithoutStyle(path=base.data.source.path))
+        ),
+        "dropout": with_objective(softmax, vision=replace(vision, patch_dropout=0.5)),
+        "muon": with_optim(optimizer=Muon()),
+        "constant": with_optim(schedule=Constant()),
+        "average": with_optim(ema_decay=0.99),
+    }
+    if teacher:
+        live = LiveTeacher(weights=teacher, model=clip_jax.load(teacher).config, dtype="float32")
+        taught = DistillationConfig(weight=0.75, teachers=(live,))
+        table["distilled"] = with_objective(replace(softmax, weight=0.25), taught)
+    return table
+
+
+def small_first(base: Config, seed: int) -> dict[str, Config]:
+    """Return a run at half the resolution, and the run at the full one that begins from it."""
+    vision = replace(base.model.vision, image_size=base.model.vision.image_size // 2)
+    small = replace(
+        base,
+        model=replace(base.model, vision=vision),
+        optim=replace(base.optim, schedule=Constant()),
+        evals=(),
+    )
+    full = replace(
+        base,
+        init_from=f"small-seed{seed}",
+        init_differences=("vision.image_size",),
+        optim=replace(base.optim, warmup_steps=base.optim.warmup_steps // 2),
+    )
+    total = base.flops_after(base.steps)
+    return {
+        f"small-seed{seed}": of_equal_flops(small, SMALL_SHARE * total),
+        f"small_first-seed{seed}": of_equal_flops(full, (1 - SMALL_SHARE) * total),
+    }
+
+
+def of_equal_flops(config: Config, flops: float) -> Config:
+    """Set the steps to as many as the FLOPs pay for."""
+    steps = round(flops / config.flops_after(1))
+    also = tuple(round(share * steps) for share in LAST)
+    return replace(config, steps=steps, checkpoint=replace(config.checkpoint, also=also))
+
+
+def get_ladder() -> LadderConfig:
+    base = base_config()
+    flops = base.flops_after(base.steps)
+    runs = {}
+    for seed in SEEDS:
+        seeded = replace(base, seed=seed, data=replace(base.data, seed=seed))
+        for name, config in variants(seeded, os.environ.get("ICONS_TEACHER")).items():
+            runs[f"{name}-seed{seed}"] = of_equal_flops(config, flops)
+        runs |= small_first(seeded, seed)
+    core = HardwareConfig(chip="CPU core", peak_flops=100e9, mfu=0.6, start_seconds=60)
+    return LadderConfig(base=base, runs=runs, hardware=(core,))

@@ -1,0 +1,212 @@
+"""Compare the runs of variants.py: a row for each run, a table with intervals, and a picture.
+
+    python studies/icons/what_helps.py runs/variants studies/icons/results
+
+It first averages the last five checkpoints of `base` and of `constant`, and evaluates the averages
+as the runs were. It writes variants.csv, what_helps.csv, what_helps.md and what_helps.svg.
+
+A difference in accuracy is that from `base` on the same icons with the same seed. Its interval is
+that of a bootstrap in which both sets and seeds are drawn with replacement. A difference in loss
+has Student's interval over the seeds.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from accuracy import DRAWS, by_set, read
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from scipy import stats
+from variants import LABELS  # and the source of captions that a run's config.json names
+
+from clip_jax import load_config
+
+AVERAGED = {"base": "checkpoints", "constant": "constant_checkpoints"}  # runs, and their averages
+FIRST = {"small_first": "small"}  # runs that continue others, whose cost counts, too
+IMAGES = "classes/images.csv"
+ACCURACY, LOSS = "classes/acc1", "test/info_nce"
+METRICS = (
+    *("val/acc1", ACCURACY, "classes/acc5", "validation/info_nce", LOSS),
+    *("test/image_retrieval_recall@1", "test/text_retrieval_recall@1"),
+)
+
+
+class Run(NamedTuple):
+    """One run, or an average of one."""
+
+    variant: str
+    seed: int
+    row: dict[str, Any]  # of variants.csv
+    images: Path  # results of the test icons
+
+
+def main(root: Path, output: Path) -> None:
+    runs = [run for folder in sorted(root.glob("*-seed*")) for run in finished(folder)]
+    runs.sort(key=lambda run: ([*LABELS].index(run.variant), run.seed))
+    output.mkdir(parents=True, exist_ok=True)
+    write(output / "variants.csv", [run.row for run in runs])
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.variant, []).append(run)
+    rows = [compare(group, groups["base"]) for group in groups.values()]
+    write(output / "what_helps.csv", rows)
+    table = markdown(rows)
+    (output / "what_helps.md").write_text(table, encoding="utf-8")
+    print(table)
+    draw(rows, output / "what_helps.svg")
+
+
+def finished(folder: Path) -> Iterable[Run]:
+    """Yield a run, if it is finished, and the average of its checkpoints."""
+    variant, _, seed = folder.name.rpartition("-seed")
+    if variant not in LABELS or not (folder / "result.json").exists():
+        return
+    result = json.loads((folder / "result.json").read_text())
+    cost = cost_of(folder)
+    if first := FIRST.get(variant):
+        before = cost_of(folder.with_name(f"{first}-seed{seed}"))
+        cost = {name: before[name] + value for name, value in cost.items()}
+    cost["pairs_per_second"] = round(cost["pairs"] / cost["step_seconds"], 1)
+    yield Run(variant, int(seed), row_of(variant, seed, cost, result), folder / "evals" / IMAGES)
+    if name := AVERAGED.get(variant):
+        averaged = folder.parent.with_name("averaged") / folder.name
+        evaluate_average(folder, averaged)
+        values = json.loads((averaged / "evals/result.json").read_text())
+        result = {key: values[f"original/{key}"] for key in METRICS}
+        images = averaged / "evals/original" / IMAGES
+        yield Run(name, int(seed), row_of(name, seed, cost, result), images)
+
+
+def cost_of(folder: Path) -> dict[str, float]:
+    """Return what the steps of a run took; FLOPs are counted by the package."""
+    config = load_config(folder / "config.json")
+    result = json.loads((folder / "result.json").read_text())
+    return {
+        "steps": config.steps,
+        "pairs": config.samples_after(config.steps),
+        "training_flops": config.flops_after(config.steps),
+        "step_seconds": round(result["seconds/steps"], 1),
+        "total_seconds": round(result["seconds/total"], 1),
+    }
+
+
+def row_of(
+    variant: str, seed: str, cost: Mapping[str, float], result: Mapping[str, float]
+) -> dict[str, Any]:
+    return {"variant": variant, "seed": seed, **cost} | {name: result[name] for name in METRICS}
+
+
+def evaluate_average(run: Path, output: Path) -> None:
+    """Average the last five checkpoints of a run, and evaluate it by the run's evaluators."""
+    if (output / "evals/result.json").exists():
+        return
+    config = load_config(run / "config.json")
+    steps = (*config.checkpoint.also, config.steps)
+    command("average", *(f"{run}@{step}" for step in steps), output / "model", "--overwrite")
+    command("evaluate", run, "--beside", output / "model", "--output", output / "evals")
+
+
+def command(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "clip_jax", *map(str, words)], check=True)
+
+
+def compare(group: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
+    """Return means over seeds, and the differences from the runs of base with the same seeds."""
+    of_base = {run.seed: run for run in base}
+    pairs = [(run, of_base[run.seed]) for run in group if run.seed in of_base]
+    row: dict[str, Any] = {"variant": group[0].variant, "seeds": len(pairs)}
+    for name in ("steps", "pairs", "training_flops", "pairs_per_second", *METRICS):
+        row[name] = float(np.mean([run.row[name] for run, _ in pairs]))
+    if group is base:
+        return row
+    low, high = accuracy_interval(pairs)
+    row |= {"accuracy_low": low, "accuracy_high": high}
+    row["accuracy_difference"] = float(
+        np.mean([a.row[ACCURACY] - b.row[ACCURACY] for a, b in pairs])
+    )
+    losses = np.array([a.row[LOSS] - b.row[LOSS] for a, b in pairs])
+    row["loss_difference"] = float(losses.mean())
+    if len(losses) > 1:
+        half = stats.t.ppf(0.975, len(losses) - 1) * losses.std(ddof=1) / len(losses) ** 0.5
+        row |= {
+            "loss_low": row["loss_difference"] - half,
+            "loss_high": row["loss_difference"] + half,
+        }
+    return row
+
+
+def accuracy_interval(pairs: Sequence[tuple[Run, Run]]) -> tuple[float, float]:
+    """Return the 95% interval of the difference in accuracy: sets and seeds are drawn."""
+    totals = []
+    for run, other in pairs:
+        set_of, values = by_set(read(run.images), "acc1")
+        values = values - by_set(read(other.images), "acc1")[1]
+        totals.append(np.bincount(set_of, values))
+    total, count = np.array(totals), np.bincount(set_of)  # [seeds, sets], [sets]
+    rng = np.random.default_rng(0)
+    sets = rng.integers(0, len(count), (DRAWS, 1, len(count)))
+    seeds = rng.integers(0, len(total), (DRAWS, len(total), 1))
+    means = total[seeds, sets].sum((1, 2)) / (len(total) * count[sets].sum((1, 2)))
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| variant | pairs | top-1 | difference (points) | test loss | difference | pairs/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (
+            LABELS[row["variant"]],
+            f"{row['pairs'] / 1e3:.0f}K",
+            f"{row[ACCURACY]:.1%}",
+            difference(row, "accuracy", 100, 1),
+            f"{row[LOSS]:.3f}",
+            difference(row, "loss", 1, 3),
+            f"{row['pairs_per_second']:.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(row: Mapping[str, Any], name: str, factor: float, digits: int) -> str:
+    if f"{name}_difference" not in row:
+        return ""
+    names = (f"{name}_difference", f"{name}_low", f"{name}_high")
+    mean, *ends = (f"{factor * row[x]:+.{digits}f}" for x in names if x in row)
+    return f"{mean} ({' to '.join(ends)})" if ends else mean
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the difference of each variant in accuracy, with its interval."""
+    rows = [row for row in rows if "accuracy_difference" in row][::-1]
+    rcParams["svg.hashsalt"] = "icons"  # the same bytes each time
+    figure = Figure(figsize=(7, 0.35 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(rows):
+        ends = [100 * row["accuracy_low"], 100 * row["accuracy_high"]]
+        axes.plot(ends, [i, i], color="tab:blue")
+        axes.plot(100 * row["accuracy_difference"], i, "o", color="tab:blue")
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [LABELS[row["variant"]] for row in rows])
+    axes.set_xlabel("difference from base in zero-shot top-1 (points, 95% interval)")
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
