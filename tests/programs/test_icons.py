@@ -1,6 +1,7 @@
 """The study on icons in miniature: its scripts on a few hundred icons, with two sizes of models."""
 
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from open_clip.tokenizer import SimpleTokenizer
 
+from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
 from tests.conftest import ROOT
 
 STUDY = ROOT / "studies/icons"
@@ -79,6 +83,19 @@ def test_captions_have_the_names_and_aliases_without_words_of_style(prepared):
 def test_the_same_archive_gives_the_same_bytes(prepared, tmp_path):
     prepare(ROOT, tmp_path / "again")
     assert table(tmp_path / "again/digests.csv") == table(prepared / "icons/digests.csv")
+
+
+def test_open_clip_reads_the_same_pairs_as_the_same_token_ids(prepared, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(STUDY)
+    script = importlib.import_module("beside_open_clip")
+    count = script.write_tars(prepared / "icons", tmp_path / "tars", 50)
+    with tarfile.open(tmp_path / "tars/00000.tar") as tar:
+        texts = [tar.extractfile(name).read().decode() for name in tar.getnames() if "txt" in name]
+    assert len(texts) == count == 50
+    merges = script.write_merges(tmp_path / "merges.txt.gz", 8_192)
+    theirs = SimpleTokenizer(str(merges), context_length=16)
+    ours = ClipTokenizer(8_192)
+    np.testing.assert_array_equal(theirs(texts).numpy(), ours(texts, 16, True))
 
 
 @pytest.mark.parametrize("width", [48, 192])
