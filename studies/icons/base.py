@@ -23,7 +23,7 @@ from clip_jax.losses import SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.optim import OptimConfig
+from clip_jax.optim import Muon, OptimConfig
 
 TEMPLATES = Path(__file__).with_name("templates.txt")
 AT_THE_END = 1_000_000  # steps between evaluations; the last step is always evaluated
@@ -31,21 +31,25 @@ AT_THE_END = 1_000_000  # steps between evaluations; the last step is always eva
 
 def get_config() -> Config:
     return Config(
-        steps=500,
+        steps=600,
         batch_size=256,
         model=CLIPConfig(
             embed_dim=128,
-            vision=ViTConfig(image_size=32, patch_size=8, width=192, depth=6, num_heads=6),
+            vision=ViTConfig(image_size=32, patch_size=8, width=128, depth=4, num_heads=4),
             text=TextConfig(vocab_size=8_192, context_length=16, width=128, depth=2, num_heads=4),
             dtype="float32",
+            image_mean=(0.68, 0.68, 0.72),  # of the training icons; most have a light background
+            image_std=(0.39, 0.37, 0.32),
         ),
         data=DataConfig(source=PathConfig(path="icons/train"), crop_scale=(0.8, 1.0), threads=2),
         objective=(SoftmaxConfig(mask_same_caption=True),),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.1),
-        checkpoint=CheckpointConfig(every_steps=250),
+        optim=OptimConfig(
+            learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, optimizer=Muon()
+        ),
+        checkpoint=CheckpointConfig(every_steps=200),
         evals=(
             zero_shot("folder:icons/classes"),
-            zero_shot("folder:icons/classes/val", every_steps=250),
+            zero_shot("folder:icons/classes/val", every_steps=200),
             pairs("validation", pairs=1_024),
             pairs("test", pairs=2_048),
         ),
