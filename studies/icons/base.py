@@ -43,9 +43,7 @@ def get_config() -> Config:
         ),
         data=DataConfig(source=PathConfig(path="icons/train"), crop_scale=(0.8, 1.0), threads=2),
         objective=(SoftmaxConfig(mask_same_caption=True),),
-        optim=OptimConfig(
-            learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, optimizer=Muon()
-        ),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, optimizer=Muon()),
         checkpoint=CheckpointConfig(every_steps=200),
         evals=(
             zero_shot("folder:icons/classes"),

@@ -31,8 +31,7 @@ from clip_jax.losses import (
     SoftmaxConfig,
 )
 from clip_jax.models.decoder import CoCaConfig
-from clip_jax.optim import Constant
-from clip_jax.optim.muon import Muon
+from clip_jax.optim import AdamW, Constant
 from clip_jax.scaling.ladder import HardwareConfig, LadderConfig
 
 STUDY = Path(__file__).parent
@@ -43,13 +42,13 @@ LAST = (0.8, 0.85, 0.9, 0.95)  # of a run's steps: checkpoints to average with t
 SMALL_SHARE = 0.5  # of the FLOPs at the small resolution
 
 LABELS = {
-    "base": "base: softmax, AdamW, words of style",
+    "base": "base: softmax, Muon, words of style",
     "sigmoid": "sigmoid instead of softmax",
     "unmasked": "equal captions are negatives",
     "no_style": "captions without words of style",
     "dropout": "patch dropout 0.5",
     "small_first": "16 pixels for half of the FLOPs",
-    "muon": "Muon instead of AdamW",
+    "adamw": "AdamW instead of Muon, learning rate 1e-3",
     "distilled": "distillation",
     "decoder": "caption decoder",
     "average": "moving average of the weights",
@@ -139,7 +138,7 @@ def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
             base, data=replace(base.data, source=WithoutStyle(path=base.data.source.path))
         ),
         "dropout": with_objective(softmax, vision=replace(vision, patch_dropout=0.5)),
-        "muon": with_optim(optimizer=Muon()),
+        "adamw": with_optim(optimizer=AdamW(), learning_rate=1e-3),
         "constant": with_optim(schedule=Constant()),
         "average": with_optim(ema_decay=0.99),
     }
