@@ -1,4 +1,4 @@
-"""Train the fixed setting in open_clip, too: the same pairs, initial weights and schedule.
+"""Train the setting of adamw.py in open_clip, too: the same pairs, initial weights and schedule.
 
     pip install 'open_clip_torch[training]==3.3.0'
     python studies/icons/beside_open_clip.py icons runs/beside_open_clip
@@ -13,36 +13,33 @@ import csv
 import gzip
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from datetime import datetime
 from pathlib import Path
 
 import accuracy
-import base
 import numpy as np
 from scipy import stats
 
 import clip_jax
 from clip_jax.config import Config
 
-HERE = Path(__file__).parent
+CONFIG = Path(__file__).with_name("adamw.py")
 PER_TAR = 5_000
 OURS, MASKED, THEIRS = "clip_jax", "clip_jax, masked", "open_clip"
 MEASURED = (
     *("classes/acc1", "classes/acc5", "val/acc1", "val/acc5", "validation/info_nce"),
     *("test/image_retrieval_recall@1", "test/text_retrieval_recall@1"),
 )
-SPEED = ("pairs_per_second", "seconds", "cpu_seconds", "peak_mib")
+SPEED = "pairs_per_second"
 
 
 def main() -> None:
-    config = base.get_config()
+    config = clip_jax.load_config(CONFIG)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("icons", type=Path, help="Folder that prepare.py has written.")
     parser.add_argument("output", type=Path, help="Folder for tars, runs and results.")
@@ -52,6 +49,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=config.optim.warmup_steps, help="Steps.")
     parser.add_argument("--report-every", type=int, default=config.report_every, help="Steps.")
     parser.add_argument("--workers", type=int, default=1, help="open_clip's processes for data.")
+    parser.add_argument(
+        "--masked", action=argparse.BooleanOptionalAction, default=True, help="Mask equal captions."
+    )
     parser.add_argument("--ours", nargs=argparse.REMAINDER, default=[], help="Flags of clip-jax.")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -60,10 +60,10 @@ def main() -> None:
     print(
         f"{count:,} pairs in tars; {options.steps} steps of {options.batch_size} pairs", flush=True
     )
+    programs = (OURS, THEIRS, MASKED) if options.masked else (OURS, THEIRS)
     for number, seed in enumerate(options.seeds):
         start = initial_weights(config, seed, options.output)
-        order = (OURS, THEIRS, MASKED)
-        for program in order[::-1] if number % 2 else order:  # none is always the first
+        for program in programs[:: -1 if number % 2 else 1]:  # none is always the first
             folder = folder_of(options.output, program, seed)
             if not (folder / "speed.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -75,7 +75,7 @@ def main() -> None:
         evaluate_open_clip(start, options.output, seed)
     table = [
         {"program": program, "seed": seed, **row_of(options.output, program, seed)}
-        for program in (OURS, THEIRS, MASKED)
+        for program in programs
         for seed in options.seeds
     ]
     with (options.output / "open_clip.csv").open("w", newline="") as file:
@@ -176,8 +176,8 @@ def train_clip_jax(
     """Train with nothing but steps between the first and the last report; return the speed."""
     steps, workdir = options.steps, folder / "run"
     masked = "" if program == MASKED else "no-"
-    used = timed(
-        *("clip_jax", "train", HERE / "base.py", "--workdir", workdir, "--seed", seed),
+    run(
+        *("clip_jax", "train", CONFIG, "--workdir", workdir, "--seed", seed),
         *("--steps", steps, "--batch-size", options.batch_size, "--init-from", start),
         *("--data.source.path", f"{tars}/*.tar", f"--objective.0.{masked}mask-same-caption"),
         *("--optim.warmup-steps", options.warmup, "--report-every", options.report_every),
@@ -188,7 +188,7 @@ def train_clip_jax(
     reports = [row for row in map(json.loads, lines) if "samples_seen" in row]
     first, last = reports[0], reports[-1]
     pairs, seconds = (last[name] - first[name] for name in ("samples_seen", "seconds"))
-    return {"pairs_per_second": pairs / seconds, **used}
+    return {SPEED: pairs / seconds}
 
 
 def train_open_clip(
@@ -202,7 +202,7 @@ def train_open_clip(
 ) -> dict[str, float]:
     """Train by open_clip's command; return the speed between the same reports as ours."""
     optim, last_tar = config.optim, max(path.stem for path in tars.glob("*.tar"))
-    used = timed(
+    run(
         *("open_clip_train.main", "--model", f"local-dir:{start / 'training'}"),
         *("--train-data", f"{tars}/{{00000..{last_tar}}}.tar", "--dataset-type", "webdataset"),
         *("--train-num-samples", options.steps * options.batch_size, "--epochs", 1),
@@ -221,42 +221,34 @@ def train_open_clip(
     begin, end = (reports[1], reports[-1])  # before them is a report of the first step
     times = [datetime.strptime(time, "%Y-%m-%d,%H:%M:%S") for time, _ in (begin, end)]
     seconds = (times[1] - times[0]).total_seconds() or 1.0
-    return {"pairs_per_second": (int(end[1]) - int(begin[1])) / seconds, **used}
+    return {SPEED: (int(end[1]) - int(begin[1])) / seconds}
 
 
-def timed(*command: object, log: Path) -> dict[str, float]:
-    """Run a Python module; return seconds, CPU seconds with those of its workers, and memory."""
-    begin = time.monotonic()
+def run(*command: object, log: Path) -> None:
+    """Run a Python module."""
     with log.open("w") as file:
-        process = subprocess.Popen(
+        process = subprocess.run(
             [sys.executable, "-m", *map(str, command)], stdout=file, stderr=subprocess.STDOUT
         )
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{log} says why this failed: {' '.join(map(str, command))}")
-    return {
-        "seconds": time.monotonic() - begin,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_mib": usage.ru_maxrss / 1024,
-    }
 
 
 # ------------------------------------------------------------------------------------- evaluate
 
 
 def evaluate_open_clip(start: Path, output: Path, seed: int) -> None:
-    """Evaluate open_clip's checkpoint by the evaluators of base.py, those of our run beside it."""
+    """Evaluate open_clip's checkpoint by the evaluators of adamw.py, those of our run beside it."""
     folder = folder_of(output, THEIRS, seed)
-    if (folder / "evaluation/result.json").exists():
+    if (folder / "evaluated").exists():
         return
     checkpoint = folder / "run/checkpoints/epoch_1.pt"
     for name in ("open_clip_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(start / name, checkpoint.with_name(name))
-    run = folder_of(output, OURS, seed) / "run"
+    ours = folder_of(output, OURS, seed) / "run"
     options = ("--beside", checkpoint, "--output", folder / "evaluation")
-    command = [sys.executable, "-m", "clip_jax", "evaluate", run, *options]
-    subprocess.run([str(part) for part in command], check=True)
+    run("clip_jax", "evaluate", ours, *options, log=folder / "evaluation.txt")
+    (folder / "evaluated").touch()
 
 
 def row_of(output: Path, program: str, seed: int) -> dict[str, float]:
@@ -278,22 +270,25 @@ def images_of(output: Path, program: str, seed: int) -> Path:
 
 def summarize(table: list[dict], output: Path, seeds: list[int]) -> str:
     """Return Markdown: means over seeds, and differences from open_clip with 95% intervals."""
-    lines = ["| | open_clip | clip_jax | difference | clip_jax, masked |", "|---|---|---|---|---|"]
-    for name in (*MEASURED, *SPEED):
+    programs = list(dict.fromkeys(row["program"] for row in table))
+    others = [program for program in programs if program not in (OURS, THEIRS)]
+    header = ("metric", THEIRS, OURS, "difference", *others)
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for name in (*MEASURED, SPEED):
         values = {
             program: np.array([row[name] for row in table if row["program"] == program])
-            for program in (OURS, THEIRS, MASKED)
+            for program in programs
         }
-        if name in SPEED:
+        if name == SPEED:
             difference = over_seeds(values[OURS] / values[THEIRS], "{:.2f} times")
         else:
             difference = over_seeds(values[OURS] - values[THEIRS], "{:+.4f}")
-        theirs, ours, masked = (f"{values[x].mean():.4g}" for x in (THEIRS, OURS, MASKED))
-        lines.append(f"| `{name}` | {theirs} | {ours} | {difference} | {masked} |")
+        theirs, ours, *masked = (f"{values[x].mean():.4g}" for x in (THEIRS, OURS, *others))
+        lines.append(f"| {' | '.join((f'`{name}`', theirs, ours, difference, *masked))} |")
     lines += ["", "Differences of the mean over seeds, with intervals over sets:", ""]
     for metric in accuracy.METRICS:
         set_of, theirs = mean_over_seeds(output, THEIRS, seeds, metric)
-        for program in (OURS, MASKED):
+        for program in (OURS, *others):
             _, ours = mean_over_seeds(output, program, seeds, metric)
             interval = accuracy.interval(set_of, ours - theirs)
             lines.append(f"- {program} minus open_clip, classes/{metric}: {interval}")

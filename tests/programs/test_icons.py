@@ -111,3 +111,5 @@ def test_the_fixed_setting_trains_and_is_measured_on_held_out_sets(prepared, wid
     output = run(STUDY / "accuracy.py", images, images, folder=prepared)
     assert f"{images} acc1: {result['classes/acc1']:.1%} (" in output
     assert f"minus {images} acc5: 0.0% (0.0% to 0.0%)" in output
+    picture = ("classes", images, "classes.png", "--count", 2, "--fewest", 1)
+    assert "classes.png: " in run(STUDY / "pictures.py", *picture, folder=prepared)
