@@ -46,12 +46,21 @@ def probe(splits: Splits, seed: int = 0) -> Outcome:
     `seed` selects the training images that replace a missing validation split. Raises Missing
     without a training split, and InputError for splits with different classes.
     """
-    train, validation, (features, labels), classes = _examples(splits, seed)
-    mesh = splits.encoder.mesh
+    train, validation, (features, labels), names = _examples(splits, seed)
+    mesh, classes = splits.encoder.mesh, len(names)
     strength = search(train, validation, mesh, classes=classes)
     fitted = Problem(*_joined(train, validation), mesh, classes=classes).fit(strength)
-    values = classification(fitted.logits(features), labels) | {"lambda": strength}
-    return Outcome("linear_probe", {f"linear_probe/{name}": x for name, x in values.items()})
+    logits = fitted.logits(features)
+    values = classification(logits, labels) | {"lambda": strength}
+    test = splits.embedded("test", embed_for_probe)
+    return Outcome(
+        "linear_probe",
+        {f"linear_probe/{name}": x for name, x in values.items()},
+        names=names,
+        logits=logits,
+        labels=labels,
+        indices=test.indices,
+    )
 
 
 def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Outcome:
@@ -59,8 +68,8 @@ def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Out
 
     `seed` also selects these images. Raises as `probe` does.
     """
-    (features, labels), validation, test, classes = _examples(splits, seed)
-    mesh, values = splits.encoder.mesh, {}
+    (features, labels), validation, test, names = _examples(splits, seed)
+    mesh, classes, values = splits.encoder.mesh, len(names), {}
     fewest = np.bincount(labels, minlength=classes).min()
     for k in shots:
         if k > fewest:
@@ -78,14 +87,14 @@ def few_shot(splits: Splits, shots: Sequence[int] = SHOTS, seed: int = 0) -> Out
 
 def neighbours(splits: Splits, k: int = 20, seed: int = 0) -> Outcome:
     """Classify test images by the vote of the k nearest training images; raises as `probe` does."""
-    train, validation, test, classes = _examples(splits, seed)
+    train, validation, test, names = _examples(splits, seed)
     train, mesh = _joined(train, validation), splits.encoder.mesh
-    votes = neighbour_votes(train, test[0], mesh, classes=classes, k=min(k, len(train[1])))
+    votes = neighbour_votes(train, test[0], mesh, classes=len(names), k=min(k, len(train[1])))
     return Outcome("neighbours", {"neighbours/acc1": top_k_accuracy(votes, test[1])})
 
 
-def _examples(splits: Splits, seed: int) -> tuple[Part, Part, Part, int]:
-    """Return the training, validation and test splits, and the number of classes."""
+def _examples(splits: Splits, seed: int) -> tuple[Part, Part, Part, Sequence[str]]:
+    """Return the training, validation and test splits, and the names of the classes."""
     test_data, train_data = splits.open("test"), splits.open("train")
     if not isinstance(test_data, Labelled) or not isinstance(train_data, Labelled):
         raise Missing("probes and neighbours need images with one class each.")
@@ -107,7 +116,7 @@ def _examples(splits: Splits, seed: int) -> tuple[Part, Part, Part, int]:
         held_out = hold_out(train[1], np.random.default_rng(seed))
         rest = np.setdiff1d(np.arange(len(train[1])), held_out)
         train, validation = ((train[0][rows], train[1][rows]) for rows in (rest, held_out))
-    return train, validation, test, classes
+    return train, validation, test, test_data.names
 
 
 def _part(splits: Splits, split: Split) -> Part:

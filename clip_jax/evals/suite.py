@@ -133,7 +133,10 @@ class SuiteEvaluator:
                 tokens = encoder.preprocess.max_patches
                 results.write(output, outcomes, encoder.name, tokens)
                 for outcome in new:
-                    results.draw(output / name, splits.open("test"), outcome, crop=tokens is None)
+                    folder = output / name
+                    if not outcome.task.startswith("zeroshot"):
+                        folder /= outcome.task
+                    results.draw(folder, splits.open("test"), outcome, crop=tokens is None)
             for outcome in new:
                 for metric, value in outcome.values.items():
                     yield f"{name}/{metric}", value

@@ -178,6 +178,11 @@ def test_every_number_is_what_scikit_learn_finds_on_the_same_features(encoder, s
     assert values["linear_probe/acc1"] == pytest.approx(theirs.score(*test), abs=0.001)
     votes = KNeighborsClassifier(20, metric="cosine").fit(*both)
     assert values["neighbours/acc1"] == pytest.approx(votes.score(*test), abs=0.011)
+    of_probe = outcomes[0]
+    assert of_probe.names == drawn_digits("test").names
+    is_right = of_probe.logits.argmax(1) == test[1]
+    assert is_right.mean() == pytest.approx(values["linear_probe/acc1"])
+    assert of_probe.indices.tolist() == list(range(len(test[1])))
     assert 0.15 < values["few_shot/2"] < values["linear_probe/acc1"] - 0.1
 
 

@@ -149,6 +149,9 @@ def test_every_task_on_a_folder_with_splits(evaluate, data, tmp_path, monkeypatc
     assert accuracies == sorted(accuracies)
     assert np.mean(accuracies) == pytest.approx(values["colours/mean_per_class_recall"])
     assert {row["class"] for row in by_class} == {path.name for path in (data / "mine").iterdir()}
+    of_probe = csv.DictReader((out / "colours/linear_probe/images.csv").read_text().splitlines())
+    right = [float(row["acc1"]) for row in of_probe]
+    assert np.mean(right) == pytest.approx(values["colours/linear_probe/acc1"])
     for name in ("confusion", "errors"):
         with Image.open(out / f"colours/{name}.png") as picture:
             assert picture.width > 200
