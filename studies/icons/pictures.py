@@ -22,17 +22,17 @@ SIDE, GAP = 32, 4
 STEP = SIDE + GAP
 LABEL = 150  # width of the text at the left of a row
 WRONG = "#c62828"
-QUERIES = (  # none is the name of an icon, which training would have had as a caption
-    "something to keep the rain away",
+QUERIES = (
+    "umbrella in the rain",
     "two people talking",
-    "put it in the shopping basket",
-    "a vehicle with two wheels",
-    "it is getting cold outside",
-    "hot drink in a cup",
-    "a locked door",
-    "money in the bank",
-    "listen to a song",
-    "a building where sick people are cared for",
+    "put it in the shopping cart",
+    "vehicle with two wheels",
+    "cold winter weather",
+    "hot drink",
+    "locked door",
+    "money and banking",
+    "listen to music",
+    "hospital building",
 )
 
 
