@@ -1,6 +1,6 @@
 r"""A ladder of the fixed setting: 3 widths × 4 numbers of pairs × 3 seeds.
 
-    clip-jax scale ladder studies/icons/ladder.py --jobs 2 --leave-out 'w192@128K-*' 'w192@256K-*'
+    clip-jax scale ladder studies/icons/ladder.py --jobs 2 --leave-out 'w192@108K-*' 'w192@215K-*'
     clip-jax scale collect runs/ladder --output studies/icons/results/ladder_small.csv
     python studies/icons/predictions.py predict studies/icons/results
     clip-jax scale ladder studies/icons/ladder.py --jobs 2
@@ -8,9 +8,8 @@ r"""A ladder of the fixed setting: 3 widths × 4 numbers of pairs × 3 seeds.
     python studies/icons/predictions.py compare studies/icons/results
 
 Hardware: two CPU cores, about two hours; the dearest run takes about 20 minutes on one core.
-Recipe: base.py, whose model is the largest one. Towers of the others are narrower.
-Notes: The numbers of pairs are a quarter to twice those of base.py. The dearest two points are
-predicted from the ten others before they are trained.
+Recipe: base.py, whose model is the middle one. Towers of the others are half or 1.5 times as wide.
+Notes: The dearest two points are predicted from the ten others before they are trained.
 """
 
 from dataclasses import replace
@@ -21,20 +20,20 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.scaling.ladder import HardwareConfig, LadderConfig, RulesConfig
 
 STUDY = Path(__file__).parent
-WIDTHS = (72, 120, 192)  # of the image tower; that of the text tower is two thirds of it
-SHARES = (0.25, 0.5, 1, 2)  # of the pairs of base.py
+WIDTHS = (64, 128, 192)  # of the image tower; that of the text tower is in proportion
+SHARES = (0.175, 0.35, 0.7, 1.4)  # of the pairs of base.py
 AT_THE_END = 1_000_000  # steps between evaluations; the last step is always evaluated
 
 
-def narrower(model: CLIPConfig, width: int) -> CLIPConfig:
+def with_width(model: CLIPConfig, width: int) -> CLIPConfig:
     """Return the model with towers of another width, with as many heads and layers."""
     vision = replace(model.vision, width=width)
-    return replace(model, vision=vision, text=replace(model.text, width=width * 2 // 3))
+    text = replace(model.text, width=model.text.width * width // model.vision.width)
+    return replace(model, vision=vision, text=text)
 
 
 def get_ladder() -> LadderConfig:
     base = load_config(STUDY / "base.py")
-    pairs = base.steps * base.batch_size
     return LadderConfig(
         base=replace(
             base,
@@ -42,9 +41,11 @@ def get_ladder() -> LadderConfig:
             checkpoint=replace(base.checkpoint, every_steps=100, keep=1),
             evals=tuple(replace(evaluator, every_steps=AT_THE_END) for evaluator in base.evals),
         ),
-        models={f"w{width}": narrower(base.model, width) for width in WIDTHS},
-        samples=tuple(round(share * pairs) for share in SHARES),
+        models={f"w{width}": with_width(base.model, width) for width in WIDTHS},
+        samples=tuple(round(share * base.steps) * base.batch_size for share in SHARES),
         seeds=(0, 1, 2),
-        rules=RulesConfig(reference_width=192, width_exponent=-0.5, max_warmup_share=0.2),
-        hardware=(HardwareConfig(chip="CPU core", peak_flops=100e9, mfu=0.6, start_seconds=60),),
+        rules=RulesConfig(
+            reference_width=base.model.vision.width, width_exponent=-0.5, max_warmup_share=0.2
+        ),
+        hardware=(HardwareConfig(chip="CPU core", peak_flops=100e9, mfu=0.45, start_seconds=60),),
     )

@@ -3,7 +3,7 @@
     clip-jax scale ladder studies/icons/variants.py --jobs 2
     python studies/icons/what_helps.py runs/variants studies/icons/results
 
-Hardware: two CPU cores, three to four hours; each run has one core. The same command resumes.
+Hardware: two CPU cores, about three hours; each run has one core. The same command resumes.
 Recipe: base.py; three seeds. A variant whose step costs fewer FLOPs takes more steps: as many as
 the FLOPs of a run of base.py pay for, by `Config.flops_after`.
 Notes: With `ICONS_TEACHER=RUN`, a run or a model folder, there is also `distilled`. The teacher's
@@ -143,7 +143,9 @@ def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
         "average": with_optim(ema_decay=0.99),
     }
     if teacher:
-        live = LiveTeacher(weights=teacher, model=clip_jax.load(teacher).config, dtype="float32")
+        live = LiveTeacher(
+            weights=teacher, model=clip_jax.load(teacher).clip.config, dtype="float32"
+        )
         taught = DistillationConfig(weight=0.75, teachers=(live,))
         table["distilled"] = with_objective(replace(softmax, weight=0.25), taught)
     return table
@@ -187,5 +189,5 @@ def get_ladder() -> LadderConfig:
         for name, config in variants(seeded, os.environ.get("ICONS_TEACHER")).items():
             runs[f"{name}-seed{seed}"] = of_equal_flops(config, flops)
         runs |= small_first(seeded, seed)
-    core = HardwareConfig(chip="CPU core", peak_flops=100e9, mfu=0.6, start_seconds=60)
+    core = HardwareConfig(chip="CPU core", peak_flops=100e9, mfu=0.45, start_seconds=60)
     return LadderConfig(base=base, runs=runs, hardware=(core,))

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from open_clip.tokenizer import SimpleTokenizer
 
 from clip_jax.data.tokenizers.clip_bpe import ClipTokenizer
+from clip_jax.scaling.ladder import load_ladder
 from tests.conftest import ROOT
 
 STUDY = ROOT / "studies/icons"
@@ -98,18 +100,74 @@ def test_open_clip_reads_the_same_pairs_as_the_same_token_ids(prepared, tmp_path
     np.testing.assert_array_equal(theirs(texts).numpy(), ours(texts, 16, True))
 
 
-@pytest.mark.parametrize("width", [48, 192])
-def test_the_fixed_setting_trains_and_is_measured_on_held_out_sets(prepared, width):
-    run_folder = f"runs/{width}"
-    size = ("--model.vision.width", width)
-    train = ("-m", "clip_jax", "train", STUDY / "base.py", "--workdir", run_folder, *size, *SMALL)
-    run(*train, folder=prepared)
-    result = json.loads((prepared / run_folder / "result.json").read_text())
+def write_configs(folder: Path, spec: str, only: str) -> None:
+    """Write the configs of the runs of a ladder to `configs`, without training them."""
+    root = ("--root", f"configs/{Path(spec).stem}")
+    ladder = ("scale", "ladder", STUDY / spec, "--jobs", "0", "--only", only, *root)
+    run("-m", "clip_jax", *ladder, folder=folder)
+
+
+def train(folder: Path, name: str, *flags: object) -> dict[str, float]:
+    """Train a run of a ladder for a few steps, and return its results."""
+    options = ("train", f"configs/{name}/config.json", "--workdir", f"runs/{name}", *SMALL)
+    run("-m", "clip_jax", *options, *flags, folder=folder)
+    return json.loads((folder / "runs" / name / "result.json").read_text())
+
+
+def test_a_ladder_of_two_sizes_is_measured_on_held_out_sets(prepared):
+    write_configs(prepared, "ladder.py", "w*-seed0")
+    names = [min(prepared.glob(f"configs/ladder/w{width}@*")).name for width in (64, 192)]
+    small, large = (train(prepared, f"ladder/{name}") for name in names)
     measured = {"val/acc1", "classes/acc1", "classes/acc5", "validation/info_nce"}
-    assert result.keys() >= measured | {"test/text_retrieval_recall@1"}
-    images = f"{run_folder}/evals/classes/images.csv"
+    assert large.keys() >= measured | {"test/text_retrieval_recall@1"}
+    collect = ("scale", "collect", "runs/ladder", "--output", "ladder.csv")
+    run("-m", "clip_jax", *collect, folder=prepared)
+    losses = {row["width"]: float(row["test/info_nce"]) for row in table(prepared / "ladder.csv")}
+    assert losses == {"64": small["test/info_nce"], "192": large["test/info_nce"]}
+
+    images = f"runs/ladder/{names[1]}/evals/classes/images.csv"
     output = run(STUDY / "accuracy.py", images, images, folder=prepared)
-    assert f"{images} acc1: {result['classes/acc1']:.1%} (" in output
+    assert f"{images} acc1: {large['classes/acc1']:.1%} (" in output
     assert f"minus {images} acc5: 0.0% (0.0% to 0.0%)" in output
     picture = ("classes", images, "classes.png", "--count", 2, "--fewest", 1)
     assert "classes.png: " in run(STUDY / "pictures.py", *picture, folder=prepared)
+
+
+def test_the_dearest_points_are_predicted_and_compared(tmp_path):
+    samples, rows = load_ladder(STUDY / "ladder.py").samples, []
+    for width, pairs, seed in itertools.product((64, 128, 192), samples, (0, 1)):
+        error = 0.2 + 2 / width + 0.3 * (pairs / samples[0]) ** -0.5 + 0.001 * seed
+        scores = {"classes/acc1": 1 - error, "val/acc1": 1 - error}
+        losses = {"test/info_nce": 5 * error, "validation/info_nce": 5 * error}
+        size = {"arch": f"w{width}", "width": width, "gmacs_per_sample": width**2 / 1e6}
+        rows.append({**size, "samples_seen": pairs, "seed": seed, **losses, **scores})
+    dear = [row for row in rows if row["width"] == 192 and row["samples_seen"] > samples[1]]
+    write(tmp_path / "ladder_small.csv", [row for row in rows if row not in dear])
+    write(tmp_path / "ladder.csv", rows)
+    run(STUDY / "predictions.py", "predict", tmp_path, folder=tmp_path)
+    run(STUDY / "predictions.py", "compare", tmp_path, folder=tmp_path)
+    compared = table(tmp_path / "ladder_measured.csv")
+    assert len(compared) == 2 * 4
+    for row in compared:
+        assert float(row["predicted"]) == pytest.approx(float(row["measured"]), rel=0.02)
+
+
+def test_variants_are_compared_with_the_fixed_setting(prepared):
+    write_configs(prepared, "variants.py", "*-seed0")
+    assert (prepared / "configs/variants/small_first-seed0/config.json").exists()
+    last = ("--checkpoint.also", "2", "3")
+    base = train(prepared, "variants/base-seed0", *last)
+    parts = ("--import", STUDY / "variants.py")
+    train(prepared, "variants/no_style-seed0", *last, *parts)
+    output = run(STUDY / "what_helps.py", "runs/variants", "results", folder=prepared)
+    names = [row["variant"] for row in table(prepared / "results/variants.csv")]
+    assert names == ["base", "no_style", "checkpoints"]
+    assert f"| {base['classes/acc1']:.1%} |" in output
+    assert (prepared / "results/what_helps.svg").exists()
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
