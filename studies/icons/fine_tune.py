@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, help="Archive of the icons, if not in ICONS.")
     parser.add_argument("--model", default="icons", help="Model to fine-tune.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Random seeds.")
-    parser.add_argument("--steps", type=int, default=100, help="Steps of fine-tuning.")
+    parser.add_argument("--steps", type=int, default=200, help="Steps of fine-tuning.")
     options = parser.parse_args()
     archive = options.archive or next(options.icons.glob("iconify-json-*.tgz"))
     write_others(options.icons / "classes/test", options.output / "others/test")
