@@ -1,6 +1,6 @@
 r"""A ladder of the fixed setting: 3 widths × 4 numbers of pairs × 3 seeds.
 
-    clip-jax scale ladder studies/icons/ladder.py --jobs 2 --leave-out 'w192@108K-*' 'w192@215K-*'
+    clip-jax scale ladder studies/icons/ladder.py --jobs 2 --leave-out 'w96@410K-*' 'w128@410K-*'
     clip-jax scale collect runs/ladder --output studies/icons/results/ladder_small.csv
     python studies/icons/predictions.py predict studies/icons/results
     clip-jax scale ladder studies/icons/ladder.py --jobs 2
@@ -8,7 +8,7 @@ r"""A ladder of the fixed setting: 3 widths × 4 numbers of pairs × 3 seeds.
     python studies/icons/predictions.py compare studies/icons/results
 
 Hardware: two CPU cores, about two hours; the dearest run takes about 20 minutes on one core.
-Recipe: base.py, whose model is the middle one. Towers of the others are half or 1.5 times as wide.
+Recipe: base.py, whose model is the largest one. Towers of the others are narrower.
 Notes: The dearest two points are predicted from the ten others before they are trained.
 """
 
@@ -20,8 +20,8 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.scaling.ladder import HardwareConfig, LadderConfig, RulesConfig
 
 STUDY = Path(__file__).parent
-WIDTHS = (64, 128, 192)  # of the image tower; that of the text tower is in proportion
-SHARES = (0.175, 0.35, 0.7, 1.4)  # of the pairs of base.py
+WIDTHS = (64, 96, 128)  # of the image tower; that of the text tower is in proportion
+SHARES = (1 / 3, 2 / 3, 4 / 3, 8 / 3)  # of the pairs of base.py
 AT_THE_END = 1_000_000  # steps between evaluations; the last step is always evaluated
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from ladder import WIDTHS, get_ladder
 
 METRICS = ("test/info_nce", "validation/info_nce", "classes/acc1", "val/acc1")
-LAST = 2  # numbers of pairs of the largest model that are predicted
+PREDICTED = sorted(WIDTHS)[-2:]  # the dearest points: these widths, with the most pairs
 
 
 def main(what: str, results: Path) -> None:
@@ -36,11 +36,12 @@ def main(what: str, results: Path) -> None:
 
 def predictions(path: Path) -> list[dict[str, Any]]:
     """Return the prediction of `scale fit` for each metric of each of the two points."""
-    model = next(row["arch"] for row in read(path) if int(row["width"]) == max(WIDTHS))
-    points = {f"{model}@{pairs}": pairs for pairs in sorted(get_ladder().samples)[-LAST:]}
-    trained = {row["samples_seen"] for row in read(path) if row["arch"] == model}
-    if known := trained & {str(pairs) for pairs in points.values()}:
-        raise SystemExit(f"{path} has runs of {model} with {', '.join(known)} pairs.")
+    table = read(path)
+    pairs = max(get_ladder().samples)
+    model_of = {int(row["width"]): row["arch"] for row in table}
+    points = {f"{model_of[width]}@{pairs}": width for width in PREDICTED}
+    if known := points.keys() & {f"{row['arch']}@{row['samples_seen']}" for row in table}:
+        raise SystemExit(f"{path} has runs of the points to predict: {', '.join(sorted(known))}.")
     first, *others = METRICS
     fit = ("-m", "clip_jax", "scale", "fit", str(path), "--json", "--form", "additive")
     command = (*fit, "--metric", first, "--also", *others, "--predict", *points)
@@ -52,7 +53,7 @@ def predictions(path: Path) -> list[dict[str, Any]]:
             kind = "score" if "score" in answer else "error"
             low, high = answer.get(f"{kind}_interval", ("", ""))
             predicted = {"predicted": answer[kind], "low": low, "high": high}
-            point = {"width": max(WIDTHS), "pairs": points[name], "metric": law["metric"]}
+            point = {"width": points[name], "pairs": pairs, "metric": law["metric"]}
             rows.append(point | predicted)
     return rows
 
@@ -70,8 +71,8 @@ def measured(row: dict[str, str], table: Sequence[dict[str, str]]) -> dict[str, 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| pairs | metric | predicted (95% of a run) | measured, mean | seeds inside |",
-        "|---|---|---|---|---|",
+        "| width | pairs | metric | predicted (95% of a run) | measured, mean | seeds inside |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         style = ".1%" if "acc" in row["metric"] else ".3f"
@@ -81,6 +82,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             predicted = f"{value:{style}} ({low:{style}} to {high:{style}})"
         count = sum(name.startswith("seed ") for name in row)
         cells = (
+            row["width"],
             f"{int(row['pairs']):,}",
             f"`{row['metric']}`",
             predicted,
