@@ -64,12 +64,14 @@ def read(archive: Path, table: Path = HERE / "sets.csv") -> tuple[list[Icon], Co
                 counts["hidden"] += 1
             elif stage:
                 counts[stage] += 1
-            elif brands.names(name):
-                counts["brand"] += 1
             else:
                 assert row is not None
                 texts = (name, *aliases[name])
-                icons.append(_icon(texts, content, row, not collection.get("palette")))
+                drawing = _icon(texts, content, row, not collection.get("palette"))
+                if brands.names(name) or any(map(brands.names, drawing.names)):
+                    counts["brand"] += 1
+                else:
+                    icons.append(drawing)
     icons.sort(key=lambda icon: (SPLITS.index(icon.split), icon.set, icon.name))
     distinct: dict[tuple, Icon] = {}
     for icon in icons:
@@ -95,6 +97,7 @@ class Brands:
 
     def names(self, name: str) -> bool:
         """Return whether the name is that of a trademark, or has one in it."""
+        name = name.replace(" ", "-")
         return name in self._names or bool(self._words.search(name))
 
 
