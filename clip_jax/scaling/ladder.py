@@ -17,7 +17,7 @@ from clip_jax.config_files import run_file
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses import TermConfig
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.optim import OptimConfig
+from clip_jax.optim import CoolDown, OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class HardwareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RulesConfig:
-    """Rules for a point's learning rate and warm-up, by its batch size, width and steps.
+    """Rules for a point's learning rate and its schedule, by its batch size, width and steps.
 
     The base config's learning rates are for its batch size and `reference_width`. A point's are
     base × (batch / base's batch)^batch_exponent × (width / reference_width)^width_exponent.
@@ -70,6 +70,9 @@ class RulesConfig:
     reference_width: int = 768  # Image tower width that the base learning rate is for.
     width_exponent: float = 0.0  # Exponent of the width. 0: the same learning rate for all widths.
     max_warmup_share: float = 0.1  # Maximum warm-up, as a share of a run's steps.
+    # Cool-down, as a share of a run's steps; the base's schedule must have one (CoolDown). None: as
+    # many steps as the base's.
+    cool_down_share: float | None = None
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -79,6 +82,7 @@ class RulesConfig:
             reference_width="[1, inf)",
             width_exponent="(-inf, inf)",
             max_warmup_share="[0, 1)",
+            cool_down_share="(0, 1]",
         )
 
     def apply(self, base: Config, batch_size: int, width: int, steps: int) -> OptimConfig:
@@ -86,7 +90,17 @@ class RulesConfig:
         factor = (batch_size / base.batch_size) ** self.batch_exponent
         factor *= (width / self.reference_width) ** self.width_exponent
         warmup_steps = min(base.optim.warmup_steps, int(self.max_warmup_share * steps))
-        return replace(_scaled(base.optim, factor), warmup_steps=warmup_steps)
+        optim = replace(_scaled(base.optim, factor), warmup_steps=warmup_steps)
+        if self.cool_down_share is None:
+            return optim
+        if not isinstance(optim.schedule, CoolDown):
+            kind = type(optim.schedule).__name__
+            raise InputError(
+                f"rules.cool_down_share={self.cool_down_share} needs optim.schedule=CoolDown(...) "
+                f"in the base config, not {kind}; remove the share or set this schedule."
+            )
+        schedule = replace(optim.schedule, steps=max(1, round(self.cool_down_share * steps)))
+        return replace(optim, schedule=schedule)
 
 
 def _scaled(optim: OptimConfig, factor: float) -> OptimConfig:

@@ -1,9 +1,9 @@
-"""base.py with AdamW, which open_clip has, too.
+"""base.py with AdamW and a cosine, which open_clip has, too.
 
     clip-jax train studies/icons/adamw.py --workdir runs/adamw
 
 Hardware: two CPU cores, at most ten minutes.
-Recipe: base.py, but for the optimizer and its learning rate.
+Recipe: base.py, but for the optimizer, its learning rate and the schedule.
 """
 
 from dataclasses import replace
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from clip_jax.config import Config
 from clip_jax.config_files import load_config
-from clip_jax.optim import AdamW
+from clip_jax.optim import AdamW, Cosine
 
 
 def get_config() -> Config:
     base = load_config(Path(__file__).with_name("base.py"))
-    optim = replace(base.optim, optimizer=AdamW(), learning_rate=1e-3)
+    optim = replace(base.optim, optimizer=AdamW(), learning_rate=1e-3, schedule=Cosine())
     return replace(base, optim=optim)

@@ -23,7 +23,7 @@ from clip_jax.losses import SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.optim import Muon, OptimConfig
+from clip_jax.optim import CoolDown, Muon, OptimConfig
 
 TEMPLATES = Path(__file__).with_name("templates.txt")
 AT_THE_END = 1_000_000  # steps between evaluations; the last step is always evaluated
@@ -43,7 +43,13 @@ def get_config() -> Config:
         ),
         data=DataConfig(source=PathConfig(path="icons/train"), crop_scale=(0.8, 1.0), threads=2),
         objective=(SoftmaxConfig(mask_same_caption=True),),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, optimizer=Muon()),
+        optim=OptimConfig(
+            learning_rate=2e-3,
+            warmup_steps=50,
+            schedule=CoolDown(steps=150),
+            weight_decay=0.1,
+            optimizer=Muon(),
+        ),
         checkpoint=CheckpointConfig(every_steps=200),
         evals=(
             zero_shot("folder:icons/classes"),

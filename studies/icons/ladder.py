@@ -45,7 +45,10 @@ def get_ladder() -> LadderConfig:
         samples=tuple(round(share * base.steps) * base.batch_size for share in SHARES),
         seeds=(0, 1, 2),
         rules=RulesConfig(
-            reference_width=base.model.vision.width, width_exponent=-0.5, max_warmup_share=0.2
+            reference_width=base.model.vision.width,
+            width_exponent=-0.5,
+            max_warmup_share=0.2,
+            cool_down_share=0.25,
         ),
         hardware=(HardwareConfig(chip="CPU core", peak_flops=100e9, mfu=0.45, start_seconds=60),),
     )

@@ -31,13 +31,14 @@ from clip_jax.losses import (
     SoftmaxConfig,
 )
 from clip_jax.models.decoder import CoCaConfig
-from clip_jax.optim import AdamW, Constant
+from clip_jax.optim import AdamW, Constant, CoolDown, Cosine
 from clip_jax.scaling.ladder import HardwareConfig, LadderConfig
 
 STUDY = Path(__file__).parent
 TEMPLATES = (STUDY / "templates.txt").read_text(encoding="utf-8").splitlines()
 SEEDS = (0, 1, 2)
 AT_THE_END = 1_000_000  # steps between evaluations; the last step is always evaluated
+COOL_DOWN = 0.25  # of a run's steps
 LAST = (0.8, 0.85, 0.9, 0.95)  # of a run's steps: checkpoints to average with the last one
 SMALL_SHARE = 0.5  # of the FLOPs at the small resolution
 
@@ -51,6 +52,7 @@ LABELS = {
     "adamw": "AdamW instead of Muon, learning rate 1e-3",
     "distilled": "distillation",
     "decoder": "caption decoder",
+    "cosine": "cosine instead of a cool-down",
     "average": "moving average of the weights",
     "checkpoints": "average of the last five checkpoints",
     "constant": "constant learning rate",
@@ -139,6 +141,7 @@ def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
         ),
         "dropout": with_objective(softmax, vision=replace(vision, patch_dropout=0.5)),
         "adamw": with_optim(optimizer=AdamW(), learning_rate=1e-3),
+        "cosine": with_optim(schedule=Cosine()),
         "constant": with_optim(schedule=Constant()),
         "average": with_optim(ema_decay=0.99),
     }
@@ -176,6 +179,10 @@ def small_first(base: Config, seed: int) -> dict[str, Config]:
 def of_equal_flops(config: Config, flops: float) -> Config:
     """Set the steps to as many as the FLOPs pay for."""
     steps = round(flops / config.flops_after(1))
+    optim = config.optim
+    if isinstance(optim.schedule, CoolDown):
+        schedule = replace(optim.schedule, steps=round(COOL_DOWN * steps))
+        config = replace(config, optim=replace(optim, schedule=schedule))
     also = tuple(round(share * steps) for share in LAST)
     return replace(config, steps=steps, checkpoint=replace(config.checkpoint, also=also))
 

@@ -22,6 +22,7 @@ STUDY = ROOT / "studies/icons"
 GOLDEN = ROOT / "tests/golden"
 SMALL = (
     *("--steps", "4", "--batch-size", "32", "--optim.warmup-steps", "2", "--report-every", "2"),
+    *("--optim.schedule.steps", "1"),
     *("--evals.2.pairs", "64", "--evals.2.pool", "64"),
     *("--evals.3.pairs", "64", "--evals.3.pool", "64"),
 )

@@ -10,7 +10,7 @@ import pytest
 from clip_jax import flops
 from clip_jax.errors import InputError
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig, StoredTeacher
-from clip_jax.optim import Constant, CoolDown
+from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.scaling import climb, run_table
 from clip_jax.scaling.grid import grid
 from clip_jax.scaling.ladder import BranchesConfig, RulesConfig, SweepConfig, load_ladder
@@ -36,6 +36,18 @@ def test_every_point_follows_the_rules():
     assert {point.workdir for point in points} == {Path("root") / name for name in by_name}
 
 
+def test_the_cool_down_is_a_share_of_each_run():
+    base = replace(tiny_ladder().base, optim=OptimConfig(schedule=CoolDown(steps=2)))
+    shared = RulesConfig(cool_down_share=0.25)
+    ladder = tiny_ladder(base=base, samples=(128, 512), rules=shared)
+    assert {
+        (p.config.steps, p.config.optim.schedule.steps) for p in grid(ladder, Path("root"))
+    } == {
+        (8, 2),
+        (32, 8),
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -52,6 +64,7 @@ def test_every_point_follows_the_rules():
             "1 steps: .* none is left for the parent run",
         ),
         ({"sweep": SweepConfig(), "branches": BranchesConfig()}, "branches and sweep"),
+        ({"rules": RulesConfig(cool_down_share=0.2)}, "cool_down_share=0.2 needs .* not Cosine"),
     ],
 )
 def test_ladders_that_make_no_sense_are_refused(changes: dict[str, Any], message: str):
