@@ -6,11 +6,11 @@ An interval is that of a bootstrap over icon sets, not over icons: icons of one 
 several files, the differences from the first one follow, on the same sets.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
+import tables
 
 DRAWS = 10_000
 METRICS = ("acc1", "acc5")
@@ -31,8 +31,7 @@ def main(paths: list[str]) -> None:
 
 def read(path: Path) -> list[dict[str, str]]:
     """Read the rows of a file, in the order of the images."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return sorted(csv.DictReader(file), key=lambda row: row["image"])
+    return sorted(tables.read(path), key=lambda row: row["image"])
 
 
 def by_set(table: list[dict[str, str]], metric: str) -> tuple[np.ndarray, np.ndarray]:

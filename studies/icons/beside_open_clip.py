@@ -23,6 +23,7 @@ from pathlib import Path
 
 import accuracy
 import numpy as np
+import tables
 from scipy import stats
 
 import clip_jax
@@ -78,10 +79,7 @@ def main() -> None:
         for program in programs
         for seed in options.seeds
     ]
-    with (options.output / "open_clip.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    tables.write(options.output / "open_clip.csv", table)
     summary = summarize(table, options.output, options.seeds)
     (options.output / "open_clip.md").write_text(summary)
     print(summary, end="")

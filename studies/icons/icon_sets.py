@@ -1,6 +1,5 @@
 """The icons that the study uses, read from the archive of npm's `@iconify/json`."""
 
-import csv
 import json
 import re
 import tarfile
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import captions
+import tables
 
 HERE = Path(__file__).parent
 LICENCES = {
@@ -50,7 +50,7 @@ def read(archive: Path, table: Path = HERE / "sets.csv") -> tuple[list[Icon], Co
 
     `table` says in which split a set is, and what its names say about its style.
     """
-    sets = {row["set"]: row for row in rows(table)}
+    sets = {row["set"]: row for row in tables.read(table)}
     brands = Brands()
     counts: Counter[str] = Counter()
     icons = []
@@ -80,17 +80,11 @@ def read(archive: Path, table: Path = HERE / "sets.csv") -> tuple[list[Icon], Co
     return list(distinct.values()), counts
 
 
-def rows(table: Path) -> list[dict[str, str]]:
-    """Read a CSV file."""
-    with table.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
 class Brands:
     """Recognises trademarks by the words of a name."""
 
     def __init__(self) -> None:
-        table = rows(HERE / "brands.csv")
+        table = tables.read(HERE / "brands.csv")
         self._names = {row["brand"] for row in table if row["match"] == "name"}
         parts = "|".join(re.escape(row["brand"]) for row in table if row["match"] == "words")
         self._words = re.compile(f"(^|-)({parts})(-|$)")
@@ -155,7 +149,7 @@ def classes() -> dict[str, str]:
     """
     class_of = {
         name: row["name"]
-        for row in rows(HERE / "synonyms.csv")
+        for row in tables.read(HERE / "synonyms.csv")
         for name in (row["name"], *row["synonyms"].split(", "))
     }
     names = (HERE / "names.txt").read_text(encoding="utf-8").splitlines()

@@ -8,7 +8,6 @@ trained, and writes ladder_predictions.csv. `compare` reads that file and ladder
 ladder_measured.csv and ladder_measured.md.
 """
 
-import csv
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from ladder import WIDTHS, get_ladder
+from tables import read, write
 
 METRICS = ("test/info_nce", "validation/info_nce", "classes/acc1", "val/acc1")
 PREDICTED = sorted(WIDTHS)[-2:]  # the dearest points: these widths, with the most pairs
@@ -95,19 +95,6 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def read_predictions(results: Path) -> list[dict[str, str]]:
     return read(results / "ladder_predictions.csv")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns = dict.fromkeys(name for row in rows for name in row)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

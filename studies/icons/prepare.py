@@ -8,7 +8,6 @@ If it is interrupted, run it again: what is complete is not done a second time.
 """
 
 import argparse
-import csv
 import hashlib
 import io
 import itertools
@@ -25,6 +24,7 @@ from pathlib import Path
 import captions
 import drawing
 import icon_sets
+import tables
 from icon_sets import SPLITS, Icon
 
 PACKAGE = "@iconify/json@2.2.535"
@@ -60,8 +60,8 @@ def main() -> None:
         draw_classes(kept, output / "classes", options.size, pool)
     for split in ("test", "validation"):
         write_retrieval(kept[split], output / "retrieval" / split, options.size)
-    write_table(output / "counts.csv", table)
-    write_table(output / "digests.csv", digests(output))
+    tables.write(output / "counts.csv", table)
+    tables.write(output / "digests.csv", digests(output))
 
 
 def download(folder: Path) -> Path:
@@ -155,8 +155,8 @@ def prepare_split(output: Path, split: str) -> tuple[set[str], list[dict[str, st
     if split == "train":  # sets of validation and test stay as their designers drew them
         command.append("--drop-near-duplicates")
     subprocess.run([sys.executable, "-m", *command], cwd=output, check=True)
-    with (output / split / "dropped.csv").open(encoding="utf-8", newline="") as file:
-        dropped = [(row["key"], row["reason"]) for row in csv.DictReader(file)]
+    rows = tables.read(output / split / "dropped.csv")
+    dropped = [(row["key"], row["reason"]) for row in rows]
     reasons = Counter(reason.partition(":")[0].partition(" of ")[0] for _, reason in dropped)
     counts = [{"stage": reason, "split": split, "icons": n} for reason, n in reasons.items()]
     return {key.partition(".tar:")[2] for key, _ in dropped}, counts
@@ -217,13 +217,6 @@ def digests(output: Path) -> list[dict[str, str]]:
                 digest.update(str(path.relative_to(output)).encode() + path.read_bytes())
         table.append({"folder": name, "sha256": digest.hexdigest()})
     return table
-
-
-def write_table(path: Path, table: list[dict]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
 
 
 if __name__ == "__main__":

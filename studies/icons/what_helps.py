@@ -10,7 +10,6 @@ that of a bootstrap in which both sets and seeds are drawn with replacement. A d
 has Student's interval over the seeds.
 """
 
-import csv
 import json
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from accuracy import DRAWS, by_set, read
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 from scipy import stats
+from tables import write
 from variants import LABELS  # and the source of captions that a run's config.json names
 
 from clip_jax import load_config
@@ -155,14 +155,6 @@ def accuracy_interval(pairs: Sequence[tuple[Run, Run]]) -> tuple[float, float]:
     means = total[seeds, sets].sum((1, 2)) / (len(total) * count[sets].sum((1, 2)))
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns = dict.fromkeys(name for row in rows for name in row)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
