@@ -42,7 +42,8 @@ class Config(StepConfig):
     # Parent run and step, as RUN@STEP: continues from that state and data position, under another
     # schedule or length. None: no branch.
     branch_from: str | None = None
-    init_from: str | None = None  # Initial weights: run, model folder or weight file; None: random.
+    # Initial weights: run, model folder, weight file, or icons, the bundled model. None: random.
+    init_from: str | None = None
     init_towers: tuple[Tower, ...] = ("image", "text")  # Towers to load from init_from.
     init_architecture: bool = False  # Take the architecture and preprocessing of init_from.
     # Settings in which the model may differ from init_from, as names or patterns such as

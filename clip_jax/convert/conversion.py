@@ -21,6 +21,7 @@ from clip_jax.convert.verify import (
     Verifications,
     features_difference,
 )
+from clip_jax.convert.weight_files import located
 from clip_jax.convert.weights import DType, Weights, with_input
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
@@ -33,7 +34,9 @@ from clip_jax.storage.files import AnyPath
 class ConvertConfig:
     """Convert weights to another format, optionally with a numerical check."""
 
-    source: AnyPath  # Run directory, model folder or file (.pt, .bin, .safetensors, .npz).
+    # Run directory, model folder, file (.pt, .bin, .safetensors, .npz), or icons, the bundled
+    # model.
+    source: AnyPath
     destination: AnyPath  # Folder to write; a file with --to openai or big-vision.
     to: Format  # Format to write.
     # Compare the source and the result with their own libraries (extra `peers`), on photographs
@@ -116,7 +119,8 @@ def convert(config: ConvertConfig) -> Conversion:
         if only := weights.only_tower:
             kind = {"image": "Vision", "text": "Text"}[only]
             use = f"`transformers.CLIP{kind}ModelWithProjection.from_pretrained(FOLDER)`."
-        card.write(destination, source, weights, use)
+        is_run = original.format == "run"  # which RUN@STEP names, too
+        card.write(destination, source if is_run else located(source), weights, use)
     return Conversion(_verified(config, original, weights) if config.verify else None, difference)
 
 

@@ -77,8 +77,9 @@ def read_weights(
 ) -> Weights:
     """Read a run, or a model file or folder of any supported format, recognised by its content.
 
-    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. `ViT-B/32` and
-    hf:OWNER/NAME are downloaded (see `hub.fetch`).
+    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. `icons` is the
+    bundled model, unless a folder of that name has a model (see `weight_files.located`). `ViT-B/32`
+    and hf:OWNER/NAME are downloaded (see `hub.fetch`).
 
     `activation` is needed for plain tensor files, which do not record it; InputError if the format
     records another. Another `image_size` than the model's resizes its position embeddings;

@@ -1,9 +1,12 @@
-"""Fetch released weights from the Hugging Face hub."""
+"""Find models by name: the bundled one, and released weights of the Hugging Face hub."""
 
 from pathlib import Path
 
 from clip_jax.errors import InputError, needing
 
+# Models of the package, by the names of their folders.
+BUNDLED = Path(__file__).parents[1] / "bundled"
+BUNDLED_NAMES = ("icons",)
 _OPENAI = {
     "ViT-B/32": "openai/clip-vit-base-patch32",
     "ViT-B/16": "openai/clip-vit-base-patch16",
@@ -15,17 +18,19 @@ _WEIGHTS = (["*.safetensors", "*.npz"], ["*.bin"])  # the second only where the 
 
 
 def fetch(name: str) -> Path:
-    """Download `hf:OWNER/NAME`, or an OpenAI model by its name, and return the folder.
+    """Return the folder of a bundled model, or download `hf:OWNER/NAME` or a model of OpenAI's.
 
     Files that were downloaded before are not downloaded again. Raises InputError, which says how
     to get the weights by hand, without `huggingface_hub`, a network or such a repository.
     """
+    if name in BUNDLED_NAMES:
+        return BUNDLED / name
     repository = _OPENAI.get(name, name.removeprefix("hf:"))
     if repository == name:
         raise InputError(
             f"there is no {name}; give a run directory, a file (.pt, .bin, .safetensors, .npz), a "
-            "folder, hf:OWNER/NAME for weights of the Hugging Face hub, or one of "
-            f"{', '.join(_OPENAI)}."
+            f"folder, {', '.join(BUNDLED_NAMES)} for the model that comes with clip_jax, "
+            f"hf:OWNER/NAME for weights of the Hugging Face hub, or one of {', '.join(_OPENAI)}."
         )
     advice = (
         f"Or download huggingface.co/{repository} on another machine and give the folder "

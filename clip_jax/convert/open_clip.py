@@ -49,7 +49,7 @@ WEIGHTS_NAMES = (
     "model.safetensors",
     "pytorch_model.bin",
 )
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".npz")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".npz")
 
 
 def rows(config: CLIPConfig) -> list[Row]:
@@ -68,7 +68,7 @@ def find_weights(folder: Path) -> Path:
         for path in (folder / name, folder / f"{name}.index.json"):
             if path.exists():
                 return path
-    others = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES)
+    others = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
     if not others and (folder / "checkpoints").is_dir():
         raise InputError(
             f"{folder} has checkpoints but no config.json, which records a run's model. Load the "
@@ -79,7 +79,7 @@ def find_weights(folder: Path) -> Path:
         names = ", ".join(path.name for path in others[:5])
         raise InputError(
             f"{folder} has {len(others)} files of weights ({names or 'none'}); a model folder "
-            f"needs exactly one ({', '.join(_SUFFIXES)}), or one called {WEIGHTS_NAME}."
+            f"needs exactly one ({', '.join(SUFFIXES)}), or one called {WEIGHTS_NAME}."
         )
     return others[0]
 

@@ -166,7 +166,7 @@ class WeightFiles:
 
     def _open_base(self, base: str | None, named: str) -> Weights:
         """Open `base`, or else what a file names, which only a person may let contact a server."""
-        is_local = os.path.exists(os.path.expanduser(named))
+        is_local = named in hub.BUNDLED_NAMES or os.path.exists(os.path.expanduser(named))
         if base is None and (files.is_remote(named) or not is_local):
             raise InputError(
                 f"the base of the adapters, {named!r:.200}, is nothing on this machine. Set --base "
@@ -177,8 +177,19 @@ class WeightFiles:
 
 
 def located(path: AnyPath) -> AnyPath:
-    """Return an existing path, or where the weights of that name have been downloaded to."""
-    return path if path.exists() else hub.fetch(os.fspath(path))
+    """Return an existing path, or where the weights of that name are.
+
+    A folder of other things, such as the study's data, does not hide the bundled model.
+    """
+    name = os.fspath(path)
+    is_here = _has_model(path) if name in hub.BUNDLED_NAMES else path.exists()
+    return path if is_here else hub.fetch(name)
+
+
+def _has_model(path: AnyPath) -> bool:
+    if not path.is_dir():
+        return path.exists()
+    return run.is_run(path) or any(x.suffix in open_clip.SUFFIXES for x in path.iterdir())
 
 
 def _with_tokenizer(weights: Weights, tokenizer: str | None) -> Weights:

@@ -41,7 +41,9 @@ const { pooler_output } = await vision({ pixel_values, pixel_attention_mask, spa
 class ExportConfig:
     """Export a model to StableHLO or ONNX, optionally with a numerical check."""
 
-    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    # Run directory, RUN@STEP, RUN@best, model folder, weights in another format, or icons, the
+    # bundled model.
+    model: AnyPath
     output: AnyPath  # Folder to write.
     # Format. stablehlo: for JAX on CPU, CUDA and TPU; onnx: for browsers, phones, servers.
     format: Literal["stablehlo", "onnx"]

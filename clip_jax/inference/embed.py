@@ -34,7 +34,9 @@ _LENGTH = 0.05  # largest difference of an embedding's length from 1; bfloat16 r
 class EmbedConfig:
     """Embed images into a folder of Parquet files; running the command again resumes."""
 
-    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    # Run directory, RUN@STEP, RUN@best, model folder, weights in another format, or icons, the
+    # bundled model.
+    model: AnyPath
     # Images: folder; .csv, .tsv or .jsonl table; tars: data/{00..41}.tar; Parquet; ArrayRecord.
     source: str
     output: AnyPath  # Folder for rows-*.parquet with columns index, key, embedding.

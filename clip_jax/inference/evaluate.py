@@ -32,8 +32,8 @@ from clip_jax.storage.json_files import content_of, parse
 class EvaluateConfig(SuiteConfig):
     """Evaluate a model by its run's evaluators or on data sets."""
 
-    # Run directory, model folder, or weights in another format. RUN is the newest checkpoint of a
-    # run, RUN@20000 that of a step, RUN@best the best.
+    # Run directory, model folder, weights in another format, or icons, the bundled model. RUN
+    # is the newest checkpoint of a run, RUN@20000 that of a step, RUN@best the best.
     model: AnyPath
     # Evaluators. run: those of the run's config, changed by the options used here; clip: the CLIP
     # paper's data sets. None: clip with --dataset or --data-dir, else run. A model without

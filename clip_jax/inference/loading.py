@@ -250,14 +250,20 @@ def load(
 ) -> Model:
     """Load a model from a run directory, a model folder or weights in another format.
 
-    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. OpenAI's names
-    (`ViT-B/32`) and hf:OWNER/NAME are downloaded by the extra `hub`. `dtype` is that of the
+    RUN@20000 is a run's checkpoint of that step, RUN@best its best, RUN its newest. `icons` is the
+    model that comes with clip_jax, unless there is a model in a local folder of that name. OpenAI's
+    names (`ViT-B/32`) and hf:OWNER/NAME are downloaded by the extra `hub`. `dtype` is that of the
     computation. Another `image_size` than the model's resizes its position embeddings. `tokens` is
     the maximum number of patches per image of a NaFlex model. `activation` is needed for plain
     tensor files, which do not record it. `tokenizer` is the vocabulary for weights that have none:
     a tokenizer.json or a sentencepiece model. `base` is the weights that PEFT's adapters change, by
     default the local folder that their file names. Files are read as data: nothing in them is
     executed.
+
+        >>> import clip_jax
+        >>> model = clip_jax.load("icons")
+        >>> model.tokenize(["home icon", "cloud icon"]).shape
+        (2, 16)
     """
     weights = read_weights(
         files.as_path(path),

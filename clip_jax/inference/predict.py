@@ -32,7 +32,9 @@ SHEET = 240  # most images on a picture of attention maps
 class PredictConfig:
     """Classify images zero-shot by any list of labels, or write captions of them."""
 
-    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    # Run directory, RUN@STEP, RUN@best, model folder, weights in another format, or icons, the
+    # bundled model.
+    model: AnyPath
     images: tuple[AnyPath, ...] = ()  # Image files, or folders of them.
     labels: tuple[str, ...] = ()  # Labels to choose from. Empty: those of the model's classifier.
     template: str = "a photo of a {}."  # Prompt template; {} is the label.

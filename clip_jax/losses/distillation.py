@@ -26,7 +26,7 @@ _RANGES = {"logit_scale": "(0, inf)", "logit_bias": "(-inf, inf)"}
 class LiveTeacher:
     """A frozen model that encodes each batch within the training step."""
 
-    weights: str  # Weights of the teacher: a run directory, a model folder or a weight file.
+    weights: str  # Weights of the teacher: a run directory, model folder or weight file, or icons.
     model: CLIPConfig | None = None  # Architecture of the teacher. None: read from its weights.
     dtype: DType = "bfloat16"  # Type of the teacher's matmuls, and of its parameters in memory.
     logit_scale: float | None = None  # Factor on the teacher's cosines. None: the teacher's own.

@@ -404,6 +404,9 @@ for _name, _parts in _RESNETS.items():
 def available_models() -> list[str]:
     """List the names of known architectures; OpenAI's names mean OpenAI's models.
 
+    They are architectures, which `create_model` initialises at random. For trained weights, see
+    `load`.
+
     >>> import clip_jax
     >>> clip_jax.available_models()[:3]
     ['ViT-B/32', 'ViT-B/16', 'ViT-L/14']

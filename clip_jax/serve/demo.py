@@ -17,7 +17,9 @@ SHOWN = 640  # longer side of a search result, in pixels
 class DemoConfig:
     """Serve the web demo until interrupted."""
 
-    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    # Run directory, RUN@STEP, RUN@best, model folder, weights in another format, or icons, the
+    # bundled model.
+    model: AnyPath
     embeddings: AnyPath | None = None  # Folder of `clip-jax embed`; adds the search. None: none.
     host: str = "127.0.0.1"  # Address to serve at; 0.0.0.0 admits other machines.
     port: int = 7860  # Port to serve at.

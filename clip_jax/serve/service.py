@@ -44,7 +44,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class ServeConfig:
     """Serve a model over HTTP until SIGTERM or an interrupt."""
 
-    model: AnyPath  # Run directory, RUN@STEP, RUN@best, model folder, or weights in another format.
+    # Run directory, RUN@STEP, RUN@best, model folder, weights in another format, or icons, the
+    # bundled model.
+    model: AnyPath
     embeddings: AnyPath | None = None  # Folder of `clip-jax embed`; adds /search. None: no search.
     host: str = "127.0.0.1"  # Address to serve at; 0.0.0.0 admits other machines.
     port: int = 8000  # Port to serve at.

@@ -117,6 +117,13 @@ def test_a_file_contacts_nobody(adapters, tmp_path, base):
     contacted.assert_not_called()
 
 
+def test_a_file_may_name_the_bundled_model_as_its_base(adapters, tmp_path):
+    folder = change(adapters, tmp_path / "peft", base_model_name_or_path="icons")
+    with mock.patch.object(hub, "fetch", autospec=True, return_value=adapters / "base") as fetch:
+        read_weights(folder)
+    fetch.assert_called_once_with("icons")
+
+
 def test_adapters_that_are_their_own_base(adapters, tmp_path):
     """Directly, or through other adapters, they would be read without end."""
     first, second = (tmp_path / name for name in ("first", "second"))
