@@ -9,6 +9,7 @@ from typing import Any
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert import model_folder, run
 from clip_jax.convert.state_dict import flatten
+from clip_jax.convert.weight_files import located
 from clip_jax.convert.weights import Weights
 from clip_jax.models.clip import count
 from clip_jax.storage import files
@@ -77,7 +78,8 @@ def training(source: AnyPath) -> dict[str, Any] | None:
 
 def write(folder: AnyPath, source: AnyPath, weights: Weights, use: str) -> None:
     """Write the card and `training.json` into a folder of the model's files."""
-    facts = training(source)
+    is_run = weights.format == "run"  # which RUN@STEP names, too
+    facts = training(source if is_run else located(source))
     if facts is not None:
         files.write_whole(folder / FACTS_NAME, json.dumps(facts, indent=1))
     files.write_whole(folder / NAME, card(folder.name, weights, facts, use))

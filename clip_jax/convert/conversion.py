@@ -21,7 +21,6 @@ from clip_jax.convert.verify import (
     Verifications,
     features_difference,
 )
-from clip_jax.convert.weight_files import located
 from clip_jax.convert.weights import DType, Weights, with_input
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
@@ -119,8 +118,7 @@ def convert(config: ConvertConfig) -> Conversion:
         if only := weights.only_tower:
             kind = {"image": "Vision", "text": "Text"}[only]
             use = f"`transformers.CLIP{kind}ModelWithProjection.from_pretrained(FOLDER)`."
-        is_run = original.format == "run"  # which RUN@STEP names, too
-        card.write(destination, source if is_run else located(source), weights, use)
+        card.write(destination, source, weights, use)
     return Conversion(_verified(config, original, weights) if config.verify else None, difference)
 
 
