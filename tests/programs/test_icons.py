@@ -132,6 +132,13 @@ def test_a_ladder_of_two_sizes_is_measured_on_held_out_sets(prepared):
     assert f"minus {images} acc5: 0.0% (0.0% to 0.0%)" in output
     picture = ("classes", images, "classes.png", "--count", 2, "--fewest", 1)
     assert "classes.png: " in run(STUDY / "pictures.py", *picture, folder=prepared)
+    shipped = prepared / "shipped"
+    run_folder = f"runs/ladder/{names[1]}"
+    run(STUDY / "ship.py", run_folder, shipped, "--command", "clip-jax train", folder=prepared)
+    assert f"| {large['classes/acc1']:.1%} (" in (shipped / "README.md").read_text()
+    assert str(STUDY) not in (shipped / "training.json").read_text()
+    code = f"import clip_jax; print(clip_jax.load('{shipped}').config.vision.width)"
+    assert run("-c", code, folder=prepared).split()[-1] == "128"
 
 
 def test_the_dearest_points_are_predicted_and_compared(tmp_path):
