@@ -6,17 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.convert.verify import our_outputs, relative_difference
+from clip_jax.convert.formats import read_weights
+from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
 from clip_jax.export.onnx import write
 from clip_jax.export.patches import to_arrays
 from clip_jax.inference.loading import Model, unit
 from clip_jax.inference.predict import embed_labels
 from clip_jax.models.images import concatenate
-from tests.export.conftest import families  # noqa: F401 (a fixture)
+from tests.export.conftest import Family, families  # noqa: F401 (a fixture)
 
 
 def run(folder: Path, kind: str, inputs: dict) -> Any:
@@ -29,9 +31,17 @@ def run(folder: Path, kind: str, inputs: dict) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["clip", "resnet", "siglip", "coca_wrong_mask", "mammut"])
+def bundled() -> Family:
+    weights = read_weights("icons")
+    params = jax.tree.map(np.float32, weights.params)
+    images, tokens = random_inputs(weights.config)
+    ours = our_outputs(weights.config, params, images, tokens)
+    return Family(replace(weights, params=params), images, tokens, ours)
+
+
+@pytest.mark.parametrize("name", ["clip", "resnet", "siglip", "coca_wrong_mask", "mammut", "icons"])
 def test_transformers_js_gives_the_models_numbers(tmp_path, families, name):  # noqa: F811
-    family = families(name)
+    family = bundled() if name == "icons" else families(name)
     weights, images, tokens = family.weights, family.images, family.tokens
     write(weights, tmp_path / "exported")
     size = weights.config.vision.image_size
@@ -41,7 +51,7 @@ def test_transformers_js_gives_the_models_numbers(tmp_path, families, name):  # 
     labels, template = ["Cat!", "snake_case dog", "it's 7 O'Clock", "a house"], "A photo of: {}."
     given = {
         "pixels": images.transpose(0, 3, 1, 2).ravel().tolist(),
-        "shape": [3, 3, size, size],
+        "shape": [len(images), 3, size, size],
         "ids": tokens.ravel().tolist(),
         "ids_shape": list(tokens.shape),
         "image": str(tmp_path / "picture.png"),

@@ -3,6 +3,7 @@ models with every option. `benchmarks/published.py` compares those of the publis
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from transformers import CLIPConfig as TheirConfig
 from transformers import CLIPModel, CLIPProcessor
 
 from clip_jax.convert import openai
+from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import random_inputs, relative_difference
@@ -286,6 +288,16 @@ def test_ours(openai_clip, open_clip, tmp_path, name, to, options):
         text=replace(weights.config.text, eos_token_id=again.config.text.eos_token_id),
     )
     jax.tree.map(np.testing.assert_array_equal, again.params, weights.params)
+
+
+@pytest.mark.parametrize("to", ["hugging-face", "open-clip"])
+def test_the_bundled_model(open_clip, tmp_path, to):
+    settings = ConvertConfig(source=Path("icons"), destination=tmp_path / "out", to=to, verify=True)
+    verification = convert(settings).verification
+    assert verification.passed
+    (other,) = [made for made in verification.made if made.reference != "clip_jax"]
+    assert other.texts_with_other_ids == 0
+    assert (tmp_path / "out/training.json").is_file()  # of the card
 
 
 def test_bfloat16_comes_back_from_openais_format(tmp_path):
