@@ -67,6 +67,7 @@ def card(run: Path, folder: Path, facts: dict[str, Any], command: str) -> str:
         batch_size=config["batch_size"],
         samples_seen=result["samples_seen"],
         unique_samples=result["unique_samples"],
+        optimizer=config["optim"]["optimizer"]["type"],
         learning_rate=config["optim"]["learning_rate"],
         weight_decay=config["optim"]["weight_decay"],
         minutes=result["seconds/total"] / 60,
