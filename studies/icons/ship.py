@@ -42,7 +42,8 @@ def card(run: Path, folder: Path, facts: dict[str, Any], command: str) -> str:
     model = clip_jax.load(folder)
     config, result = facts["config"], facts["result"]
     test, validation = (read(run / "evals" / name / "images.csv") for name in ("classes", "val"))
-    classes = len({row["class"] for row in test})
+    # A class may have no icon in one of the splits.
+    classes = len({row[name] for row in test + validation for name in ("class", "predicted")})
     values = {
         f"{prefix}{metric}": interval(*by_set(table, metric))
         for prefix, table in (("", test), ("val_", validation))
