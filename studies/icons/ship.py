@@ -41,7 +41,10 @@ def card(run: Path, folder: Path, facts: dict[str, Any], command: str) -> str:
     """Return the model card, from the results of the run."""
     model = clip_jax.load(folder)
     config, result = facts["config"], facts["result"]
-    test, validation = (read(run / "evals" / name / "images.csv") for name in ("classes", "val"))
+    # Each evaluator but the first has a folder of its own in evals/.
+    test, validation = (
+        read(next(run.glob(f"evals/**/{name}/images.csv"))) for name in ("classes", "val")
+    )
     # A class may have no icon in one of the splits.
     classes = len({row[name] for row in test + validation for name in ("class", "predicted")})
     values = {
