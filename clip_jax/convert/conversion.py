@@ -24,6 +24,7 @@ from clip_jax.convert.verify import (
 from clip_jax.convert.weights import DType, Weights, with_input
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
+from clip_jax.models.templates import check_template
 from clip_jax.optim.wrappers import TOWERS, Tower
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -52,6 +53,9 @@ class ConvertConfig:
     # Weights that PEFT's adapters change: a path or hf:OWNER/NAME. None: the folder that the
     # adapters' file names, if it is on this machine.
     base: str | None = None
+    # With --to clip-jax: prompt template that `predict`, `serve` and `demo` use by default. None:
+    # the source's.
+    template: str | None = None
     # With --to open-clip: write even if open_clip computes the image tower with another GELU, and
     # report how much that changes the features.
     accept_activation: bool = False
@@ -62,6 +66,13 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, image_size="[1, inf)", tokens="[1, inf)")
+        if self.template is not None:
+            check_template(self.template, "template")
+            if self.to != "clip-jax":
+                raise InputError(
+                    f"template={self.template!r:.200} needs --to clip-jax; --to {self.to} cannot "
+                    "hold it."
+                )
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,8 @@ def convert(config: ConvertConfig) -> Conversion:
         name = TOWERS[config.tower]
         params = {name: weights.params[name]}
         weights = replace(weights, params=params, only_tower=config.tower)
+    if config.template is not None:
+        weights = replace(weights, template=config.template)
     weights = with_input(weights, image_size=config.image_size, tokens=config.tokens)
     difference = None
     if config.accept_activation and target.as_computed is not None:

@@ -17,6 +17,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.templates import check_template
 from clip_jax.serialize import from_dict, to_dict
 
 WEIGHTS_NAME = "model.safetensors"
@@ -77,7 +78,10 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
     file = vocabulary.keep(weights.config.text.tokenizer, str(folder))
     config = with_vocabulary(weights.config, file)
     write_json(folder / CONFIG_NAME, to_dict(config))
-    write_json(folder / MANIFEST_NAME, manifest(replace(weights, config=config)))
+    content = manifest(replace(weights, config=config))
+    if weights.template is not None:
+        content["template"] = weights.template
+    write_json(folder / MANIFEST_NAME, content)
 
 
 def read(folder: Path) -> Weights:
@@ -100,11 +104,17 @@ def read(folder: Path) -> Weights:
             f"{', '.join(vocabulary.NAMES)} in the folder."
         )
     tensors = read_tensors(folder / WEIGHTS_NAME)
+    template = content.get("template")
+    if template is not None:
+        if not isinstance(template, str):
+            raise InputError(f"{path} says template={template!r:.200}; it must be a string.")
+        check_template(template, f"{path}: template")
     preprocess = {field: content[name] for field, name in _PREPROCESS.items() if name in content}
     weights = Weights(
         config=config,
         params=to_params(table(config, Convention()), tensors, config, str(folder / WEIGHTS_NAME)),
         preprocess=from_dict(Preprocess, preprocess, str(path)),
+        template=template,
     )
     for name, value in manifest(weights).items():
         if content.get(name) != value:

@@ -50,6 +50,7 @@ class Weights:
     params: Params
     preprocess: Preprocess = field(default_factory=Preprocess)
     head: Head | None = None
+    template: str | None = None  # prompt template that suits the model; None: none is recorded
     adapters: Adapters | None = None  # those merged into `params`
     only_tower: Tower | None = None  # the one tower that `params` has; None: it has all
     path: str = ""  # by which open weights are named in messages

@@ -33,6 +33,7 @@ from clip_jax.evals.evaluator import (
     embed_images,
     embed_texts,
 )
+from clip_jax.models import templates
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize, path_name
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, Patches, concatenate
@@ -54,6 +55,7 @@ class Model:
     params: Params
     image_preprocess: Preprocess
     head: Head | None = None  # a classifier that was trained with the model
+    template: str = templates.DEFAULT  # prompt template that suits the model; {} is the label
 
     @functools.cached_property
     def clip(self) -> CLIP:
@@ -208,6 +210,7 @@ class Model:
             params=jax.device_get(params),
             preprocess=self.image_preprocess,
             head=self.head,
+            template=None if self.template == templates.DEFAULT else self.template,
         )
 
         def write_once() -> None:
@@ -279,8 +282,7 @@ def load(
 def model_of(weights: Weights, dtype: DType = "float32") -> Model:
     """Return a model of these weights, on one device."""
     params = jax.tree.map(lambda x: jnp.asarray(cast(np.asarray(x), "float32")), weights.params)
-    config = replace(weights.config, dtype=dtype)
-    return Model(config, params, weights.preprocess, weights.head)
+    return _model(weights, params, dtype)
 
 
 def prompt_head(model: Model, classes: Sequence[str], templates: Sequence[str]) -> Head:
@@ -334,7 +336,17 @@ def on_mesh(weights: Weights, mesh: Mesh, dtype: DType = "float32") -> Model:
         params = processes.together(
             lambda: jax.tree.map(put, weights.params, shardings), InputError
         )
-    return Model(config, params, weights.preprocess, weights.head)
+    return _model(weights, params, dtype)
+
+
+def _model(weights: Weights, params: Params, dtype: DType) -> Model:
+    return Model(
+        replace(weights.config, dtype=dtype),
+        params,
+        weights.preprocess,
+        weights.head,
+        weights.template or templates.DEFAULT,
+    )
 
 
 def check_finite(params: Params, path: str) -> None:

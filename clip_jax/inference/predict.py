@@ -15,6 +15,7 @@ from clip_jax.errors import InputError, check_picture, check_ranges, shown
 from clip_jax.evals.evaluator import length_of
 from clip_jax.evals.pictures import attention_sheet
 from clip_jax.inference.loading import Model, load, unit
+from clip_jax.models import templates
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.images import Images, concatenate, pictures
 from clip_jax.models.layers import DType
@@ -37,7 +38,8 @@ class PredictConfig:
     model: AnyPath
     images: tuple[AnyPath, ...] = ()  # Image files, or folders of them.
     labels: tuple[str, ...] = ()  # Labels to choose from. Empty: those of the model's classifier.
-    template: str = "a photo of a {}."  # Prompt template; {} is the label.
+    # Prompt template; {} is the label. None: the model's own, or "a photo of a {}." if it has none.
+    template: str | None = None
     # Picture (PNG, SVG or PDF) of each image beside a map of the patches that its embedding attends
     # to; needs a vision transformer.
     attention: AnyPath | None = None
@@ -52,7 +54,7 @@ class PredictConfig:
         check_ranges(self, batch_size="[1, inf)", tokens="[1, inf)")
         check_picture(self.attention, "attention")
         if self.labels:
-            check_labels(self.labels, self.template)
+            check_labels(self.labels, templates.DEFAULT if self.template is None else self.template)
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
@@ -72,14 +74,15 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         model.clip.needs_decoder()
     head = None if config.labels else model.head
     labels = list(head.classes) if head else []
+    template = model.template if config.template is None else config.template
     if config.labels:
-        labels = check_labels(config.labels, config.template)
+        labels = check_labels(config.labels, template)
     elif not (head or config.caption or config.attention):
         raise InputError(
             f"{config.model} has no classifier, so give at least one label by --labels, such as "
             '--labels "red star" "blue circle".'
         )
-    classes = embed_labels(model, labels, config.template) if config.labels else None
+    classes = embed_labels(model, labels, template) if config.labels else None
 
     results: list[dict[str, Any]] = []
     drawn: list[tuple[Any, Any]] = []  # images and their attention maps

@@ -5,6 +5,7 @@ import re
 from clip_jax.errors import InputError
 
 PLACEHOLDER = re.compile(r"\{c?\}")
+DEFAULT = "a photo of a {}."  # for models that record no template of their own
 _LONGEST = 3  # characters of a placeholder
 
 

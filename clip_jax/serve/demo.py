@@ -110,7 +110,7 @@ def build(config: DemoConfig) -> Any:
                 # Any file, so that our reader decides and gives its error message.
                 image.preprocess = lambda file: file and file.path
                 lines = gr.Textbox(label="Labels, one per line", lines=4)
-                template = gr.Textbox(label="Sentence around each", value="a photo of a {}.")
+                template = gr.Textbox(label="Sentence around each", value=model.template)
                 button = gr.Button("Label", variant="primary")
             bars = gr.Label(label="Probabilities", num_top_classes=20)
         button.click(label, [image, lines, template], bars, api_name="label")

@@ -134,7 +134,7 @@ class Service:
 
     async def label(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return for each of `images` all `labels` with probabilities, best first."""
-        values = _only(request, images=None, labels=None, template="a photo of a {}.")
+        values = _only(request, images=None, labels=None, template=self.model.template)
         labels, template = _strings(values["labels"], "labels"), values["template"]
         if not isinstance(template, str):
             raise Answer(400, "template must be a string with {} where the label goes.")

@@ -19,6 +19,7 @@ from accuracy import by_set, interval, read
 import clip_jax
 
 HERE = Path(__file__).parent
+PROMPT = "{} icon"  # one of the study's templates
 CARD = (HERE / "card.md").read_text(encoding="utf-8")
 
 
@@ -29,7 +30,9 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="The run's command, for the card.")
     options = parser.parse_args()
     run, folder = options.run, options.folder
-    clip_jax.convert_model(run, folder, "clip-jax", dtype="float16", overwrite=True)
+    clip_jax.convert_model(
+        run, folder, "clip-jax", dtype="float16", template=PROMPT, overwrite=True
+    )
     facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     del facts["config"]["evals"]  # which has paths of the machine
     (folder / "training.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")

@@ -1,9 +1,11 @@
 """Our own folder: its manifest."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+import clip_jax
 from clip_jax.convert.formats import read_weights, write_weights
 from clip_jax.errors import InputError
 from tests.convert.conftest import assert_same, make_weights, refuse
@@ -25,6 +27,20 @@ def test_the_manifest_is_checked(tmp_path):
         path.write_text(json.dumps({**content, name: value}))
         with pytest.raises(ValueError, match=match):
             read_weights(tmp_path)
+
+
+def test_the_manifest_has_the_template_that_suits_the_model(tmp_path):
+    weights = replace(make_weights("vit"), template="{} icon")
+    write_weights(weights, tmp_path / "first", "clip-jax")
+    model = clip_jax.load(tmp_path / "first")
+    model.save(tmp_path / "second")
+    assert read_weights(tmp_path / "second").template == model.template == "{} icon"
+    path = tmp_path / "second/manifest.json"
+    content = json.loads(path.read_text())
+    for value, match in [("icon", "has no {}"), (["{}"], "must be a string")]:
+        path.write_text(json.dumps({**content, "template": value}))
+        with pytest.raises(InputError, match=match):
+            read_weights(tmp_path / "second")
 
 
 def test_a_value_out_of_range_names_its_file(tmp_path):
