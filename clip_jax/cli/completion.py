@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clip_jax.config_files import bundled_configs
-from clip_jax.convert import hub
 
 Run = Callable[[Sequence[str]], int]
 Shell = Literal["bash", "zsh"]
@@ -25,18 +24,6 @@ WITH_VERBS = ("scale", "bench")
 # Commands that begin with a config. The options listed are those of this one, which reads pairs.
 OF_CONFIG = ("train", "plan", "bench input", "bench step")
 EXAMPLE = "pairs"
-# Commands that begin with a model. An empty word is completed as a path.
-OF_MODEL = (
-    "evaluate",
-    "predict",
-    "embed",
-    "search",
-    "demo",
-    "serve",
-    "convert",
-    "average",
-    "export",
-)
 
 _SCRIPT = """\
 # Written by `clip-jax completion {shell}`.
@@ -81,7 +68,6 @@ def script(shell: Shell, commands: Mapping[str, Run]) -> str:
     """Write the script of a shell. Other words than these are completed as paths."""
     configs = tuple(bundled_configs())
     first = {"": tuple(commands), "configs": configs, "completion": SHELLS}
-    first |= dict.fromkeys(OF_MODEL, (f"${{word:+{' '.join(hub.BUNDLED_NAMES)}}}",))
     options: dict[str, Sequence[str]] = {}
     values: dict[str, Sequence[str]] = {}
     for name, run in commands.items():

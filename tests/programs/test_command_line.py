@@ -56,8 +56,6 @@ COMPLETED = {
     "clip-jax scale ch": "choose",
     "clip-jax train vit_b1": "vit_b16 vit_b16_distilled",
     "clip-jax train digits vit": "",  # then the shell completes paths
-    "clip-jax predict ic": "icons",
-    "clip-jax predict runs/": "",
     "clip-jax train digits --data.source.p": "--data.source.path",
     "clip-jax scale fit table.csv --metri": "--metric --metric-is",
     "clip-jax convert a b --to h": "hugging-face",
