@@ -1,7 +1,7 @@
 """Turn a finished run of this study into the bundled model `icons`, with its card.
 
-    python studies/icons/ship.py runs/icons clip_jax/bundled/icons \\
-        --command 'clip-jax train studies/icons/base.py --workdir runs/icons'
+    python studies/icons/ship.py runs/released clip_jax/bundled/icons \\
+        --command 'clip-jax train studies/icons/released.py --workdir runs/released'
 
 The weights are float16. The card's numbers are those of the run: its `result.json`, and its results
 for each image, from which the intervals follow.
