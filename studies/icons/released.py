@@ -1,4 +1,4 @@
-"""The bundled model `icons`: base.py with larger towers and fifteen times as many pairs.
+"""The bundled model `icons`: base.py with larger towers and twelve times as many pairs.
 
     python studies/icons/prepare.py icons
     clip-jax train studies/icons/released.py --workdir runs/released
@@ -20,8 +20,8 @@ def get_config() -> Config:
     vision = replace(base.model.vision, width=160, depth=5, num_heads=5)
     return replace(
         base,
-        steps=4_400,
+        steps=3_600,
         batch_size=512,
         model=replace(base.model, embed_dim=160, vision=vision),
-        optim=replace(base.optim, warmup_steps=100, schedule=CoolDown(steps=1_100)),
+        optim=replace(base.optim, warmup_steps=100, schedule=CoolDown(steps=900)),
     )
