@@ -20,19 +20,19 @@ import clip_jax
 
 SIDE, GAP = 32, 4
 STEP = SIDE + GAP
-LABEL = 150  # width of the text at the left of a row
+LABEL = 170  # width of the text at the left of a row
 WRONG = "#c62828"
 QUERIES = (
     "umbrella in the rain",
-    "two people talking",
-    "put it in the shopping cart",
-    "vehicle with two wheels",
-    "cold winter weather",
+    "shopping cart",
+    "bicycle",
+    "snowflake",
     "hot drink",
-    "locked door",
-    "money and banking",
-    "listen to music",
+    "lock",
+    "money",
     "hospital building",
+    "two people talking",
+    "listen to music",
 )
 
 
@@ -93,13 +93,13 @@ def draw_search(options: argparse.Namespace) -> None:
     images = model.encode_image(model.preprocess(icons), batch_size=256)
     texts = model.encode_text(model.tokenize(list(options.queries), truncate=True))
     similarity = model.similarity(images, texts)
-    width = 2 * LABEL + options.top * STEP + 2 * GAP
+    width = LABEL + options.top * STEP + 2 * GAP
     sheet, pen = blank(width, len(options.queries))
     for number, (query, column) in enumerate(zip(options.queries, similarity.T, strict=True)):
         top = GAP + number * STEP
         note(pen, GAP, top, query)
         for rank, index in enumerate(np.argsort(-column, kind="stable")[: options.top]):
-            paste(sheet, icons[index], GAP + 2 * LABEL + rank * STEP, top)
+            paste(sheet, icons[index], GAP + LABEL + rank * STEP, top)
     save(sheet, options.picture)
 
 
