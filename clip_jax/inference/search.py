@@ -37,6 +37,7 @@ from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
 BLOCK = 65_536  # embeddings compared at once
+FEW = 10_000  # embeddings whose graph one thread builds: with several, searches miss some of few
 _CHECKS = 1  # version of the checks that the copy of the rows has passed
 _EXAMPLES = 5  # missing files that a message names
 _ROUNDING = 1e-5  # more than the rounding error of a cosine in float32
@@ -184,12 +185,16 @@ class Embeddings:
             graph = Index.restore(str(self._index), view=True)
         if graph is None or len(graph) != len(self):
             built = Index(ndim=len(query), metric="ip", dtype="f32")
+            threads = 1 if len(self) <= FEW else 0  # 0: all cores
             for block in self.blocks:
-                built.add(len(built) + np.arange(len(block)), block)
+                built.add(len(built) + np.arange(len(block)), block, threads=threads)
             with files.written_whole(self._index) as partial:
                 built.save(str(partial))
             graph = Index.restore(str(self._index), view=True)
-        rows = graph.search(query, min(count, len(self))).keys.astype(np.int64)
+        count = min(count, len(self))
+        rows = graph.search(query, count).keys.astype(np.int64)
+        if len(rows) < count:  # some rows cannot be reached from where a search begins
+            return self.exact(query, count)
         return _ranked(rows, _rounded(self._vectors(rows), query), count)
 
     def _vectors(self, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n E"]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from usearch.index import Index
 
 from clip_jax.errors import InputError
 from clip_jax.inference import search
@@ -119,6 +120,20 @@ def test_equal_embeddings_are_listed_in_their_order(method, width, tmp_path):
     exact = np.repeat(np.stack(others).astype(np.float64) @ query, 7)
     np.testing.assert_array_equal(rows, np.argsort(-exact, kind="stable"))
     np.testing.assert_allclose(similarities, exact[rows], atol=1e-7)
+
+
+def test_a_graph_with_rows_that_a_search_cannot_reach_misses_none(tmp_path):
+    vectors = unit_vectors(500, 30)
+    write(tmp_path, range(500), vectors)
+    embeddings = Embeddings(tmp_path, manifest(500, 500), 30)
+    rows, _ = embeddings.approximate(vectors[0], 500)
+    assert sorted(rows) == list(range(500))
+    sparse = Index(ndim=30, metric="ip", dtype="f32", connectivity=2, expansion_add=2)
+    sparse.add(np.arange(500), vectors, threads=1)
+    (path,) = tmp_path.rglob("*.usearch")
+    sparse.save(str(path))
+    assert len(Index.restore(str(path)).search(vectors[0], 500)) < 500
+    np.testing.assert_array_equal(embeddings.approximate(vectors[0], 500)[0], rows)
 
 
 @pytest.mark.parametrize(("rows", "per_file", "parts"), [(8, 3, 1), (11, 2, 3), (2, 1, 5)])
