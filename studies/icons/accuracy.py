@@ -24,9 +24,9 @@ def main(paths: list[str]) -> None:
     first, *others = tables
     for path, table in zip(paths[1:], others, strict=True):
         for metric in METRICS:
-            set_of, values = by_set(table, metric)
+            number, values = by_set(table, metric)
             difference = values - by_set(first, metric)[1]
-            print(f"{path} minus {paths[0]} {metric}: {interval(set_of, difference)}")
+            print(f"{path} minus {paths[0]} {metric}: {interval(number, difference)}")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -35,15 +35,20 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def by_set(table: list[dict[str, str]], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of the set and the value of each image; a file is named after its set."""
-    sets = [Path(row["image"]).stem for row in table]
+    """Return the number of the set and the value of each image."""
+    sets = [set_of(row) for row in table]
     return np.unique(sets, return_inverse=True)[1], np.array([float(row[metric]) for row in table])
 
 
-def interval(set_of: np.ndarray, values: np.ndarray) -> str:
+def set_of(row: dict[str, str]) -> str:
+    """Return the set of an image: its file is named after it."""
+    return Path(row["image"]).stem
+
+
+def interval(number: np.ndarray, values: np.ndarray) -> str:
     """Return the mean over all icons and its 95% interval, from sets drawn with replacement."""
-    total = np.bincount(set_of, values)
-    count = np.bincount(set_of)
+    total = np.bincount(number, values)
+    count = np.bincount(number)
     drawn = np.random.default_rng(0).integers(0, len(count), (DRAWS, len(count)))
     means = total[drawn].sum(axis=1) / count[drawn].sum(axis=1)
     low, high = np.percentile(means, (2.5, 97.5))

@@ -3,7 +3,9 @@
     python studies/icons/what_helps.py runs/variants studies/icons/results
 
 It first averages the last five checkpoints of `base` and of `constant`, and evaluates the averages
-as the runs were. It writes variants.csv, what_helps.csv, what_helps.md and what_helps.svg.
+as the runs were. It writes variants.csv with a row for each run, variants_by_set.csv with the
+correct test icons of each set, and the comparison: what_helps.csv, what_helps.md, what_helps.svg.
+Runs that variants.csv has already and the folder lacks stay: they may be from another machine.
 
 A difference in accuracy is that from `base` on the same icons with the same seed. Its interval is
 that of a bootstrap in which both sets and seeds are drawn with replacement. A difference in loss
@@ -18,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from accuracy import DRAWS, by_set, read
+import tables
+from accuracy import DRAWS, by_set, read, set_of
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 from scipy import stats
-from tables import write
 from variants import LABELS  # and the source of captions that a run's config.json names
 
 from clip_jax import load_config
@@ -31,6 +33,7 @@ AVERAGED = {"base": "checkpoints", "constant": "constant_checkpoints"}  # runs, 
 FIRST = {"small_first": "small"}  # runs that continue others, whose cost counts, too
 IMAGES = "classes/images.csv"
 ACCURACY, LOSS = "classes/acc1", "test/info_nce"
+RUNS, BY_SET = "variants.csv", "variants_by_set.csv"
 METRICS = (
     *("val/acc1", ACCURACY, "classes/acc5", "validation/info_nce", LOSS),
     *("test/image_retrieval_recall@1", "test/text_retrieval_recall@1"),
@@ -43,23 +46,45 @@ class Run(NamedTuple):
     variant: str
     seed: int
     row: dict[str, Any]  # of variants.csv
-    images: Path  # results of the test icons
+    sets: dict[str, tuple[int, int]]  # icons and correct icons of each test set
 
 
 def main(root: Path, output: Path) -> None:
-    runs = [run for folder in sorted(root.glob("*-seed*")) for run in finished(folder)]
-    runs.sort(key=lambda run: ([*LABELS].index(run.variant), run.seed))
     output.mkdir(parents=True, exist_ok=True)
-    write(output / "variants.csv", [run.row for run in runs])
+    of_name = {(run.variant, run.seed): run for run in stored(output)}
+    for folder in sorted(root.glob("*-seed*")):
+        of_name |= {(run.variant, run.seed): run for run in finished(folder)}
+    runs = sorted(of_name.values(), key=lambda run: ([*LABELS].index(run.variant), run.seed))
+    tables.write(output / RUNS, [run.row for run in runs])
+    tables.write(output / BY_SET, [row for run in runs for row in rows_by_set(run)])
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.variant, []).append(run)
     rows = [compare(group, groups["base"]) for group in groups.values()]
-    write(output / "what_helps.csv", rows)
+    tables.write(output / "what_helps.csv", rows)
     table = markdown(rows)
     (output / "what_helps.md").write_text(table, encoding="utf-8")
     print(table)
     draw(rows, output / "what_helps.svg")
+
+
+def stored(output: Path) -> Iterable[Run]:
+    """Yield the runs of the tables that this script has written before."""
+    if not (output / RUNS).exists():
+        return
+    sets: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
+    for row in tables.read(output / BY_SET):
+        counts = (int(row["icons"]), int(row["correct"]))
+        sets.setdefault((row["variant"], row["seed"]), {})[row["set"]] = counts
+    for row in tables.read(output / RUNS):
+        name = (row["variant"], row["seed"])
+        yield Run(row["variant"], int(row["seed"]), row, sets[name])
+
+
+def rows_by_set(run: Run) -> Iterable[dict[str, Any]]:
+    for name, (icons, correct) in run.sets.items():
+        counts = {"icons": icons, "correct": correct}
+        yield {"variant": run.variant, "seed": run.seed, "set": name, **counts}
 
 
 def finished(folder: Path) -> Iterable[Run]:
@@ -73,14 +98,13 @@ def finished(folder: Path) -> Iterable[Run]:
         before = cost_of(folder.with_name(f"{first}-seed{seed}"))
         cost = {name: before[name] + value for name, value in cost.items()}
     cost["pairs_per_second"] = round(cost["pairs"] / cost["step_seconds"], 1)
-    yield Run(variant, int(seed), row_of(variant, seed, cost, result), folder / "evals" / IMAGES)
+    yield run_of(variant, seed, cost, result, folder / "evals")
     if name := AVERAGED.get(variant):
         averaged = folder.parent.with_name("averaged") / folder.name
         evaluate_average(folder, averaged)
         values = json.loads((averaged / "evals/result.json").read_text())
         result = {key: values[f"original/{key}"] for key in METRICS}
-        images = averaged / "evals/original" / IMAGES
-        yield Run(name, int(seed), row_of(name, seed, cost, result), images)
+        yield run_of(name, seed, cost, result, averaged / "evals/original")
 
 
 def cost_of(folder: Path) -> dict[str, float]:
@@ -96,10 +120,20 @@ def cost_of(folder: Path) -> dict[str, float]:
     }
 
 
-def row_of(
-    variant: str, seed: str, cost: Mapping[str, float], result: Mapping[str, float]
-) -> dict[str, Any]:
-    return {"variant": variant, "seed": seed, **cost} | {name: result[name] for name in METRICS}
+def run_of(
+    variant: str,
+    seed: str,
+    cost: Mapping[str, float],
+    result: Mapping[str, float],
+    evaluations: Path,
+) -> Run:
+    row = {"variant": variant, "seed": seed, **cost} | {name: result[name] for name in METRICS}
+    images = read(evaluations / IMAGES)
+    names = sorted({set_of(image) for image in images})
+    number, correct = by_set(images, "acc1")
+    counts = zip(np.bincount(number).tolist(), np.bincount(number, correct), strict=True)
+    sets = {name: (icons, round(right)) for name, (icons, right) in zip(names, counts, strict=True)}
+    return Run(variant, int(seed), row, sets)
 
 
 def evaluate_average(run: Path, output: Path) -> None:
@@ -122,15 +156,13 @@ def compare(group: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
     pairs = [(run, of_base[run.seed]) for run in group if run.seed in of_base]
     row: dict[str, Any] = {"variant": group[0].variant, "seeds": len(pairs)}
     for name in ("steps", "pairs", "training_flops", "pairs_per_second", *METRICS):
-        row[name] = float(np.mean([run.row[name] for run, _ in pairs]))
+        row[name] = float(np.mean([float(run.row[name]) for run, _ in pairs]))
     if group is base:
         return row
     low, high = accuracy_interval(pairs)
     row |= {"accuracy_low": low, "accuracy_high": high}
-    row["accuracy_difference"] = float(
-        np.mean([a.row[ACCURACY] - b.row[ACCURACY] for a, b in pairs])
-    )
-    losses = np.array([a.row[LOSS] - b.row[LOSS] for a, b in pairs])
+    row["accuracy_difference"] = float(differences(pairs, ACCURACY).mean())
+    losses = differences(pairs, LOSS)
     row["loss_difference"] = float(losses.mean())
     if len(losses) > 1:
         half = stats.t.ppf(0.975, len(losses) - 1) * losses.std(ddof=1) / len(losses) ** 0.5
@@ -141,14 +173,16 @@ def compare(group: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
     return row
 
 
+def differences(pairs: Sequence[tuple[Run, Run]], metric: str) -> np.ndarray:
+    return np.array([float(a.row[metric]) - float(b.row[metric]) for a, b in pairs])
+
+
 def accuracy_interval(pairs: Sequence[tuple[Run, Run]]) -> tuple[float, float]:
     """Return the 95% interval of the difference in accuracy: sets and seeds are drawn."""
-    totals = []
-    for run, other in pairs:
-        set_of, values = by_set(read(run.images), "acc1")
-        values = values - by_set(read(other.images), "acc1")[1]
-        totals.append(np.bincount(set_of, values))
-    total, count = np.array(totals), np.bincount(set_of)  # [seeds, sets], [sets]
+    names = sorted(pairs[0][0].sets)
+    count = np.array([pairs[0][0].sets[name][0] for name in names])
+    more = [[a.sets[name][1] - b.sets[name][1] for name in names] for a, b in pairs]
+    total = np.array(more)  # [seeds, sets]
     rng = np.random.default_rng(0)
     sets = rng.integers(0, len(count), (DRAWS, 1, len(count)))
     seeds = rng.integers(0, len(total), (DRAWS, len(total), 1))

@@ -172,6 +172,11 @@ def test_variants_are_compared_with_the_fixed_setting(prepared):
     assert names == ["base", "no_style", "checkpoints"]
     assert f"| {base['classes/acc1']:.1%} |" in output
     assert (prepared / "results/what_helps.svg").exists()
+    files = sorted((prepared / "results").iterdir())
+    before = [path.read_bytes() for path in files]
+    again = run(STUDY / "what_helps.py", "of_another_machine", "results", folder=prepared)
+    assert output.endswith(again)
+    assert [path.read_bytes() for path in files] == before
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> None:
