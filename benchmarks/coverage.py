@@ -309,7 +309,8 @@ def procedures(task: tuple[str, int, str]) -> dict[str, float]:
             if untuned:
                 worse = 0.1 * np.random.default_rng([5, seed]).exponential(size=len(runs.error))
                 runs = runs._replace(error=runs.error * np.exp(worse))
-            fitted = scaling["fit_law"]("power", runs, procedure, draws=DRAWS, seed=seed)
+            form = "saturating" if procedure == "laion" else "power"
+            fitted = scaling["fit_law"](form, runs, procedure, draws=DRAWS, seed=seed)
             for multiple in BEYOND:
                 at = ahead(cell, multiple)
                 curve, truth = fitted.curve(*at[:2]), law(*at)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.scaling import compare, papers, plots, run_table
+from clip_jax.scaling import compare, laion, papers, plots, run_table
 from clip_jax.scaling.compare import FamilyPair
 from clip_jax.scaling.fit_result import (
     Answer,
@@ -30,7 +30,7 @@ from clip_jax.scaling.fit_result import (
     PredictedRun,
     Variant,
 )
-from clip_jax.scaling.laws import BINS, Additive, Batched, Law, PowerLaw, Runs, pareto
+from clip_jax.scaling.laws import BINS, Additive, Batched, Law, PowerLaw, Runs, Saturating, pareto
 from clip_jax.scaling.run_table import MOST_FLOPS, RunTable, Selection, is_score, text
 from clip_jax.scaling.uncertainty import Fit, Form, Prediction, Procedure, fit_law, middle, sizes_of
 from clip_jax.storage.files import AnyPath, check_destination
@@ -94,7 +94,8 @@ class FitConfig(Selection):
     compare: str | None = None
     # Points to fit. all: every run. frontier: the runs that no other beats with at most their
     # compute. cherti: the lowest error of each of 5 bins of compute, at its centre, as in
-    # arXiv:2212.07143. laion: the best runs along compute, with a robust loss (arXiv:2506.04598).
+    # arXiv:2212.07143. laion: the best run of each bin of compute, by least squares of the error
+    # itself, in the form saturating (arXiv:2506.04598).
     procedure: Procedure = "all"
     bins: int = BINS  # Number of bins of the procedure cherti, equally wide in log C.
     draws: int = 1_000  # Number of bootstrap draws, for comparisons and published procedures.
@@ -121,6 +122,8 @@ class FitConfig(Selection):
             raise InputError(
                 "compare fits several laws; remove it, or hold_out, predict, sensitivity and plot."
             )
+        if self.procedure == "laion" and self.against != "compute":
+            raise InputError(f"procedure=laion needs --against compute, not {self.against}.")
 
     @property
     def is_score(self) -> bool:
@@ -148,6 +151,8 @@ class FitConfig(Selection):
         """Return the config with a form: `additive` if all families determine it, else `power`."""
         if self.form is not None:
             return self
+        if self.procedure == "laion":
+            return replace(self, form="saturating")
         divides = self.procedure == "all" and self.against == "compute"
         for runs in map(self.runs, families):
             points = {*zip(runs.size.tolist(), runs.samples.tolist(), strict=True)}
@@ -233,7 +238,7 @@ def fit(table: RunTable, config: FitConfig) -> FitResult:
         form=str(config.form),
         procedure=config.procedure,
         compute_unit=AXES[config.against][1],
-        laws={"": _law(fitted)},
+        laws={"": _law(fitted, config)},
         warnings=warnings,
         hold_out=_hold_out(table, config) if config.hold_out else None,
         predictions=predictions,
@@ -271,7 +276,7 @@ def published(metric: str) -> dict[str, Law]:
     }
 
 
-def _law(fitted: Fit) -> LawResult:
+def _law(fitted: Fit, config: FitConfig) -> LawResult:
     """Return what one fit states about its law."""
     law = fitted.law
     runs = fitted.runs
@@ -288,6 +293,7 @@ def _law(fitted: Fit) -> LawResult:
         low, high = middle(quantity(fitted.drawn))
         return Estimate(float(quantity(law)), (float(low), float(high)))
 
+    is_laion = isinstance(law, Saturating) and config.procedure == "laion"
     best_batch = None
     if isinstance(law, Batched) and not (fitted.lacking("negatives") or fitted.lacking("steps")):
         samples = float(np.median(runs.samples))
@@ -309,6 +315,7 @@ def _law(fitted: Fit) -> LawResult:
         beta=float(law.beta) if isinstance(law, PowerLaw) else None,
         best_batch=best_batch,
         size_exponent=estimate(lambda law: law.size_exponent) if divides else None,
+        paper=laion.coefficients(law) if is_laion else None,
     )
 
 
@@ -419,7 +426,8 @@ def _variants(runs: Runs, config: FitConfig) -> Iterator[tuple[str, FitConfig, n
     yield "frontier", replace(line, procedure="frontier"), every
     for bins in (3, 5, 10, 30):
         yield f"cherti, {bins} bins", replace(line, procedure="cherti", bins=bins), every
-    yield "laion", replace(line, procedure="laion"), every
+    if config.against == "compute":
+        yield "laion", replace(config, form="saturating", procedure="laion"), every
     for share in (0.1, 0.25):
         least = np.quantile(runs.compute, share)
         yield f"without the smallest {share:.0%}", config, runs.compute >= least
@@ -469,7 +477,7 @@ def _fit_families(table: RunTable, config: FitConfig, column: str) -> FitResult:
         form=str(config.form),
         procedure=config.procedure,
         compute_unit=AXES[config.against][1],
-        laws={name: _law(fitted) for name, fitted in families.items()},
+        laws={name: _law(fitted, config) for name, fitted in families.items()},
         warnings=warnings,
         compare=column,
         pairs=pairs,

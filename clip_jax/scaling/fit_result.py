@@ -65,6 +65,7 @@ class LawResult:
     beta: float | None = None
     best_batch: BestBatch | None = None
     size_exponent: Estimate | None = None  # of compute, in the best division of compute
+    paper: Mapping[str, float] | None = None  # coefficients of the procedure laion, as published
 
     @property
     def irreducible_error(self) -> float | None:
@@ -88,6 +89,8 @@ class LawResult:
             values["best_batch"] = asdict(self.best_batch)
         if self.size_exponent:
             values["optimal"] = {"size_exponent": asdict(self.size_exponent)}
+        if self.paper:
+            values["paper"] = dict(self.paper)
         return values
 
 
@@ -294,6 +297,9 @@ def _lines_of_law(law: LawResult) -> list[str]:
     if exponent := law.size_exponent:
         value = f"{exponent.value:.2f} {_interval(exponent.interval, '.2f')}"
         lines.append(f"  best division of compute: N grows as C^{value}")
+    if law.paper:
+        law_of_paper = "{a:.4g} (C + e^{b:.4g})^{c:.4g} + {d:.4g}".format(**law.paper)
+        lines.append(f"  as in the paper, for C in GFLOPs x pairs seen: {law_of_paper}")
     return lines
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from scipy import special
 
 from clip_jax.errors import InputError
-from clip_jax.scaling import laws
+from clip_jax.scaling import laion, laws
 from clip_jax.scaling.laws import Additive, Batched, Law, Numbers, Optimum, PowerLaw, Runs
 from clip_jax.scaling.profile import Interval, Region, region, slopes
 
@@ -279,8 +279,8 @@ def fit_law(
 
     `procedure`: `all` points; `frontier`, the points that no other beats with at most their
     compute; `cherti`, the lowest error of each of some `bins` of compute, at the bin's centre
-    (Cherti et al. 2023); `laion`, the best runs along compute by the robust loss of
-    arXiv:2506.04598. `draws` and `seed` are those of the bootstrap. Raises InputError for too few
+    (Cherti et al. 2023); `laion`, the best runs along compute, by least squares of the error itself
+    (module `laion`). `draws` and `seed` are those of the bootstrap. Raises InputError for too few
     points, errors that are not positive, or a law in size and samples through a frontier.
     """
     kind = laws.LAWS[form]
@@ -299,8 +299,10 @@ def fit_law(
             f"all runs have about the same compute, {runs.compute[0]:.3g}; the {form} law needs "
             "runs of several."
         )
-    if procedure in ("cherti", "laion"):
-        return _published(kind, form, runs, bins if procedure == "cherti" else None, (draws, seed))
+    if procedure == "cherti":
+        return _cherti(kind, form, runs, bins, (draws, seed))
+    if procedure == "laion":
+        return _laion(form, runs, (draws, seed))
     points = averaged(runs)
     if procedure == "frontier":
         points = points.where(laws.pareto(points.runs))
@@ -414,48 +416,57 @@ def _trend(law: Law, points: Points, residual: Float[np.ndarray, " n"]) -> Trend
 
 # ------------------------------------------------------------------ published procedures
 
-# Of arXiv:2506.04598, in GFLOPs × pairs, which are two of our GMACs × pairs.
-LAION_LEAST, LAION_LARGE, LAION_WORST = 0.5e6, 0.5e11, 0.7
-HUBER = 1e-3  # residual of log E above which the loss is linear
-REWEIGHTED = 20  # times
 
-
-def _published(
-    kind: type[Law], form: str, runs: Runs, bins: int | None, bootstrap: tuple[int, int]
-) -> Fit:
-    """Fit the frontier of runs, and those of runs drawn with replacement: bins, or `laion`."""
+def _cherti(kind: type[Law], form: str, runs: Runs, bins: int, bootstrap: tuple[int, int]) -> Fit:
+    """Fit the lowest error of each bin of compute, and those of runs drawn with replacement."""
     draws, seed = bootstrap
-    candidates = runs
-    if bins is None:
-        worst = (runs.compute > LAION_LARGE) & (runs.error > LAION_WORST)
-        candidates = runs.where((runs.compute >= LAION_LEAST) & ~worst)
-        candidates = candidates.where(np.argsort(candidates.compute, kind="stable"))
-    n = len(candidates.error)
+    n = len(runs.error)
     _check_points(n, len(kind.names()), form)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
-    error = np.where(np.concatenate([np.ones((1, n)), counts]) > 0, candidates.error, np.inf)
-    if bins is None:
-        compute = candidates.compute
-        before = np.minimum.accumulate(error, axis=1)[:, :-1]
-        error[:, 1:] = np.where(error[:, 1:] < before, error[:, 1:], np.inf)
-    else:
-        edges = laws.bin_edges(candidates.compute, bins)
-        compute, error = laws.frontier(candidates.compute, error, edges)
+    error = np.where(np.concatenate([np.ones((1, n)), counts]) > 0, runs.error, np.inf)
+    compute, error = laws.frontier(runs.compute, error, laws.bin_edges(runs.compute, bins))
     full = np.isfinite(error)
     points = int(full[0].sum())
-    freedom = points - len(kind.names())
     _check_points(points, len(kind.names()), form)
     axis = Runs(compute, np.ones_like(compute), compute)  # the errors differ between draws
-    weights = full.astype(float)
-    error = np.where(full, error, 1.0)
-    fits = kind.fitted(axis, error, weights)
-    for _ in range(REWEIGHTED if bins is None else 0):  # Huber's loss, by reweighting
-        off = np.abs(np.log(error / fits.map(lambda x: x[:, None])(axis.size, axis.samples)))
-        fits = kind.fitted(axis, error, weights * np.minimum(1, HUBER / np.maximum(off, 1e-12)))
-    law = fits.map(lambda x: x[0])
+    fits = kind.fitted(axis, np.where(full, error, 1.0), full.astype(float))
     held = np.isfinite(np.stack([*fits.parameters.values()])).all(axis=0)  # of several bins
     held = held & (np.arange(draws + 1) > 0)
     fitted = Runs(compute[full[0]], np.ones(points), error[0][full[0]])
+    return _published(
+        fits.map(lambda x: x[0]), runs, fitted, bootstrap, fits.map(lambda x: x[held])
+    )
+
+
+def _laion(form: str, runs: Runs, bootstrap: tuple[int, int]) -> Fit:
+    """Fit the best runs along compute, and those of runs drawn with replacement."""
+    draws, seed = bootstrap
+    if form != "saturating":
+        raise InputError(f"procedure=laion fits the form saturating, not {form}; omit --form.")
+    candidates = laion.candidates(runs)
+    n = len(candidates.error)
+    points = laion.points(candidates) if n else candidates
+    needed = len(laws.Saturating.names()) + 1
+    if len(points.error) < needed:
+        raise InputError(
+            f"procedure=laion selects {len(points.error)} of {len(runs.error)} runs, but needs "
+            f"{needed}; it takes the best runs along compute, from {laion.LEAST:g} to "
+            f"{laion.MOST:g} GFLOPs x pairs. Choose another --procedure."
+        )
+    rng = np.random.default_rng(seed)
+    drawn = [laion.points(candidates.where(rng.integers(n, size=n))) for _ in range(draws)]
+    fits = [laion.fitted(x) for x in (points, *drawn) if len(x.error) >= needed]
+    every = laws.Saturating(*np.array(fits).T)
+    law = every.map(lambda x: x[0])
+    return _published(law, runs, points, bootstrap, every.map(lambda x: x[1:]))
+
+
+def _published(
+    law: Law, runs: Runs, fitted: Runs, bootstrap: tuple[int, int], resampled: Law
+) -> Fit:
+    """Return the fit of a published procedure, whose intervals are those of resampled runs."""
+    points = len(fitted.error)
+    freedom = points - len(law.names())
     noise = float(np.sqrt(np.square(np.log(fitted.error / fitted.under(law))).sum() / freedom))
     return Fit(
         law=law,
@@ -468,7 +479,7 @@ def _published(
         freedom=freedom,
         spread=noise,
         bootstrap=bootstrap,
-        resampled=fits.map(lambda x: x[held]),
+        resampled=resampled,
     )
 
 
