@@ -29,6 +29,7 @@ from clip_jax.pods.plan import PlanConfig
 from clip_jax.pods.topology import Topology
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.scaling import climb, fit, html_report, ladder, run_table
+from clip_jax.scaling.chinchilla import DivideConfig
 from clip_jax.scaling.choose import ChooseConfig
 from clip_jax.scaling.downstream import RelateConfig
 from clip_jax.scaling.planning import ScalePlanConfig
@@ -41,7 +42,7 @@ COMMANDS = (
     run_table.CollectConfig, fit.FitCommand, climb.LadderCommand, ladder.LadderConfig,
     html_report.ReportConfig, bench.InputBench, bench.StepBench, ExportConfig, ServeConfig,
     average.AverageConfig, SampleDataConfig, ScalePlanConfig, ChooseConfig, RelateConfig,
-    CompletionConfig,
+    DivideConfig, CompletionConfig,
 )  # fmt: skip
 GIVEN = {  # where there is no default, or none that can stand alone
     "PredictConfig.labels": ("cat",),

@@ -280,6 +280,17 @@ def _scale_plan(args: Sequence[str]) -> int:
     return _print(result, as_json, planning.describe(result))
 
 
+def _divide(args: Sequence[str]) -> int:
+    """Divide compute between model size and samples, by Chinchilla's approaches: clip-jax scale
+    divide TABLE --budget 1e21"""
+    from clip_jax.scaling import chinchilla
+
+    kind = chinchilla.DivideConfig
+    config, as_json = arguments.read(kind, args, ("table",), _divide, "scale divide")
+    result = chinchilla.divide(config)
+    return _print(result, as_json, chinchilla.describe(result))
+
+
 def _relate(args: Sequence[str]) -> int:
     """Fit one metric against another, such as accuracy against loss: clip-jax scale relate TABLE
     --metric imagenet1k_acc1 --against info_nce"""
@@ -308,6 +319,7 @@ SCALE: dict[str, Callable[[Sequence[str]], int]] = {
     "collect": _collect,
     "choose": _choose,
     "fit": _fit,
+    "divide": _divide,
     "plan": _scale_plan,
     "relate": _relate,
     "report": _report,

@@ -48,6 +48,7 @@ EXAMPLES = {
     "scale collect": "clip-jax scale collect runs/ladder_digits",
     "scale choose": "clip-jax scale choose scaling.csv --choose-by info_nce --report loss",
     "scale fit": "clip-jax scale fit scaling.csv --metric info_nce --predict ViT-L-14@1B",
+    "scale divide": "clip-jax scale divide scaling.csv --metric info_nce --budget 1e21",
     "scale plan": "clip-jax scale plan scaling.csv --metric info_nce --budget 300chip-hours",
     "scale relate": "clip-jax scale relate scaling.csv --metric top1 --against info_nce",
     "scale report": "clip-jax scale report runs/ladder_digits",

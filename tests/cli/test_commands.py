@@ -26,7 +26,7 @@ from clip_jax.storage.files import as_path
 from clip_jax.train import Diverged, Preempted
 from tests.conftest import DIGITS, ROOT
 
-SCALE = ("ladder", "collect", "choose", "fit", "plan", "relate", "report")
+SCALE = ("ladder", "collect", "choose", "fit", "divide", "plan", "relate", "report")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,10 @@ SCALE = ("ladder", "collect", "choose", "fit", "plan", "relate", "report")
         ("evaluate loop", r"loop has checkpoints but no config\.json"),
         ("prepare file.csv out", "SOURCE: .* 'image', only 'as it was'; set image_column"),
         ("prepare nowhere out", "SOURCE: nowhere does not exist"),
-        ("scale nonsense", "scale needs ladder, collect, choose, fit, plan, relate or report"),
+        (
+            "scale nonsense",
+            "scale needs ladder, collect, choose, fit, divide, plan, relate or report",
+        ),
         ("bench nonsense", "bench needs input or step, not 'nonsense'"),
         ("bench input", "bench input needs a config file"),
         ("demo nowhere", r"pip install 'clip-jax-pods\[demo\]'"),

@@ -264,7 +264,8 @@ def test_every_command_has_a_page(site):
     assert re.search(r'href="?reference/commands/', site["index.html"])
     pages = pages_of_commands(site)
     verbs = {
-        f"scale {x}" for x in ("ladder", "collect", "choose", "fit", "plan", "relate", "report")
+        f"scale {x}"
+        for x in ("ladder", "collect", "choose", "fit", "divide", "plan", "relate", "report")
     }
     assert {*COMMANDS, *verbs, "bench input", "bench step"} == set(pages)
     listed = site["reference/commands/index.html"]
