@@ -33,6 +33,7 @@ from clip_jax.scaling.chinchilla import DivideConfig
 from clip_jax.scaling.choose import ChooseConfig
 from clip_jax.scaling.downstream import RelateConfig
 from clip_jax.scaling.planning import ScalePlanConfig
+from clip_jax.scaling.ranks import RanksConfig
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.serve.service import ServeConfig
 
@@ -42,7 +43,7 @@ COMMANDS = (
     run_table.CollectConfig, fit.FitCommand, climb.LadderCommand, ladder.LadderConfig,
     html_report.ReportConfig, bench.InputBench, bench.StepBench, ExportConfig, ServeConfig,
     average.AverageConfig, SampleDataConfig, ScalePlanConfig, ChooseConfig, RelateConfig,
-    DivideConfig, CompletionConfig,
+    DivideConfig, RanksConfig, CompletionConfig,
 )  # fmt: skip
 GIVEN = {  # where there is no default, or none that can stand alone
     "PredictConfig.labels": ("cat",),

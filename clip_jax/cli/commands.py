@@ -302,6 +302,16 @@ def _relate(args: Sequence[str]) -> int:
     return _print(result, as_json, downstream.describe(result))
 
 
+def _ranks(args: Sequence[str]) -> int:
+    """Correlate the ranks of methods between scales: clip-jax scale ranks TABLE --methods filter
+    --metric imagenet1k_acc1"""
+    from clip_jax.scaling import ranks
+
+    config, as_json = arguments.read(ranks.RanksConfig, args, ("table",), _ranks, "scale ranks")
+    result = ranks.ranks(config)
+    return _print(result, as_json, ranks.describe(result))
+
+
 def _report(args: Sequence[str]) -> int:
     """Write an HTML report of points, laws, loss curves, costs, failures: clip-jax scale report
     RUN ... --output report.html"""
@@ -322,6 +332,7 @@ SCALE: dict[str, Callable[[Sequence[str]], int]] = {
     "divide": _divide,
     "plan": _scale_plan,
     "relate": _relate,
+    "ranks": _ranks,
     "report": _report,
 }
 

@@ -188,7 +188,7 @@ def number(row: Row, column: str) -> float:
     try:
         return numeric(text(row, column))
     except ValueError as error:
-        what = f"{column} of {row['arch']} is {text(row, column)!r}, not a number"
+        what = f"{column} of {text(row, 'arch') or 'a row'} is {text(row, column)!r}, not a number"
         hint = f"exclude the row with --where, such as --where '{column}>0'"
         raise InputError(f"{what}: correct the table, or {hint}.") from error
 

@@ -51,6 +51,7 @@ EXAMPLES = {
     "scale divide": "clip-jax scale divide scaling.csv --metric info_nce --budget 1e21",
     "scale plan": "clip-jax scale plan scaling.csv --metric info_nce --budget 300chip-hours",
     "scale relate": "clip-jax scale relate scaling.csv --metric top1 --against info_nce",
+    "scale ranks": "clip-jax scale ranks scaling.csv --metric top1 --methods data",
     "scale report": "clip-jax scale report runs/ladder_digits",
     "bench input": "clip-jax bench input digits",
     "bench step": "clip-jax bench step digits",

@@ -26,7 +26,7 @@ from clip_jax.storage.files import as_path
 from clip_jax.train import Diverged, Preempted
 from tests.conftest import DIGITS, ROOT
 
-SCALE = ("ladder", "collect", "choose", "fit", "divide", "plan", "relate", "report")
+SCALE = ("ladder", "collect", "choose", "fit", "divide", "plan", "relate", "ranks", "report")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ SCALE = ("ladder", "collect", "choose", "fit", "divide", "plan", "relate", "repo
         ("prepare nowhere out", "SOURCE: nowhere does not exist"),
         (
             "scale nonsense",
-            "scale needs ladder, collect, choose, fit, divide, plan, relate or report",
+            "scale needs ladder, collect, choose, fit, divide, plan, relate, ranks or report",
         ),
         ("bench nonsense", "bench needs input or step, not 'nonsense'"),
         ("bench input", "bench input needs a config file"),
