@@ -286,7 +286,13 @@ def _law(fitted: Fit, config: FitConfig) -> LawResult:
     largest = float(runs.size.max())
     sizes = sizes_of([fitted]) if divides or not isinstance(law, Additive) else (largest, largest)
     best = law.optimum(span, sizes)
-    curve = np.stack([span, *fitted.curve(best.size, best.samples)])
+    has_best_batch = isinstance(law, Batched) and not (
+        fitted.lacking("negatives") or fitted.lacking("steps")
+    )
+    third = None
+    if isinstance(law, Batched) and not has_best_batch and runs.third is not None:
+        third = np.full_like(span, np.median(runs.third))
+    curve = np.stack([span, *fitted.curve(best.size, best.samples, third)])
     parameters = {name: _parameter(fitted, name) for name in law.parameters}
 
     def estimate(quantity: Callable[[Any], Any]) -> Estimate:
@@ -295,28 +301,43 @@ def _law(fitted: Fit, config: FitConfig) -> LawResult:
 
     is_laion = isinstance(law, Saturating) and config.procedure == "laion"
     best_batch = None
-    if isinstance(law, Batched) and not (fitted.lacking("negatives") or fitted.lacking("steps")):
+    if has_best_batch:
         samples = float(np.median(runs.samples))
         batch = estimate(lambda law: law.best_batch(samples))
         best_batch = BestBatch(samples, batch.value, batch.interval)
     return LawResult(
         runs=len(runs.error),
-        points=[
-            FittedPoint(compute, error)
-            for compute, error in np.stack([points.compute, points.error]).T.tolist()
-        ],
+        points=_points(fitted),
         parameters=parameters,
         curve=[
             CurvePoint(compute, error, (low, high))
             for compute, error, low, high in curve.T.tolist()
         ],
         residuals=(runs.error / runs.under(law) - 1).tolist(),
+        noise=fitted.noise,
+        degrees_of_freedom=float(fitted.freedom),
         alpha=float(law.alpha) if isinstance(law, PowerLaw) else None,
         beta=float(law.beta) if isinstance(law, PowerLaw) else None,
         best_batch=best_batch,
         size_exponent=estimate(lambda law: law.size_exponent) if divides else None,
         paper=laion.coefficients(law) if is_laion else None,
     )
+
+
+def _points(fitted: Fit) -> list[FittedPoint]:
+    """Return the points of a fit, with all that a reader needs to fit them again."""
+    points = fitted.fitted
+    thirds = [None] * len(points.error) if points.third is None else points.third.tolist()
+    columns = (
+        points.compute.tolist(),
+        points.error.tolist(),
+        points.size.tolist(),
+        points.samples.tolist(),
+        thirds,
+        fitted.seeds.tolist(),
+        fitted.weights.tolist(),
+    )
+    return [FittedPoint(*values) for values in zip(*columns, strict=True)]
 
 
 def _parameter(fitted: Fit, name: str) -> Parameter:
@@ -335,12 +356,14 @@ def _hold_out(table: RunTable, config: FitConfig) -> HoldOut:
     runs = config.runs(table)
     held = np.array(table.meets(config.hold_out))
     fitted = None if held.all() else config.fit(runs.where(~held))
-    test = runs.where(held & pareto(runs) if config.procedure != "all" else held)
+    tested = held & pareto(runs) if config.procedure != "all" else held
+    test = runs.where(tested)
+    settings = _differing(list(itertools.compress(table.rows, tested)))
     thirds = [None] * len(test.error) if test.third is None else test.third
-    columns = np.asarray(test.model), test.error, test.size, test.samples, thirds
+    columns = np.asarray(test.model), test.error, test.size, test.samples, thirds, settings
     predicted: list[HeldOutRun] = []
     estimates: list[tuple[float, float, float, float]] = []  # measured, predicted and its interval
-    for model, measured, size, samples, third in zip(*columns, strict=True):
+    for model, measured, size, samples, third, varied in zip(*columns, strict=True):
         if fitted is None:
             break
         answer = _answer(fitted, size, samples, third, config)
@@ -348,7 +371,11 @@ def _hold_out(table: RunTable, config: FitConfig) -> HoldOut:
             continue
         predicted.append(
             HeldOutRun(
-                model=str(model), samples=float(samples), measured=float(measured), answer=answer
+                model=str(model),
+                samples=float(samples),
+                measured=float(measured),
+                answer=answer,
+                settings=varied,
             )
         )
         estimates.append((measured, answer.error.value, *answer.error.interval))
@@ -364,6 +391,12 @@ def _hold_out(table: RunTable, config: FitConfig) -> HoldOut:
         inside_interval=int(((low <= measured) & (measured <= high)).sum()),
         runs=predicted,
     )
+
+
+def _differing(rows: Sequence[run_table.Row]) -> list[dict[str, str]]:
+    """Return for each row the settings in which the rows differ, but for model and samples."""
+    columns = [name for name in (*SETTINGS[3:], "seed") if len({text(x, name) for x in rows}) > 1]
+    return [{name: text(row, name) for name in columns} for row in rows]
 
 
 def _run_of(name: str, table: RunTable, config: FitConfig) -> tuple[float, float, float | None]:
@@ -384,6 +417,9 @@ def _answer(
 ) -> Answer:
     """Predict the error of a run; no error if the runs do not determine it."""
     if third is None and isinstance(fitted.law, Batched):
+        if lacking := fitted.lacking("negatives") or fitted.lacking("steps"):
+            needed = f"{lacking} for the best batch size, or a run to predict with its /BATCH"
+            return Answer(error=None, lacking=needed, is_score=config.is_score)
         third = float(fitted.law.batch_to_use(samples))
     if lacking := fitted.unknown(size, samples, third):
         return Answer(error=None, lacking=lacking, is_score=config.is_score)

@@ -28,10 +28,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class FittedPoint:
-    """A point that a law was fitted to."""
+    """A point that a law was fitted to: the mean of the seeds of a run, or the best of a bin."""
 
     compute: float
     error: float
+    size: float  # forward GMACs of a pair; 1 for a law of another quantity than compute
+    samples: float
+    third: float | None  # distinct samples or batch size, for the forms that have one
+    seeds: float
+    weight: float  # of its squared residual of log error, 1 on average
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class LawResult:
     parameters: Mapping[str, Parameter]
     curve: Sequence[CurvePoint]  # the law at the best division of compute
     residuals: Sequence[float]  # of the error, relative, in the order of the table
+    noise: float  # standard deviation of the log error of a point of weight 1
+    degrees_of_freedom: float
     alpha: float | None = None  # of a power law, also if the runs do not determine it
     beta: float | None = None
     best_batch: BestBatch | None = None
@@ -81,6 +88,8 @@ class LawResult:
             "irreducible_error": self.irreducible_error,
             "curve": [asdict(point) for point in self.curve],
             "residuals": list(self.residuals),
+            "noise": self.noise,
+            "degrees_of_freedom": self.degrees_of_freedom,
         }
         if self.alpha is not None:
             values["alpha"] = self.alpha
@@ -144,12 +153,14 @@ class HeldOutRun:
     samples: float
     measured: float  # its error
     answer: Answer
+    settings: Mapping[str, str]  # in which held-out runs differ besides model and samples
 
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "samples": self.samples,
             "measured": self.measured,
+            "settings": dict(self.settings),
             **self.answer.to_json(),
         }
 
@@ -217,10 +228,11 @@ class FitResult:
 
         Keys: `alpha`, `beta` (power law), `parameters` with intervals (a value of None is not
         determined, and `lacking` says which runs would determine it), `irreducible_error`, the
-        fitted `points`, the law's `curve` at the best division of compute, `residuals` in the order
-        of the table, `optimal` (best divisions of compute, for laws in N and D), `hold_out`,
-        `predictions` by run, `sensitivity`, `warnings`. With `compare`: `families` by name, each
-        with the keys of a law, and `pairs` of families.
+        fitted `points` with their weights, `noise` and `degrees_of_freedom` of the fit, the law's
+        `curve` at the best division of compute, `residuals` in the order of the table, `optimal`
+        (best divisions of compute, for laws in N and D), `paper` (coefficients of the procedure
+        laion), `hold_out`, `predictions` by run, `sensitivity`, `warnings`. With `compare`:
+        `families` by name, each with the keys of a law, and `pairs` of families.
         """
         values: dict[str, Any] = {
             "metric": self.metric,
@@ -311,7 +323,8 @@ def _lines_of_hold_out(held: HoldOut) -> list[str]:
     ]
     for run in held.runs[:10]:
         measured = f"{1 - run.measured:.1%}" if run.answer.is_score else f"{run.measured:.4g}"
-        name = f"{run.model}@{short(run.samples)}"
+        settings = [f"{column} {value}" for column, value in run.settings.items()]
+        name = ", ".join([f"{run.model}@{short(run.samples)}", *settings])
         lines.append(f"  {name}: {_in_words(run.answer)}, measured {measured}")
     return lines
 

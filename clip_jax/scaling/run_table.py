@@ -35,7 +35,7 @@ from clip_jax.scaling.laws import Runs
 from clip_jax.serialize import from_dict
 from clip_jax.storage.files import AnyPath, as_path, check_destination, walk, write_whole
 from clip_jax.storage.files import read as read_file
-from clip_jax.storage.json_files import read_json, read_rows
+from clip_jax.storage.json_files import parse, read_json, read_rows
 
 LEAST, MOST = 1e-12, 1e18  # of sizes, samples and batches
 MOST_FLOPS = 1e40
@@ -212,7 +212,9 @@ def _fulfils(row: Row, column: str, sign: str, value: str) -> bool:
 
 
 def read(path: AnyPath, columns: Sequence[str] = ()) -> RunTable:
-    """Read a table; nothing else does. Raises InputError for a file that is not CSV.
+    """Read a table: CSV, or JSON Lines by its ending .jsonl; both may be compressed by gzip.
+
+    Nothing else reads tables. Raises InputError for a file that is neither.
 
     `columns` maps columns of other programs, as in the module `columns`. Sizes that the table lacks
     are those of the architectures in the zoo.
@@ -222,21 +224,43 @@ def read(path: AnyPath, columns: Sequence[str] = ()) -> RunTable:
     try:
         content = read_file(path)
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-        file = io.StringIO(content.decode("utf-8-sig"), newline="")
-        reader = csv.DictReader(file, restkey="")
-        lines = list(reader)
+        written = content.decode("utf-8-sig")
+        lines = _json_lines(written) if ".jsonl" in path.suffixes[-2:] else _csv_lines(written)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}.") from error
-    names = Counter(filter(None, reader.fieldnames or ()))
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise InputError(f"{path} has two columns {twice[0]!r}; rename or delete one of them.")
-    # Drop cells beyond the header.
-    rows = mapped([{name: x or "" for name, x in line.items() if name} for line in lines], columns)
+        raise InputError(f"{path} cannot be read as a table: {error}.") from error
+    except InputError as error:
+        raise InputError(f"{path} {error}") from error
+    rows = mapped(lines, columns)
     for row in rows:
         arch = text(row, "arch")
         if not text(row, "gmacs_per_sample") and arch in zoo.ARCHITECTURES:
             row["gmacs_per_sample"] = gmacs(zoo.ARCHITECTURES[arch])
     return RunTable(rows)
+
+
+def _csv_lines(written: str) -> list[Row]:
+    reader = csv.DictReader(io.StringIO(written, newline=""), restkey="")
+    lines = list(reader)
+    names = Counter(filter(None, reader.fieldnames or ()))
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(f"has two columns {twice[0]!r}; rename or delete one of them.")
+    # Drop cells beyond the header.
+    return [{name: x or "" for name, x in line.items() if name} for line in lines]
+
+
+def _json_lines(written: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(written.splitlines(), 1):
+        if not line.strip():
+            continue
+        row = parse(line.encode())
+        if row is None or any(isinstance(cell, dict | list) for cell in row.values()):
+            raise InputError(
+                f"cannot be read as a table: line {number} must be one JSON object, whose values "
+                "are texts or numbers."
+            )
+        rows.append({name: "" if cell is None else cell for name, cell in row.items()})
+    return rows
 
 
 def write(table: RunTable, path: AnyPath) -> None:

@@ -200,6 +200,54 @@ def test_what_a_law_takes_besides_is_a_column():
     assert result["parameters"]["steps"]["value"] is None
 
 
+def test_a_batch_size_that_runs_do_not_determine_is_not_used():
+    """No run is so short that its steps count."""
+    law = replace(KNOWN["batched"], steps=np.array(1e-3))
+    rows = table_of(measured(law, noise=0.01)).rows
+    table = RunTable([row | {"global_batch": row["unique_samples"]} for row in rows])
+    fitted = fit(table, replace(OURS, form="batched", predict=("m300@1B", "m300@1B/10K")))
+    result = strict(fitted)
+    best, same = (x["error"] for x in result["predictions"].values())
+    assert (best, same) == (None, pytest.approx(law(300.0, 1e9, 1e4), rel=0.03))
+    assert "m300@1B: not determined; it takes a wider range of " in describe(fitted)
+    assert "for the best batch size, or a run to predict with its /BATCH" in describe(fitted)
+    assert "best_batch" not in result
+    highest = law(3.0, 1e6, 1e3)
+    assert all(point["error"] < 2 * highest for point in result["curve"])
+
+
+def test_a_reader_can_fit_the_points_again():
+    runs = measured(KNOWN["power"], 0, 0.05, 1, 20, seeds=4)
+    runs = runs.where((np.arange(80) < 40) | (np.arange(80) % 4 == 0))
+    result = strict(fit(table_of(runs), replace(OURS, form="power")))
+    columns = ("size", "samples", "error", "seeds", "weight")
+    size, samples, error, seeds, weight = np.array(
+        [[point[name] for name in columns] for point in result["points"]]
+    ).T
+    assert sorted({*seeds.tolist()}) == [1, 4]
+    x, y = np.log(size * samples), np.log(error)
+    slope, height = np.polyfit(x, y, 1, w=np.sqrt(weight))
+    assert (slope, np.exp(height)) == pytest.approx((result["alpha"], result["beta"]))
+    squares = (weight * (y - slope * x - height) ** 2).sum()
+    noise = np.sqrt(squares / result["degrees_of_freedom"])
+    assert result["noise"] == pytest.approx(noise, rel=1e-3)
+
+
+def test_held_out_runs_are_named_by_what_they_differ_in():
+    rows = table_of(measured(KNOWN["additive"], 0, 0.01, 4, 4, seeds=2)).rows
+    rows = [
+        row | {"seed": str(i % 2), "lr": 1e-3 * (1 + i % 2), "data": "LAION"}
+        for i, row in enumerate(rows)
+    ]
+    fitted = fit(RunTable(rows), replace(OURS, hold_out=("arch=m300", "samples_seen>=1e10")))
+    runs = strict(fitted)["hold_out"]["runs"]
+    assert [run["settings"] for run in runs] == [
+        {"lr": "0.001", "seed": "0"},
+        {"lr": "0.002", "seed": "1"},
+    ]
+    assert "  m300@10B, lr 0.001, seed 0: " in describe(fitted)
+
+
 FLOPS = ("training_flops", "student_flops")
 
 

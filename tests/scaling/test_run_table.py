@@ -1,10 +1,12 @@
 """One table from every format of results, and what is no table."""
 
 import csv
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clip_jax.config import Config
@@ -25,7 +27,7 @@ HEADER = b"arch,samples_seen,gmacs_per_sample,imagenet1k_acc1\n"
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"\xf4\x00", "cannot be read as CSV"),
+        (b"\xf4\x00", "cannot be read as a table"),
         (b"", "has no column 'arch'"),
         (HEADER + b"a,b,1,0.5,and more\n", "samples_seen of a is 'b', not a number"),
         (HEADER + b"a,0,1,0.5\n", "samples_seen of a is 0, but must be from 1e-12 to 1e.18; .*>0'"),
@@ -45,6 +47,28 @@ def test_a_file_that_is_no_table_is_refused(content, says, tmp_path):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(InputError, match=says):
         fit(run_table.read(tmp_path / "t.csv"), FitConfig())
+
+
+def test_json_lines_are_a_table(tmp_path: Path):
+    """With a byte-order mark, an empty line, and cells that are missing, null or texts."""
+    rows = [
+        {"arch": "a", "samples_seen": 1e6, "gmacs_per_sample": 2, "top1": 0.5, "data": "x"},
+        {"arch": "b", "samples_seen": "12.8M", "gmacs_per_sample": 4.5, "top1": None},
+    ]
+    text = "\ufeff" + "\n\n".join(json.dumps(row) for row in rows) + "\n"
+    (tmp_path / "t.jsonl").write_text(text, encoding="utf-8")
+    with gzip.open(tmp_path / "t.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(text)
+    for name in ("t.jsonl", "t.jsonl.gz"):
+        table = run_table.read(tmp_path / name)
+        np.testing.assert_array_equal(table.numbers("samples_seen"), [1e6, 12.8e6])
+        assert [row["top1"] for row in table.rows] == [0.5, ""]
+        assert len(table.select("top1").rows) == 1
+        assert table.meets(["data=x"]) == [True, False]
+    for line in ("[1, 2]", '{"arch": ["a"]}', "{"):
+        (tmp_path / "t.jsonl").write_text(f'{{"arch": "a"}}\n{line}\n')
+        with pytest.raises(InputError, match=r"t\.jsonl cannot be read as a table: line 2 must be"):
+            run_table.read(tmp_path / "t.jsonl")
 
 
 def test_a_table_that_excel_saved_is_read(tmp_path: Path):
