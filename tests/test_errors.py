@@ -33,7 +33,7 @@ from clip_jax.scaling.chinchilla import DivideConfig
 from clip_jax.scaling.choose import ChooseConfig
 from clip_jax.scaling.downstream import RelateConfig
 from clip_jax.scaling.planning import ScalePlanConfig
-from clip_jax.scaling.ranks import RanksConfig
+from clip_jax.scaling.rank_correlation import RanksConfig
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.serve.service import ServeConfig
 

@@ -305,11 +305,12 @@ def _relate(args: Sequence[str]) -> int:
 def _ranks(args: Sequence[str]) -> int:
     """Correlate the ranks of methods between scales: clip-jax scale ranks TABLE --methods filter
     --metric imagenet1k_acc1"""
-    from clip_jax.scaling import ranks
+    from clip_jax.scaling import rank_correlation
 
-    config, as_json = arguments.read(ranks.RanksConfig, args, ("table",), _ranks, "scale ranks")
-    result = ranks.ranks(config)
-    return _print(result, as_json, ranks.describe(result))
+    kind = rank_correlation.RanksConfig
+    config, as_json = arguments.read(kind, args, ("table",), _ranks, "scale ranks")
+    result = rank_correlation.ranks(config)
+    return _print(result, as_json, rank_correlation.describe(result))
 
 
 def _report(args: Sequence[str]) -> int:

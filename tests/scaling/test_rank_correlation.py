@@ -10,8 +10,8 @@ from scipy import stats
 
 from clip_jax.cli import commands
 from clip_jax.errors import InputError
-from clip_jax.scaling import ranks as ranks_module
-from clip_jax.scaling.ranks import RanksConfig, describe, ranks
+from clip_jax.scaling import rank_correlation
+from clip_jax.scaling.rank_correlation import RanksConfig, describe, ranks
 
 SCALES = ("small", "medium", "large")
 VALUES = {  # DataComp, table 3: ImageNet accuracies of ways to filter
@@ -87,11 +87,11 @@ def test_draws_with_repeated_methods_are_scipys():
     rng = np.random.default_rng(0)
     x, y = rng.integers(5, size=(2, 9)).astype(float)
     draws = rng.integers(9, size=(20, 9))
-    ours = [f(x, y, draws) for f in (ranks_module.spearman, ranks_module.kendall)]
+    ours = [f(x, y, draws) for f in (rank_correlation.spearman, rank_correlation.kendall)]
     for i, draw in enumerate(draws):
         wanted = (f(x[draw], y[draw]).statistic for f in (stats.spearmanr, stats.kendalltau))
         np.testing.assert_allclose([each[i] for each in ours], [*wanted], atol=1e-12)
-    assert np.isnan(ranks_module.kendall(x, y, np.zeros((1, 9), int))).all()
+    assert np.isnan(rank_correlation.kendall(x, y, np.zeros((1, 9), int))).all()
 
 
 def test_scales_may_be_conditions(table, capsys):
