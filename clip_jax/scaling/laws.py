@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy import optimize
 
 BINS = 5  # of the frontier, as in Cherti et al. 2023
 TRAINING_FLOPS = 6e9  # per forward GMAC: 2 FLOPs per multiply-add × 3 for both passes
@@ -28,6 +29,9 @@ SAME = 1e-3  # smallest offset, as a share of the smallest compute
 CELLS = np.linspace(-1, 1, 5)  # refined grid, in steps of the previous one
 ROUNDS = 11  # each halves the step, to 2⁻¹¹ of the first grid's
 RIDGE = 1e-12  # keeps a matrix invertible if two terms coincide
+TINY = 1e-300  # least prediction that has a logarithm
+BETTER = 1e-7  # share of the squares by which another law must be better
+ZERO = 1e-9  # share of the error below which a term is zero
 AT_ONCE = 2_000_000  # numbers per array of terms; uses a few hundred MB
 
 Numbers = np.ndarray | np.floating | float  # NumPy turns arrays without axes into scalars
@@ -410,6 +414,44 @@ def search(
         coefficients = solution[every, best]
         step = step / 2
     return np.exp(at), coefficients
+
+
+def fit_one(kind: type[Law], runs: Runs, weights: Float[np.ndarray, " n"]) -> Law:
+    """Fit one table: by the search of `kind`, and from there to all digits by SciPy."""
+    law = kind.fitted(runs, runs.error[None], weights[None]).map(lambda x: x[0])
+    if not kind.COEFFICIENTS:
+        return law  # a straight line in log-log, which is exact
+    bounds = np.log([[x[0], x[-1]] for x in kind.grid(runs)])
+    free = bounds[:, 1] > bounds[:, 0]
+    count = int(free.sum())
+    inside = np.log([float(law.parameters[name]) for name in kind.inside()])
+    coefficients = np.array([float(law.parameters[name]) for name in kind.COEFFICIENTS])
+    terms = kind.factors(runs)
+    unit = terms(*np.exp(inside)).max(axis=0) / np.median(runs.error)
+    root = np.sqrt(weights)
+
+    def law_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        moved = inside.copy()
+        moved[free] = values[:count]
+        return np.exp(moved), values[count:] / unit
+
+    def residuals(values: np.ndarray) -> np.ndarray:
+        powers, factors = law_of(values)
+        return root * np.log(np.maximum(terms(*powers) @ factors, TINY) / runs.error)
+
+    low = np.concatenate([bounds[free, 0], np.zeros(len(unit))])
+    high = np.concatenate([bounds[free, 1], np.full(len(unit), np.inf)])
+    start = np.clip([*inside[free], *(coefficients * unit)], low, high)
+    solved = optimize.least_squares(
+        residuals, start, bounds=(low, high), x_scale="jac", xtol=1e-12, ftol=1e-13, gtol=1e-12
+    )
+    if solved.cost > (1 - BETTER) * 0.5 * np.square(residuals(start)).sum():
+        return law
+    powers, factors = law_of(np.where(solved.x < ZERO, np.where(low == 0, 0.0, solved.x), solved.x))
+    named = dict(zip((*kind.inside(), *kind.COEFFICIENTS), (*powers, *factors), strict=True))
+    # A term that vanishes says nothing about its exponent, but the search says where it ended.
+    vanished = [x for x in kind.COEFFICIENTS if x != "irreducible" and named[x] == 0]
+    return law if vanished else kind(**named)
 
 
 def faces(count: int) -> list[list[int]]:

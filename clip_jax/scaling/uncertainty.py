@@ -340,7 +340,7 @@ def _fitted(
         steady = np.asarray(trend.weight(at.compute))
         within = points.within(steady)
         weights = steady * inverse / crowd
-        law = kind.fitted(at, at.error[None], weights[None]).map(lambda x: x[0])
+        law = laws.fit_one(kind, at, weights)
         residual = np.asarray(np.log(at.error / at.under(law)))
         freedom = max(count / crowd - parameters, 1)
         freedom -= min(trend.share, freedom / 2)
