@@ -16,18 +16,22 @@ from clip_jax import parts
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.config import Config
 from clip_jax.convert.weight_files import WeightFiles
-from clip_jax.convert.weights import whole_model
-from clip_jax.data.images import Preprocess
+from clip_jax.convert.weights import Weights, whole_model
 from clip_jax.data.pipeline import classes_of, open_source
 from clip_jax.errors import InputError, naming
 from clip_jax.losses import ClassifierConfig, DistillationConfig
 from clip_jax.losses.contrastive import Contrastive
-from clip_jax.models.clip import CLIPConfig
+from clip_jax.optim import Tower
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import content_of
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+# Fields of a model that weights of one tower alone determine.
+_OF_TOWER: dict[Tower, tuple[str, ...]] = {
+    "image": ("embed_dim", "vision", "image_mean", "image_std"),
+    "text": ("embed_dim", "text"),
+}
 
 
 def load_config(path: str | Path) -> Config:
@@ -90,16 +94,17 @@ def with_weights(config: AnyConfig, weight_files: WeightFiles | None = None) -> 
         with WeightFiles() as weight_files:
             return with_weights(config, weight_files)
 
-    def read(weights: str, setting: str) -> tuple[CLIPConfig, Preprocess]:
+    def read(weights: str, setting: str, tower: Tower | None = None) -> Weights:
         with naming(f"{setting}={weights!r}"):
-            file = whole_model(weight_files.open(weights))
+            file = weight_files.open(weights)
+            file = file if tower and file.only_tower == tower else whole_model(file)
         how = file.preprocess
-        return replace(file.config, image_mean=how.mean, image_std=how.std), how
+        return replace(file, config=replace(file.config, image_mean=how.mean, image_std=how.std))
 
     def with_model(teacher: Any) -> Any:
         if getattr(teacher, "model", teacher) is not None:
             return teacher
-        return replace(teacher, model=read(teacher.weights, "teachers.weights")[0])
+        return replace(teacher, model=read(teacher.weights, "teachers.weights").config)
 
     def complete(term: Any) -> Any:
         if isinstance(term, ClassifierConfig) and not term.classes:
@@ -111,7 +116,13 @@ def with_weights(config: AnyConfig, weight_files: WeightFiles | None = None) -> 
     model, preprocess = config.model, config.preprocess
     if config.init_architecture and config.init_from:
         names = ("dtype", "remat", "unroll", "attention")  # how to compute, not what
-        initial, preprocess = read(config.init_from, "init_from")
+        tower = config.init_towers[0] if len(set(config.init_towers)) == 1 else None
+        file = read(config.init_from, "init_from", tower)
+        initial = file.config
+        if file.only_tower is not None:  # the other tower is that of the run's config
+            taken = _OF_TOWER[file.only_tower]
+            initial = replace(model, **{name: getattr(initial, name) for name in taken})
+        preprocess = preprocess if file.only_tower == "text" else file.preprocess
         model = replace(initial, **{name: getattr(model, name) for name in names})
         dropout = config.model.vision.patch_dropout
         model = replace(model, vision=model.vision.with_patch_dropout(dropout))

@@ -45,6 +45,7 @@ from clip_jax.models.clip import parameters as boxes
 from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
+from clip_jax.models.dino import DinoConfig
 from clip_jax.models.images import NaFlex, concatenate
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -304,6 +305,24 @@ FAMILIES = {
         embed_dim=32,
         vision=TipsConfig(**_VISION | {"patch_size": 8}),
         text=TipsTextConfig(**_TEXT),
+    ),
+    "dinov2": dataclasses.replace(
+        TINY,
+        embed_dim=32,
+        vision=DinoConfig(
+            **_VISION | {"patch_size": 8},
+            positions="learned",
+            resizing="plain",
+            registers=0,
+            biases="qkv",
+        ),
+    ),
+    "dinov3": dataclasses.replace(
+        TINY,
+        embed_dim=32,
+        vision=DinoConfig(
+            **_VISION | {"patch_size": 8}, registers=2, biases="none", activation="swiglu"
+        ),
     ),
     "xlm_roberta": dataclasses.replace(TINY, text=BertConfig(**_TEXT, num_positions=14)),
     "altclip": dataclasses.replace(TINY, text=BertConfig(**_TEXT, head="norm", pool="first")),

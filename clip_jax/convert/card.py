@@ -43,7 +43,7 @@ tags: [clip, jax]
 
 # {name}
 
-A CLIP model written by clip_jax: an image tower and a text tower with one embedding space.
+{about}
 
 ## Use
 
@@ -63,8 +63,14 @@ A CLIP model written by clip_jax: an image tower and a text tower with one embed
 
 ## Licence
 
-To be filled in by the publisher of the weights.
+To be filled in by the publisher of the weights.{licence}
 """
+_ABOUT = {
+    None: "A CLIP model written by clip_jax: an image tower and a text tower with one embedding "
+    "space.",
+    "image": "An image tower written by clip_jax, without a text tower.",
+    "text": "A text tower written by clip_jax, without an image tower.",
+}
 
 
 def training(source: AnyPath) -> dict[str, Any] | None:
@@ -104,7 +110,9 @@ def card(name: str, weights: Weights, facts: dict[str, Any] | None, use: str) ->
         if isinstance(value, int | float) and not key.startswith(_TIMES)
     }
     tables = {"model": _table(model), "training": _table(training), "numbers": _table(numbers)}
-    return _CARD.format(name=name, use=use, **tables)
+    licence = "" if weights.only_tower == "text" else weights.config.vision.licence
+    texts = {"about": _ABOUT[weights.only_tower], "licence": licence and f" {licence}"}
+    return _CARD.format(name=name, use=use, **tables, **texts)
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -128,9 +128,8 @@ def convert(config: ConvertConfig) -> Conversion:
     write_weights(weights, destination, config.to, dtype=config.dtype)
     if target.use:
         use = target.use + (target.use_naflex if weights.preprocess.max_patches else "")
-        if only := weights.only_tower:
-            kind = {"image": "Vision", "text": "Text"}[only]
-            use = f"`transformers.CLIP{kind}ModelWithProjection.from_pretrained(FOLDER)`."
+        if weights.only_tower:
+            use = target.use_tower(weights)
         card.write(destination, source, weights, use)
     return Conversion(_verified(config, original, weights) if config.verify else None, difference)
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from clip_jax.convert import (
     bert,
+    dino,
     hugging_face_clip,
     image_processor,
     siglip,
@@ -30,11 +31,12 @@ from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, cast
 from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig, Params
-from clip_jax.models.images import Images, Patches
+from clip_jax.models.images import Images, Patches, pixels_of
 from clip_jax.optim.wrappers import TOWERS, Tower
 
 # A model is written as the first family that it fits.
 FAMILIES: tuple[Family, ...] = (
+    *dino.FAMILIES,
     tips.TIPS,
     bert.ALTCLIP,
     bert.CHINESE_CLIP,
@@ -85,12 +87,20 @@ def _rows_of(config: CLIPConfig, tower: Tower | None) -> list[Row]:
     return [row for row in rows(config) if not tower or row.ours.startswith(f"{TOWERS[tower]}/")]
 
 
+def class_name(weights: Weights) -> str:
+    """Return the class of transformers that a model is written for."""
+    family = family_of(weights.config)
+    names = {alone.tower: alone.name for alone in _ALONE.values()}
+    only = weights.only_tower
+    return family.class_name if only in (None, family.only_tower) else names[only]
+
+
 def config_json(weights: Weights, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`."""
     family = family_of(weights.config)
     settings = family.write(weights.config, family.model_type)
     for model_type, alone in _ALONE.items():
-        if alone.tower == weights.only_tower:
+        if alone.tower == weights.only_tower != family.only_tower:
             section = settings[f"{alone.field}_config"] | {"model_type": model_type}
             return {"architectures": [alone.name], "dtype": dtype, **section}
     return {
@@ -138,7 +148,7 @@ def read(folder: Path) -> Weights:
         image_mean=preprocess.mean,
         image_std=preprocess.std,
     )
-    tower = alone.tower if alone else None
+    tower = alone.tower if alone else family.only_tower
     params = to_params(_rows_of(config, tower), tensors, config, str(file))
     return Weights(config=config, params=params, preprocess=preprocess, only_tower=tower)
 
@@ -147,20 +157,23 @@ def _family_named(model_type: Any, path: Path) -> Family:
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
-    names = ", ".join(f"{family.class_name} ({family.model_type!r})" for family in FAMILIES)
+    kinds = dict.fromkeys(f"{family.class_name} ({family.model_type!r})" for family in FAMILIES)
+    names = ", ".join(kinds)
     raise InputError(
         f"{path} has model_type={str(model_type)!r:.99}; supported are Hugging Face's {names}."
     )
 
 
 _REASONS = {"only_tower": "of transformers' classes, only CLIP's have one for each tower"}
+_ALONE_REASONS = {"only_tower": "its class has no text tower: use --tower image"}
 
 
 def check(weights: Weights) -> None:
     """Raise Inexpressible if transformers' model and processor cannot express the model."""
     family = family_of(weights.config)
     name = f"Hugging Face's {family.class_name}"
-    check_assumptions(weights, name, family.assumptions(weights), _REASONS)
+    reasons = _REASONS if family.only_tower is None else _ALONE_REASONS
+    check_assumptions(weights, name, family.assumptions(weights), reasons)
     if weights.only_tower != "image":
         tokenizer_files.check(weights.config.text)
 
@@ -209,7 +222,8 @@ def load(
         processor = tokenizer = None
         names = (image_processor.CONFIG_NAME, image_processor.PROCESSOR_NAME)
         if any((path / name).exists() for name in names) and only != "text":
-            processor = _image_processor(path)
+            processor, note = _image_processor(path, weights)
+            notes += note
         elif only != "text":
             notes.append("preprocessing: the folder has no image processor")
         if tokenizer_files.exist(path) and only != "image":
@@ -227,17 +241,26 @@ def load(
     )
 
 
-def _image_processor(folder: Path) -> Any:
-    """Load the image processor of a folder: that of Pillow, if its class has one."""
+def _image_processor(folder: Path, weights: Weights) -> tuple[Any, list[str]]:
+    """Load the image processor of a folder: that of Pillow, if its class has one.
+
+    It is None, with a note, if it makes images of another size than the model's.
+    """
     import transformers
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
         options = {"local_files_only": True, "backend": "pil"}
-        return transformers.AutoImageProcessor.from_pretrained(folder, **options)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **options)
     finally:
         transformers.logging.set_verbosity(level)
+    if family_of(weights.config).only_tower is not None:
+        made = pixels_of(_preprocess(processor, Image.new("RGB", (64, 64)))).shape[1]
+        if made != weights.config.vision.image_size:
+            size = weights.config.vision.image_size
+            return None, [f"preprocessing: the folder's images have {made} pixels, not {size}"]
+    return processor, []
 
 
 def _preprocess(processor: Any, image: Image.Image) -> Images:
@@ -274,8 +297,9 @@ def _outputs(model: Any, weights: Weights, inputs: verify.Inputs) -> verify.Outp
 
     if only := weights.only_tower:
         of_tower = verify.torch_inputs(inputs)[only == "text"]
+        is_clips = family_of(weights.config).only_tower is None
         with torch.no_grad():
-            features = model(of_tower)[f"{only}_embeds"]
+            features = model(of_tower)[f"{only}_embeds" if is_clips else "pooler_output"]
         return {f"{only}_features": features.numpy()}
 
     def encode_image(images: Any) -> Any:
@@ -304,6 +328,7 @@ TARGET = Target(
     rounded=_rounded,
     check=check,
     has_single_towers=True,
+    use_tower=lambda weights: f"`transformers.{class_name(weights)}.from_pretrained(FOLDER)`.",
     names=("config.json", WEIGHTS_NAME, image_processor.PROCESSOR_NAME),
     use="`transformers.AutoModel.from_pretrained(FOLDER)`, and `AutoProcessor`. Of a NaFlex model, "
     "`AutoImageProcessor` and `AutoTokenizer`: `AutoProcessor` always makes 256 patches of 16 "

@@ -16,6 +16,7 @@ from clip_jax.convert.weights import Weights, mlp_ratio
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.layers import Activation
+from clip_jax.optim import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Family:
     from_file: Callable[[Tensors, Settings, str], Tensors] = lambda tensors, *_: tensors
     to_file: Callable[[Tensors, CLIPConfig], Tensors] = lambda tensors, _: tensors
     exact: tuple[str, ...] = ()  # parameters that are never rounded
+    only_tower: Tower | None = None  # the one tower that the class has; None: both
 
 
 # ------------------------------------------------------------------ names of tensors

@@ -11,7 +11,7 @@ from typing import Any
 from clip_jax.convert.settings import count_of, number_of, read_json, write_json
 from clip_jax.data.images import Interpolation, Preprocess
 from clip_jax.errors import InputError, naming
-from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD
+from clip_jax.models.images import IMAGENET_MEAN, IMAGENET_STD, INCEPTION_MEAN, INCEPTION_STD
 from clip_jax.serialize import from_dict, to_dict
 
 CONFIG_NAME = "preprocessor_config.json"
@@ -35,15 +35,23 @@ _CLASSES = {
         _SIGLIP, image_size=448, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear",
         rules="torchvision",
     ),
+    "DINOv3ViT": replace(
+        _SIGLIP, mean=IMAGENET_MEAN, std=IMAGENET_STD, interpolation="bilinear",
+        rules="torchvision",
+    ),
 }  # fmt: skip
-_SQUARES = ("Tipsv2", "ViT")  # classes in which a size that is one number means a square
+_SQUARES = ("Tipsv2", "ViT", "DINOv3ViT")  # classes in which a size of one number means a square
+_TORCHVISION = ("Tipsv2", "DINOv3ViT")  # classes that have no form without torchvision
+# Classes of models for images of any size: the model's own size is not that of the processor.
+_ANY_SIZE = ("Bit", "DINOv3ViT")
 
 
 def read(folder: Path, size: int, model: str = "CLIP", patch_size: int | None = None) -> Preprocess:
     """Read the preprocessing of a processor, for a model of images of `size` pixels.
 
     With `patch_size` it is that of a NaFlex model. Missing and null settings have the defaults of
-    the file's class, or if it has none, of the class of `model` (CLIP, Siglip, …). Raises
+    the file's class, or if it has none, of the class of `model` (CLIP, Siglip, …). For DINOv2 and
+    DINOv3, images of another size are resized and cropped in the same way to the model's. Raises
     InputError, which names an unsupported setting.
     """
     stored, where = _find(folder)
@@ -94,6 +102,8 @@ def read(folder: Path, size: int, model: str = "CLIP", patch_size: int | None = 
     else:
         # Without any file the size is the model's, and not that of the class.
         missing = size if stored is None else its_class.image_size
+        if model in _ANY_SIZE:
+            content = _at_size(content, size)
         values["resize_mode"] = _resize_mode(content, default, missing, name in _SQUARES, where)
     with naming(where):
         return from_dict(Preprocess, to_dict(default) | values, where)
@@ -110,6 +120,21 @@ def _patches(
         )
     most = content.get("max_num_patches", default.max_patches)
     return {"max_patches": count_of(most, f"{where}: max_num_patches"), "patch_size": patch_size}
+
+
+def _at_size(content: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return the settings with the sizes of images of `size` pixels. A margin that is cut off after
+    resizing is left out."""
+    content = dict(content)
+    for name in {"size", "crop_size"} & content.keys():
+        match content[name]:
+            case {"shortest_edge": int()}:
+                content[name] = {"shortest_edge": size}
+            case {"height": int() as height, "width": int() as width} if height == width:
+                content[name] = _square(size)
+            case int():
+                content[name] = size
+    return content
 
 
 def _resize_mode(
@@ -164,8 +189,9 @@ def write(folder: Path, preprocess: Preprocess, model: str = "CLIP") -> None:
         name = f"Siglip2ImageProcessor{'Pil' if preprocess.rules == 'transformers' else ''}"
         sizes = {"patch_size": preprocess.patch_size, "max_num_patches": preprocess.max_patches}
     else:
-        differs = shortest or (model == "Tipsv2" and preprocess.rules != "torchvision")
-        name = f"{'CLIP' if differs else model}ImageProcessor"
+        fits = shortest == (model == "Bit")
+        fits = fits and (model not in _TORCHVISION or preprocess.rules == "torchvision")
+        name = f"{model if fits else 'CLIP'}ImageProcessor"
         sizes = {
             "size": {"shortest_edge": size} if shortest else square,
             "do_center_crop": shortest,

@@ -66,7 +66,7 @@ def check_assumptions(
 
 def _shown(value: Any) -> str:
     kind = value if isinstance(value, type) else type(value)
-    return kind.__name__ if is_dataclass(kind) else repr(value)
+    return kind.__name__ if kind is value or is_dataclass(kind) else repr(value)
 
 
 def assumed(prefix: str, value: Any, *but: str) -> dict[str, Any]:
@@ -112,3 +112,4 @@ class Target:
     names: tuple[str, ...] = ()
     use: str = ""  # how to load a folder, for its model card
     use_naflex: str = ""  # what to know of a NaFlex model beside that
+    use_tower: Callable[[Weights], str] = lambda weights: ""  # how to load one tower alone

@@ -106,7 +106,10 @@ class Graph:
 
     def dense(self, x: str, path: str, layer: int | None = None) -> str:
         """Add the linear map at a path, its kernel reshaped to a matrix."""
-        kernel, bias = (self.weight(f"{path}/{name}", layer) for name in ("kernel", "bias"))
+        kernel = self.weight(f"{path}/kernel", layer)
+        if path.endswith("in_proj") and not self.has(f"{path}/bias"):
+            return self.linear(x, kernel.reshape(len(kernel), -1))
+        bias = self.weight(f"{path}/bias", layer)
         if path.endswith("in_proj") and len(bias) == 2:  # of queries and values
             bias = np.insert(bias, 1, 0, axis=0)
         return self.linear(x, kernel.reshape(-1, bias.size), bias.reshape(-1))

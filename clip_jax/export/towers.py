@@ -263,7 +263,7 @@ def _block(
     def attend(x: str) -> str:
         q, k, v = graph.heads(x, f"{path}/attn/in_proj", layer)
         if rotation is not None:
-            q, k = (_rotated(graph, x, rotation) for x in (q, k))
+            q, k = (_rotated(graph, x, rotation, c.pair_distance) for x in (q, k))
         inner = (f"{path}/attn/ln", c.epsilon) if c.inner_norm else None
         return graph.attention(f"{path}/attn/out_proj", q, k, v, layer=layer, mask=mask, norm=inner)
 
@@ -273,10 +273,11 @@ def _block(
     return add(2, x, lambda x: _mlp(graph, c, x, path, layer))
 
 
-def _rotated(graph: Graph, x: str, rotation: Tables) -> str:
+def _rotated(graph: Graph, x: str, rotation: Tables, distance: int) -> str:
     """Turn queries or keys [B, N, L, K], as `attention.rotate`."""
     cos, sin = map(graph.number, rotation)
-    swapped = graph.op("Gather", x, np.arange(cos.shape[-1]) ^ 1, axis=-1)
+    index = np.arange(cos.shape[-1]).reshape(-1, 2, distance)[:, ::-1].reshape(-1)
+    swapped = graph.op("Gather", x, index, axis=-1)
     return graph.op("Add", graph.op("Mul", x, cos), graph.op("Mul", swapped, sin))
 
 
@@ -375,7 +376,9 @@ def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> tuple
 def _vit_states(graph: Graph, config: ViTConfig, x: str) -> tuple[str, str | None]:
     """Add the tower up to its last block; return also which tokens are valid [B, L] (None: all)."""
     extra, valid = config.extra_tokens, None
-    positions, first = graph.weight("visual/positional_embedding"), config.extra_positions
+    positions, first = np.zeros((config.num_patches, config.width)), config.extra_positions
+    if config.positions_path is not None:
+        positions = graph.weight(config.positions_path)
     tokens = np.zeros((extra, config.width), np.float32)  # class token and registers
     if config.class_token:
         tokens[0] = graph.weight("visual/class_embedding")

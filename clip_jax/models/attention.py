@@ -1,5 +1,6 @@
 """Attention backends: several implementations of one function of queries, keys and values."""
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ Keys = Bool[Array, "B L"] | Lengths  # tokens that are attended to
 
 
 class Rotation(NamedTuple):
-    """Rotary positions of L tokens (RoFormer, arXiv:2104.09864): each pair of adjacent channels of
-    a query or key is turned by an angle. Sines have the sign − in a pair's first channel."""
+    """Rotary positions of L tokens (RoFormer, arXiv:2104.09864): each pair of channels of a query
+    or key is turned by an angle. Sines have the sign − in a pair's first channel."""
 
     cos: Float[Array, "*B L K"]
     sin: Float[Array, "*B L K"]
@@ -97,8 +98,10 @@ def xla(
     return _like(out, qkv)
 
 
-def rotate(qkv: QKV, heads: int, rotation: Rotation) -> QKV:
+def rotate(qkv: QKV, heads: int, rotation: Rotation, distance: int = 1) -> QKV:
     """Turn queries and keys by their tokens' angles.
+
+    The channels of a pair have a distance of 1, or of half a head's channels.
 
     All of `qkv` is one elementwise operation, for values by the angle 0: half of the memory traffic
     of slicing them apart, and of joining them for the kernels.
@@ -109,29 +112,31 @@ def rotate(qkv: QKV, heads: int, rotation: Rotation) -> QKV:
         parts = jnp.broadcast_to(parts, (*parts.shape[:-2], heads, table.shape[-1]))
         return parts if qkv.ndim == 5 else parts.reshape(*table.shape[:-1], -1)
 
-    return _turn(qkv, of_heads(rotation.cos, 1), of_heads(rotation.sin, 0))
+    return _turn(qkv, of_heads(rotation.cos, 1), of_heads(rotation.sin, 0), distance)
 
 
-@jax.custom_vjp
-def _turn(x: Array, cos: Array, sin: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _turn(x: Array, cos: Array, sin: Array, distance: int) -> Array:
     # Pairs are exchanged before the cast: float32 values would be stored for it.
-    other = _swap(x).astype(jnp.float32)
+    other = _swap(x, distance).astype(jnp.float32)
     return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 
-def _swap(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+def _swap(x: Float[Array, "*B C"], distance: int) -> Float[Array, "*B C"]:
     """Exchange the channels of each pair; by shifts, which a TPU computes within one fusion."""
 
     def shifted(by: int) -> Array:
         padding = [(0, 0, 0)] * (x.ndim - 1) + [(by, -by, 0)]
         return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
 
-    return jnp.where(jnp.arange(x.shape[-1]) % 2 == 0, shifted(-1), shifted(1))
+    is_first = jnp.arange(x.shape[-1]) // distance % 2 == 0
+    return jnp.where(is_first, shifted(-distance), shifted(distance))
 
 
 _turn.defvjp(
-    lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)),
-    lambda tables, dy: (_turn(dy, tables[0], -tables[1]), None, None),  # back by the same angles
+    lambda x, cos, sin, distance: (_turn(x, cos, sin, distance), (cos, sin)),
+    # Back by the same angles.
+    lambda distance, tables, dy: (_turn(dy, tables[0], -tables[1], distance), None, None),
 )
 
 

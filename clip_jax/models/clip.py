@@ -20,6 +20,7 @@ from clip_jax.models.bert import BertConfig
 from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import Caption, DecoderConfig
+from clip_jax.models.dino import DinoConfig
 from clip_jax.models.images import (
     OPENAI_MEAN,
     OPENAI_STD,
@@ -42,7 +43,15 @@ from clip_jax.models.vit import ViTConfig
 
 Params = dict[str, Any]
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
-Vision = ViTConfig | ResNetConfig | ConvStemConfig | RotaryConfig | TipsConfig | ConvNeXtConfig
+Vision = (
+    ViTConfig
+    | ResNetConfig
+    | ConvStemConfig
+    | RotaryConfig
+    | TipsConfig
+    | DinoConfig
+    | ConvNeXtConfig
+)
 Text = TextConfig | BertConfig | TipsTextConfig
 
 

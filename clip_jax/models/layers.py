@@ -29,6 +29,7 @@ from clip_jax.models import attention
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "relu", "swiglu"]
 # LayerNorm of a residual block: before each branch, of its output, or after the sum (BERT).
 Norm = Literal["before", "branch", "after"]
+Biases = Literal["qkv", "qv", "none"]  # which of attention's queries, keys and values have a bias
 DType = Literal["float32", "bfloat16"]
 # Activations saved for the backward pass, which recomputes the others: from all to none.
 Remat = Literal["none", "hidden", "residual", "attention", "full"]
@@ -199,7 +200,8 @@ class BlockConfig(NamedTuple):
     mlp: bool = True  # False: the attention branch alone
     norm: Norm = "before"
     inner_norm: bool = False  # norms before the last linear map of both branches, too (EVA-02)
-    key_bias: bool = True  # False: keys have no bias
+    biases: Biases = "qkv"
+    pair_distance: int = 1  # between the channels that rotary positions turn as a pair
 
 
 class LayerNorm(nn.Module):
@@ -339,7 +341,8 @@ class Attention(nn.Module):
     causal: bool
     layout: Layout = Layout()
     norm: float | None = None  # epsilon of LayerNorm of the heads' output; None: no norm
-    key_bias: bool = True
+    biases: Biases = "qkv"
+    pair_distance: int = 1  # see `attention.rotate`
 
     @nn.compact
     def __call__(
@@ -358,16 +361,17 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
+        biases = {"qkv": (3, *heads), "qv": (2, *heads), "none": None}
         qkv = Einsum(
             "BLD,DSNK->BLSNK",
             (width, 3, *heads),
-            (2 + self.key_bias, *heads),
+            biases[self.biases],
             self.init_fns.in_proj,
             flat=self.layout.whole_heads,
             name="in_proj",
         )(x)
         if isinstance(keys, attention.Rotation):
-            qkv, keys = attention.rotate(qkv, self.num_heads, keys), None
+            qkv, keys = attention.rotate(qkv, self.num_heads, keys, self.pair_distance), None
         qkv = checkpoint_name(qkv, "qkv")
         if not self.causal:
             record(self, lambda: (*attention.split_heads(qkv, self.num_heads)[:2], keys))
@@ -497,9 +501,8 @@ class Block(nn.Module):
 
         def attend(x: Array) -> Array:
             nonlocal cache
-            attn = Attention(
-                c.num_heads, c.init_fns, c.causal, c.layout, inner, c.key_bias, name="attn"
-            )
+            sizes = (c.num_heads, c.init_fns, c.causal, c.layout, inner)
+            attn = Attention(*sizes, c.biases, c.pair_distance, name="attn")
             x, cache = attn(x, keys, cache, position)
             return x
 

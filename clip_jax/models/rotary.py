@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import BlockConfig, Layout, Norm
@@ -55,7 +56,8 @@ class RotaryConfig(ViTConfig):
 
     def block(self, layout: Layout) -> BlockConfig:
         block = super().block(layout)
-        return block._replace(norm=self.norm, inner_norm=self.inner_norm, key_bias=self.key_bias)
+        biases = "qkv" if self.key_bias else "qv"
+        return block._replace(norm=self.norm, inner_norm=self.inner_norm, biases=biases)
 
     def rotation(self) -> tuple[np.ndarray, np.ndarray] | None:
         if self.rotary == "none":
@@ -67,7 +69,17 @@ class RotaryConfig(ViTConfig):
         count = self.head_width // 4
         angles = np.stack(axes, -1)[..., None] * _BASE ** -(np.arange(count) / count)
         angles = np.repeat(angles.reshape(self.num_patches, -1), 2, axis=-1)
-        # A class token is turned by the angle 0.
-        angles = np.concatenate([np.zeros((self.extra_tokens, self.head_width)), angles])
-        sign = np.tile([-1.0, 1.0], self.head_width // 2)
-        return np.cos(angles).astype(np.float32), (np.sin(angles) * sign).astype(np.float32)
+        return tables(angles, self.extra_tokens, 1)
+
+
+def tables(
+    angles: Float[np.ndarray, "N K"], extra: int, distance: int
+) -> tuple[Float[np.ndarray, "L K"], Float[np.ndarray, "L K"]]:
+    """Return the tables of `attention.Rotation` for angles of patches.
+
+    `extra` tokens before them are turned by the angle 0. `distance` is that of a pair's channels.
+    """
+    width = angles.shape[1]
+    angles = np.concatenate([np.zeros((extra, width)), angles])
+    sign = np.where(np.arange(width) // distance % 2 == 0, -1.0, 1.0)
+    return np.cos(angles).astype(np.float32), (np.sin(angles) * sign).astype(np.float32)

@@ -118,6 +118,7 @@ class ImageTowerConfig(TowerConfig, Part):
     extra_positions = 0  # position embeddings before those of the grid
     grid = 0  # rows and columns of position embeddings
     resize_method = "cubic"  # how the grid is resized, in terms of `jax.image.resize`
+    licence = ""  # what model cards say about the licence of released towers of this kind
 
     @property
     def max_patches(self) -> int | None:

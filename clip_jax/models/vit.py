@@ -417,9 +417,11 @@ class ViT(nn.Module):
         if c.registers:
             registers = (c.registers, c.width)
             self.registers = self.param("registers", named("- -", normal), registers)
-        self.positional_embedding = self.param(
-            "positional_embedding", named("L -", normal), (c.grid**2 + c.extra_positions, c.width)
-        )
+        if c.positions_path is not None:
+            positions = (c.grid**2 + c.extra_positions, c.width)
+            self.positional_embedding = self.param(
+                "positional_embedding", named("L -", normal), positions
+            )
         if c.pre_norm:
             self.ln_pre = LayerNorm(c.norm_epsilon)
         block = c.block(self.layout)
@@ -433,6 +435,17 @@ class ViT(nn.Module):
         if c.projection_bias:
             bias = named("-", nn.initializers.zeros)
             self.proj_bias = self.param("proj_bias", bias, (self.embed_dim,))
+
+    def table(self) -> Float[Array, "L D"] | None:
+        """Return position embeddings of all tokens, zeros for registers; None: there are none."""
+        c = self.config
+        if c.positions_path is None:
+            return None
+        table, first = self.positional_embedding, c.extra_positions
+        if c.extra_tokens == first:
+            return table
+        none = jnp.zeros((c.extra_tokens - first, c.width))
+        return jnp.concatenate([table[:first], none, table[first:]])
 
     def keep(self, x: Float[Array, "B L D"], chosen: Int[Array, "B k"]) -> Float[Array, "B l D"]:
         """Keep the chosen patches, and all tokens before those of the patches."""
@@ -463,17 +476,15 @@ class ViT(nn.Module):
         """
         c = self.config
         c.image_spec.check(images)
-        patch, table, extra = c.patch_size, self.positional_embedding, c.extra_tokens
-        length = None
-        if extra > (first := c.extra_positions):  # tokens without positions
-            none = jnp.zeros((extra - first, c.width))
-            table = jnp.concatenate([table[:first], none, table[first:]])
+        patch, extra, length = c.patch_size, c.extra_tokens, None
+        table = self.table()
         if isinstance(images, Patches):
             x = rearrange(images.pixels, "B L (P Q C) -> B L P Q C", P=patch, Q=patch)
             length = jnp.maximum(images.length, 1)  # of padding of the batch, too
-            resized = resize_positions(table[extra:], jnp.asarray(images.grid), x.shape[1])
-            first = jnp.broadcast_to(table[:extra], (x.shape[0], extra, c.width))
-            table = jnp.concatenate([first, resized], axis=1)
+            if table is not None:
+                resized = resize_positions(table[extra:], jnp.asarray(images.grid), x.shape[1])
+                first = jnp.broadcast_to(table[:extra], (x.shape[0], extra, c.width))
+                table = jnp.concatenate([first, resized], axis=1)
         else:
             # Pixels beyond the last full patch are cut, as by a strided convolution (SO400M@384).
             side = c.grid * patch
@@ -487,7 +498,7 @@ class ViT(nn.Module):
             token = (jnp.concatenate(tokens) if c.registers else tokens[0]).astype(x.dtype)
             token = jnp.broadcast_to(token, (x.shape[0], extra, c.width))
             x = jnp.concatenate([token, x], axis=1)
-        x = x + table.astype(x.dtype)
+        x = x if table is None else x + table.astype(x.dtype)
         rotation = c.rotation()
         if keys is not None and c.patch_dropout:
             patches = x.shape[1] - extra

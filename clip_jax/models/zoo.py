@@ -7,7 +7,8 @@ MetaCLIP 2's (`worldwide`) have its own names, SigLIP's open_clip's, MaMMUT's an
 `ViT-{S-32,S-16,M-32,B-32,B-16-text-plus,L-14}-SigLIP` are LAION's, with the towers of CLIP.
 Sources: CLIP paper, tables 19 and 20; big_vision; model configurations of open_clip, MetaCLIP and
 LAION-AI/open_clip_mammut. MobileCLIP, PE core, EVA, ConvNeXt and the multilingual models have
-open_clip's names; TIPSv2, AltCLIP and ChineseCLIP are those of Hugging Face.
+open_clip's names; TIPSv2, AltCLIP and ChineseCLIP are those of Hugging Face. DINOv2 and DINOv3 are
+released image towers (`dino.TOWERS`), here with a text tower of CLIP's for training one.
 """
 
 import difflib
@@ -20,7 +21,8 @@ from clip_jax.models.clip import CLIPConfig, Text, Vision
 from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
-from clip_jax.models.images import INCEPTION_MEAN, INCEPTION_STD
+from clip_jax.models.dino import TOWERS, DinoConfig
+from clip_jax.models.images import IMAGENET_MEAN, IMAGENET_STD, INCEPTION_MEAN, INCEPTION_STD
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.rotary import RotaryConfig
@@ -237,6 +239,13 @@ def _tips(width: int, depth: int, heads: int, text_depth: int = 12, mlp: float =
     return _unit_pixels(CLIPConfig(embed_dim=width, vision=vision, text=text))
 
 
+def _dino(vision: DinoConfig) -> CLIPConfig:
+    """DINO's image tower, which has no projection, and a text tower of CLIP's: that of L or H."""
+    text = _T768 if vision.width < 1024 else _T1280
+    model = _clip(vision.width, vision, text)
+    return replace(model, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+
+
 _GEMMA = 256_000  # vocabulary size of SigLIP 2
 _B32, _B16 = _vit(32, 768), _vit(16, 768)
 _L14, _L16 = _vit(14, 1024, 24), _vit(16, 1024, 24)
@@ -364,6 +373,7 @@ ARCHITECTURES: dict[str, CLIPConfig] = {
     "TIPSv2-B-14": _tips(768, 12, 12),
     "TIPSv2-L-14": _tips(1024, 24, 16),
     "TIPSv2-SO-14": _tips(1152, 27, 16, 27, 4304 / 1152),
+    **{name: _dino(tower) for name, tower in TOWERS.items()},
     "coca_base": _coca(
         512, _vit(18, 768, size=288), replace(_T768, vocab_size=64_000), queries=False
     ),

@@ -1,0 +1,158 @@
+"""Folders of DINOv2 and DINOv3: an image tower alone, as a source of a two-tower model."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from clip_jax.cli.commands import main
+from clip_jax.config import Config
+from clip_jax.config_files import with_weights
+from clip_jax.convert import hugging_face, image_processor
+from clip_jax.convert.fitting import starting_params
+from clip_jax.convert.formats import able_formats, read_weights, write_weights
+from clip_jax.convert.weights import Weights, default_preprocess
+from clip_jax.errors import InputError
+from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.dino import DinoConfig
+from tests.conftest import TINY, parameter_shapes
+from tests.convert.conftest import assert_same, cast
+
+SMALL = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
+V2 = {"positions": "learned", "biases": "qkv", "norm_epsilon": 1e-6, "layer_scale": 1.0}
+TOWERS = {
+    "dinov2": DinoConfig(**SMALL, **V2, resizing="plain", registers=0),
+    "dinov2_with_registers": DinoConfig(**SMALL, **V2, activation="swiglu", mlp_ratio=88 / 32),
+    "dinov3_vit": DinoConfig(**SMALL, registers=2, biases="none", activation="swiglu"),
+}
+
+
+def weights_of(tower, only="image"):
+    config = replace(TINY, embed_dim=32, vision=tower)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32), parameter_shapes(config)
+    )
+    params = {"visual": params["visual"]} if only else params
+    preprocess = default_preprocess(config)
+    return Weights(config=config, params=params, preprocess=preprocess, only_tower=only)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", TOWERS)
+def test_there_and_back(tmp_path, name, dtype):
+    weights = cast(weights_of(TOWERS[name]), dtype)
+    assert able_formats(weights) == ["hugging-face"]
+    write_weights(weights, tmp_path, "hugging-face")
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == name
+    again = read_weights(tmp_path, one_tower=True)
+    assert again.only_tower == "image"
+    assert not again.config.text.tokenizer.file
+    rules = replace(weights.preprocess, rules="transformers")
+    assert_same(again, replace(weights, config=replace(again.config), preprocess=rules))
+    assert again.config.vision == weights.config.vision
+
+
+def test_a_folder_of_an_image_tower_starts_the_image_side(tmp_path):
+    """With its architecture and pixels; text tower and context length are those of the config."""
+    write_weights(weights_of(TOWERS["dinov3_vit"]), tmp_path, "hugging-face")
+    config = Config(
+        model=TINY, init_from=str(tmp_path), init_architecture=True, init_towers=("image",)
+    )
+    filled = with_weights(config)
+    assert (filled.model.vision, filled.model.text) == (TOWERS["dinov3_vit"], TINY.text)
+    assert (filled.model.embed_dim, filled.model.dtype) == (32, "float32")
+    assert filled.preprocess == read_weights(tmp_path, one_tower=True).preprocess
+    weights = read_weights(tmp_path, one_tower=True)
+    assert starting_params(weights, filled.model, ("image",)).keys() == {"visual"}
+    with pytest.raises(InputError, match=r"holds the image tower .* start one by --init-from"):
+        with_weights(replace(config, init_towers=("image", "text")))
+
+
+@pytest.mark.parametrize("side", [24, 56])
+def test_positions_are_resized_for_the_model_that_starts(tmp_path, side):
+    tower = TOWERS["dinov2"]
+    write_weights(weights_of(tower), tmp_path, "hugging-face")
+    weights = read_weights(tmp_path, one_tower=True)
+    model = replace(weights.config, vision=tower.with_image_size(side))
+    table = starting_params(weights, model, ("image",))["visual"]["positional_embedding"]
+    before = np.asarray(weights.params["visual"]["positional_embedding"])
+    np.testing.assert_array_equal(table[0], before[0])
+    resized = tower.resize_grid(before[1:], side // 8).astype(np.float32)
+    np.testing.assert_array_equal(table[1:], resized)
+
+
+def test_what_transformers_cannot_express(tmp_path):
+    learned, rotary = TOWERS["dinov2"], TOWERS["dinov3_vit"]
+    for weights, says in (
+        (weights_of(rotary, None), r"DINOv3ViTModel .*only_tower=None.*use --tower image\)"),
+        (weights_of(replace(learned, biases="qv")), r"biases='qv' \(needs 'qkv' or 'none'"),
+        (weights_of(replace(learned, mlp_ratio=3.4)), r"mlp_width=108 \(needs 96"),
+        (weights_of(replace(rotary, layer_scale=None)), r"layer_scale=None \(needs float"),
+    ):
+        with pytest.raises(InputError, match=says):
+            write_weights(weights, tmp_path / "x", "hugging-face")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rope_theta": 10.0}, r"rope_theta=10\.0 is not supported; it must be 100\.0"),
+        ({"key_bias": True}, r"query_bias, key_bias, value_bias=\(False, True, False\)"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; it must be silu"),
+        ({"use_gated_mlp": False}, "hidden_act='silu' is not supported; it must be one of quick"),
+        ({"num_channels": 4}, "num_channels=4 is not supported; it must be 3"),
+        ({"proj_bias": False}, "proj_bias=False"),
+    ],
+)
+def test_settings_that_we_do_not_have_are_named(tmp_path, change, says):
+    write_weights(weights_of(TOWERS["dinov3_vit"]), tmp_path, "hugging-face")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=says):
+        read_weights(tmp_path, one_tower=True)
+
+
+def test_the_released_processor_of_dinov2(tmp_path):
+    """It resizes to 256 pixels and crops 224, for a tower with positions of 518."""
+    content = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+        "resample": 3,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(content))
+    pixels = image_processor.read(tmp_path, 518, "Bit")
+    assert (pixels.image_size, pixels.resize_mode) == (518, "shortest")
+    assert pixels.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(InputError, match="is not supported for a model with image size 518"):
+        image_processor.read(tmp_path, 518)
+    path.write_text(json.dumps(content | {"size": {"shortest_edge": 256.5}}))
+    with pytest.raises(InputError, match="is not supported for a model with image size 518"):
+        image_processor.read(tmp_path, 518, "Bit")
+
+
+def test_the_licence_of_dinov3_is_in_the_card(tmp_path):
+    for name, tower in TOWERS.items():
+        folder = tmp_path / name
+        write_weights(weights_of(tower), folder, "hugging-face")
+        out = tmp_path / f"{name} again"
+        assert main(["convert", str(folder), str(out), "--to", "hugging-face"]) == 0
+        card = (out / "README.md").read_text()
+        assert "An image tower written by clip_jax" in card
+        assert ("DINOv3 License" in card) == (name == "dinov3_vit")
+
+
+def test_every_class_is_read_by_its_defaults():
+    """`Dinov2Config()` and the others are the sizes of released towers."""
+    names = [family.class_name for family in hugging_face.FAMILIES[:4]]
+    kinds = ["Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"]
+    assert list(dict.fromkeys(names)) == kinds
+    config: CLIPConfig = hugging_face.FAMILIES[0].read({}, "config.json")
+    assert (config.embed_dim, config.vision.patch_size) == (768, 14)

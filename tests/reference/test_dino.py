@@ -1,0 +1,136 @@
+"""DINOv2 and DINOv3: the numbers of transformers and of timm, in and out, for small towers."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from clip_jax.convert.conversion import ConvertConfig, convert
+from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.verify import random_inputs, relative_difference
+from clip_jax.convert.weights import with_input
+from clip_jax.models.clip import Towers, l2_normalize
+
+SIZES = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 70,
+    "patch_size": 14,
+}
+GATED = {"use_gated_mlp": True, "hidden_act": "silu", "intermediate_size": 96}
+TOWERS = {
+    "dinov2": ("Dinov2", {}),
+    "dinov2 swiglu": ("Dinov2", {"use_swiglu_ffn": True}),
+    "registers": ("Dinov2WithRegisters", {"num_register_tokens": 2}),
+    "registers swiglu": ("Dinov2WithRegisters", {"use_swiglu_ffn": True, "qkv_bias": False}),
+    "dinov3": ("DINOv3ViT", {"num_register_tokens": 4, "intermediate_size": 96}),
+    "dinov3 swiglu": ("DINOv3ViT", {"query_bias": False, "value_bias": False, **GATED}),
+    "dinov3 keys": ("DINOv3ViT", {"key_bias": True, "num_register_tokens": 1}),
+}
+
+
+def drawn(model):
+    """The model with random parameters, of which none is at rest but the mask token."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "mask_token" in name:
+                x.zero_()
+            elif "token" in name or "pos" in name:
+                x.normal_(0, 0.3)
+            elif x.ndim < 2:
+                x.normal_(float(name.endswith(("weight", "lambda1", "gamma", "_1", "_2"))), 0.1)
+            else:
+                x.normal_(0, x[0].numel() ** -0.5)
+    return model.eval()
+
+
+def hugging_faces(name):
+    kind, options = TOWERS[name]
+    settings = getattr(transformers, f"{kind}Config")(**SIZES, **options)
+    return drawn(getattr(transformers, f"{kind}Model")(settings))
+
+
+def ours(weights, images):
+    """The unit embeddings, the states after each block, and those after the norm."""
+    params = {"logit_scale": np.zeros(()), **weights.params}
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+
+    def compute(towers):
+        last, every = towers.visual.tokens(images, collect=True)
+        embeddings = towers.visual.pool_and_tokens(last)[0]
+        return [l2_normalize(embeddings), *every, towers.visual.ln_post(last)]
+
+    towers = Towers(replace(weights.config, dtype="float32"))
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(lambda x: towers.apply({"params": x}, compute, method="run"))(params)
+    return [np.asarray(x) for x in out]
+
+
+def assert_close(weights, images, theirs):
+    theirs = [x.detach().numpy() for x in theirs]
+    theirs[0] = l2_normalize(theirs[0])
+    for mine, x in zip(ours(weights, images), theirs, strict=True):
+        assert mine.shape == x.shape
+        assert relative_difference(mine, x) < 1e-5
+
+
+def same_bits(before, after):
+    before, after = (read_tensors(folder / "model.safetensors") for folder in (before, after))
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        assert after[name].dtype == x.dtype
+        assert after[name].tobytes() == x.tobytes(), name
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_transformers(tmp_path, name):
+    """At the resolution of the positions, above and below it; the embedding is the pooled output,
+    the class token after the norm."""
+    model = hugging_faces(name)
+    model.save_pretrained(tmp_path / "in")
+    weights = read_weights(tmp_path / "in", one_tower=True)
+    assert weights.only_tower == "image"
+    for size in (70, 98, 42):
+        resized = with_input(weights, image_size=size)
+        images, _ = random_inputs(resized.config)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            out = model(pixels, output_hidden_states=True)
+        theirs = [out.pooler_output, *out.hidden_states[1:], out.last_hidden_state]
+        assert_close(resized, images, theirs)
+    write_weights(weights, tmp_path / "out", "hugging-face")
+    same_bits(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["registers swiglu", "dinov3 swiglu"])
+def test_converted_by_the_command(tmp_path, name):
+    """Float16 with a processor; the folder that we write is verified, too."""
+    processor = {
+        "Dinov2WithRegisters": "BitImageProcessorPil",
+        "DINOv3ViT": "DINOv3ViTImageProcessor",
+    }
+    hugging_faces(name).half().save_pretrained(tmp_path / "in")
+    size = {"height": 70, "width": 70}
+    kind = getattr(transformers, processor[TOWERS[name][0]])
+    size = (
+        {"size": {"shortest_edge": 70}, "crop_size": size}
+        if "Bit" in kind.__name__
+        else {"size": size}
+    )
+    kind(**size).save_pretrained(tmp_path / "in")
+    done = convert(
+        ConvertConfig(
+            source=tmp_path / "in", destination=tmp_path / "out", to="hugging-face", verify=True
+        )
+    )
+    assert done.verification.passed
+    assert {x.model for x in done.verification.made} == {"source", "result"}
+    same_bits(tmp_path / "in", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"transformers.{TOWERS[name][0]}Model.from_pretrained" in card
