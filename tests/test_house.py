@@ -111,7 +111,7 @@ def test_there_are_at_most_ten_workflows():
 
 
 # Pairs of modules that treat one subject on two levels.
-SAME_SUBJECT = {"__init__", "bert", "digits", "errors", "images", "tips"}
+SAME_SUBJECT = {"__init__", "bert", "digits", "dino", "errors", "images", "tips"}
 
 
 def test_no_two_modules_of_different_subjects_share_a_name():

@@ -59,8 +59,9 @@ class ConvertConfig:
     # With --to open-clip: write even if open_clip computes the image tower with another GELU, and
     # report how much that changes the features.
     accept_activation: bool = False
-    # With --to hugging-face: write one tower of a CLIP alone, as transformers'
-    # CLIPVisionModelWithProjection or CLIPTextModelWithProjection. None: the model.
+    # With --to hugging-face: write one tower alone, as transformers' class of the image tower
+    # (DINOv2, DINOv3), or of a CLIP as CLIPVisionModelWithProjection or
+    # CLIPTextModelWithProjection. With --to timm: the image tower. None: the model.
     tower: Tower | None = None
     overwrite: bool = False  # Replace an existing destination.
 
@@ -110,8 +111,8 @@ def convert(config: ConvertConfig) -> Conversion:
     if config.tower is not None:
         if not target.has_single_towers or weights.only_tower not in (None, config.tower):
             raise InputError(
-                f"--tower {config.tower} needs --to hugging-face and a model with that tower; "
-                "omit it, or change --to or the source."
+                f"--tower {config.tower} needs --to hugging-face or timm, and a model with that "
+                "tower; omit it, or change --to or the source."
             )
         name = TOWERS[config.tower]
         params = {name: weights.params[name]}

@@ -16,6 +16,7 @@ from clip_jax.convert import (
     open_clip,
     openai,
     peft,
+    timm_folder,
     tokenizer_files,
 )
 from clip_jax.convert.target import Inexpressible, Target
@@ -47,11 +48,12 @@ from clip_jax.models.layers import Activation
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
 
-Format = Literal["openai", "open-clip", "hugging-face", "big-vision", "clip-jax", "peft"]
+Format = Literal["openai", "open-clip", "hugging-face", "timm", "big-vision", "clip-jax", "peft"]
 TARGETS: dict[Format, Target] = {
     "openai": openai.TARGET,
     "open-clip": open_clip.TARGET,
     "hugging-face": hugging_face.TARGET,
+    "timm": timm_folder.TARGET,
     "big-vision": big_vision.TARGET,
     "clip-jax": model_folder.TARGET,
     "peft": peft.TARGET,

@@ -126,8 +126,8 @@ def _at_size(content: dict[str, Any], size: int) -> dict[str, Any]:
     """Return the settings with the sizes of images of `size` pixels. A margin that is cut off after
     resizing is left out."""
     content = dict(content)
-    for name in {"size", "crop_size"} & content.keys():
-        match content[name]:
+    for name in ("size", "crop_size"):
+        match content.get(name):
             case {"shortest_edge": int()}:
                 content[name] = {"shortest_edge": size}
             case {"height": int() as height, "width": int() as width} if height == width:

@@ -10,7 +10,7 @@ from clip_jax.storage.archives import map_file
 
 MAX_JSON = 16 << 20  # bytes
 _LARGEST = 1 << 22  # largest size
-_OPTIONAL = ("num_register_tokens",)  # sizes that may be 0
+_OPTIONAL = ("num_register_tokens", "num_reg_tokens", "reg_tokens")  # sizes that may be 0
 _FINITE = 1e6  # largest other number
 
 

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
-from clip_jax.convert.state_dict import Convention
+import numpy as np
+
+from clip_jax.convert.state_dict import TORCH, Convention, check_floating
 from clip_jax.convert.target import Inexpressible
+from clip_jax.convert.tensor_files import Tensors
 from clip_jax.errors import InputError
-from clip_jax.models import zoo
+from clip_jax.models import dino, zoo
 from clip_jax.models.clip import Vision
 from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
+from clip_jax.models.dino import DinoConfig
 from clip_jax.models.images import Patches
 from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.vit import ViTConfig
@@ -247,3 +251,88 @@ def as_dictionary(images: Patches) -> dict[str, Any]:
     valid, columns = index < images.length[:, None], images.grid[:, 1:].long()
     coordinates = torch.stack([index // columns, index % columns], -1) * valid[..., None]
     return {"patches": images.pixels, "patch_coord": coordinates, "patch_valid": valid}
+
+
+# ------------------------------------------------------------------ DINOv2 and DINOv3
+
+
+def _dino() -> dict[str, DinoConfig]:
+    towers: dict[str, DinoConfig] = {}
+    sizes = {"small": "S", "base": "B", "large": "L", "giant": "g"}
+    for size, letter in sizes.items():
+        for registers, suffix in (("", ""), ("reg4_", "-reg4")):
+            tower = dino.TOWERS[f"DINOv2-{letter}-14{suffix}"]
+            name = f"vit_{size}_patch14_{registers}dinov2"
+            towers[name] = replace(tower, resizing="antialiased")
+    sizes = {"small": "S-16", "small_plus": "S-16-plus", "base": "B-16", "large": "L-16"}
+    sizes |= {"huge_plus": "H-16-plus", "7b": "7B-16"}
+    for size, ours in sizes.items():
+        tower = replace(dino.TOWERS[f"DINOv3-{ours}"], image_size=256, biases="none")
+        towers[f"vit_{size}_patch16_dinov3"] = tower
+        if size != "7b":
+            towers[f"vit_{size}_patch16_dinov3_qkvb"] = replace(tower, biases="qv")
+    return towers
+
+
+DINO = _dino()  # timm's name → tower
+_GATED = Convention(names=((r"/c_gate/", "/fc1_g/"), (r"/c_fc/", "/fc1_x/")))
+_REGISTERS = Convention(
+    names=((r"^visual/registers", "visual/trunk/reg_token"),),
+    axes=((r"^visual/registers", "1 L D -> L D"),),
+)
+
+
+def dino_convention(tower: DinoConfig) -> Convention:
+    """Return the names of a tower's tensors."""
+    if tower.has_table:
+        return _REGISTERS + LAYER_SCALE + TORCH
+    biases = _BIASES if tower.biases == "qv" else Convention()
+    gates = _GATED if tower.activation == "swiglu" else Convention()
+    return _REGISTERS + biases + gates + _VIT + TORCH
+
+
+def dino_name(tower: DinoConfig) -> str:
+    """Return timm's name of the tower of these sizes, or else of the nearest kind of tower."""
+
+    def differences(name: str) -> list[bool]:
+        fields = ("has_table", "activation", "biases", "width", "depth", "num_heads")
+        named = DINO[name]
+        kinds = [bool(named.registers) != bool(tower.registers)]
+        others = [getattr(named, field) != getattr(tower, field) for field in fields]
+        return others[:3] + kinds + others[3:]
+
+    return min(DINO, key=differences)
+
+
+def from_file(tensors: Tensors, tower: DinoConfig, source: str) -> Tensors:
+    """Return a file's tensors with the gates of DINOv2's packed MLP apart.
+
+    With registers, timm adds the class token's position to the token: here the position is 0.
+    """
+    check_floating(tensors, source)
+    if not tower.has_table:
+        return tensors
+    ours: Tensors = {}
+    for name, x in tensors.items():
+        if tower.activation == "swiglu" and ".mlp.fc1." in name and x.ndim and len(x) % 2 == 0:
+            ours[name.replace("fc1", "c_gate")], ours[name] = np.split(x, 2)
+        elif tower.registers and name.endswith(".pos_embed") and x.ndim == 3:
+            ours[name] = np.concatenate([np.zeros_like(x[:, :1]), x], axis=1)
+        else:
+            ours[name] = x
+    return ours
+
+
+def to_file(tensors: Tensors, tower: DinoConfig) -> Tensors:
+    """Undo `from_file`."""
+    tensors = dict(tensors)
+    for name in [name for name in tensors if ".mlp.c_gate." in name]:
+        fused = name.replace("c_gate", "fc1")
+        tensors[fused] = np.concatenate([tensors.pop(name), tensors[fused]])
+    if tower.has_table and tower.registers:
+        token, positions = (f"visual.trunk.{name}" for name in ("cls_token", "pos_embed"))
+        first = tensors[positions][:, :1]
+        moved = tensors[token] + first
+        tensors[token] = np.where(first == 0, tensors[token], moved).astype(moved.dtype)
+        tensors[positions] = tensors[positions][:, 1:]
+    return tensors

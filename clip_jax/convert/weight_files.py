@@ -29,6 +29,7 @@ from clip_jax.convert import (
     peft,
     perception_models,
     run,
+    timm_folder,
 )
 from clip_jax.convert.fitting import starting_params
 from clip_jax.convert.on_demand import checked, loaded, read_together
@@ -150,6 +151,8 @@ class WeightFiles:
                 return replace(adapters, format="peft")
             if _is_hugging_face(path):
                 return replace(hugging_face.read(path), format="hugging-face")
+            if timm_folder.is_folder(path):
+                return replace(timm_folder.read(path), format="timm")
             path = open_clip.find_weights(path)
         tensors = read_tensors(path)
         if any(name.startswith(("img/", "params/img/")) for name in tensors):

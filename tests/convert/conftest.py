@@ -24,16 +24,17 @@ from clip_jax.errors import InputError
 from clip_jax.losses import ClassifierConfig, SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig
+from clip_jax.models.dino import DinoConfig
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.optim import OptimConfig
+from clip_jax.optim import OptimConfig, Tower
 from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import shapes
 from clip_jax.storage.files import AnyPath
-from tests.conftest import COCA, MAMMUT, parameter_shapes
+from tests.conftest import COCA, MAMMUT, TINY, parameter_shapes
 
 VISION = ViTConfig(image_size=32, patch_size=8, width=128, depth=2, num_heads=2)
 TEXT = TextConfig(vocab_size=600, context_length=16, width=64, depth=3, num_heads=1)
@@ -115,6 +116,30 @@ def make_weights(name: str) -> Weights:
 @pytest.fixture
 def siglip() -> Weights:
     return make_weights("siglip")
+
+
+_TOWER = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
+_LEARNED = {"positions": "learned", "biases": "qkv", "norm_epsilon": 1e-6, "layer_scale": 1.0}
+# Image towers without a text tower, by the model_type of transformers.
+DINO = {
+    "dinov2": DinoConfig(**_TOWER, **_LEARNED, resizing="plain", registers=0),
+    "dinov2_with_registers": DinoConfig(
+        **_TOWER, **_LEARNED, activation="swiglu", mlp_ratio=88 / 32
+    ),
+    "dinov3_vit": DinoConfig(**_TOWER, registers=2, biases="none", activation="swiglu"),
+}
+
+
+def tower_weights(tower: DinoConfig, only: Tower | None = "image") -> Weights:
+    """Draw random weights of an image tower alone, or (None) of a whole model."""
+    config = replace(TINY, embed_dim=32, vision=tower)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32), parameter_shapes(config)
+    )
+    params = {"visual": params["visual"]} if only else params
+    preprocess = default_preprocess(config)
+    return Weights(config=config, params=params, preprocess=preprocess, only_tower=only)
 
 
 def assert_same(a: Weights, b: Weights) -> None:

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,38 +12,17 @@ from clip_jax.config_files import with_weights
 from clip_jax.convert import hugging_face, image_processor
 from clip_jax.convert.fitting import starting_params
 from clip_jax.convert.formats import able_formats, read_weights, write_weights
-from clip_jax.convert.weights import Weights, default_preprocess
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.dino import DinoConfig
-from tests.conftest import TINY, parameter_shapes
-from tests.convert.conftest import assert_same, cast
-
-SMALL = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
-V2 = {"positions": "learned", "biases": "qkv", "norm_epsilon": 1e-6, "layer_scale": 1.0}
-TOWERS = {
-    "dinov2": DinoConfig(**SMALL, **V2, resizing="plain", registers=0),
-    "dinov2_with_registers": DinoConfig(**SMALL, **V2, activation="swiglu", mlp_ratio=88 / 32),
-    "dinov3_vit": DinoConfig(**SMALL, registers=2, biases="none", activation="swiglu"),
-}
-
-
-def weights_of(tower, only="image"):
-    config = replace(TINY, embed_dim=32, vision=tower)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(size=x.shape).astype(np.float32), parameter_shapes(config)
-    )
-    params = {"visual": params["visual"]} if only else params
-    preprocess = default_preprocess(config)
-    return Weights(config=config, params=params, preprocess=preprocess, only_tower=only)
+from tests.conftest import TINY
+from tests.convert.conftest import DINO, assert_same, cast, tower_weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", DINO)
 def test_there_and_back(tmp_path, name, dtype):
-    weights = cast(weights_of(TOWERS[name]), dtype)
-    assert able_formats(weights) == ["hugging-face"]
+    weights = cast(tower_weights(DINO[name]), dtype)
+    assert able_formats(weights) == ["hugging-face", "timm"]
     write_weights(weights, tmp_path, "hugging-face")
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == name
     again = read_weights(tmp_path, one_tower=True)
@@ -57,12 +35,12 @@ def test_there_and_back(tmp_path, name, dtype):
 
 def test_a_folder_of_an_image_tower_starts_the_image_side(tmp_path):
     """With its architecture and pixels; text tower and context length are those of the config."""
-    write_weights(weights_of(TOWERS["dinov3_vit"]), tmp_path, "hugging-face")
+    write_weights(tower_weights(DINO["dinov3_vit"]), tmp_path, "hugging-face")
     config = Config(
         model=TINY, init_from=str(tmp_path), init_architecture=True, init_towers=("image",)
     )
     filled = with_weights(config)
-    assert (filled.model.vision, filled.model.text) == (TOWERS["dinov3_vit"], TINY.text)
+    assert (filled.model.vision, filled.model.text) == (DINO["dinov3_vit"], TINY.text)
     assert (filled.model.embed_dim, filled.model.dtype) == (32, "float32")
     assert filled.preprocess == read_weights(tmp_path, one_tower=True).preprocess
     weights = read_weights(tmp_path, one_tower=True)
@@ -73,8 +51,8 @@ def test_a_folder_of_an_image_tower_starts_the_image_side(tmp_path):
 
 @pytest.mark.parametrize("side", [24, 56])
 def test_positions_are_resized_for_the_model_that_starts(tmp_path, side):
-    tower = TOWERS["dinov2"]
-    write_weights(weights_of(tower), tmp_path, "hugging-face")
+    tower = DINO["dinov2"]
+    write_weights(tower_weights(tower), tmp_path, "hugging-face")
     weights = read_weights(tmp_path, one_tower=True)
     model = replace(weights.config, vision=tower.with_image_size(side))
     table = starting_params(weights, model, ("image",))["visual"]["positional_embedding"]
@@ -85,12 +63,12 @@ def test_positions_are_resized_for_the_model_that_starts(tmp_path, side):
 
 
 def test_what_transformers_cannot_express(tmp_path):
-    learned, rotary = TOWERS["dinov2"], TOWERS["dinov3_vit"]
+    learned, rotary = DINO["dinov2"], DINO["dinov3_vit"]
     for weights, says in (
-        (weights_of(rotary, None), r"DINOv3ViTModel .*only_tower=None.*use --tower image\)"),
-        (weights_of(replace(learned, biases="qv")), r"biases='qv' \(needs 'qkv' or 'none'"),
-        (weights_of(replace(learned, mlp_ratio=3.4)), r"mlp_width=108 \(needs 96"),
-        (weights_of(replace(rotary, layer_scale=None)), r"layer_scale=None \(needs float"),
+        (tower_weights(rotary, None), r"DINOv3ViTModel .*only_tower=None.*use --tower image\)"),
+        (tower_weights(replace(learned, biases="qv")), r"biases='qv' \(needs 'qkv' or 'none'"),
+        (tower_weights(replace(learned, mlp_ratio=3.4)), r"mlp_width=108 \(needs 96"),
+        (tower_weights(replace(rotary, layer_scale=None)), r"layer_scale=None \(needs float"),
     ):
         with pytest.raises(InputError, match=says):
             write_weights(weights, tmp_path / "x", "hugging-face")
@@ -108,7 +86,7 @@ def test_what_transformers_cannot_express(tmp_path):
     ],
 )
 def test_settings_that_we_do_not_have_are_named(tmp_path, change, says):
-    write_weights(weights_of(TOWERS["dinov3_vit"]), tmp_path, "hugging-face")
+    write_weights(tower_weights(DINO["dinov3_vit"]), tmp_path, "hugging-face")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=says):
@@ -139,9 +117,9 @@ def test_the_released_processor_of_dinov2(tmp_path):
 
 
 def test_the_licence_of_dinov3_is_in_the_card(tmp_path):
-    for name, tower in TOWERS.items():
+    for name, tower in DINO.items():
         folder = tmp_path / name
-        write_weights(weights_of(tower), folder, "hugging-face")
+        write_weights(tower_weights(tower), folder, "hugging-face")
         out = tmp_path / f"{name} again"
         assert main(["convert", str(folder), str(out), "--to", "hugging-face"]) == 0
         card = (out / "README.md").read_text()

@@ -1,10 +1,12 @@
 """DINOv2 and DINOv3: the numbers of transformers and of timm, in and out, for small towers."""
 
+import copy
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+import timm
 import torch
 import transformers
 
@@ -134,3 +136,87 @@ def test_converted_by_the_command(tmp_path, name):
     same_bits(tmp_path / "in", tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert f"transformers.{TOWERS[name][0]}Model.from_pretrained" in card
+
+
+# ------------------------------------------------------------------ timm
+
+TIMMS = {
+    "vit_small_patch14_dinov2": {},
+    "vit_giant_patch14_dinov2": {"mlp_ratio": 4},
+    "vit_small_patch14_reg4_dinov2": {"reg_tokens": 2},
+    "vit_giant_patch14_reg4_dinov2": {"mlp_ratio": 4},
+    "vit_small_patch16_dinov3": {"patch_size": 14},
+    "vit_base_patch16_dinov3_qkvb": {"patch_size": 14, "num_reg_tokens": 0},
+    "vit_small_plus_patch16_dinov3_qkvb": {"patch_size": 14, "mlp_ratio": 2},
+}
+
+
+def timms(name, folder, dtype=torch.float32):
+    """A small tower of timm, in a folder of timm's."""
+    sizes = {"img_size": 70, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
+    options = sizes | TIMMS[name] | {"global_pool": "token"}
+    model = drawn(timm.create_model(name, pretrained=False, **options)).to(dtype)
+    pixels = {"input_size": (3, 70, 70)}
+    timm.models.save_for_hf(model, folder, None, options, True, data_config=pixels)
+    return model.float()
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_towers_of_timm(tmp_path, name):
+    original = timms(name, tmp_path / "in")
+    weights = read_weights(tmp_path / "in", one_tower=True)
+    assert (weights.format, weights.only_tower) == ("timm", "image")
+    for size in (70, 98, 42)[: 3 if "dinov2" in name else 2]:
+        resized = with_input(weights, image_size=size)
+        images, _ = random_inputs(resized.config)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        model = copy.deepcopy(original)
+        model.set_input_size(img_size=(size, size))
+        with torch.no_grad():
+            options = {
+                "return_prefix_tokens": True,
+                "output_fmt": "NLC",
+                "intermediates_only": True,
+            }
+            parts = model.forward_intermediates(pixels, **options)
+            states = [torch.cat([prefix, patches], 1) for patches, prefix in parts]
+            theirs = [model(pixels), *states, model.forward_features(pixels)]
+        assert_close(resized, images, theirs)
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_folders_of_timm_there_and_back(tmp_path, name):
+    """Float16; timm loads both folders, and prepares the same pixels."""
+    timms(name, tmp_path / "in", torch.float16)
+    config = ConvertConfig(
+        source=tmp_path / "in", destination=tmp_path / "out", to="timm", verify=True
+    )
+    done = convert(config)
+    assert done.verification.passed
+    assert {x.model for x in done.verification.made} == {"source", "result"}
+    same_bits(tmp_path / "in", tmp_path / "out")
+
+
+def test_from_timm_to_transformers_and_back(tmp_path):
+    """With registers, timm has the class token's position in the token."""
+    timms("vit_giant_patch14_reg4_dinov2", tmp_path / "a", torch.float16)
+    for source, to in (("a", "hugging-face"), ("b", "timm")):
+        destination = tmp_path / chr(ord(source) + 1)
+        convert(ConvertConfig(source=tmp_path / source, destination=destination, to=to))
+    same_bits(tmp_path / "a", tmp_path / "c")
+
+
+def test_timms_names_have_the_sizes_that_we_say():
+    from clip_jax.convert.timm import DINO
+    from clip_jax.models.clip import CLIP, CLIPConfig, count
+
+    for name, tower in DINO.items():
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+        config = CLIPConfig(embed_dim=tower.width, vision=tower)
+        params = jax.eval_shape(CLIP(config).init, jax.random.key(0))["visual"]
+        class_position = tower.width * (tower.has_table and tower.registers > 0)
+        expected = sum(x.numel() for x in model.parameters()) + class_position
+        assert count(params) == expected, name
+        assert model.blocks[0].norm1.eps == tower.norm_epsilon
+        assert model.patch_embed.img_size == (tower.image_size,) * 2
