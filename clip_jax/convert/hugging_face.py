@@ -56,12 +56,13 @@ _POSITION_IDS = ("embeddings.position_ids", "embeddings.token_type_ids")  # buff
 
 
 class _OneTower(NamedTuple):
-    """A class of transformers for one tower of a CLIP."""
+    """A class of transformers for one tower of a model with two."""
 
     name: str
     tower: Tower
     field: str  # of CLIPConfig
     projection: str  # in the file
+    family: str = "clip"  # model_type of the class of both towers
 
 
 _ALONE = {  # by model_type
@@ -69,6 +70,11 @@ _ALONE = {  # by model_type
         "CLIPVisionModelWithProjection", "image", "vision", "visual_projection"
     ),
     "clip_text_model": _OneTower("CLIPTextModelWithProjection", "text", "text", "text_projection"),
+}
+_READ_ALONE = _ALONE | {  # these are not written
+    "siglip_vision_model": _OneTower(
+        "SiglipVisionModel", "image", "vision", "visual_projection", "siglip"
+    )
 }
 
 
@@ -115,11 +121,12 @@ def read(folder: Path) -> Weights:
     """Read a folder. Raises InputError, which names what is missing or not supported."""
     path = folder / "config.json"
     content = read_json(path)
-    alone = _ALONE.get(str(content.get("model_type")))
+    alone = _READ_ALONE.get(str(content.get("model_type")))
     file = next((folder / n for n in _WEIGHTS_NAMES if (folder / n).exists()), None)
     if alone is not None:
-        size = content.get("projection_dim", 512)
-        content = {"model_type": "clip", f"{alone.field}_config": content, "projection_dim": size}
+        size, width = content.get("projection_dim", 512), content.get("hidden_size", 768)
+        content = {"text_config": {"projection_size": width}, f"{alone.field}_config": content}
+        content |= {"model_type": alone.family, "projection_dim": size}
     family = _family_named(content.get("model_type"), path)
     if file is None:
         raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}; add the weights.")
@@ -297,9 +304,9 @@ def _outputs(model: Any, weights: Weights, inputs: verify.Inputs) -> verify.Outp
 
     if only := weights.only_tower:
         of_tower = verify.torch_inputs(inputs)[only == "text"]
-        is_clips = family_of(weights.config).only_tower is None
         with torch.no_grad():
-            features = model(of_tower)[f"{only}_embeds" if is_clips else "pooler_output"]
+            out = model(of_tower)
+        features = out.get(f"{only}_embeds", out.get("pooler_output"))
         return {f"{only}_features": features.numpy()}
 
     def encode_image(images: Any) -> Any:

@@ -211,7 +211,7 @@ def our_outputs(config: CLIPConfig, params: Params, images: Any, tokens: Any) ->
 @functools.partial(jax.jit, static_argnums=0)
 def _run(model: CLIP, params: Params, images: Images, tokens: Array) -> dict[str, Array]:
     if len(alone := {"visual", "text"} & params.keys()) < 2:  # one tower
-        params = {"logit_scale": jnp.zeros(()), **params}
+        params = {"logit_scale": jnp.zeros(()), "logit_bias": jnp.zeros(()), **params}
         if "visual" in alone:
             return {"image_features": model.encode_image(params, images)}
         return {"text_features": model.encode_text(params, tokens)}

@@ -138,13 +138,14 @@ def gradients(config, mesh, objective=()):
         (dataclasses.replace(FAMILIES["eva02"], text=FAMILIES["xlm_roberta"].text), "2x2x2"),
         (FAMILIES["mobileclip"], "2x2x2"),
         (FAMILIES["tips"], "2x2x2"),
+        (changed(FAMILIES["dinov3"], patch_dropout=0.5), "2x2x2"),
         (changed(FAMILIES["pe_core"], patch_dropout=0.5), "4x2"),  # rotates kept patches
         (NAFLEX_SIGLIP, "2x2x2"),
         # Earlier versions do not order their collectives, which may deadlock on eight devices.
         (FAMILIES["convnext"], EIGHT_OR_FOUR),
         (COCA, EIGHT_OR_FOUR),
     ],
-    ids=["EVA-02, XLM-R", "MobileCLIP", "TIPS", "PE core", "NaFlex", "ConvNeXt", "CoCa"],
+    ids=["EVA-02, XLM-R", "MobileCLIP", "TIPS", "DINOv3", "PE core", "NaFlex", "ConvNeXt", "CoCa"],
 )
 def test_every_family_has_the_same_gradients_on_a_mesh(config, mesh):
     objective = (CaptionConfig(),) if config.decoder else ()

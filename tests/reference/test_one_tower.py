@@ -11,7 +11,7 @@ import transformers
 from clip_jax.convert import perception_models
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.fitting import starting_params
-from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.state_dict import flatten, from_params, table
 from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.verify import our_outputs, random_inputs, relative_difference
@@ -121,6 +121,22 @@ def test_a_tower_without_projection(tmp_path, tower):
     ours = our_outputs(weights.config, weights.params, images, ids)
     assert relative_difference(ours[f"{tower}_features"], theirs) < 1e-5
     with pytest.raises(InputError, match=r"projection=False .*can start a run"):
+        write_weights(weights, tmp_path / "out", "hugging-face")
+
+
+def test_siglips_image_tower_alone(tmp_path):
+    """It is read to start the image side of a model, and not written."""
+    settings = transformers.SiglipVisionConfig(
+        **{x: y for x, y in IMAGE.items() if "proj" not in x}
+    )
+    torch.manual_seed(0)
+    model = transformers.SiglipVisionModel(settings).eval()
+    model.save_pretrained(tmp_path)
+    weights = read_weights(tmp_path, one_tower=True)
+    assert (weights.only_tower, weights.config.embed_dim) == ("image", 32)
+    assert verify(weights, tmp_path, "hugging-face").passed
+    assert starting_params(weights, weights.config, ("image",)).keys() == {"visual"}
+    with pytest.raises(InputError, match=r"SiglipModel cannot .*only_tower='image'"):
         write_weights(weights, tmp_path / "out", "hugging-face")
 
 
