@@ -1,4 +1,5 @@
-"""Image towers that open_clip builds with timm: of SigLIP, MobileCLIP, PE core, EVA, and ConvNeXt.
+"""Image towers that open_clip builds with timm: of SigLIP, MobileCLIP, PE core, EVA, ConvNeXt and
+DINOv3; with DINOv2's, also those of timm's own folders.
 
 The name determines the sizes and, unlike in the code of SigLIP's released weights, the activation.
 """
@@ -23,6 +24,27 @@ from clip_jax.models.images import Patches
 from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.vit import ViTConfig
 
+
+def _dino() -> dict[str, DinoConfig]:
+    towers: dict[str, DinoConfig] = {}
+    sizes = {"small": "S", "base": "B", "large": "L", "giant": "g"}
+    for size, letter in sizes.items():
+        for registers, suffix in (("", ""), ("reg4_", "-reg4")):
+            tower = dino.TOWERS[f"DINOv2-{letter}-14{suffix}"]
+            name = f"vit_{size}_patch14_{registers}dinov2"
+            towers[name] = replace(tower, resizing="antialiased")
+    sizes = {"small": "S-16", "small_plus": "S-16-plus", "base": "B-16", "large": "L-16"}
+    sizes |= {"huge_plus": "H-16-plus", "7b": "7B-16"}
+    for size, ours in sizes.items():
+        tower = replace(dino.TOWERS[f"DINOv3-{ours}"], image_size=256, biases="none")
+        towers[f"vit_{size}_patch16_dinov3"] = tower
+        if size != "7b":
+            towers[f"vit_{size}_patch16_dinov3_qkvb"] = replace(tower, biases="qv")
+    return towers
+
+
+# timm's name → image tower of DINOv2 or DINOv3.
+DINO = _dino()
 # timm's name → tower. The towers added with SigLIP 2, and So400m/16, have tanh GELU. The name of a
 # NaFlex tower has a table of 16 x 16 positions, and no number of patches.
 TOWERS: dict[str, Vision] = {
@@ -59,6 +81,8 @@ TOWERS: dict[str, Vision] = {
         *((x, x) for x in zoo.ARCHITECTURES if re.fullmatch("convnext_[a-z]+", x)),
     )
 }
+# open_clip builds DINOv2's towers for images of 518 pixels only, and DINOv3's for any.
+TOWERS |= {name: tower for name, tower in DINO.items() if not tower.has_table}
 # Beginnings of other names in open_clip's configurations, and what such a tower is.
 _OTHERS = {
     "fastvit_": "FastViT, MobileCLIP-S's network of reparameterised convolutions",
@@ -145,6 +169,16 @@ _CONVNEXT = Convention(
     ),
     axes=((r"/conv/kernel$", "D C P Q -> P Q C D"),),
 )
+_GATED = Convention(
+    names=(
+        (r"^visual/(.*)/c_gate/", r"visual/\1/fc1_g/"),
+        (r"^visual/(.*)/c_fc/", r"visual/\1/fc1_x/"),
+    ),
+)
+_REGISTERS = Convention(
+    names=((r"^visual/registers", "visual/trunk/reg_token"),),
+    axes=((r"^visual/registers", "1 L D -> L D"),),
+)
 _MAP, _TOKEN = ("map", "none"), ("token", None)
 
 
@@ -167,6 +201,19 @@ def _convnext_of(tower: ConvNeXtConfig, head: Head, size: int) -> ConvNeXtConfig
     return replace(tower, image_size=size, head="mlp" if head[1] == "mlp" else "linear")
 
 
+def _dino_v3(biases: str, activation: str) -> Family:
+    named = _REGISTERS + (_BIASES if biases == "qv" else Convention())
+    if activation == "swiglu":
+        named += _GATED
+    return Family(
+        _is(DinoConfig, positions="rotary", biases=biases, activation=activation, projection=False),
+        ("token", "none"),
+        named + _VIT,
+        ("image_size", "layer_scale"),
+        lambda tower, head, size: replace(tower, image_size=size),
+    )
+
+
 def _naflex_of(tower: ViTConfig, head: Head, size: int) -> ViTConfig:
     """Return the tower with the number of patches that open_clip 3.3 has for a size."""
     return replace(tower, max_patches=max(size // tower.patch_size, 1) ** 2)
@@ -186,6 +233,7 @@ FAMILIES = (
     Family(_is(RotaryConfig, key_bias=True), ("map", None), _VIT),
     Family(_is(RotaryConfig, activation="gelu"), _TOKEN, _BIASES + _VIT),
     Family(_is(RotaryConfig, activation="swiglu"), _TOKEN, _APART + _VIT),
+    *(_dino_v3(x, y) for x in ("qv", "none") for y in ("gelu", "swiglu")),
     _convnext("linear", "proj"),
     _convnext("mlp", "mlp/fc2"),
 )
@@ -256,39 +304,11 @@ def as_dictionary(images: Patches) -> dict[str, Any]:
 # ------------------------------------------------------------------ DINOv2 and DINOv3
 
 
-def _dino() -> dict[str, DinoConfig]:
-    towers: dict[str, DinoConfig] = {}
-    sizes = {"small": "S", "base": "B", "large": "L", "giant": "g"}
-    for size, letter in sizes.items():
-        for registers, suffix in (("", ""), ("reg4_", "-reg4")):
-            tower = dino.TOWERS[f"DINOv2-{letter}-14{suffix}"]
-            name = f"vit_{size}_patch14_{registers}dinov2"
-            towers[name] = replace(tower, resizing="antialiased")
-    sizes = {"small": "S-16", "small_plus": "S-16-plus", "base": "B-16", "large": "L-16"}
-    sizes |= {"huge_plus": "H-16-plus", "7b": "7B-16"}
-    for size, ours in sizes.items():
-        tower = replace(dino.TOWERS[f"DINOv3-{ours}"], image_size=256, biases="none")
-        towers[f"vit_{size}_patch16_dinov3"] = tower
-        if size != "7b":
-            towers[f"vit_{size}_patch16_dinov3_qkvb"] = replace(tower, biases="qv")
-    return towers
-
-
-DINO = _dino()  # timm's name → tower
-_GATED = Convention(names=((r"/c_gate/", "/fc1_g/"), (r"/c_fc/", "/fc1_x/")))
-_REGISTERS = Convention(
-    names=((r"^visual/registers", "visual/trunk/reg_token"),),
-    axes=((r"^visual/registers", "1 L D -> L D"),),
-)
-
-
 def dino_convention(tower: DinoConfig) -> Convention:
     """Return the names of a tower's tensors."""
     if tower.has_table:
         return _REGISTERS + LAYER_SCALE + TORCH
-    biases = _BIASES if tower.biases == "qv" else Convention()
-    gates = _GATED if tower.activation == "swiglu" else Convention()
-    return _REGISTERS + biases + gates + _VIT + TORCH
+    return _dino_v3(tower.biases, tower.activation).convention + TORCH
 
 
 def dino_name(tower: DinoConfig) -> str:

@@ -1,21 +1,25 @@
 """DINOv2 and DINOv3: the numbers of transformers and of timm, in and out, for small towers."""
 
 import copy
+import json
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import transformers
 
 from clip_jax.convert.conversion import ConvertConfig, convert
-from clip_jax.convert.formats import read_weights, write_weights
+from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.timm import TOWERS as towers_by_name
 from clip_jax.convert.verify import random_inputs, relative_difference
 from clip_jax.convert.weights import with_input
 from clip_jax.models.clip import Towers, l2_normalize
+from tests.reference.parity import read_back
 
 SIZES = {
     "hidden_size": 48,
@@ -204,6 +208,39 @@ def test_from_timm_to_transformers_and_back(tmp_path):
         destination = tmp_path / chr(ord(source) + 1)
         convert(ConvertConfig(source=tmp_path / source, destination=destination, to=to))
     same_bits(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", "vit_small_plus_patch16_dinov3_qkvb"])
+def test_models_of_open_clip_with_such_a_tower(tmp_path, open_clip, monkeypatch, name):
+    """Both towers, the image tower by timm's name, at another size than timm's."""
+    small = replace(towers_by_name[name], width=48, depth=2, num_heads=3)
+    monkeypatch.setitem(towers_by_name, name, small)
+    create = open_clip.timm_model.timm.create_model
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+
+    def create_model(name, **options):
+        return create(name, **sizes, **options)
+
+    monkeypatch.setattr(open_clip.timm_model.timm, "create_model", create_model)
+    vision = {"timm_model_name": name, "timm_model_pretrained": False, "image_size": 48}
+    content = {
+        "embed_dim": 48,
+        "vision_cfg": {**vision, "timm_pool": "token", "timm_proj": "none"},
+        "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 2},
+    }
+    model = drawn(open_clip.CustomTextCLIP(**content)).half()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    file = folder / "open_clip_model.safetensors"
+    state = model.state_dict()
+    safetensors.torch.save_file({x: y.contiguous() for x, y in state.items()}, file)
+    content |= {"custom_text": True}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": content}))
+    weights = read_weights(folder)
+    assert weights.config.vision == replace(small, image_size=48)
+    assert verify(weights, folder, "open-clip").passed
+    read_back(weights, tmp_path / "out", "open-clip", read_tensors(file))
+    assert verify(weights, tmp_path / "out", "open-clip").passed
 
 
 def test_timms_names_have_the_sizes_that_we_say():
