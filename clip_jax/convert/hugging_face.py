@@ -125,8 +125,12 @@ def read(folder: Path) -> Weights:
     file = next((folder / n for n in _WEIGHTS_NAMES if (folder / n).exists()), None)
     if alone is not None:
         size, width = content.get("projection_dim", 512), content.get("hidden_size", 768)
-        content = {"text_config": {"projection_size": width}, f"{alone.field}_config": content}
-        content |= {"model_type": alone.family, "projection_dim": size}
+        content = {
+            "model_type": alone.family,
+            "projection_dim": size,
+            "text_config": {"projection_size": width},
+            f"{alone.field}_config": content,
+        }
     family = _family_named(content.get("model_type"), path)
     if file is None:
         raise InputError(f"{folder} has none of {', '.join(_WEIGHTS_NAMES)}; add the weights.")

@@ -149,9 +149,9 @@ class WeightFiles:
             if _is_adapters(path):
                 adapters = peft.read(path, functools.partial(self._open_base, base))
                 return replace(adapters, format="peft")
-            if _is_hugging_face(path):
+            if not _is_open_clips(path) and _is_hugging_face(path):
                 return replace(hugging_face.read(path), format="hugging-face")
-            if timm_folder.is_folder(path):
+            if not _is_open_clips(path) and timm_folder.is_folder(path):
                 return replace(timm_folder.read(path), format="timm")
             path = open_clip.find_weights(path)
         tensors = read_tensors(path)
@@ -262,13 +262,17 @@ def _is_adapters(path: AnyPath) -> bool:
     return (path / peft.CONFIG_NAME).is_file() and not (path / "config.json").exists()
 
 
-def _is_hugging_face(path: Path) -> bool:
-    """Return whether to read a folder as Hugging Face's: not if it has open_clip's files, too."""
-    config = path / "config.json"
-    open_clips = (path / open_clip_config.CONFIG_NAME).exists() and any(
+def _is_open_clips(path: Path) -> bool:
+    """Return whether a folder has open_clip's files, which count before others."""
+    return (path / open_clip_config.CONFIG_NAME).exists() and any(
         (path / name).exists() for name in open_clip.WEIGHTS_NAMES if name.startswith("open_clip")
     )
-    return config.exists() and not open_clips and "model_type" in read_json(config)
+
+
+def _is_hugging_face(path: Path) -> bool:
+    """Return whether a folder is Hugging Face's."""
+    config = path / "config.json"
+    return config.exists() and "model_type" in read_json(config)
 
 
 def _read_head(folder: Path, width: int) -> Head | None:

@@ -11,7 +11,7 @@ from clip_jax.convert.tensor_files import read_tensors
 from clip_jax.convert.timm import DINO as TIMMS
 from clip_jax.convert.timm import dino_name
 from clip_jax.errors import InputError
-from tests.convert.conftest import DINO, assert_same, cast, tower_weights
+from tests.convert.conftest import DINO, assert_same, cast, make_weights, tower_weights
 
 
 @pytest.mark.parametrize("name", DINO)
@@ -78,3 +78,12 @@ def test_what_timm_cannot_express(tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "vit_small_patch14_dinov2"}')
     with pytest.raises(InputError, match="has none of model"):
         read_weights(tmp_path, one_tower=True)
+
+
+def test_a_folder_with_open_clips_files_is_open_clips(tmp_path):
+    """As released folders of CLIPs in timm, which have the image tower in `model.safetensors`."""
+    write_weights(make_weights("vit"), tmp_path, "open-clip")
+    write_weights(tower_weights(DINO["dinov2"]), tmp_path / "tower", "timm")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "tower" / name).rename(tmp_path / name)
+    assert read_weights(tmp_path).format == "open-clip"

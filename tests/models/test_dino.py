@@ -39,6 +39,13 @@ def test_parameters_are_the_published_ones(name):
     assert count(params["visual"]) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.005)
 
 
+def test_operations_are_those_of_timms_cards():
+    """`timm/vit_base_patch14_dinov2.lvd142m` and giant, at 518 pixels; with the norms' elements."""
+    for name, expected in (("DINOv2-B-14", 151.7), ("DINOv2-g-14", 1784.2)):
+        operations = TOWERS[name].operations(TOWERS[name].width)
+        assert operations.macs / 1e9 == pytest.approx(expected, rel=1e-3)
+
+
 def test_registers_are_tokens_without_positions():
     tower = TOWERS["DINOv2-B-14-reg4"]
     assert (tower.extra_tokens, tower.extra_positions) == (5, 1)
