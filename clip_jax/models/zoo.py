@@ -240,8 +240,9 @@ def _tips(width: int, depth: int, heads: int, text_depth: int = 12, mlp: float =
 
 
 def _dino(vision: DinoConfig) -> CLIPConfig:
-    """DINO's image tower, which has no projection, and a text tower of CLIP's: that of L or H."""
-    text = _T768 if vision.width < 1024 else _T1280
+    """DINO's image tower, which has no projection, and the text tower of CLIP's L, or for wide
+    towers one of the size of dino.txt's (arXiv:2412.16334)."""
+    text = _T768 if vision.width < 1024 else _text(1280, 24)
     model = _clip(vision.width, vision, text)
     return replace(model, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
 
