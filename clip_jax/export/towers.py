@@ -357,7 +357,8 @@ def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> tuple
     mask = _padding_mask(graph, valid)
     match config.pool:
         case "class_token":
-            return normed(others(x) if tokens else first(x)), _padding_mask(graph, valid_patches)
+            x = others(x, config.extra_tokens) if tokens else first(x)
+            return normed(x), _padding_mask(graph, valid_patches)
         case "mean":
             x = others(x, config.extra_tokens)
             x = x if tokens else normed(graph.mean(x, valid_patches))

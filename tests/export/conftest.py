@@ -88,6 +88,8 @@ WRITERS = {
     "queries": SHALLOW,
 }
 FAMILIES |= {f"naflex_{pool}": naflex(config) for pool, config in WRITERS.items()}
+# Captions attend to patches alone, and not to registers.
+FAMILIES["dinov3_coca"] = replace(SHALLOW, vision=FAMILIES["dinov3"].vision)
 # Families of the unit tests; tests/mesh has the others.
 IN_UNIT_TESTS = ("clip", "resnet", "coca", "naflex_mean_all")
 SQUARE = [name for name in FAMILIES if "naflex" not in name]
