@@ -28,13 +28,14 @@ class DinoConfig(ViTConfig):
     # Dinov2WithRegistersModel. plain: PyTorch's without antialiasing, as in its Dinov2Model.
     resizing: Literal["antialiased", "plain"] = "antialiased"
     registers: int = 4  # Learned tokens after the class token, without position embeddings.
-    # Biases of attention. qkv: of queries, keys and values (DINOv2); qv: not of keys (DINOv3).
+    # Biases of attention. qkv: of queries, keys and values (DINOv2); qv: not of keys (DINOv3);
+    # none: of none (DINOv3-7B-16).
     biases: Biases = "qv"
     patch_size: int = 16  # Height and width of a patch, in pixels.
     pre_norm: bool = False  # LayerNorm before the first block.
     patch_bias: bool = True  # Bias in the patch projection.
     projection: bool = False  # Project to embed_dim; otherwise width must equal it.
-    activation: Activation = "gelu"  # MLP activation; the largest towers have swiglu.
+    activation: Activation = "gelu"  # MLP activation; DINOv2-g and DINOv3's S+, H+, 7B: swiglu.
     layer_scale: float | None = 1e-5  # Initial gain of residual branches. None: no gains.
 
     can_be_naflex = False

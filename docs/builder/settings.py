@@ -26,8 +26,8 @@ PAGES = {
         "The architecture of both towers, of the tokenizer and of an optional caption decoder.",
         (
             *("models.clip", "models.vit", "models.conv_stem", "models.rotary", "models.tips"),
-            *("models.convnext", "models.resnet", "models.text", "models.tower", "models.bert"),
-            "models.decoder",
+            *("models.dino", "models.convnext", "models.resnet", "models.text", "models.tower"),
+            *("models.bert", "models.decoder"),
         ),
     ),
     "data": (
