@@ -19,6 +19,7 @@ from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.dino import DinoConfig
 from clip_jax.models.text import TextConfig, TokenizerConfig
+from clip_jax.models.vit import ViTConfig
 
 _MASK, _REGISTERS = "embeddings.mask_token", "embeddings.register_tokens"
 _CLASS = "embeddings.cls_token"
@@ -104,7 +105,7 @@ def _model(section: Settings, fields: dict[str, Any], mlp_width: int) -> CLIPCon
     return alone(DinoConfig(**fields, mlp_ratio=mlp_ratio(fields["width"], mlp_width)))
 
 
-def alone(tower: DinoConfig) -> CLIPConfig:
+def alone(tower: DinoConfig | ViTConfig) -> CLIPConfig:
     """Return a model of this image tower, whose text tower has no weights and no vocabulary."""
     text = TextConfig(tokenizer=TokenizerConfig(file="", clean="none"))
     return CLIPConfig(embed_dim=tower.width, vision=tower, text=text)

@@ -83,6 +83,12 @@ TOWERS: dict[str, Vision] = {
 }
 # open_clip builds DINOv2's towers for images of 518 pixels only, and DINOv3's for any.
 TOWERS |= {name: tower for name, tower in DINO.items() if not tower.has_table}
+# Towers that are read alone: of DINO, and of SigLIP for squares, which have no projection.
+ALONE: dict[str, ViTConfig] = DINO | {
+    name: cast(ViTConfig, tower)
+    for name, tower in TOWERS.items()
+    if "siglip" in name and not tower.is_naflex
+}
 # Beginnings of other names in open_clip's configurations, and what such a tower is.
 _OTHERS = {
     "fastvit_": "FastViT, MobileCLIP-S's network of reparameterised convolutions",

@@ -1,8 +1,9 @@
 """timm's own folders, of an image tower alone: `timm.create_model("local-dir:FOLDER")`.
 
 `config.json` has timm's name of the tower and, in `model_args`, what differs from the tower of that
-name. Towers of DINOv2 and DINOv3 are supported. The embedding is the class token after the norm,
-with which they were trained; timm's default for DINOv3 is the mean of the patches.
+name. Towers of DINOv2 and DINOv3 are supported, and those of SigLIP are read. DINO's embedding is
+the class token after the norm, with which it was trained; timm's default for DINOv3 is the mean of
+the patches.
 """
 
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any, cast
 from clip_jax.convert import timm, verify
 from clip_jax.convert.dino import alone
 from clip_jax.convert.settings import Settings, Table, by_table, count_of, read_json, write_json
-from clip_jax.convert.state_dict import Row, from_params, table, to_params
+from clip_jax.convert.state_dict import TORCH, Row, from_params, table, to_params
 from clip_jax.convert.target import Assumptions, Inexpressible, Target, check_assumptions
 from clip_jax.convert.tensor_files import read_tensors, write_safetensors
 from clip_jax.convert.weights import DType, Weights, mlp_ratio
@@ -22,6 +23,7 @@ from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.dino import DinoConfig
 from clip_jax.models.images import IMAGENET_MEAN, IMAGENET_STD
+from clip_jax.models.vit import ViTConfig
 from clip_jax.serialize import from_dict
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -56,19 +58,24 @@ def read(folder: Path) -> Weights:
         preprocess = _read_pixels(pixels, tower.image_size)
     config = replace(alone(tower), image_mean=preprocess.mean, image_std=preprocess.std)
     tensors = {f"{_PREFIX}{name}": x for name, x in read_tensors(file).items()}
-    tensors = timm.from_file(tensors, tower, str(file))
+    if isinstance(tower, DinoConfig):
+        tensors = timm.from_file(tensors, tower, str(file))
     params = to_params(_rows(config), tensors, config, str(file))
     return Weights(config=config, params=params, preprocess=preprocess, only_tower="image")
 
 
-def _read_tower(content: dict[str, Any], pixels: Settings, path: Path) -> DinoConfig:
+def _read_tower(content: dict[str, Any], pixels: Settings, path: Path) -> ViTConfig:
+    """Return the tower of a name, for DINO's with the sizes of `model_args`."""
     name = str(content["architecture"]).partition(".")[0]
-    if name not in timm.DINO:
+    if name not in timm.ALONE:
         raise InputError(
             f"{path}: architecture={name!r:.99} is not supported as a tower alone; use one of "
-            f"{', '.join(timm.DINO)}."
+            f"{', '.join(timm.ALONE)}."
         )
-    named = timm.DINO[name]
+    named = timm.ALONE[name]
+    if not isinstance(named, DinoConfig):
+        Settings(content.get("model_args") or {}, f"{path}: model_args", _INERT).finish()
+        return named
     args = Settings(content.get("model_args") or {}, f"{path}: model_args", _INERT)
     size = pixels.get("input_size", [3, named.image_size, named.image_size], list)
     args.used.add("img_size")
@@ -110,7 +117,11 @@ def _read_pixels(section: Settings, size: int) -> Preprocess:
 
 
 def _rows(config: CLIPConfig) -> list[Row]:
-    convention = timm.dino_convention(cast(DinoConfig, config.vision))
+    tower = config.vision
+    if isinstance(tower, DinoConfig):
+        convention = timm.dino_convention(tower)
+    else:
+        convention = timm.family_named(tower).convention + TORCH
     return [row for row in table(config, convention) if row.ours.startswith("visual/")]
 
 

@@ -15,9 +15,11 @@ import transformers
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.formats import read_weights, verify, write_weights
 from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.timm import ALONE as towers_alone
 from clip_jax.convert.timm import TOWERS as towers_by_name
 from clip_jax.convert.verify import random_inputs, relative_difference
 from clip_jax.convert.weights import with_input
+from clip_jax.errors import InputError
 from clip_jax.models.clip import Towers, l2_normalize
 from tests.reference.parity import read_back
 
@@ -199,6 +201,30 @@ def test_folders_of_timm_there_and_back(tmp_path, name):
     assert done.verification.passed
     assert {x.model for x in done.verification.made} == {"source", "result"}
     same_bits(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_tower_of_siglip_alone(tmp_path, monkeypatch):
+    """As released by timm, with its activation; it is read to start the image side."""
+    name = "vit_base_patch16_siglip_224"
+    small = replace(towers_alone[name], image_size=48, width=48, depth=2, num_heads=3)
+    monkeypatch.setitem(towers_alone, name, small)
+    sizes = {"img_size": 48, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
+    model = drawn(timm.create_model(name, pretrained=False, **sizes))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    content = {
+        "architecture": f"{name}.webli",
+        "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_mode": "squash"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    weights = read_weights(tmp_path, one_tower=True)
+    assert (weights.config.vision, weights.config.embed_dim) == (small, 48)
+    assert weights.config.image_mean == (0.5,) * 3
+    images, _ = random_inputs(weights.config)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    assert relative_difference(ours(weights, images)[0], l2_normalize(theirs)) < 1e-5
+    with pytest.raises(InputError, match=r"vision=ViTConfig \(needs DinoConfig\)"):
+        write_weights(weights, tmp_path / "out", "timm")
 
 
 def test_from_timm_to_transformers_and_back(tmp_path):
