@@ -190,13 +190,14 @@ print(describe(result))
 # batch size, hours and price.
 
 # %%
-fitted = fit_law("additive", LAION2B.runs(table.select(LAION.metric, LAION2B.where)))
+laws = LAION2B.fit(LAION2B.runs(table.select(LAION.metric, LAION2B.where)))
 models = {name: flops.forward(zoo.get(name), "fvcore").total / 1e9 for name in MODELS}
-for option in planning.choices(fitted, models, budget=1e21):
+for option in planning.choices(laws, models, budget=1e21):
     low, high = option["interval"]
+    name = "95%" if option["validated"] else "not validated"
     print(
         f"{option['model']:9} {option['samples'] / 1e9:6.1f}B pairs {1 - option['error']:7.1%} "
-        f"(95%: {1 - high:.1%} to {1 - low:.1%})  best in {option['share']:4.0%} of draws  "
+        f"({name}: {1 - high:.1%} to {1 - low:.1%})  best in {option['share']:4.0%} of draws  "
         + ("EXTRAPOLATES" if option["outside"] else "")
     )
 
@@ -206,7 +207,7 @@ for option in planning.choices(fitted, models, budget=1e21):
 
 # %%
 plots.figure(
-    fitted,
+    laws.fit,
     error_label="ImageNet zero-shot error",
     title="LAION-2B: error = E∞ + A·N⁻ᵃ + B·D⁻ᵇ",
 )

@@ -6,7 +6,7 @@ are in training FLOPs, 6e9 times that.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,14 +29,18 @@ from clip_jax.scaling.fit_result import (
     Parameter,
     PredictedRun,
     Variant,
+    WithoutOutliers,
+    summary,
 )
+from clip_jax.scaling.forecast import OF_COMPUTE, OF_SIZES, Laws, default_form, fit_laws
 from clip_jax.scaling.laws import BINS, Additive, Batched, Law, PowerLaw, Runs, Saturating, pareto
+from clip_jax.scaling.links import ERROR, LinkName, link_of
 from clip_jax.scaling.run_table import MOST_FLOPS, RunTable, Selection, is_score, text
 from clip_jax.scaling.uncertainty import Fit, Form, Prediction, Procedure, fit_law, middle, sizes_of
+from clip_jax.scaling.validation import Candidate, validate
 from clip_jax.storage.files import AnyPath, check_destination
 
 THIRD = {"repeated": "unique_samples", "batched": "global_batch"}  # third columns that forms need
-ENOUGH = 7  # points of different size or samples, for the form additive by default
 AXES = {  # of laws of compute alone: the column, and its meaning
     "compute": ("", "forward GMACs of a pair x pairs seen"),
     "samples": ("samples_seen", "pairs seen"),
@@ -81,11 +85,18 @@ class FitConfig(Selection):
     # None: error if its name contains loss, info_nce or perplexity, else score.
     metric_is: Literal["score", "error"] | None = None
     # Form of the law, for compute C, model size N and samples D. power: β·C^α. saturating:
-    # E∞ + A(C+B)^−α. additive: E∞ + A·N^−a + B·D^−b. repeated: additive, for several epochs over
-    # the samples in column unique_samples. batched: additive, with a best batch size, for batch
-    # sizes in global_batch. None: additive if the runs have three sizes and three numbers of
-    # samples each, else power.
+    # E∞ + A(C+B)^−α. broken: a power law whose exponent changes once. additive: E∞ + A·N^−a +
+    # B·D^−b. interaction: additive + G·N^−a·D^−b. repeated: additive, for several epochs over the
+    # samples in column unique_samples. batched: additive, with a best batch size, for batch sizes
+    # in global_batch. None: the form that predicts dearer runs from cheaper ones best.
     form: Form | None = None
+    # Scale of a score's error that the law describes. error: 1 − score. odds: error / score.
+    # log_score: −log(score). A saturating law of the odds is a sigmoid in log compute. None: the
+    # scale that predicts dearer runs from cheaper ones best.
+    link: LinkName | None = None
+    # Number of classes of the metric, whose chance level is 1 / classes, for the scales odds and
+    # log_score. None: a chance level of 0.
+    classes: int | None = None
     # Quantity that C is, for the forms power and saturating. hours is the column seconds/total. The
     # others are columns: training_flops includes a teacher's, student_flops does not.
     against: Literal["compute", "samples", "hours", "training_flops", "student_flops"] = "compute"
@@ -117,7 +128,18 @@ class FitConfig(Selection):
     plot: AnyPath | None = None  # Path without suffix of the .svg and .png plot. None: no plot.
 
     def __post_init__(self) -> None:
-        check_ranges(self, bins="[3, 10000]", draws="[100, 1000000]", evaluated="[2, inf)")
+        check_ranges(
+            self,
+            bins="[3, 10000]",
+            draws="[100, 1000000]",
+            evaluated="[2, inf)",
+            classes="[2, inf)",
+        )
+        if self.link not in (None, "error") and not self.is_score:
+            raise InputError(
+                f"link={self.link} needs a score, but {self.metric} is an error; remove link, or "
+                "set metric_is=score."
+            )
         if self.compare and (self.predict or self.sensitivity or self.hold_out or self.plot):
             raise InputError(
                 "compare fits several laws; remove it, or hold_out, predict, sensitivity and plot."
@@ -143,27 +165,53 @@ class FitConfig(Selection):
             table.check(self.run)
             runs = runs._replace(run=np.array([text(row, self.run) for row in table.rows]))
         if self.evaluated:
-            binomial = (1 - runs.error) / (runs.error * self.evaluated)
+            binomial = runs.error * (1 - runs.error) / self.evaluated
             runs = runs._replace(binomial=binomial)
         return runs
 
-    def resolved(self, families: Sequence[RunTable]) -> "FitConfig":
-        """Return the config with a form: `additive` if all families determine it, else `power`."""
-        if self.form is not None:
-            return self
-        if self.procedure == "laion":
-            return replace(self, form="saturating")
-        divides = self.procedure == "all" and self.against == "compute"
-        for runs in map(self.runs, families):
-            points = {*zip(runs.size.tolist(), runs.samples.tolist(), strict=True)}
-            three = min(runs.values("size"), runs.values("samples")) >= 3
-            divides = divides and three and len(points) >= ENOUGH
-        return replace(self, form="additive" if divides else "power")
+    def candidates(self, tables: Sequence[Runs], forms: tuple[Form, ...] = ()) -> list[Candidate]:
+        """Return the laws that may describe all tables of runs, the default one first.
 
-    def fit(self, runs: Runs, family: int = 0) -> Fit:
+        `forms` are those to choose from; empty: the form of the config, or all that the runs allow.
+        """
+        default: Form = "saturating" if self.procedure == "laion" else "power"
+        if self.form or forms:
+            default = self.form or forms[0]
+            forms = (default,) if self.form else forms
+        elif self.procedure == "all" and self.against == "compute":
+            default = default_form(tables)
+        if self.procedure != "all":
+            forms = (default,)
+        elif not forms:
+            forms = OF_SIZES if default == "additive" else OF_COMPUTE
+        links: tuple[LinkName, ...] = ("error",)
+        if self.link:
+            links = (self.link,)
+        elif self.procedure == "all" and self.is_score:
+            links = ("error", "odds", "log_score")
+        chance = 1 / self.classes if self.classes else 0.0
+        error = np.concatenate([runs.error for runs in tables])
+        ordered = sorted(forms, key=lambda form: form != default)
+        return [Candidate(form, link_of(name, error, chance)) for form in ordered for name in links]
+
+    def fit(self, runs: Runs, family: int = 0, candidates: Sequence[Candidate] = ()) -> Laws:
         """Fit runs; each family has its own bootstrap seed, so that they are independent."""
-        form, procedure = self.form or "power", self.procedure
-        return fit_law(form, runs, procedure, bins=self.bins, draws=self.draws, seed=family)
+        candidates = candidates or self.candidates([runs])
+        if self.procedure == "all":
+            return fit_laws(candidates, runs, self.is_score, draws=self.draws, seed=family)
+        return Laws([self.fit_one(candidates[0], runs, family)], candidates[:1], self.is_score)
+
+    def fit_one(self, candidate: Candidate, runs: Runs, family: int = 0) -> Fit:
+        """Fit one law to runs, without validation."""
+        return fit_law(
+            candidate.form,
+            runs,
+            self.procedure,
+            bins=self.bins,
+            draws=self.draws,
+            seed=family,
+            link=candidate.link,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +243,9 @@ def fit_file(command: FitCommand) -> FitResult:
     for flag, stem in (("plot", command.plot), ("output", command.output)):
         if stem is not None and not stem.name:
             raise InputError(f"{flag}={str(stem)!r} has no name; set a path such as paper.")
-    for path in plots.both(command.plot) if command.plot else ():
-        check_destination(path, "--plot", folder=False)
+    for stem in (command.plot, plots.of_validation(command.plot)) if command.plot else ():
+        for path in plots.both(stem):
+            check_destination(path, "--plot", folder=False)
     for path in papers.paths(command.output) if command.output else ():
         check_destination(path, "--output", folder=False)
     table = run_table.read(command.table, command.columns)
@@ -218,39 +267,60 @@ def fit(table: RunTable, config: FitConfig) -> FitResult:
     table = table.select(config.metric, config.where)
     if config.compare:
         return _fit_families(table, config, config.compare)
-    config = config.resolved([table])
     runs = config.runs(table)
-    fitted = config.fit(runs)
+    laws = config.fit(runs)
+    fitted = laws.fit
     warnings = fitted.misfit()
     largest = runs.compute.max()
-    predictions: dict[str, PredictedRun] = {}
-    for name in config.predict:
-        size, samples, third = _run_of(name, table, config)
-        compute = size * samples
-        predictions[name] = PredictedRun(compute, _answer(fitted, size, samples, third, config))
-        if compute > EXTRAPOLATION * largest:
+    predictions = _predictions(laws, table, config)
+    for name, run in predictions.items():
+        if run.compute > EXTRAPOLATION * largest:
             warnings.append(
-                f"{name} has {compute / largest:.0f} times the compute of the largest run; the "
-                "interval assumes that the law still holds there."
+                f"{name} has {run.compute / largest:.0f} times the compute of the largest run; the "
+                "interval assumes that the law errs there as it did within the table."
             )
+    without = None
+    if others := laws.without_outliers():
+        without = WithoutOutliers(
+            points=len(fitted.seeds) - len(others.fit.seeds),
+            law=_law(others.fit, config),
+            predictions=_predictions(others, table, config),
+        )
+    hold_out = _hold_out(table, config) if config.hold_out else None
+    if hold_out:
+        warnings += [f"without the held-out runs: {line}" for line in hold_out.warnings]
     return FitResult(
         metric=config.metric,
-        form=str(config.form),
+        form=laws.candidates[0].form,
+        link=laws.candidates[0].link.name,
         procedure=config.procedure,
         compute_unit=AXES[config.against][1],
         laws={"": _law(fitted, config)},
+        validation=summary(laws.validation, runs) if laws.validation else None,
         warnings=warnings,
-        hold_out=_hold_out(table, config) if config.hold_out else None,
+        without_outliers=without,
+        hold_out=hold_out,
         predictions=predictions,
-        sensitivity=_sensitivity(table, runs, config) if config.sensitivity else (),
-        plots=_plot(fitted, predictions, config, config.plot) if config.plot else (),
+        sensitivity=_sensitivity(laws, table, runs, config) if config.sensitivity else (),
+        plots=_plot(laws, predictions, config, config.plot) if config.plot else (),
     )
 
 
+def _predictions(laws: Laws, table: RunTable, config: FitConfig) -> dict[str, PredictedRun]:
+    """Predict the runs that a config names."""
+    predictions: dict[str, PredictedRun] = {}
+    for name in config.predict:
+        size, samples, third = _run_of(name, table, config)
+        answer = _answer(laws, size, samples, third, config)
+        predictions[name] = PredictedRun(size * samples, answer)
+    return predictions
+
+
 def _plot(
-    fitted: Fit, predictions: Mapping[str, PredictedRun], config: FitConfig, stem: AnyPath
+    laws: Laws, predictions: Mapping[str, PredictedRun], config: FitConfig, stem: AnyPath
 ) -> list[str]:
     """Draw a fit and predicted runs; return the paths of the plot."""
+    fitted = laws.fit
     determined: dict[str, tuple[float, Prediction]] = {}
     for name, run in predictions.items():
         if run.answer.error:
@@ -265,7 +335,11 @@ def _plot(
         reach=1.6 * farthest,
         title="The law misfits these runs: see the warnings." if fitted.misfit() else "",
     )
-    return [str(path) for path in plots.save(page, stem)]
+    paths = plots.save(page, stem)
+    if laws.validation:
+        picture = plots.validation(laws.validation, config.metric)
+        paths += plots.save(picture, plots.of_validation(stem))
+    return [str(path) for path in paths]
 
 
 def published(metric: str) -> dict[str, Law]:
@@ -313,7 +387,7 @@ def _law(fitted: Fit, config: FitConfig) -> LawResult:
             CurvePoint(compute, error, (low, high))
             for compute, error, low, high in curve.T.tolist()
         ],
-        residuals=(runs.error / runs.under(law) - 1).tolist(),
+        residuals=(runs.error / fitted.errors(runs) - 1).tolist(),
         noise=fitted.noise,
         degrees_of_freedom=float(fitted.freedom),
         alpha=float(law.alpha) if isinstance(law, PowerLaw) else None,
@@ -330,7 +404,7 @@ def _points(fitted: Fit) -> list[FittedPoint]:
     thirds = [None] * len(points.error) if points.third is None else points.third.tolist()
     columns = (
         points.compute.tolist(),
-        points.error.tolist(),
+        np.asarray(fitted.link.error(points.error)).tolist(),
         points.size.tolist(),
         points.samples.tolist(),
         thirds,
@@ -355,18 +429,15 @@ def _hold_out(table: RunTable, config: FitConfig) -> HoldOut:
     """
     runs = config.runs(table)
     held = np.array(table.meets(config.hold_out))
-    fitted = None if held.all() else config.fit(runs.where(~held))
+    laws = config.fit(runs.where(~held)) if held.any() and not held.all() else None
     tested = held & pareto(runs) if config.procedure != "all" else held
     test = runs.where(tested)
     settings = _differing(list(itertools.compress(table.rows, tested)))
-    thirds = [None] * len(test.error) if test.third is None else test.third
-    columns = np.asarray(test.model), test.error, test.size, test.samples, thirds, settings
+    answers = [] if laws is None else _answers(laws, test.size, test.samples, test.third, config)
+    columns = np.asarray(test.model), test.error, test.samples, settings, answers
     predicted: list[HeldOutRun] = []
     estimates: list[tuple[float, float, float, float]] = []  # measured, predicted and its interval
-    for model, measured, size, samples, third, varied in zip(*columns, strict=True):
-        if fitted is None:
-            break
-        answer = _answer(fitted, size, samples, third, config)
+    for model, measured, samples, varied, answer in zip(*columns, strict=laws is not None):
         if answer.error is None:
             continue
         predicted.append(
@@ -379,7 +450,7 @@ def _hold_out(table: RunTable, config: FitConfig) -> HoldOut:
             )
         )
         estimates.append((measured, answer.error.value, *answer.error.interval))
-    if not predicted:
+    if not predicted or laws is None:
         raise InputError(
             f"nothing to predict: of {len(held)} runs, {held.sum()} are held out, and none of "
             f"these can be tested; change hold_out={list(config.hold_out)}."
@@ -389,6 +460,8 @@ def _hold_out(table: RunTable, config: FitConfig) -> HoldOut:
         fitted=int((~held).sum()),
         mean_relative_error=float(np.abs(error / measured - 1).mean()),
         inside_interval=int(((low <= measured) & (measured <= high)).sum()),
+        validated=sum(run.answer.validated for run in predicted),
+        warnings=laws.fit.misfit(),
         runs=predicted,
     )
 
@@ -413,50 +486,73 @@ def _run_of(name: str, table: RunTable, config: FitConfig) -> tuple[float, float
 
 
 def _answer(
-    fitted: Fit, size: float, samples: float, third: float | None, config: FitConfig
+    laws: Laws, size: float, samples: float, third: float | None, config: FitConfig
 ) -> Answer:
     """Predict the error of a run; no error if the runs do not determine it."""
-    if third is None and isinstance(fitted.law, Batched):
-        if lacking := fitted.lacking("negatives") or fitted.lacking("steps"):
+    thirds = None if third is None else np.array([third])
+    return _answers(laws, np.array([size]), np.array([samples]), thirds, config)[0]
+
+
+def _answers(
+    laws: Laws, size: np.ndarray, samples: np.ndarray, third: np.ndarray | None, config: FitConfig
+) -> list[Answer]:
+    """Predict the errors of runs; see `_answer`."""
+    if third is None and isinstance(laws.fit.law, Batched):
+        if lacking := laws.fit.lacking("negatives") or laws.fit.lacking("steps"):
             needed = f"{lacking} for the best batch size, or a run to predict with its /BATCH"
-            return Answer(error=None, lacking=needed, is_score=config.is_score)
-        third = float(fitted.law.batch_to_use(samples))
-    if lacking := fitted.unknown(size, samples, third):
-        return Answer(error=None, lacking=lacking, is_score=config.is_score)
-    prediction = fitted.predict(size, samples, third)
-    most = 1.0 if config.is_score else math.inf  # an error of 1 − score is at most 1
-    error, low, high = (min(float(value), most) for value in prediction)
-    return Answer(error=Estimate(error, (low, high)), is_score=config.is_score)
+            return [Answer(error=None, lacking=needed, is_score=config.is_score)] * len(size)
+        third = np.asarray(laws.fit.law.batch_to_use(samples))
+    answers = []
+    for i, forecast in enumerate(laws.predict_all(size, samples, third)):
+        run = float(size[i]), float(samples[i]), None if third is None else float(third[i])
+        if lacking := laws.unknown(*run):
+            answers.append(Answer(error=None, lacking=lacking, is_score=config.is_score))
+            continue
+        error, low, high = map(float, forecast.prediction)
+        estimate = Estimate(error, (low, high))
+        answers.append(
+            Answer(error=estimate, validated=forecast.validated, is_score=config.is_score)
+        )
+    return answers
 
 
-def _sensitivity(table: RunTable, runs: Runs, config: FitConfig) -> list[Variant]:
+def _sensitivity(laws: Laws, table: RunTable, runs: Runs, config: FitConfig) -> list[Variant]:
     """Return the answer of each variant of a fit, with its warnings."""
     variants = []
-    for name, variant, selected in _variants(runs, config):
+    best = laws.candidates[0]
+    for name, variant, selected in _variants(runs, config, best.form):
         try:
-            rows = list(itertools.compress(table.rows, selected))
-            fitted = variant.fit(variant.runs(RunTable(rows)))
+            if name == "as asked":
+                varied = laws
+            else:
+                rows = list(itertools.compress(table.rows, selected))
+                link = best.link if variant.procedure == "all" else ERROR
+                candidate = Candidate(variant.form or best.form, link)
+                fit_one = variant.fit_one(candidate, variant.runs(RunTable(rows)))
+                varied = Laws([fit_one], [candidate], config.is_score)
             if config.predict:
                 run = _run_of(config.predict[0], table, variant)
             else:
                 compute = EXTRAPOLATION * runs.compute.max()
-                best = fitted.law.optimum(compute, sizes_of([fitted]))
-                run = float(best.size), float(best.samples), None
-            answer = _answer(fitted, *run, variant)
-            variants.append(Variant(name=name, answer=answer, warnings=fitted.misfit()))
+                division = varied.fit.law.optimum(compute, sizes_of([varied.fit]))
+                run = float(division.size), float(division.samples), None
+            answer = _answer(varied, *run, variant)
+            variants.append(Variant(name=name, answer=answer, warnings=varied.fit.misfit()))
         except InputError as error:
             answer = Answer(error=None, lacking="other runs")
             variants.append(Variant(name=name, answer=answer, reason=str(error)))
     return variants
 
 
-def _variants(runs: Runs, config: FitConfig) -> Iterator[tuple[str, FitConfig, np.ndarray]]:
+def _variants(
+    runs: Runs, config: FitConfig, best: Form
+) -> Iterator[tuple[str, FitConfig, np.ndarray]]:
     """Yield a name, a config and which runs it takes, for each variant of a fit."""
     every = np.ones(len(runs.error), bool)
     yield "as asked", config, every
     forms: tuple[Form, ...] = ("power", "saturating", "additive")
     for form in forms:
-        if form != config.form and not (form == "additive" and config.against != "compute"):
+        if form != best and not (form == "additive" and config.against != "compute"):
             yield f"form {form}", replace(config, form=form, procedure="all"), every
     line = replace(config, form="power")
     yield "frontier", replace(line, procedure="frontier"), every
@@ -479,16 +575,32 @@ def family_of(row: run_table.Row, column: str) -> str:
     return text(row, column) or f"no {column}"
 
 
+def _common(tables: Iterable[Runs], config: FitConfig) -> Candidate:
+    """Return the law that predicts dearer runs of most families best; of several, the simplest."""
+    tables = [*tables]
+    candidates = config.candidates(tables)
+    if len(candidates) == 1 or not all((runs.error > 0).all() for runs in tables):
+        return candidates[0]
+    validations = [validate(candidates, runs, config.is_score) for runs in tables]
+
+    def worse(candidate: Candidate) -> tuple[int, int]:
+        families = sum(candidate in validation.chosen for validation in validations if validation)
+        return -families, len(candidate.kind.names())
+
+    return min(candidates, key=worse)
+
+
 def _fit_families(table: RunTable, config: FitConfig, column: str) -> FitResult:
     """Fit every family of runs separately, and compare every pair."""
     table.check(column)
     groups = dict(sorted(table.groups(lambda row: family_of(row, column)).items()))
-    config = config.resolved([*groups.values()])
+    members = {name: config.runs(rows) for name, rows in groups.items()}
+    candidate = _common(members.values(), config)
     families: dict[str, Fit] = {}
     warnings = []
-    for seed, (name, members) in enumerate(groups.items()):
+    for seed, (name, runs) in enumerate(members.items()):
         try:
-            families[name] = config.fit(config.runs(members), seed)
+            families[name] = config.fit_one(candidate, runs, seed)
             warnings += [f"{name}: {line}" for line in families[name].misfit()]
         except InputError as error:
             warnings.append(f"{name} is left out: {error}")
@@ -510,7 +622,8 @@ def _fit_families(table: RunTable, config: FitConfig, column: str) -> FitResult:
         )
     return FitResult(
         metric=config.metric,
-        form=str(config.form),
+        form=candidate.form,
+        link=candidate.link.name,
         procedure=config.procedure,
         compute_unit=AXES[config.against][1],
         laws={name: _law(fitted, config) for name, fitted in families.items()},

@@ -1,12 +1,18 @@
 """The result of `fit`: laws, predictions and comparisons, as JSON values and as text."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from clip_jax.scaling import compare
 from clip_jax.scaling.compare import FamilyPair
+from clip_jax.scaling.laws import Runs
 from clip_jax.scaling.run_table import short
+from clip_jax.scaling.validation import Group, Validation
+from clip_jax.scaling.validation import describe as describe_law
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class FittedPoint:
     samples: float
     third: float | None  # distinct samples or batch size, for the forms that have one
     seeds: float
-    weight: float  # of its squared residual of log error, 1 on average
+    weight: float  # of its squared residual of the log on the scale of `link`, 1 on average
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Answer:
 
     error: Estimate | None
     lacking: str = ""  # runs that would determine the error
+    validated: bool = False  # whether the interval is calibrated for this extrapolation
     is_score: bool = False  # whether the metric is 1 − error
 
     @property
@@ -127,6 +134,7 @@ class Answer:
         else:
             values["error"] = self.error.value
             values["error_interval"] = self.error.interval
+            values["validated"] = self.validated
         if self.is_score:
             values["score"] = self.metric.value if self.metric else None
         if self.is_score and self.metric:
@@ -143,6 +151,19 @@ class PredictedRun:
 
     def to_json(self) -> dict[str, Any]:
         return {"compute": self.compute, **self.answer.to_json()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutOutliers:
+    """The same fit without the points that lie too far from the law to be noise."""
+
+    points: int  # number of points that are left out
+    law: LawResult
+    predictions: Mapping[str, PredictedRun]
+
+    def to_json(self) -> dict[str, Any]:
+        predictions = {name: run.to_json() for name, run in self.predictions.items()}
+        return {"points": self.points, "law": self.law.to_json(), "predictions": predictions}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +192,9 @@ class HoldOut:
 
     fitted: int  # number of runs that were not held out
     mean_relative_error: float  # of the predicted errors
-    inside_interval: int  # number of runs inside of their 95% intervals
+    inside_interval: int  # number of runs inside of their intervals
+    validated: int  # number of runs whose intervals are validated
+    warnings: Sequence[str]  # about the fit to the others
     runs: Sequence[HeldOutRun]
 
     def to_json(self) -> dict[str, Any]:
@@ -179,6 +202,8 @@ class HoldOut:
             "fitted": self.fitted,
             "mean_relative_error": self.mean_relative_error,
             "inside_interval": self.inside_interval,
+            "validated": self.validated,
+            "warnings": list(self.warnings),
             "runs": [run.to_json() for run in self.runs],
         }
 
@@ -200,17 +225,110 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidatedLaw:
+    """A law that validation compared."""
+
+    form: str
+    link: str
+    off: float  # mean absolute error of its predictions, in logits of the score or log error
+    averaged: bool  # whether predictions average it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidatedRun:
+    """A run that was predicted from the cheaper ones up to a cut."""
+
+    model: str
+    cut: int  # number of the cut
+    compute: float
+    factor: float  # how far it lies beyond the fitted runs in compute, size or samples
+    predicted: float  # metric
+    measured: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSummary:
+    """How well cheaper runs predict dearer ones."""
+
+    cuts: int
+    is_score: bool
+    laws: Sequence[ValidatedLaw]  # those that predictions average first
+    groups: Sequence[Group]  # by extrapolation factor
+    runs: Sequence[ValidatedRun]
+
+    def to_json(self) -> dict[str, Any]:
+        groups = []
+        for group in self.groups:
+            values = group._asdict()
+            values["high"] = group.high if group.high < math.inf else None
+            values |= {x: None for x in ("width", "inside") if not group.checked}
+            groups.append(values)
+        return {
+            "cuts": self.cuts,
+            "laws": [asdict(law) for law in self.laws],
+            "groups": groups,
+            "runs": [asdict(run) for run in self.runs],
+        }
+
+
+def summary(validation: Validation, runs: Runs) -> ValidationSummary:
+    """Return the validation of a table of runs."""
+    names = np.asarray(runs.model if runs.model is not None else np.full(len(runs.error), ""))
+    columns = zip(
+        names[validation.run].tolist(),
+        validation.cut.tolist(),
+        runs.compute[validation.run].tolist(),
+        np.exp(validation.factor).tolist(),
+        validation.metric(validation.predicted).tolist(),
+        validation.metric(validation.measured).tolist(),
+        strict=True,
+    )
+    others = [x for x in validation.offs if x not in validation.chosen]
+    others = sorted(others, key=lambda candidate: validation.offs[candidate])
+    laws = [
+        ValidatedLaw(
+            form=candidate.form,
+            link=candidate.link.name,
+            off=validation.offs[candidate],
+            averaged=candidate in validation.chosen,
+        )
+        for candidate in (*validation.chosen, *others)
+        if math.isfinite(validation.offs[candidate])
+    ]
+    return ValidationSummary(
+        cuts=len(np.unique(validation.cut)),
+        is_score=validation.is_score,
+        laws=laws,
+        groups=validation.groups(),
+        runs=[
+            ValidatedRun(
+                model=model,
+                cut=cut,
+                compute=compute,
+                factor=factor,
+                predicted=predicted,
+                measured=measured,
+            )
+            for model, cut, compute, factor, predicted, measured in columns
+        ],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitResult:
     """Laws that were fitted to a table, and predictions by them."""
 
     metric: str
     form: str
+    link: str  # scale of the error that the laws describe
     procedure: str
     compute_unit: str
     laws: Mapping[str, LawResult]  # by family; with `compare=None`, one by the name ""
     warnings: Sequence[str]
     compare: str | None = None  # column that divides the runs into families
     pairs: Sequence[FamilyPair] = ()  # of families
+    validation: ValidationSummary | None = None  # None: the runs are too few
+    without_outliers: WithoutOutliers | None = None  # None: there are no outliers
     hold_out: HoldOut | None = None
     predictions: Mapping[str, PredictedRun] = field(default_factory=dict)  # by name of the run
     sensitivity: Sequence[Variant] = ()
@@ -231,12 +349,14 @@ class FitResult:
         fitted `points` with their weights, `noise` and `degrees_of_freedom` of the fit, the law's
         `curve` at the best division of compute, `residuals` in the order of the table, `optimal`
         (best divisions of compute, for laws in N and D), `paper` (coefficients of the procedure
-        laion), `hold_out`, `predictions` by run, `sensitivity`, `warnings`. With `compare`:
-        `families` by name, each with the keys of a law, and `pairs` of families.
+        laion), `validation` (predictions of dearer runs from cheaper ones, None: too few runs),
+        `hold_out`, `predictions` by run, `without_outliers`, `sensitivity`, `warnings`. With
+        `compare`: `families` by name, each with the keys of a law, and `pairs` of families.
         """
         values: dict[str, Any] = {
             "metric": self.metric,
             "form": self.form,
+            "link": self.link,
             "procedure": self.procedure,
             "compute_unit": self.compute_unit,
             "warnings": list(self.warnings),
@@ -247,9 +367,12 @@ class FitResult:
             values["pairs"] = [pair.to_json() for pair in self.pairs]
         else:
             values |= self.law.to_json()
+            values["validation"] = self.validation.to_json() if self.validation else None
             if self.hold_out:
                 values["hold_out"] = self.hold_out.to_json()
             values["predictions"] = {name: run.to_json() for name, run in self.predictions.items()}
+        if self.without_outliers:
+            values["without_outliers"] = self.without_outliers.to_json()
         if self.sensitivity:
             values["sensitivity"] = [variant.to_json() for variant in self.sensitivity]
         if self.plots:
@@ -266,7 +389,7 @@ class FitResult:
 
 def describe(result: FitResult) -> str:
     """Format the result of `fit` as text."""
-    title = f"{result.metric}: {result.form} law"
+    title = f"{result.metric}: {describe_law(result.form, result.link)}"
     unit = f"; C in {result.compute_unit}"
     lines = []
     if result.compare:
@@ -275,16 +398,20 @@ def describe(result: FitResult) -> str:
         count = f"{len(law.points)} points of {law.runs} runs"
         lines.append(f"{name} through {count}" if name else f"{title} through {count}{unit}")
         lines += _lines_of_law(law)
+    if result.validation:
+        lines += _lines_of_validation(result.validation)
     for pair in result.pairs:
         lines += compare.describe(pair)
     if result.hold_out:
         lines += _lines_of_hold_out(result.hold_out)
     for name, run in result.predictions.items():
         lines.append(f"{name}: {_in_words(run.answer)}")
+    if result.without_outliers:
+        lines += _lines_without_outliers(result.without_outliers)
     if result.sensitivity:
         lines.append("the same answer by other ways to fit:")
     for variant in result.sensitivity:
-        mark = "; MISFITS or leaves out points" if variant.warnings else ""
+        mark = "; MISFITS" if variant.warnings else ""
         lines.append(f"  {variant.name:25} {_in_words(variant.answer)}{mark}")
     lines += [f"written: {path}" for path in (*result.plots, *result.files)]
     lines += [f"warning: {line}" for line in result.warnings]
@@ -315,11 +442,43 @@ def _lines_of_law(law: LawResult) -> list[str]:
     return lines
 
 
+def _lines_of_validation(validation: ValidationSummary) -> list[str]:
+    averaged = [describe_law(law.form, law.link) for law in validation.laws if law.averaged]
+    lines = []
+    if len(averaged) > 1:
+        lines.append(f"  predictions are the mean of {len(averaged)} laws: {', '.join(averaged)}")
+    lines.append(f"validation: the runs below each of {validation.cuts} cuts predict those above")
+    for group in validation.groups:
+        name = f"{group.low:g} to {group.high:g} times beyond"
+        if group.low == 1:
+            name = f"up to {group.high:g} times beyond"
+        if group.high == math.inf:
+            name = f"more than {group.low:g} times beyond"
+        words = f"{_difference(group.off, validation.is_score)} off (median of {group.predictions})"
+        if group.checked:
+            width = _difference(group.width, validation.is_score)
+            words += f", {group.inside:.0%} of {group.checked} inside an interval {width} wide"
+        lines.append(f"  {name}: {words}")
+    return lines
+
+
+def _difference(value: float, is_score: bool) -> str:
+    return f"{100 * value:.1f} points" if is_score else f"{value:.2g}"
+
+
+def _lines_without_outliers(without: WithoutOutliers) -> list[str]:
+    points = "the point" if without.points == 1 else f"the {without.points} points"
+    lines = [f"without {points} too far from the law to be noise:"]
+    lines += _lines_of_law(without.law)
+    lines += [f"  {name}: {_in_words(run.answer)}" for name, run in without.predictions.items()]
+    return lines
+
+
 def _lines_of_hold_out(held: HoldOut) -> list[str]:
     lines = [
         f"held-out runs: {len(held.runs)}, predicted from {held.fitted} others, off by "
-        f"{held.mean_relative_error:.1%} on average, {held.inside_interval} inside the "
-        "95% interval"
+        f"{held.mean_relative_error:.1%} on average, {held.inside_interval} inside the interval"
+        f", {held.validated} with a validated one"
     ]
     for run in held.runs[:10]:
         measured = f"{1 - run.measured:.1%}" if run.answer.is_score else f"{run.measured:.4g}"
@@ -329,13 +488,14 @@ def _lines_of_hold_out(held: HoldOut) -> list[str]:
     return lines
 
 
-def _interval(interval: tuple[float, float], form: str) -> str:
+def _interval(interval: tuple[float, float], form: str, name: str = "95%") -> str:
     low, high = interval
-    return f"(95%: {low:{form}} to {high:{form}})"
+    return f"({name}: {low:{form}} to {high:{form}})"
 
 
 def _in_words(answer: Answer) -> str:
     if answer.metric is None:
         return f"not determined; it takes {answer.lacking}"
     form = ".1%" if answer.is_score else ".4g"
-    return f"{answer.metric.value:{form}} {_interval(answer.metric.interval, form)}"
+    name = "95%" if answer.validated else "not validated"
+    return f"{answer.metric.value:{form}} {_interval(answer.metric.interval, form, name)}"

@@ -21,6 +21,7 @@ from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
 from clip_jax.scaling.fit import FitConfig, family_of, fit
 from clip_jax.scaling.fit_result import describe
+from clip_jax.scaling.forecast import OF_COMPUTE
 from clip_jax.scaling.queue import workers
 from clip_jax.scaling.run_table import Row, RunTable, Selection, is_score, number, short, text
 from clip_jax.scaling.uncertainty import Form, Procedure, fit_law
@@ -86,13 +87,14 @@ def report(config: ReportConfig) -> dict[str, Any]:
         procedure=config.procedure,
         compare=config.compare,
     )
-    laws, summary = _laws(table, options, by_row)
+    laws, summary, validation = _laws(table, options, by_row)
     data = {
         "title": ", ".join(map(str, config.paths)),
         "compare": config.compare or "arch",
         "metric": f"1 − {metric}" if is_a_score else metric,
         "runs": runs,
         "laws": laws,
+        "validation": validation,
         "summary": summary,
         "left_out": [line for line in skipped if not line.startswith(tuple(folders))],
     }
@@ -187,23 +189,24 @@ def _curves(folder: AnyPath, names: Sequence[str]) -> dict[str, list[list[float]
 
 def _laws(
     table: RunTable, config: FitConfig, by_row: Mapping[Any, dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Fit the finished runs and store their residuals; return the laws and a text summary.
+) -> tuple[list[dict[str, Any]], list[str], list[dict[str, Any]]]:
+    """Fit the finished runs and store their residuals.
 
-    If nothing can be fitted, the summary has the reason.
+    Returns the laws, a text summary, and the predictions of their validation. If nothing can be
+    fitted, the summary has the reason.
     """
     try:
         table = table.select(config.metric, config.where)
         result = fit(table, config)
     except InputError as error:
-        return [], [str(error)]
+        return [], [str(error)], []
     laws, column = [], config.compare
     families = table.groups(lambda row: family_of(row, column) if column else config.metric)
     for family, law in result.laws.items():
         name = family or config.metric
         meaning = BEST
         if result.procedure == "all":
-            meaning = ALL if result.form in ("power", "saturating") else DIVIDED
+            meaning = ALL if result.form in OF_COMPUTE else DIVIDED
         laws.append(
             {
                 "name": name,
@@ -215,7 +218,8 @@ def _laws(
         )
         for row, residual in zip(families[name].rows, law.residuals, strict=True):
             by_row[id(row)]["off"] = residual
-    return laws, describe(result).splitlines()
+    validation = result.validation.to_json()["runs"] if result.validation else []
+    return laws, describe(result).splitlines(), validation
 
 
 def _models(family: RunTable, config: FitConfig) -> dict[str, list[list[float]]]:

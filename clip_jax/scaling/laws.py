@@ -51,7 +51,7 @@ class Runs(NamedTuple):
     others: Float[np.ndarray, "n k"] | None = None
     setting: np.ndarray | None = None  # equal for runs that differ in nothing but their seeds
     run: np.ndarray | None = None  # names of runs, of which several points are checkpoints
-    binomial: Float[np.ndarray, " n"] | None = None  # variance of log error by few test samples
+    binomial: Float[np.ndarray, " n"] | None = None  # variance of the error by few test samples
 
     @property
     def compute(self) -> Float[np.ndarray, " n"]:

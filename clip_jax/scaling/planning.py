@@ -16,6 +16,7 @@ from clip_jax.scaling import run_table
 from clip_jax.scaling.choose import fit_rule, learning_rate
 from clip_jax.scaling.columns import numeric
 from clip_jax.scaling.fit import FitConfig
+from clip_jax.scaling.forecast import Laws
 from clip_jax.scaling.laws import TRAINING_FLOPS, Batched
 from clip_jax.scaling.run_table import (
     MOST_FLOPS,
@@ -26,11 +27,13 @@ from clip_jax.scaling.run_table import (
     short,
     text,
 )
-from clip_jax.scaling.uncertainty import Fit, middle, sizes_of
+from clip_jax.scaling.uncertainty import Fit, Form, middle, sizes_of
+from clip_jax.scaling.validation import describe as describe_law
 from clip_jax.serialize import from_dict
 from clip_jax.storage.files import AnyPath
 from clip_jax.storage.json_files import read_json
 
+BY_DEFAULT: tuple[Form, ...] = ("additive", "interaction")  # forms that divide a budget
 MOST_PAIRS = 1_000_000_000  # of a batch
 EPOCHS = 4  # up to which repeated pairs are worth almost as much as new ones (arXiv:2305.16264)
 
@@ -48,7 +51,8 @@ class ScalePlanConfig(Selection):
     bound: AnyPath | None = None
     metric: str = "imagenet1k_acc1"  # Column with the result of each run.
     metric_is: Literal["score", "error"] | None = None  # Kind of metric. None: by its name.
-    form: Literal["additive", "repeated", "batched"] = "additive"  # Form of the law.
+    # Form of the law. None: additive or interaction, by how well they predict dearer runs.
+    form: Literal["additive", "interaction", "repeated", "batched"] | None = None
     candidates: tuple[str, ...] = ()  # Models to choose from. Empty: the table's.
     unique: str | None = None  # Number of distinct pairs, such as 400M. None: no pair is repeated.
     # Batch size. None: the best one by the form batched, or that of the nearest run.
@@ -97,7 +101,7 @@ class Optima:
 
 
 def choices(
-    fitted: Fit, sizes: Mapping[str, float], budget: float, third: float | None = None
+    laws: Laws, sizes: Mapping[str, float], budget: float, third: float | None = None
 ) -> list[dict[str, Any]]:
     """Return every model at the pairs that a budget of training FLOPs pays for, the best first.
 
@@ -105,14 +109,15 @@ def choices(
     that of the draws in which an option is the best; `outside` says how it lies outside the runs.
     """
     size = np.array([*sizes.values()])
-    runs = fitted.runs
+    runs = laws.fit.runs
     samples = budget / TRAINING_FLOPS / size
-    best = fitted.draws(size, samples, third).argmin(axis=1)
-    columns = np.stack([size, samples, *fitted.predict(size, samples, third)], axis=1).tolist()
+    best = laws.fit.draws(size, samples, third).argmin(axis=1)
+    thirds = None if third is None else np.full(len(size), third)
+    forecasts = laws.predict_all(size, samples, thirds)
+    columns = zip(sizes, size.tolist(), samples.tolist(), forecasts, strict=True)
     options = []
-    for i, (name, column) in enumerate(zip(sizes, columns, strict=True)):
-        gmacs, seen, error, *interval = column
-        if lacking := fitted.unknown(gmacs, seen, third):
+    for i, (name, gmacs, seen, forecast) in enumerate(columns):
+        if lacking := laws.unknown(gmacs, seen, third):
             raise InputError(f"these runs predict no {name} of {short(seen)} pairs; add {lacking}.")
         ratios = {
             "compute": gmacs * seen / runs.compute,
@@ -130,8 +135,9 @@ def choices(
                 "model": name,
                 "size": gmacs,
                 "samples": seen,
-                "error": error,
-                "interval": interval,
+                "error": float(forecast.prediction.error),
+                "interval": [float(forecast.prediction.low), float(forecast.prediction.high)],
+                "validated": forecast.validated,
                 "share": (best == i).mean().item(),
                 "outside": outside,
             }
@@ -151,12 +157,15 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
     unique = None if config.unique is None else parse_count(config.unique)
     law = FitConfig(metric=config.metric, metric_is=config.metric_is, form=config.form, draws=300)
     table = run_table.read(config.table, config.columns).select(config.metric, config.where)
-    fitted = law.fit(law.runs(table))
+    runs = law.runs(table)
+    laws = law.fit(runs, candidates=law.candidates([runs], () if config.form else BY_DEFAULT))
+    fitted = laws.fit
     _check_improves(fitted, config.metric)
     models = config.candidates or dict.fromkeys(row["arch"] for row in table.rows)
     sizes = {model: table.size_of(model) for model in models}
-    third = {"repeated": unique, "batched": float(config.batch_size or 0)}.get(config.form) or None
-    options = choices(fitted, sizes, config.training_flops(), third)
+    thirds = {"repeated": unique, "batched": float(config.batch_size or 0)}
+    third = thirds.get(config.form or "") or None
+    options = choices(laws, sizes, config.training_flops(), third)
     best = options[0]
     batch_size = config.batch_size or _batch_size(config, table, fitted, best["samples"])
     if batch_size > best["samples"]:
@@ -184,7 +193,9 @@ def plan(config: ScalePlanConfig) -> dict[str, Any]:
     return best | {
         "metric": config.metric,
         "is_score": law.is_score,
-        "form": config.form,
+        "form": laws.candidates[0].form,
+        "link": laws.candidates[0].link.name,
+        "averaged": [str(candidate) for candidate in laws.candidates],
         "runs": len(fitted.runs.error),
         "training_flops": compute * TRAINING_FLOPS,
         "best_size": best_size,
@@ -228,7 +239,7 @@ def _check_improves(fitted: Fit, metric: str) -> None:
     """Raise InputError unless more compute lowers the law's error, at its best division."""
     compute = fitted.runs.compute
     span = np.array([compute.min() / 10, compute.max() * 10])
-    first, last = np.asarray(fitted.law.optimum(span, sizes_of([fitted])).error)
+    first, last = np.asarray(fitted.best(span, sizes_of([fitted]))[0].error)
     if last > first * (1 - 1e-6):
         raise InputError(
             f"by the law of these runs, more compute does not improve {metric}: its error is "
@@ -305,18 +316,22 @@ def _learning_rate(
 def describe(plan: Mapping[str, Any]) -> str:
     """Format a plan as text."""
 
-    def between(value: float, low: float, high: float, form: str = ".3g") -> str:
-        return f"{value:{form}} (95%: {low:{form}} to {high:{form}})"
+    def between(value: float, low: float, high: float, form: str = ".3g", name: str = "95%") -> str:
+        return f"{value:{form}} ({name}: {low:{form}} to {high:{form}})"
 
     lines = [
-        f"{plan['training_flops']:.3g} training FLOPs by the {plan['form']} law of "
-        f"{plan['metric']} through {plan['runs']} runs; best size for new pairs, "
+        f"{plan['training_flops']:.3g} training FLOPs by {plan['metric']} of {plan['runs']} runs, "
+        f"{describe_law(plan['form'], plan['link'])}; best size for new pairs, "
         f"in GMACs: {between(*plan['best_size'])}"
     ]
+    if len(plan["averaged"]) > 1:
+        laws = ", ".join(plan["averaged"])
+        lines.append(f"predictions are the mean of {len(plan['averaged'])} laws: {laws}")
     for x in plan["options"]:
         error, low, high = x["error"], *x["interval"]
-        score = between(1 - error, 1 - high, 1 - low, ".1%")
-        text = score if plan["is_score"] else between(error, low, high, ".4g")
+        name = "95%" if x["validated"] else "not validated"
+        score = between(1 - error, 1 - high, 1 - low, ".1%", name)
+        text = score if plan["is_score"] else between(error, low, high, ".4g", name)
         mark = f"; EXTRAPOLATES: {', '.join(x['outside'])}" if x["outside"] else ""
         seen, share = short(x["samples"]), f"best in {x['share']:.0%} of draws"
         lines.append(f"  {x['model']:16} {seen:>6} pairs  {text}, {share}{mark}")

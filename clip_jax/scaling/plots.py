@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from clip_jax.display import STYLE, plain
 from clip_jax.scaling.laws import TRAINING_FLOPS, Additive, Law, Runs, pareto
 from clip_jax.scaling.uncertainty import Fit, Prediction
+from clip_jax.scaling.validation import Validation
 from clip_jax.storage.files import AnyPath, written_whole
 
 Axes = Any  # matplotlib's, which is imported only when something is drawn
@@ -65,7 +66,7 @@ def figure(
                 rotation=90,
                 fontsize=7,
             )
-        off = 100 * (fit.runs.error / fit.runs.under(fit.law) - 1)
+        off = 100 * (fit.runs.error / fit.errors(fit.runs) - 1)
         _points(lower, fit.runs, np.asarray(off), _in_fit(fit))
         lower.axhline(0, color=INK, linewidth=1)
         lower.set_xscale("log")
@@ -119,7 +120,7 @@ def panel(
         if len(fit.fitted.error) != len(runs.error):
             axes.plot(
                 fit.fitted.compute,
-                fit.fitted.error,
+                fit.link.error(fit.fitted.error),
                 linestyle="none",
                 marker="o",
                 markersize=9,
@@ -136,6 +137,43 @@ def panel(
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="major", color="#eeeeee", linewidth=0.7, zorder=0)
     axes.set_axisbelow(True)
+
+
+def validation(checked: Validation, metric: str) -> Figure:
+    """Draw the predicted against the measured metric of runs, for every cut of the table."""
+    import matplotlib
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure as NewFigure
+    from matplotlib.ticker import FuncFormatter
+
+    with matplotlib.rc_context(STYLE):
+        page = NewFigure(figsize=(5.2, 4.4), layout="constrained")
+        axes = page.subplots()
+        points = axes.scatter(
+            checked.metric(checked.measured),
+            checked.metric(checked.predicted),
+            c=np.exp(checked.factor),
+            norm=LogNorm(),
+            cmap="viridis_r",
+            s=9,
+            linewidths=0,
+            rasterized=True,
+        )
+        ends = axes.get_xlim()
+        axes.plot(ends, ends, color=INK, linewidth=1, zorder=0)
+        axes.set_xlim(ends)
+        axes.set_xlabel(plain(f"measured {metric}"))
+        axes.set_ylabel(plain(f"predicted {metric}"))
+        bar = page.colorbar(points, label="extrapolation factor")
+        for axis in (bar.ax.yaxis.set_major_formatter, bar.ax.yaxis.set_minor_formatter):
+            axis(FuncFormatter(lambda y, _: f"{y:g}"))
+        page.canvas  # noqa: B018 - creates the canvas of a figure without pyplot
+    return page
+
+
+def of_validation(stem: AnyPath) -> AnyPath:
+    """Return the path without ending of the picture of a validation."""
+    return stem.with_name(f"{stem.name}_validation")
 
 
 def both(stem: AnyPath) -> list[AnyPath]:
@@ -183,7 +221,7 @@ def _band(axes: Axes, x: np.ndarray, curve: Prediction, color: Any, **how: Any) 
 def _in_fit(fit: Fit) -> Bool[np.ndarray, " n"]:
     """Return which runs the law describes: all, or those on the Pareto frontier."""
     n = len(fit.runs.error)
-    is_all = fit.seeds.sum() == n or fit.left_out  # points are means over seeds, but for outliers
+    is_all = fit.seeds.sum() == n  # points are means over seeds
     return np.ones(n, bool) if is_all else pareto(fit.runs)
 
 

@@ -1,7 +1,8 @@
 """Fit laws with uncertainty: intervals of parameters, of predictions, and of crossings of laws.
 
-All fits minimise squared residuals of log E: the noise of a run is proportional to its error. Runs
-that differ only in their seeds are one point, the geometric mean of their errors.
+A law describes the error E, or another scale of it (`links.py`). All fits minimise squared
+residuals of its logarithm. Runs that differ only in their seeds are one point, their geometric
+mean.
 
 - A power law is a line in log-log, with Student's t intervals, exact for Gaussian noise.
 - Other laws have profile likelihood intervals with Student's t quantile (`profile.py`). Draws, for
@@ -15,27 +16,27 @@ benchmarks/coverage.py measures how often intervals contain the truth.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
-from scipy import special
+from jaxtyping import Bool, Float, Int
+from scipy import optimize, special
 
 from clip_jax.errors import InputError
 from clip_jax.scaling import laion, laws
+from clip_jax.scaling.law_forms import FORMS
 from clip_jax.scaling.laws import Additive, Batched, Law, Numbers, Optimum, PowerLaw, Runs
+from clip_jax.scaling.links import ERROR, Link
 from clip_jax.scaling.profile import Interval, Region, region, slopes
 
-Form = Literal["power", "saturating", "additive", "repeated", "batched"]
+Form = Literal["power", "saturating", "broken", "additive", "interaction", "repeated", "batched"]
 Procedure = Literal["all", "frontier", "cherti", "laion"]
 Sizes = tuple[float, float]  # smallest and largest size for a division of compute
 
 LEVEL = 0.95  # of every interval
 TAIL = (1 - LEVEL) / 2
-FEW = 8  # points of which one may be left out as an outlier
-LIMIT = 15.0  # of squared residuals, in medians, for the trend of their variance
-TREND = 0.2  # standard deviation of that trend's exponents among studies
+FEW = 8  # points of which one may be an outlier
 MISFIT = 2.0  # distance of points from a law, in standard deviations of a run, for a warning
 EXACT = 1e-3  # residuals of log E below which no law is worth a warning
 REJECT = 0.01  # probability of a false warning, of each test
@@ -66,42 +67,28 @@ def student(freedom: float) -> float:
     return float(special.stdtrit(freedom, 1 - TAIL))
 
 
-class Trend(NamedTuple):
-    """The variance of log E as a power of compute: an estimate, shrunk towards a constant."""
-
-    exponent: float
-    variance: float  # of the exponent
-    centre: float  # mean of log C of the runs
-    share: float  # of the exponent that the runs determine, 0 to 1
-    scale: float = 1.0  # such that the weights of the points are 1 on average
-
-    def weight(self, compute: Numbers) -> Numbers:
-        """Return 1 / variance."""
-        return np.exp(-self.exponent * (np.log(compute) - self.centre)) / self.scale
-
-    def deviation(self, compute: Numbers) -> Numbers:
-        """Return the standard deviation, increased for what is not known of the exponent."""
-        away = (np.log(compute) - self.centre) / 2
-        return np.exp(away**2 * self.variance) / np.sqrt(self.weight(compute))
-
-
 class Points(NamedTuple):
     """Runs averaged over their seeds."""
 
     runs: Runs  # the geometric mean of each point's errors
     seeds: Float[np.ndarray, " n"]
     squares: Float[np.ndarray, " n"]  # of the seeds' log errors around the point's
+    first: Int[np.ndarray, " n"]  # index of each point's first run
 
-    def within(self, weights: Float[np.ndarray, " n"]) -> float:
+    def within(self) -> float:
         """Return the variance of log error between the seeds of a point; 0 without seeds."""
-        return float((weights * self.squares).sum() / max((self.seeds - 1).sum(), 1))
+        return float(self.squares.sum() / max((self.seeds - 1).sum(), 1))
 
     def where(self, keep: Bool[np.ndarray, " n"]) -> "Points":
-        return Points(self.runs.where(keep), self.seeds[keep], self.squares[keep])
+        kept = (x[keep] for x in (self.seeds, self.squares, self.first))
+        return Points(self.runs.where(keep), *kept)
 
 
-def averaged(runs: Runs) -> Points:
-    """Average the runs of each setting; without `Runs.setting`, those of equal model and length."""
+def averaged(runs: Runs, link: Link = ERROR) -> Points:
+    """Average the runs of each setting, on the scale of a link.
+
+    Without `Runs.setting`, runs of equal model and length are averaged.
+    """
     columns = (runs.size, runs.samples, runs.third, runs.others)
     if runs.setting is not None:
         columns = (runs.setting,)
@@ -110,29 +97,34 @@ def averaged(runs: Runs) -> Points:
     point = np.array([number[key] for key in keys])
     first = np.unique(point, return_index=True)[1]
     seeds = np.bincount(point).astype(float)
-    log = np.log(runs.error)
+    log = np.log(link.of(runs.error))
     mean = np.bincount(point, log) / seeds
     squares = np.bincount(point, np.square(log - mean[point]))
-    return Points(runs.where(first)._replace(error=np.exp(mean)), seeds, squares)
+    points = runs.where(first)
+    if points.binomial is not None:  # of the error; now of the log
+        errors = link.error(np.exp(mean))
+        points = points._replace(binomial=points.binomial * np.square(link.slope(errors)))
+    return Points(points._replace(error=np.exp(mean)), seeds, squares, first)
 
 
 @dataclass(frozen=True)
 class Fit:
     """A law fitted to runs, with its uncertainty."""
 
-    law: Law
-    runs: Runs  # all of them
-    fitted: Runs  # points of the fit: runs averaged over seeds, or bins of their frontier
+    law: Law  # of the scale of `link`
+    runs: Runs  # all of them, with their errors
+    # Points of the fit, on the scale of `link`: runs averaged over seeds, or bins of a frontier.
+    fitted: Runs
     weights: Float[np.ndarray, " n"]  # of the points, 1 on average
     seeds: Float[np.ndarray, " n"]  # of the points
-    within: float  # variance of log error between the seeds of a point; 0 without seeds
-    noise: float  # standard deviation of log error of a point of weight 1
-    freedom: float  # degrees of freedom: points − parameters − what the trend takes
-    spread: float  # standard deviation of log error of one run
+    within: float  # variance of the log between the seeds of a point; 0 without seeds
+    noise: float  # standard deviation of the log of a point of weight 1
+    freedom: float  # degrees of freedom: points − parameters
+    spread: float  # standard deviation of the log of one run
     bootstrap: tuple[int, int]  # number of draws, and seed
     resampled: Law | None = None  # draws of a published procedure
-    left_out: tuple[str, ...] = ()  # warnings about points that are not noise
-    trend: Trend | None = None  # of the variance of log E
+    link: Link = ERROR
+    points: Points | None = None  # of `fitted`; None: of a published procedure
 
     @functools.cached_property
     def region(self) -> Region:
@@ -143,7 +135,7 @@ class Fit:
 
     @functools.cached_property
     def residuals(self) -> Float[np.ndarray, " n"]:
-        """Residuals of log E of the points."""
+        """Residuals of the log of the points."""
         return np.asarray(np.log(self.fitted.error / self.fitted.under(self.law)))
 
     @functools.cached_property
@@ -176,7 +168,7 @@ class Fit:
             half = student(self.freedom) * self.noise / math.sqrt(self._line[1])
             alpha = float(self.law.alpha)
             return Interval(alpha - half, alpha + half, False)
-        _, low, high = self.curve(1.0, 1.0)  # beta is the law at one unit of compute
+        _, low, high = self._curve(1.0, 1.0, None)  # beta is the law at one unit of compute
         return Interval(float(low), float(high), False)
 
     @property
@@ -186,11 +178,22 @@ class Fit:
         mean = float((self.weights * x).sum() / self.weights.sum())
         return mean, float((self.weights * np.square(x - mean)).sum())
 
+    def errors(self, runs: Runs) -> Numbers:
+        """Return the error of each run by the law."""
+        return self.link.error(runs.under(self.law))
+
     def curve(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
         """Evaluate the law with its own interval, the band of a plot."""
+        return self._as_errors(self._curve(size, samples, third))
+
+    def _as_errors(self, values: Prediction) -> Prediction:
+        return Prediction(*map(self.link.error, values))
+
+    def _curve(self, size: Numbers, samples: Numbers, third: Numbers | None) -> Prediction:
+        """Evaluate the law with its interval, on its own scale."""
         error = self.law(size, samples, third)
         if self.resampled is not None:
-            return Prediction(error, *middle(self.draws(size, samples, third)))
+            return Prediction(error, *middle(self._draws(size, samples, third)))
         if isinstance(self.law, PowerLaw):
             mean, sum_of_squares = self._line
             away = (np.log(size * samples) - mean) ** 2 / sum_of_squares
@@ -206,15 +209,17 @@ class Fit:
 
     def predict(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> Prediction:
         """Evaluate the law with the interval of one new run, which includes its scatter."""
-        error, low, high = self.curve(size, samples, third)
+        error, low, high = self._curve(size, samples, third)
         scatter = student(self.freedom) * self.spread
-        if self.trend is not None:
-            scatter = scatter * self.trend.deviation(np.asarray(size * samples))
         down, up = (np.hypot(np.log(error / x), scatter) for x in (np.maximum(low, 1e-300), high))
-        return Prediction(error, error * np.exp(-down), error * np.exp(up))
+        with np.errstate(over="ignore"):
+            return self._as_errors(Prediction(error, error * np.exp(-down), error * np.exp(up)))
 
     def draws(self, size: Numbers, samples: Numbers, third: Numbers | None = None) -> np.ndarray:
-        """Evaluate every draw of the law: `[draws, ...]`."""
+        """Return the errors of every draw of the law: `[draws, ...]`."""
+        return np.asarray(self.link.error(self._draws(size, samples, third)))
+
+    def _draws(self, size: Numbers, samples: Numbers, third: Numbers | None) -> np.ndarray:
         axes = np.broadcast(size, samples, *(() if third is None else (third,))).ndim
         drawn = self.drawn.map(lambda x: x.reshape(-1, *(1,) * axes))
         return np.asarray(drawn(size, samples, third))
@@ -222,7 +227,9 @@ class Fit:
     def best(self, compute: Float[np.ndarray, " C"], sizes: Sizes) -> tuple[Optimum, Optimum]:
         """Return the best division of compute by the law, `[C]`, and by each draw, `[draws, C]`."""
         drawn = self.drawn.map(lambda x: x[:, None])
-        return self.law.optimum(compute, sizes), drawn.optimum(compute, sizes)
+        divisions = (law.optimum(compute, sizes) for law in (self.law, drawn))
+        best, drawn_best = (x._replace(error=self.link.error(x.error)) for x in divisions)
+        return best, drawn_best
 
     def lacking(self, parameter: str) -> str:
         """Return which runs would determine a parameter; empty if these do.
@@ -256,8 +263,24 @@ class Fit:
 
     def misfit(self) -> list[str]:
         """Return warnings about residuals that do not look like noise."""
-        exact = self.resampled is not None or np.abs(self.residuals).max() < EXACT
-        return [*self.left_out, *([] if exact else _misfit(self))]
+        if self.resampled is not None or np.abs(self.residuals).max() < EXACT:
+            return []
+        outlier = _outlier(self)
+        return [*([] if outlier is None else [outlier[1]]), *_misfit(self)]
+
+    def without_outliers(self) -> "Fit | None":
+        """Fit again without points that lie too far from the law to be noise; None: there are none.
+
+        At most one point in eight is left out.
+        """
+        fit = self
+        for _ in range(max(len(self.seeds) // FEW, 1)):
+            outlier = _outlier(fit) if fit.points else None
+            if outlier is None or fit.points is None:
+                break
+            points = fit.points.where(np.arange(len(fit.seeds)) != outlier[0])
+            fit = _fitted(type(self.law), self.runs, points, self.link, self.bootstrap)
+        return None if fit is self else fit
 
 
 def sizes_of(fits: Sequence[Fit]) -> Sizes:
@@ -274,16 +297,18 @@ def fit_law(
     bins: int = laws.BINS,
     draws: int = 1_000,
     seed: int = 0,
+    link: Link = ERROR,
 ) -> Fit:
     """Fit one law to runs, averaged over their seeds.
 
     `procedure`: `all` points; `frontier`, the points that no other beats with at most their
     compute; `cherti`, the lowest error of each of some `bins` of compute, at the bin's centre
     (Cherti et al. 2023); `laion`, the best runs along compute, by least squares of the error itself
-    (module `laion`). `draws` and `seed` are those of the bootstrap. Raises InputError for too few
-    points, errors that are not positive, or a law in size and samples through a frontier.
+    (module `laion`). `draws` and `seed` are those of the bootstrap. `link` is the scale of the
+    error that the law describes. Raises InputError for too few points, errors that are not
+    positive, or a law in size and samples through a frontier.
     """
-    kind = laws.LAWS[form]
+    kind = FORMS[form]
     if not (runs.error > 0).all():
         raise InputError(
             f"errors must be positive, but the lowest is {runs.error.min()}; a score must be a "
@@ -299,63 +324,56 @@ def fit_law(
             f"all runs have about the same compute, {runs.compute[0]:.3g}; the {form} law needs "
             "runs of several."
         )
+    if procedure in ("cherti", "laion") and link != ERROR:
+        raise InputError(f"the procedure {procedure} fits the error; remove link={link.name}.")
     if procedure == "cherti":
         return _cherti(kind, form, runs, bins, (draws, seed))
     if procedure == "laion":
         return _laion(form, runs, (draws, seed))
-    points = averaged(runs)
+    points = averaged(runs, link)
     if procedure == "frontier":
         points = points.where(laws.pareto(points.runs))
-    fit = _fitted(kind, form, runs, points, (draws, seed))
-    left_out = []
-    while len(left_out) < max(len(points.seeds) // FEW, 1):
-        outlier = _outlier(fit)
-        if outlier is None:
-            break
-        worst, warning = outlier
-        points = points.where(np.arange(len(points.seeds)) != worst)
-        fit = _fitted(kind, form, runs, points, (draws, seed))
-        left_out.append(warning)
-    return replace(fit, left_out=tuple(left_out))
+    _check_points(len(points.seeds), kind.free(points.runs), form)
+    return _fitted(kind, runs, points, link, (draws, seed))
 
 
 def _fitted(
-    kind: type[Law], form: str, runs: Runs, points: Points, bootstrap: tuple[int, int]
+    kind: type[Law], runs: Runs, points: Points, link: Link, bootstrap: tuple[int, int]
 ) -> Fit:
     """Fit by weighted least squares; the weights follow from the residuals, in three rounds.
 
-    The variance of a point is (that of a law's misfit + that of a run / seeds) · C^trend.
+    The variance of a point is that of a law's misfit + that of a run / seeds.
     """
     at = points.runs
     seeds = points.seeds
     count = len(at.error)
     parameters = kind.free(at)
-    _check_points(count, parameters, form)
-    freedom: float = count - parameters
-    crowd = 1.0
-    inverse = np.ones(count)
-    trend = Trend(0.0, 0.0, 0.0, 0.0)
-    for _ in range(3):
-        trend = trend._replace(scale=float(np.mean(trend.weight(at.compute))))
-        steady = np.asarray(trend.weight(at.compute))
-        within = points.within(steady)
-        weights = steady * inverse / crowd
+    within = points.within()
+    run = np.full(count, within)  # variance of one run of each point
+    if at.binomial is not None:
+        run = np.maximum(within - at.binomial.mean(), 0.0) + at.binomial
+    known = run / seeds
+    differs = np.ptp(known) > 1e-9 * known.mean()
+    freedom = float(count - parameters)
+    weights = np.ones(count)
+    for _ in range(3 if differs else 1):
         law = laws.fit_one(kind, at, weights)
         residual = np.asarray(np.log(at.error / at.under(law)))
-        freedom = max(count / crowd - parameters, 1)
-        freedom -= min(trend.share, freedom / 2)
         noise = float(np.sqrt((weights * residual**2).sum() / freedom))
-        if at.binomial is not None:  # a scatter below the binomial noise is luck
-            noise = max(noise, float(np.sqrt((steady * at.binomial / seeds).mean())))
-        if len(set(seeds)) > 1:
-            scatter = float((steady * residual**2).sum() / freedom)
-            variance = max(scatter - within * float((1 / seeds).mean()), 0.0) + within / seeds
-            inverse = (1 / variance) / (1 / variance).mean()
-        used = trend
-        trend = _trend(law, points, residual)
-        if at.run is not None:
-            crowd = _crowd(at.run, np.sqrt(steady) * residual)
-    spread = math.sqrt(noise**2 + within * float((1 - 1 / seeds).mean()))
+        used = weights
+        if differs:
+            variance = _misfit_variance(residual, known, freedom) + known
+            weights = (1 / variance) / (1 / variance).mean()
+    weights = used
+    if at.run is not None:
+        root = np.sqrt(weights)
+        basis = _basis(slopes(law, at).T * root[:, None])
+        alike, variance, freedom = _run_effects(at.run, root * residual, basis)
+        weights = weights / alike
+        noise = math.sqrt(variance)
+    if at.binomial is not None:  # a scatter below the binomial noise is luck
+        noise = max(noise, float((1 / known).mean() ** -0.5))
+    spread = math.sqrt(noise**2 + float((run - known).mean()))
     return Fit(
         law=law,
         runs=runs,
@@ -367,51 +385,57 @@ def _fitted(
         freedom=freedom,
         spread=spread,
         bootstrap=bootstrap,
-        trend=used,
+        link=link,
+        points=points,
     )
 
 
-def _crowd(run: np.ndarray, residual: Float[np.ndarray, " n"]) -> float:
-    """Return how many checkpoints of a run count as one, by the correlation of their residuals.
+def _misfit_variance(
+    residual: Float[np.ndarray, " n"], known: Float[np.ndarray, " n"], freedom: float
+) -> float:
+    """Return the variance that residuals have beyond the known one (Paule and Mandel 1982)."""
 
-    The design effect of cluster samples (Kish 1965, section 5.4).
+    def excess(variance: float) -> float:
+        return float((residual**2 / (variance + known)).sum()) - freedom
+
+    if excess(0.0) <= 0:
+        return 0.0
+    return float(optimize.brentq(excess, 0.0, float((residual**2).sum() / freedom)))
+
+
+def _run_effects(
+    run: np.ndarray, residual: Float[np.ndarray, " n"], basis: Float[np.ndarray, "n p"]
+) -> tuple[float, float, float]:
+    """Estimate a random effect of each run, by which its checkpoints deviate alike.
+
+    `basis` is an orthonormal one of what the law can express. Returns how many checkpoints count as
+    one (the design effect of Kish 1965, section 5.4), the variance of a checkpoint, and its degrees
+    of freedom (Satterthwaite 1946). The variances between and within runs are those that expect
+    the sum of squares of the residuals and that of their sums over runs.
     """
-    _, of, count = np.unique(run, return_inverse=True, return_counts=True)
-    together = np.square(np.bincount(of, residual)).sum() - np.square(residual).sum()
-    pairs = (count * (count - 1)).sum()
-    scale = max(float(np.square(residual).mean()), 1e-300)
-    correlation = float(np.clip(together / max(pairs, 1) / scale, 0, 1))
-    return 1 + ((count**2).sum() / count.sum() - 1) * correlation
+    of = np.unique(run, return_inverse=True)[1]
+    member = (of[:, None] == np.arange(of.max() + 1)).astype(float)  # [n, R]
+    left = member - basis @ (basis.T @ member)  # of the runs' effects, after the fit of a law
+    free = len(residual) - basis.shape[1]
+    of_effects = np.square(left).sum()
+    of_sums = np.square(member.T @ left).sum()
+    squares = np.array([np.square(residual).sum(), np.square(member.T @ residual).sum()])
+    expected = np.array([[free, of_effects], [of_effects, of_sums]])
+    within, between = np.linalg.lstsq(expected, squares, rcond=1e-9)[0]
+    total = squares[0] / max(float(expected[0] @ _shares(within, between)), 1e-9)
+    unshared, shared = _shares(within, between)
+    trace = unshared**2 * free + 2 * shared * unshared * of_effects + shared**2 * of_sums
+    freedom = (unshared * free + shared * of_effects) ** 2 / max(trace, 1e-300)
+    count = member.sum(0)
+    alike = 1 + (np.square(count).sum() / count.sum() - 1) * shared
+    return float(alike), float(total), max(float(freedom), 1.0)
 
 
-def _trend(law: Law, points: Points, residual: Float[np.ndarray, " n"]) -> Trend:
-    """Estimate the exponent of compute with which the variance of log E grows.
-
-    The maximum of the likelihood of residuals and of seeds, shrunk towards zero: a few points say
-    little about it. The largest residuals are limited, as they may be outliers.
-    """
-    # What another law could explain is not noise.
-    basis = _basis(np.concatenate([slopes(law, points.runs).T, _curves(law, points.runs)], axis=1))
-    if len(residual) - basis.shape[1] < 2:
-        basis = _basis(slopes(law, points.runs).T)
-    residual = residual - basis @ (basis.T @ residual)
-    square = np.square(residual) / np.clip(1 - np.square(basis).sum(1), 0.05, 1)
-    square = np.minimum(square, LIMIT * np.median(square)) + 1e-30
-    log = np.log(points.runs.compute)
-    trends = np.linspace(-1, 1, 81)
-    likelihood = np.zeros(81)
-    information = 0.0
-    for sums, counts in ((square, np.ones_like(log)), (points.squares, points.seeds - 1)):
-        if not sums.any():
-            continue
-        x = log - (counts * log).sum() / counts.sum()
-        scaled = (sums * np.exp(-trends[:, None] * x)).sum(1) / counts.sum()
-        likelihood -= 0.5 * counts.sum() * np.log(scaled)
-        information += 0.5 * float((counts * x**2).sum())
-    best = float(trends[likelihood.argmax()])
-    precision = information + TREND**-2  # of the estimate and of the prior
-    share = information / precision
-    return Trend(best * information / precision, 1 / precision, float(log.mean()), share)
+def _shares(within: float, between: float) -> tuple[float, float]:
+    """Return the shares of two variances, of which an estimate may be negative."""
+    within, between = max(within, 0.0), max(between, 0.0)
+    total = within + between
+    return (within / total, between / total) if total > 0 else (1.0, 0.0)
 
 
 # ------------------------------------------------------------------ published procedures
@@ -497,7 +521,7 @@ def _check_points(points: int, parameters: int, form: str) -> None:
 def _misfit(fit: Fit) -> list[str]:
     """Test the residuals for curvature (an F test) and for runs of equal signs."""
     points = fit.fitted
-    root = np.sqrt(fit.weights)
+    root = np.sqrt(fit.weights / fit.weights.mean())
     basis, residual = _residuals(fit)
     extra = _curves(fit.law, points) * root[:, None]
     added = _basis(extra - basis @ (basis.T @ extra), np.linalg.norm(extra, axis=0).max(initial=1))
@@ -508,7 +532,7 @@ def _misfit(fit: Fit) -> list[str]:
     p = special.betainc(rest / 2, k / 2, 1 - share) if k and rest > 0 else 1.0
     if p < REJECT:
         return [
-            f"the law misfits: residuals of up to {np.abs(np.expm1(fit.residuals)).max():.1%} "
+            f"the law misfits: residuals of up to {_worst(fit):.1%} "
             f"depend on the size, the samples or other settings of the runs (p = {p:.1g}); try "
             "another --form, divide the runs with --compare, or exclude some with --where."
         ]
@@ -525,12 +549,18 @@ def _misfit(fit: Fit) -> list[str]:
     return []
 
 
+def _worst(fit: Fit) -> float:
+    """Return the largest deviation of an error from the law, relative."""
+    errors = fit.link.error(fit.fitted.error) / fit.errors(fit.fitted)
+    return float(np.abs(errors - 1).max())
+
+
 def _residuals(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """Return an orthonormal basis of what the law can express, and the residuals outside of it.
 
     The squares of the residuals sum to the degrees of freedom.
     """
-    root = np.sqrt(fit.weights)
+    root = np.sqrt(fit.weights / fit.weights.mean())
     basis = _basis(slopes(fit.law, fit.fitted).T * root[:, None])
     residual = fit.residuals * root / max(fit.noise, 1e-12)
     return basis, residual - basis @ (basis.T @ residual)
@@ -550,10 +580,13 @@ def _outlier(fit: Fit) -> tuple[int, str] | None:
         return None
     points = fit.fitted
     at = f"{points.size[worst]:.4g} GMACs, {points.samples[worst]:.3g} pairs"
+    value = points.error[worst]
+    by_law = fit.link.error(value / np.exp(fit.residuals[worst]))
+    deviation = float(fit.link.error(value) / by_law) - 1
     model = "" if points.model is None else f"{points.model[worst]}: "
     return worst, (
-        f"one point is left out of the fit, as it lies {np.expm1(fit.residuals[worst]):+.1%} from "
-        f"the law of all points ({model}{at}; p = {p:.1g}); check that run."
+        f"one point lies {deviation:+.1%} from the law ({model}{at}; p = {p:.1g}), too far to be "
+        "noise; check that run."
     )
 
 

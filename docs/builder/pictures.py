@@ -318,8 +318,9 @@ def law() -> None:
     """A law through published results: how-to/scale.md."""
     laion_table()
     run(block("scale", "bash", "--plot law"))
-    shutil.copy("law.png", IMAGES)
-    smaller(IMAGES / "law.png")
+    for name in ("law.png", "law_validation.png"):
+        shutil.copy(name, IMAGES)
+        smaller(IMAGES / name)
 
 
 def laion_table() -> None:

@@ -272,7 +272,7 @@ def test_help_lists_arguments_by_the_names_of_the_usage(command, usage, argument
     assert text.startswith(f"usage: clip-jax {command} {usage} [OPTIONS]\n")
     block = re.search(r"\narguments:\n(.*?)\n\n", text, re.S)[1]
     for name, hint in arguments.items():
-        (about,) = re.findall(rf"^  {name} .*(?:\n   .*)*", block, re.M)
+        (about,) = re.findall(rf"^  {name}(?: .*)?(?:\n   .*)*", block, re.M)
         assert " ".join(about.split()).endswith(f"({hint})")
         assert f"--{name.lower()} " not in text
 

@@ -11,7 +11,7 @@ import pytest
 
 from clip_jax.config_files import load_config
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
-from clip_jax.scaling import fit
+from clip_jax.scaling import fit, forecast
 from clip_jax.scaling.grid import grid
 from clip_jax.scaling.ladder import BranchesConfig, LadderConfig
 from clip_jax.scaling.laws import Runs
@@ -36,11 +36,14 @@ def get_ladder():
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use few bootstrap draws, which take most of the time of a fit."""
 
-    def few(form: Form, runs: Runs, procedure: Procedure, *, draws: int, **options: Any) -> Fit:
+    def few(
+        form: Form, runs: Runs, procedure: Procedure = "all", *, draws: int, **options: Any
+    ) -> Fit:
         draws = 20 if procedure in ("all", "frontier") else 100
         return fit_law(form, runs, procedure, draws=draws, **options)
 
     monkeypatch.setattr(fit, "fit_law", few)
+    monkeypatch.setattr(forecast, "fit_law", few)
 
 
 def tiny_ladder(**changes: Any) -> LadderConfig:

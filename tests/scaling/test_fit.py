@@ -14,6 +14,7 @@ from clip_jax.errors import InputError
 from clip_jax.scaling import plots
 from clip_jax.scaling.fit import PUBLISHED, FitCommand, FitConfig, fit, fit_file
 from clip_jax.scaling.fit_result import FitResult, describe
+from clip_jax.scaling.forecast import OF_COMPUTE
 from clip_jax.scaling.run_table import RunTable, read
 from clip_jax.serialize import to_json
 from tests.scaling.conftest import POINTS
@@ -79,7 +80,7 @@ def test_the_published_procedures_predictions_and_files(tmp_path: Path):
     assert far.startswith("ViT-H-14@1000B has 29 times the compute of the largest run")
     text = describe(fitted)
     assert "power law through 5 points of 29 runs" in text
-    assert "ViT-H-14@68B: 79.7% (95%: " in text
+    assert "ViT-H-14@68B: 79.7% (not validated: " in text
 
 
 def test_a_plot_reaches_beyond_all_runs_and_predictions(tmp_path: Path):
@@ -101,7 +102,7 @@ def test_the_largest_models_are_predicted_from_the_others():
     for held, model in (("arch=ViT-H-14", "ViT-H-14"), ("arch=ViT-g-14", "ViT-g-14")):
         fitted = fit(TABLE, replace(config, hold_out=(held,)))
         result = strict(fitted)
-        assert result["form"] == "additive"
+        assert result["form"] in ("additive", "interaction")
         (run,) = result["hold_out"]["runs"]
         low, high = run["error_interval"]
         assert low < run["measured"] < high
@@ -112,11 +113,13 @@ def test_the_largest_models_are_predicted_from_the_others():
     # Two sizes say nothing about a third, so there is nothing to test.
     table = table_of(measured(KNOWN["additive"], 0, 0.01, 3, 6))
     with pytest.raises(InputError, match="nothing to predict: of 18 runs, 6 are held out"):
-        fit(table, replace(OURS, hold_out=("arch=m300",)))
+        fit(table, replace(OURS, form="additive", hold_out=("arch=m300",)))
 
 
 def test_families_are_compared_from_one_table():
-    config = FitConfig(where=LAION.where, compare="upstream_dataset", draws=100)
+    config = FitConfig(
+        where=LAION.where, compare="upstream_dataset", form="additive", link="error", draws=100
+    )
     fitted = fit(TABLE, config)
     result = strict(fitted)
     assert set(result["families"]) == {"LAION-2B", "LAION-400M", "LAION-80M"}
@@ -164,7 +167,7 @@ def test_one_or_two_sizes_state_nothing_about_size():
     assert "size_alpha    not determined; it takes runs of at least three model sizes" in text
     assert "ViT-B-32@1B: not determined; it takes runs of at least three model sizes" in text
     # By default a table of two sizes gets a law of compute.
-    assert fit(table_of(measured(law, 0, 0.01, 2, 6)), OURS).form == "power"
+    assert fit(table_of(measured(law, 0, 0.01, 2, 6)), OURS).form in OF_COMPUTE
     assert fit(table_of(measured(law, 0, 0.01, 3, 6)), OURS).form == "additive"
 
 
@@ -333,7 +336,7 @@ def test_sensitivity_is_the_answer_by_other_ways_to_fit():
     text = describe(fitted)
     assert "the same answer by other ways to fit:" in text
     misfits = [name for name, x in by.items() if x["warnings"]]
-    assert text.count("MISFITS or leaves out points") == len(misfits)
+    assert text.count("; MISFITS") == len(misfits)
     # Without a run to predict: the best division of ten times the largest compute.
     table = table_of(measured(KNOWN["additive"], 0, 0.01, 3, 4))
     fitted = fit(table, replace(OURS, sensitivity=True))
@@ -346,7 +349,7 @@ def test_sensitivity_is_the_answer_by_other_ways_to_fit():
 
 def test_a_data_set_that_the_law_ignores_is_a_misfit():
     """Runs on 80M, 400M and 2B pairs differ by 25%; those on one set do not."""
-    config = FitConfig(where=LAION.where, draws=100)
+    config = FitConfig(where=LAION.where, form="additive", link="error", draws=100)
     (warning,) = fit(TABLE, config).warnings
     assert "depend on the size, the samples or other settings of the runs" in warning
     assert fit(TABLE, replace(config, where=("upstream_dataset=LAION-2B",))).warnings == []
@@ -358,6 +361,7 @@ def test_more_metrics_and_files_by_one_command(tmp_path: Path):
         where=("upstream_dataset=LAION-2B",),
         draws=100,
         form="power",
+        link="error",
         also=("imagenetv2_acc1", "vtab_acc1"),
         output=tmp_path / "paper",
     )

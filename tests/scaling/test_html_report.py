@@ -61,6 +61,9 @@ def test_every_run_is_on_the_page_with_its_state(ladder: Path):
     assert (low < error).all()
     assert (error < high).all()
     assert data["left_out"] == []
+    for run in data["validation"]:
+        assert run["factor"] > 1
+        assert run["predicted"] == pytest.approx(run["measured"], rel=0.5)
 
 
 def test_families_have_laws_of_their_own_or_the_page_says_why_not(ladder: Path):

@@ -1,0 +1,127 @@
+"""Fit laws to a table, choose between them by validation, and predict runs with intervals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from clip_jax.errors import InputError
+from clip_jax.scaling import validation
+from clip_jax.scaling.laws import Additive, Batched, Runs
+from clip_jax.scaling.links import LEAST, from_margins, margins
+from clip_jax.scaling.uncertainty import Fit, Form, Prediction, fit_law
+from clip_jax.scaling.validation import Candidate, Validation
+
+OF_COMPUTE: tuple[Form, ...] = ("power", "saturating", "broken")
+OF_SIZES: tuple[Form, ...] = ("additive", "interaction", "power", "saturating")
+POINTS = 7  # of different size or samples, which the additive law needs to be the default
+
+
+class Forecast(NamedTuple):
+    """A predicted error, and the 95% interval of one new run."""
+
+    prediction: Prediction
+    validated: bool  # whether the interval has been calibrated for this extrapolation
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Laws of a table that predict equally well, and their validation."""
+
+    fits: Sequence[Fit]  # the one with the fewest parameters first
+    candidates: Sequence[Candidate]  # of the fits
+    is_score: bool
+    validation: Validation | None = None  # None: the table has too few runs, or a procedure's fit
+
+    @property
+    def fit(self) -> Fit:
+        """The simplest law."""
+        return self.fits[0]
+
+    def without_outliers(self) -> "Laws | None":
+        """Fit the simplest law without its outliers; None: there are none."""
+        fit = self.fit.without_outliers()
+        return None if fit is None else Laws([fit], self.candidates[:1], self.is_score)
+
+    def unknown(self, size: float, samples: float, third: float | None = None) -> str:
+        """Return which runs a prediction would need; empty if these runs determine it."""
+        return self.fit.unknown(size, samples, third)
+
+    def predict(self, size: float, samples: float, third: float | None = None) -> Forecast:
+        """Predict one run; see `predict_all`."""
+        thirds = None if third is None else np.array([third])
+        return self.predict_all(np.array([size]), np.array([samples]), thirds)[0]
+
+    def predict_all(
+        self,
+        size: Float[np.ndarray, " n"],
+        samples: Float[np.ndarray, " n"],
+        third: Float[np.ndarray, " n"] | None = None,
+    ) -> list[Forecast]:
+        """Return the laws' mean prediction of each run, with the interval of one new run.
+
+        The interval is the wider of the laws' own and the calibrated one. Laws that do not
+        determine a run do not count, unless none does.
+        """
+        if third is None and isinstance(self.fit.law, Batched):
+            third = np.asarray(self.fit.law.batch_to_use(samples))
+        least = LEAST if self.is_score else None
+        thirds = [None] * len(size) if third is None else third.tolist()
+        runs = [*zip(size.tolist(), samples.tolist(), thirds, strict=True)]
+        each = np.stack(
+            [margins(np.array(x.predict(size, samples, third)), least) for x in self.fits]
+        )
+        knows = np.array([[not x.unknown(*run) for run in runs] for x in self.fits])
+        knows[0] |= ~knows.any(0)
+        margin, low, high = np.where(knows[:, None], each, 0.0).sum(0) / knows.sum(0)
+        forecasts = []
+        for i, (n, d, _) in enumerate(runs):
+            half = self.validation.half_width(n, d, self.fit.runs) if self.validation else None
+            wide = 0.0 if half is None else half
+            ends = margin[i], min(low[i], margin[i] - wide), max(high[i], margin[i] + wide)
+            errors = np.asarray(from_margins(np.array(ends), self.is_score))
+            forecasts.append(Forecast(Prediction(*errors.tolist()), half is not None))
+        return forecasts
+
+
+def default_form(tables: Sequence[Runs]) -> Form:
+    """Return `additive` if all tables have three sizes, three lengths and seven points."""
+    for runs in tables:
+        points = {*zip(runs.size.tolist(), runs.samples.tolist(), strict=True)}
+        three = min(runs.values("size"), runs.values("samples")) >= 3
+        if not three or len(points) < POINTS:
+            return "power"
+    return "additive"
+
+
+def fit_laws(
+    candidates: Sequence[Candidate], runs: Runs, is_score: bool, *, draws: int, seed: int = 0
+) -> Laws:
+    """Validate candidates, and fit those that predict best to all runs.
+
+    The first candidate is fitted where validation cannot choose. Raises InputError if the runs are
+    too few for the first candidate.
+    """
+    validated = None
+    if (runs.error > 0).all() and len(runs.error) > 1:
+        validated = validation.validate(candidates, runs, is_score)
+    chosen = validated.chosen if validated else candidates[:1]
+    fits: list[Fit] = []
+    fitted: list[Candidate] = []
+    for candidate in chosen:
+        try:
+            fit = fit_law(candidate.form, runs, draws=draws, seed=seed, link=candidate.link)
+        except InputError:
+            if len(candidates) == 1 or (candidate == chosen[-1] and not fits):
+                raise
+            continue
+        fits.append(fit)
+        fitted.append(candidate)
+    return Laws(fits, fitted, is_score, validated)
+
+
+def divides(form: Form) -> bool:
+    """Return whether a form distinguishes size and samples."""
+    return issubclass(Candidate(form, validation.Link()).kind, Additive)
