@@ -25,7 +25,6 @@ def test_a_report_opens_from_a_file_shows_every_run_and_answers_clicks(browser, 
     finished = [x for x in names if not re.search("parent|6.4K", x) or x == "w16@6.4K-seed0"]
     assert page.locator("#points .mark").count() == len(finished)
     assert page.locator("#residuals .mark").count() == len(finished)
-    assert page.locator("#validation .mark").count() > len(finished) / 2
     assert page.locator("#points path.law").count() == 1
     assert page.locator("#curves path.curve").count() == len(names) - 1  # one has not begun
     assert page.locator("#curves path.curve.open").count() == 2
@@ -87,10 +86,12 @@ def test_the_report_of_a_table_shows_its_costs_and_a_law_of_each_model(browser, 
     assert ours.locator("#models .mark").count() == 36
     assert published.locator("#models path.law").count() == 9
     assert published.locator("#models svg > text", has_text="ViT-L-14").count() == 3
-    for page in shown.values():
+    assert ours.locator("#validation .mark").count() > 10  # points, averaged over three seeds
+    for page, validated in ((ours, ["Validation"]), (published, [])):  # that of one law for all
         headings = page.locator("h2").filter(visible=True).all_inner_texts()
         assert headings == [
             "Points and laws",
+            *validated,
             "Laws of each model",
             "Summary of the fit",
             "Costs",
