@@ -150,7 +150,13 @@ def read(folder: Path) -> Weights:
     tensors = family.from_file(tensors, Settings(content, str(path)), str(file))
     vision, text = config.vision, config.text
     patch_size = vision.patch_size if vision.is_naflex else None
-    preprocess = image_processor.read(folder, vision.image_size, family.processor, patch_size)
+    preprocess = image_processor.read(
+        folder,
+        vision.image_size,
+        family.processor,
+        patch_size,
+        at_any_size=family.only_tower is not None,  # DINO's models are for images of any size
+    )
     tokenizer = tokenizer_files.read(folder, text, text.tokenizer)
     config = replace(
         config,

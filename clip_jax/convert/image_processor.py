@@ -42,17 +42,22 @@ _CLASSES = {
 }  # fmt: skip
 _SQUARES = ("Tipsv2", "ViT", "DINOv3ViT")  # classes in which a size of one number means a square
 _TORCHVISION = ("Tipsv2", "DINOv3ViT")  # classes that have no form without torchvision
-# Classes of models for images of any size: the model's own size is not that of the processor.
-_ANY_SIZE = ("Bit", "DINOv3ViT")
 
 
-def read(folder: Path, size: int, model: str = "CLIP", patch_size: int | None = None) -> Preprocess:
+def read(
+    folder: Path,
+    size: int,
+    model: str = "CLIP",
+    patch_size: int | None = None,
+    *,
+    at_any_size: bool = False,
+) -> Preprocess:
     """Read the preprocessing of a processor, for a model of images of `size` pixels.
 
     With `patch_size` it is that of a NaFlex model. Missing and null settings have the defaults of
-    the file's class, or if it has none, of the class of `model` (CLIP, Siglip, …). For DINOv2 and
-    DINOv3, images of another size are resized and cropped in the same way to the model's. Raises
-    InputError, which names an unsupported setting.
+    the file's class, or if it has none, of the class of `model` (CLIP, Siglip, …). With
+    `at_any_size`, the processor's own size is not the model's: its steps make images of the model's
+    size. Raises InputError, which names an unsupported setting.
     """
     stored, where = _find(folder)
     content = {name: value for name, value in (stored or {}).items() if value is not None}
@@ -102,7 +107,7 @@ def read(folder: Path, size: int, model: str = "CLIP", patch_size: int | None = 
     else:
         # Without any file the size is the model's, and not that of the class.
         missing = size if stored is None else its_class.image_size
-        if model in _ANY_SIZE:
+        if at_any_size:
             content = _at_size(content, size)
         values["resize_mode"] = _resize_mode(content, default, missing, name in _SQUARES, where)
     with naming(where):

@@ -106,14 +106,14 @@ def test_the_released_processor_of_dinov2(tmp_path):
     }
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(content))
-    pixels = image_processor.read(tmp_path, 518, "Bit")
+    pixels = image_processor.read(tmp_path, 518, "Bit", at_any_size=True)
     assert (pixels.image_size, pixels.resize_mode) == (518, "shortest")
     assert pixels.mean == (0.485, 0.456, 0.406)
     with pytest.raises(InputError, match="is not supported for a model with image size 518"):
         image_processor.read(tmp_path, 518)
     path.write_text(json.dumps(content | {"size": {"shortest_edge": 256.5}}))
     with pytest.raises(InputError, match="is not supported for a model with image size 518"):
-        image_processor.read(tmp_path, 518, "Bit")
+        image_processor.read(tmp_path, 518, "Bit", at_any_size=True)
 
 
 def test_the_licence_of_dinov3_is_in_the_card(tmp_path):
