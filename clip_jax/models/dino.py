@@ -8,9 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation, Biases, BlockConfig, Layout
-from clip_jax.models.rotary import tables
+from clip_jax.models.rotary import check_heads, tables
 from clip_jax.models.vit import ViTConfig
 
 _BASE = 100.0  # ratio of the largest wavelength of DINOv3's rotations to the smallest
@@ -42,13 +41,7 @@ class DinoConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, "vision.", head_width="[1, 512]")  # tables of angles are computed
-        if self.max_patches is not None or self.head_width % 4:
-            raise InputError(
-                f"vision.max_patches={self.max_patches}, vision.width={self.width} in "
-                f"{self.num_heads} heads: a DinoConfig needs None, and heads of a multiple of 4 "
-                "channels."
-            )
+        check_heads(self)
 
     @property
     def has_table(self) -> bool:

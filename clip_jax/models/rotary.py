@@ -14,6 +14,17 @@ from clip_jax.models.vit import ViTConfig
 _BASE = 10_000.0  # ratio of the largest wavelength of the rotations to the smallest
 
 
+def check_heads(tower: ViTConfig) -> None:
+    """Raise InputError if a tower's heads cannot be rotated by rows and columns of patches."""
+    check_ranges(tower, "vision.", head_width="[1, 512]")  # tables of angles are computed
+    if tower.max_patches is not None or tower.head_width % 4:
+        raise InputError(
+            f"vision.max_patches={tower.max_patches}, vision.width={tower.width} in "
+            f"{tower.num_heads} heads: a {type(tower).__name__} needs None, and heads of a "
+            "multiple of 4 channels."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig(ViTConfig):
     """Image tower: a vision transformer of PE core or EVA. The defaults are those of PE-Core-B-16.
@@ -37,13 +48,7 @@ class RotaryConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, "vision.", head_width="[1, 512]")  # tables of angles are computed
-        if self.max_patches is not None or self.head_width % 4:
-            raise InputError(
-                f"vision.max_patches={self.max_patches}, vision.width={self.width} in "
-                f"{self.num_heads} heads: a RotaryConfig needs None, and heads of a multiple of 4 "
-                "channels."
-            )
+        check_heads(self)
         if self.pool == "map" and self.width % self.pool_heads:
             raise InputError(
                 f"vision.width={self.width} must be a multiple of vision.pool_heads="
