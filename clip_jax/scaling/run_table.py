@@ -349,8 +349,8 @@ def mparams(config: CLIPConfig) -> float:
 def gather(paths: Sequence[AnyPath], columns: Sequence[str] = ()) -> tuple[RunTable, list[str]]:
     """Read every finished run directory and every CSV of runs below the paths.
 
-    `columns` maps those of the tables. Returns the table, and one line for each run or file that
-    was skipped, with the reason.
+    CSVs in a run directory are the run's own results, and not read. `columns` maps those of the
+    tables. Returns the table, and one line for each run or file that was skipped, with the reason.
     """
     rows: list[Row] = []
     skipped: list[str] = []
@@ -359,8 +359,10 @@ def gather(paths: Sequence[AnyPath], columns: Sequence[str] = ()) -> tuple[RunTa
             raise InputError(f"{path} does not exist; name run directories or tables.")
         files = [path]
         if path.is_dir():
-            named = (as_path(file) for file in walk(path))
-            files = [x for x in named if x.name == "result.json" or x.suffix == ".csv"]
+            named = [as_path(file) for file in walk(path)]
+            runs = {x.parent for x in named if x.name == "config.json"}
+            tables = [x for x in named if x.suffix == ".csv" and runs.isdisjoint(x.parents)]
+            files = [x for x in named if x.name == "result.json"] + tables
         for file in sorted(files):
             try:
                 rows += [_ours(file)] if file.name == "result.json" else _table(file, columns)

@@ -143,6 +143,7 @@ def test_runs_of_every_kind_become_one_table(tmp_path: Path):
         {
             "ours/done/config.json": config,
             "ours/done/result.json": result,
+            "ours/done/evals/classes/images.csv": "image,class\nant.png,ant\n",
             "ours/stopped/config.json": config | {"stop_after": 40},
             "ours/stopped/result.json": result | {"step": 40},
             "others.csv": (HEADER + b"RN50,12.8e9,9,0.6").decode(),
