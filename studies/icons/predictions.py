@@ -19,7 +19,10 @@ import numpy as np
 from ladder import WIDTHS, get_ladder
 from tables import read, write
 
-METRICS = ("test/info_nce", "validation/info_nce", "classes/acc1", "val/acc1")
+METRICS = {"error": ("test/info_nce", "validation/info_nce"), "score": ("classes/acc1", "val/acc1")}
+# Laws of losses, and of accuracies on two scales: an accuracy that starts at chance has no power
+# law of its error. That of its odds is one alternative.
+FITS = (("error", "error"), ("score", "error"), ("score", "odds"))
 PREDICTED = sorted(WIDTHS)[-2:]  # the dearest points: these widths, with the most pairs
 
 
@@ -35,26 +38,27 @@ def main(what: str, results: Path) -> None:
 
 
 def predictions(path: Path) -> list[dict[str, Any]]:
-    """Return the prediction of `scale fit` for each metric of each of the two points."""
+    """Return the predictions of `scale fit` for each metric of each of the two points."""
     table = read(path)
     pairs = max(get_ladder().samples)
     model_of = {int(row["width"]): row["arch"] for row in table}
     points = {f"{model_of[width]}@{pairs}": width for width in PREDICTED}
     if known := points.keys() & {f"{row['arch']}@{row['samples_seen']}" for row in table}:
         raise SystemExit(f"{path} has runs of the points to predict: {', '.join(sorted(known))}.")
-    first, *others = METRICS
-    fit = ("-m", "clip_jax", "scale", "fit", str(path), "--json", "--form", "additive")
-    command = (*fit, "--metric", first, "--also", *others, "--predict", *points)
-    result = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, check=True)
-    fits = json.loads(result.stdout)
     rows = []
-    for law in (fits, *fits["also"]):
-        for name, answer in law["predictions"].items():
-            kind = "score" if "score" in answer else "error"
-            low, high = answer.get(f"{kind}_interval", ("", ""))
-            predicted = {"predicted": answer[kind], "low": low, "high": high}
-            point = {"width": points[name], "pairs": pairs, "metric": law["metric"]}
-            rows.append(point | predicted)
+    for kind, link in FITS:
+        first, *others = METRICS[kind]
+        fit = ("-m", "clip_jax", "scale", "fit", str(path), "--json", "--form", "additive")
+        command = (*fit, "--link", link, "--metric", first, "--also", *others, "--predict", *points)
+        result = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, check=True)
+        fits = json.loads(result.stdout)
+        for law in (fits, *fits["also"]):
+            for name, answer in law["predictions"].items():
+                low, high = answer.get(f"{kind}_interval", ("", ""))
+                point = {"width": points[name], "pairs": pairs, "metric": law["metric"]}
+                predicted = {"predicted": answer[kind], "low": low, "high": high}
+                law_of = "loss" if kind == "error" else link
+                rows.append(point | {"law of": law_of} | predicted)
     return rows
 
 
@@ -71,7 +75,7 @@ def measured(row: dict[str, str], table: Sequence[dict[str, str]]) -> dict[str, 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| width | pairs | metric | predicted (95% of a run) | measured, mean | seeds inside |",
+        "| metric | width | law of | predicted (95% of a run) | measured, mean | seeds inside |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -82,9 +86,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             predicted = f"{value:{style}} ({low:{style}} to {high:{style}})"
         count = sum(name.startswith("seed ") for name in row)
         cells = (
-            row["width"],
-            f"{int(row['pairs']):,}",
             f"`{row['metric']}`",
+            row["width"],
+            row["law of"],
             predicted,
             f"{row['measured']:{style}}",
             f"{row['inside']} of {count}",
