@@ -179,7 +179,8 @@ def _write_v3(config: CLIPConfig, _: str) -> dict[str, Any]:
     }
 
 
-_ASSUMPTIONS: Assumptions = {
+# What the formats of a tower alone need; timm's folders, too.
+ASSUMPTIONS: Assumptions = {
     "vision": DinoConfig,
     "only_tower": "image",
     "vision.pool": "class_token",
@@ -196,10 +197,10 @@ _ASSUMPTIONS: Assumptions = {
 def _assumptions_v2(weights: Weights) -> Assumptions:
     tower = weights.config.vision
     if not isinstance(tower, DinoConfig):
-        return _ASSUMPTIONS
+        return ASSUMPTIONS
     hidden = tower.width * _ratio(tower)
     width = _gated_width(hidden) if tower.activation == "swiglu" else hidden
-    return _ASSUMPTIONS | {"vision.biases": ("qkv", "none"), "vision.mlp_width": width}
+    return ASSUMPTIONS | {"vision.biases": ("qkv", "none"), "vision.mlp_width": width}
 
 
 # ------------------------------------------------------------------ tensors
@@ -276,7 +277,7 @@ V3 = Family(
     class_name="DINOv3ViTModel",
     model_type="dinov3_vit",
     fits=lambda config: _is_v3(config, False),
-    assumptions=lambda weights: _ASSUMPTIONS,
+    assumptions=lambda weights: ASSUMPTIONS,
     convention=_TOKENS + _NO_KEY_BIAS + _V3_CONVENTION + _TOWER,
     read=_read_v3,
     write=_write_v3,

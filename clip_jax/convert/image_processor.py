@@ -109,7 +109,7 @@ def read(
         missing = size if stored is None else its_class.image_size
         if at_any_size:
             content = _at_size(content, size)
-        values["resize_mode"] = _resize_mode(content, default, missing, name in _SQUARES, where)
+        values |= _resizing(content, default, missing, name in _SQUARES, where)
     with naming(where):
         return from_dict(Preprocess, to_dict(default) | values, where)
 
@@ -128,23 +128,32 @@ def _patches(
 
 
 def _at_size(content: dict[str, Any], size: int) -> dict[str, Any]:
-    """Return the settings with the sizes of images of `size` pixels. A margin that is cut off after
-    resizing is left out."""
+    """Return the settings with the sizes of images of `size` pixels, and margins in proportion."""
     content = dict(content)
-    for name in ("size", "crop_size"):
-        match content.get(name):
-            case {"shortest_edge": int()}:
-                content[name] = {"shortest_edge": size}
-            case {"height": int() as height, "width": int() as width} if height == width:
-                content[name] = _square(size)
-            case int():
-                content[name] = size
+    resize, crop = content.get("size"), content.get("crop_size")
+    match crop:
+        case {"height": int() as side, "width": int() as width} if side == width:
+            content["crop_size"] = _square(size)
+        case int() as side:
+            content["crop_size"] = size
+        case _:
+            side = None
+    if not content.get("do_center_crop", True):
+        side = None
+    match resize:
+        case {"shortest_edge": int() as shorter}:
+            content["size"] = {"shortest_edge": round(size * shorter / side) if side else size}
+        case {"height": int() as height, "width": int() as width} if height == width:
+            content["size"] = _square(round(size * height / side) if side else size)
+        case int():
+            content["size"] = size
     return content
 
 
-def _resize_mode(
+def _resizing(
     content: dict[str, Any], default: Preprocess, missing: int, squares: bool, where: str
-) -> str:
+) -> dict[str, Any]:
+    """Return how a processor resizes and crops, as fields of `Preprocess`."""
     size, squashes = default.image_size, default.resize_mode == "squash"
     square = _square(size)
     resize = content.get("size", _square(missing) if squashes else {"shortest_edge": missing})
@@ -154,9 +163,13 @@ def _resize_mode(
     crop = _square(crop) if isinstance(crop, int) else crop
     cropped = content.get("do_center_crop", not squashes)
     if resize == square and (not cropped or crop == square):
-        return "squash"
-    if resize == {"shortest_edge": size} and cropped and crop == square:
-        return "shortest"
+        return {"resize_mode": "squash"}
+    if cropped and crop == square:
+        match resize:
+            case {"shortest_edge": int() as shorter} if shorter >= size:
+                return {"resize_mode": "shortest", "crop_ratio": size / shorter}
+            case {"height": int() as side, "width": other} if side == other and side >= size:
+                return {"resize_mode": "squash", "crop_ratio": size / side}
     raise InputError(
         f"{where}: size={resize!r:.99}, crop_size={crop!r:.99}, do_center_crop={cropped!r:.99} "
         f"is not supported for a model with image size {size}."
@@ -187,8 +200,7 @@ def write(folder: Path, preprocess: Preprocess, model: str = "CLIP") -> None:
 
     `model` begins the name of the model's class, which is written if it resizes in this way.
     """
-    size = preprocess.image_size
-    square = _square(size)
+    square, shorter = _square(preprocess.image_size), preprocess.shorter_side
     shortest = preprocess.resize_mode == "shortest"
     if preprocess.resize_mode == "naflex":
         name = f"Siglip2ImageProcessor{'Pil' if preprocess.rules == 'transformers' else ''}"
@@ -198,8 +210,8 @@ def write(folder: Path, preprocess: Preprocess, model: str = "CLIP") -> None:
         fits = fits and (model not in _TORCHVISION or preprocess.rules == "torchvision")
         name = f"{model if fits else 'CLIP'}ImageProcessor"
         sizes = {
-            "size": {"shortest_edge": size} if shortest else square,
-            "do_center_crop": shortest,
+            "size": {"shortest_edge": shorter} if shortest else _square(shorter),
+            "do_center_crop": shortest or preprocess.crop_ratio != 1,
             "crop_size": square,
         }
     settings = {

@@ -32,6 +32,7 @@ _PREPROCESS = {
     "std": "image_std",
     "interpolation": "interpolation",
     "resize_mode": "resize_mode",
+    "crop_ratio": "crop_ratio",
     "fill": "fill",
     "rules": "pixel_rules",
     "max_patches": "max_patches",
@@ -45,7 +46,8 @@ def manifest(weights: Weights) -> dict[str, Any]:
     tokenizer = text.tokenizer
     is_clip = tokenizer.file == "clip"
     values = to_dict(weights.preprocess)
-    newer = {"fill": 0, "rules": "openai", "max_patches": None, "patch_size": None}
+    newer: dict[str, Any] = {"fill": 0, "rules": "openai", "crop_ratio": 1.0}
+    newer |= {"max_patches": None, "patch_size": None}
     # At their defaults, entries that older folders lack are left out.
     pixels = {key: values[f] for f, key in _PREPROCESS.items() if values[f] != newer.get(f)}
     return {

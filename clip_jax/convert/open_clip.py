@@ -133,7 +133,7 @@ def _assumptions(config: CLIPConfig) -> Assumptions:
     families = image_family(config.vision), text_family(config.text)
     image, text = (family.assumptions(config) for family in families)
     decoder = decoder_family(config.decoder).assumptions if config.decoder else {}
-    return image | text | decoder
+    return image | text | decoder | {"preprocess.crop_ratio": 1.0}
 
 
 _REASONS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from clip_jax.convert import timm, verify
-from clip_jax.convert.dino import alone
+from clip_jax.convert.dino import ASSUMPTIONS, alone
 from clip_jax.convert.settings import Settings, Table, by_table, count_of, read_json, write_json
 from clip_jax.convert.state_dict import TORCH, Row, from_params, table, to_params
 from clip_jax.convert.target import Assumptions, Inexpressible, Target, check_assumptions
@@ -106,7 +106,13 @@ def _read_pixels(section: Settings, size: int) -> Preprocess:
         raise InputError(
             f"{section.where}.crop_mode={mode!r:.99} is not supported; use {', '.join(_CROPS)}."
         )
+    share = section.number("crop_pct", 0.875)
+    if not 0.1 <= share <= 1:
+        raise InputError(
+            f"{section.where}.crop_pct={share} is not supported; it must be from 0.1 to 1."
+        )
     values = {
+        "crop_ratio": size / int(size / share),  # timm rounds the resized side down
         "mean": section.get("mean", list(IMAGENET_MEAN), list),
         "std": section.get("std", list(IMAGENET_STD), list),
         "interpolation": section.get("interpolation", "bicubic", str),
@@ -128,19 +134,10 @@ def _rows(config: CLIPConfig) -> list[Row]:
 def _assumptions(weights: Weights) -> Assumptions:
     tower = weights.config.vision
     has_table = isinstance(tower, DinoConfig) and tower.has_table
-    return {
-        "vision": DinoConfig,
-        "only_tower": "image",
-        "vision.pool": "class_token",
-        "vision.class_token": True,
-        "vision.pre_norm": False,
-        "vision.patch_bias": True,
-        "vision.projection": False,
-        "vision.layer_scale": float,
+    return ASSUMPTIONS | {
         "vision.activation": ("gelu", "swiglu"),
         "vision.biases": "qkv" if has_table else ("qv", "none"),
         "vision.norm_epsilon": 1e-6 if has_table else 1e-5,
-        "preprocess.resize_mode": ("shortest", "squash"),
     }
 
 
@@ -179,7 +176,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
             "input_size": [3, tower.image_size, tower.image_size],
             "fixed_input_size": True,
             "interpolation": pixels.interpolation,
-            "crop_pct": 1.0,
+            "crop_pct": _crop_pct(pixels),
             "crop_mode": modes[pixels.resize_mode],
             "mean": list(pixels.mean),
             "std": list(pixels.std),
@@ -190,6 +187,13 @@ def write(weights: Weights, folder: Path, *, dtype: DType | None = None) -> None
         },
     }
     write_json(folder / CONFIG_NAME, content)
+
+
+def _crop_pct(pixels: Preprocess) -> float:
+    """Return the share by which timm resizes to the same side."""
+    share = pixels.image_size / pixels.shorter_side
+    is_exact = int(pixels.image_size / share) == pixels.shorter_side
+    return share if is_exact else pixels.image_size / (pixels.shorter_side + 0.5)
 
 
 def _write_args(tower: DinoConfig) -> dict[str, Any]:

@@ -93,6 +93,9 @@ class Preprocess:
     # image_size. "longest": longer side to image_size, padded to a square (both from open_clip).
     # "naflex": the aspect ratio is kept, with at most max_patches patches of patch_size.
     resize_mode: ResizeMode = "shortest"
+    # Side of the crop divided by the shorter side of the resized image; not with longest or naflex.
+    # DINOv2's processors have 0.875: 224 pixels of 256.
+    crop_ratio: float = 1.0
     max_patches: int | None = None  # Maximum number of patches with resize_mode=naflex.
     patch_size: int | None = None  # Height and width of a patch with resize_mode=naflex, in pixels.
     fill: int = 0  # Value of the padding in every channel, from 0 (black) to 255 (white).
@@ -103,12 +106,18 @@ class Preprocess:
     rules: Rules = "openai"
 
     def __post_init__(self) -> None:
-        check_sizes(self, "", mean="(-inf, inf)", std="(0, inf)", fill="[0, 255]")
+        ranges = {"mean": "(-inf, inf)", "std": "(0, inf)", "fill": "[0, 255]"}
+        check_sizes(self, "", **ranges, crop_ratio="[0.1, 1]")
         choices = {"interpolation": Interpolation, "resize_mode": ResizeMode, "rules": Rules}
         for name, choice in choices.items():
             value = getattr(self, name)
             if value not in get_args(choice):
                 raise InputError(f"{name}={value!r} must be one of {', '.join(get_args(choice))}")
+        if self.crop_ratio != 1 and self.resize_mode not in ("shortest", "squash"):
+            raise InputError(
+                f"crop_ratio={self.crop_ratio} needs resize_mode='shortest' or 'squash', got "
+                f"{self.resize_mode!r}; set it to 1."
+            )
         if (self.resize_mode == "naflex") != bool(self.max_patches and self.patch_size):
             raise InputError(
                 f"resize_mode={self.resize_mode!r} with max_patches={self.max_patches} and "
@@ -127,6 +136,11 @@ class Preprocess:
         if self.max_patches and self.patch_size:
             return NaFlex(self.max_patches, self.patch_size)
         return Square(self.image_size)
+
+    @property
+    def shorter_side(self) -> int:
+        """The shorter side of an image after resizing and before the crop, in pixels."""
+        return round(self.image_size / self.crop_ratio)
 
     def batch(self, image: ImageLike) -> Images:
         """Return a batch of one image as bytes, for a device to normalise. Raises ImageError."""
@@ -150,10 +164,16 @@ class Preprocess:
 
     def _resize(self, image: Image.Image) -> Image.Image:
         size, resample = self.image_size, RESAMPLING[self.interpolation]
-        if self.resize_mode in ("squash", "naflex"):
+        if self.resize_mode == "naflex":
             return image.resize(self.image_spec.fit(*image.size), resample)
-        if self.resize_mode == "shortest":
-            square = _square(image.size, size, down=self.rules != "openai")
+        if self.resize_mode in ("squash", "shortest"):
+            square = _square(
+                image.size,
+                size,
+                down=self.rules != "openai",
+                shorter=self.shorter_side,
+                squash=self.resize_mode == "squash",
+            )
             return _crop_of_resized(image, square, resample)
         longer = max(image.size)
         width, height = (max(1, round(side * size / longer)) for side in image.size)
@@ -282,53 +302,63 @@ def _resized_box(
 
 
 class _Square(NamedTuple):
-    """A square of an image whose shorter side is resized to that of the square."""
+    """A square of a resized image."""
 
-    full: tuple[int, int]  # width and height of the image
-    side: int  # in pixels of the resized image
-    offset: int  # along its longer side
-
-    @property
-    def resized_long(self) -> int:
-        """The longer side of the resized image."""
-        return self.side * max(self.full) // min(self.full)
+    full: tuple[int, int]  # width and height of the image before
+    resized: tuple[int, int]  # width and height of the resized image
+    side: int  # of the square, in pixels of the resized image
+    corner: tuple[int, int]  # left and top, in the resized image
 
     @property
     def box(self) -> Box:
         """The square in the full image."""
-        short, long = sorted(self.full)
-        start = self.offset * long / self.resized_long
-        end = (self.offset + self.side) * long / self.resized_long
-        if self.full[0] > self.full[1]:
-            return (start, 0, end, short)
-        return (0, start, short, end)
+        sizes = list(zip(self.corner, self.full, self.resized, strict=True))
+        left, top = (start * full / size for start, full, size in sizes)
+        right, bottom = ((start + self.side) * full / size for start, full, size in sizes)
+        return (left, top, right, bottom)
 
 
 def _square(
-    full: tuple[int, int], side: int, rng: np.random.Generator | None = None, down: bool = False
+    full: tuple[int, int],
+    side: int,
+    rng: np.random.Generator | None = None,
+    down: bool = False,
+    shorter: int | None = None,
+    squash: bool = False,
 ) -> _Square:
-    """Choose a square at random with `rng`, else the middle, whose offset `down` rounds down."""
-    spare = _Square(full, side, 0).resized_long - side
-    # round: halves go to the even number, as in torchvision's CenterCrop
-    middle = spare // 2 if down else round(spare / 2)
-    return _Square(full, side, middle if rng is None else int(rng.integers(spare + 1)))
+    """Choose a square at random with `rng`, else the middle, whose offset `down` rounds down.
+
+    The shorter side of the image, with `squash` both, is resized to `shorter`, by default the side
+    of the square.
+    """
+    shorter = side if shorter is None else shorter
+    width, height = (shorter if squash else shorter * edge // min(full) for edge in full)
+
+    def middle(spare: int) -> int:
+        # round: halves go to the even number, as in torchvision's CenterCrop
+        return spare // 2 if down else round(spare / 2)
+
+    corner = (middle(width - side), middle(height - side))
+    if rng is not None:
+        offset = int(rng.integers(max(width, height) - side + 1))
+        corner = (offset, 0) if width > height else (0, offset)
+    return _Square(full, (width, height), side, corner)
 
 
 def _crop_of_resized(
     image: Image.Image, square: _Square, resample: Image.Resampling, factor: int = 1
 ) -> Image.Image:
     """Resize an image and crop the square; `image` is 1 / `factor` of the full one."""
-    side, resized_long = square.side, square.resized_long
-    if factor > 1 or side * resized_long > _MAX_RESIZED_PIXELS:
+    side = square.side
+    if factor > 1 or math.prod(square.resized) > _MAX_RESIZED_PIXELS:
         # In a reduced image the crop's border lies between pixels, and a sliver, once resized,
         # would fill the memory. Resizing only the cropped part gives the same pixels, up to the
         # rounding of its border to float32.
         left, top, right, bottom = square.box
         box = (left / factor, top / factor, right / factor, bottom / factor)
         return image.resize((side, side), resample, box=box)
-    wide = square.full[0] > square.full[1]
-    left, top = (square.offset, 0) if wide else (0, square.offset)
-    resized = image.resize((resized_long, side) if wide else (side, resized_long), resample)
+    left, top = square.corner
+    resized = image.resize(square.resized, resample)
     return resized.crop((left, top, left + side, top + side))
 
 

@@ -119,6 +119,11 @@ def check(weights: Weights, layout: Layout) -> None:
         raise InputError(
             f"{layout} does not support preprocess.resize_mode='longest'; use --format stablehlo."
         )
+    if layout == "immich" and weights.preprocess.crop_ratio != 1:
+        raise InputError(
+            "immich crops the middle of an image whose shorter side is the model's image size; "
+            f"preprocess.crop_ratio={weights.preprocess.crop_ratio} needs another --layout."
+        )
     if layout == "immich" and isinstance(weights.config.vision.image_spec, NaFlex):
         raise InputError(
             "immich supports square images only, and this model takes patches "

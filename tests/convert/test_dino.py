@@ -104,11 +104,18 @@ def test_the_released_processor_of_dinov2(tmp_path):
         "image_mean": [0.485, 0.456, 0.406],
         "image_std": [0.229, 0.224, 0.225],
     }
+    (tmp_path / "again").mkdir()
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(content))
     pixels = image_processor.read(tmp_path, 518, "Bit", at_any_size=True)
     assert (pixels.image_size, pixels.resize_mode) == (518, "shortest")
+    assert (pixels.crop_ratio, pixels.shorter_side) == (0.875, 592)
     assert pixels.mean == (0.485, 0.456, 0.406)
+    own_size = image_processor.read(tmp_path, 224, "Bit")
+    assert (own_size.crop_ratio, own_size.shorter_side) == (0.875, 256)
+    image_processor.write(tmp_path / "again", own_size, "Bit")
+    again = json.loads((tmp_path / "again/preprocessor_config.json").read_text())
+    assert content.items() <= again.items()
     with pytest.raises(InputError, match="is not supported for a model with image size 518"):
         image_processor.read(tmp_path, 518)
     path.write_text(json.dumps(content | {"size": {"shortest_edge": 256.5}}))

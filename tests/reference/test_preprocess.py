@@ -77,6 +77,37 @@ def test_transformers_image_processors(kind, tmp_path):
             assert np.abs(difference).max() <= bound
 
 
+@pytest.mark.parametrize(
+    ("kind", "resize"),
+    [
+        ("Bit", {"shortest_edge": 256}),
+        ("Bit", {"shortest_edge": 255}),  # an odd margin
+        ("ViT", {"height": 256, "width": 256}),
+    ],
+)
+def test_a_margin_is_cut_as_transformers_does_it(kind, resize, tmp_path):
+    """From a file as of DINOv2's, and from the file that we write."""
+    square = {"height": 224, "width": 224}
+    sizes = {"size": resize, "crop_size": square}
+    steps = {"do_convert_rgb": True, "do_center_crop": True}
+    settings = {"image_processor_type": f"{kind}ImageProcessor", **sizes, **steps}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    ours = image_processor.read(tmp_path, 224, kind)
+    again = tmp_path / "again"
+    again.mkdir()
+    image_processor.write(again, ours, kind)
+    assert image_processor.read(again, 224, kind) == ours
+    theirs = transformers.CLIPImageProcessorPil.from_pretrained(again)
+    for shape in [(640, 427), (427, 641), (333, 331), (33, 60), (256, 256)]:
+        image = PHOTO.resize(shape)
+        (x,) = theirs(image, do_rescale=False, do_normalize=False)["pixel_values"]
+        np.testing.assert_array_equal(ours.pixels(image), np.transpose(x, (1, 2, 0)))
+        if kind == "Bit":
+            own = transformers.BitImageProcessorPil.from_pretrained(tmp_path)
+            (x,) = own(image, do_rescale=False, do_normalize=False)["pixel_values"]
+            np.testing.assert_array_equal(ours.pixels(image), np.transpose(x, (1, 2, 0)))
+
+
 CHANGES = [
     {}, {"do_normalize": False}, {"do_normalize": True}, {"resample": 2}, {"resample": 3},
     {"resample": 0}, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
