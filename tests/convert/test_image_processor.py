@@ -42,7 +42,7 @@ def test_of_two_files_the_processors_own_counts(tmp_path):
         ({"image_processor": SETTINGS | {"image_mean": [0.5, 0.5]}}, "mean has 2 values"),
         ({"image_processor": SETTINGS | {"image_std": [0.5, 0, 0.5]}}, "must be more than 0"),
         ({"image_processor": {"image_processor_type": "Blip", "resample": 3}}, "type='Blip' is"),
-        ({"image_processor": SETTINGS | {"size": None}}, "size={'shortest_edge': 224}"),
+        ({"image_processor": SETTINGS | {"size": 400}}, "crop_ratio=0.08 must be"),
         ({"image_processor": SETTINGS | {"crop_size": None}}, "crop_size={'height': 224"),
         ({"image_processor": SETTINGS | {"do_pad": True}}, "do_pad"),
     ],
