@@ -120,7 +120,9 @@ def with_weights(config: AnyConfig, weight_files: WeightFiles | None = None) -> 
         file = read(config.init_from, "init_from", tower)
         initial = file.config
         if file.only_tower is not None:  # the other tower is that of the run's config
-            taken = _OF_TOWER[file.only_tower]
+            taken = [*_OF_TOWER[file.only_tower]]
+            if model.image_head is not None:  # which makes embeddings of another width
+                taken.remove("embed_dim")
             initial = replace(model, **{name: getattr(initial, name) for name in taken})
         preprocess = preprocess if file.only_tower == "text" else file.preprocess
         model = replace(initial, **{name: getattr(model, name) for name in names})

@@ -21,7 +21,7 @@ CoCa decodes the last token and projects its queries for each image. `training`,
 only what is needed, and computed here.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models.clip import CLIPConfig
@@ -29,6 +29,7 @@ from clip_jax.models.decoder import CoCaConfig
 from clip_jax.models.layers import Operations
 from clip_jax.models.lora import adapted
 from clip_jax.models.outputs import output
+from clip_jax.models.vit import ViTConfig
 from clip_jax.optim.wrappers import TOWERS, Tower
 from clip_jax.step import StepConfig
 
@@ -88,7 +89,8 @@ def training(config: CLIPConfig, batch_size: int, locked: tuple[Tower, ...] = ()
     """Count one step with a softmax loss by `matmul`: 3 × forward; a locked tower (LiT) 1 ×;
     nothing recomputed.
 
-    Patches that the config drops (FLIP) cost their projection alone; a locked tower drops none.
+    Patches that the config drops (FLIP) cost their projection alone; a locked tower drops none. The
+    head on a locked tower (dino.txt) costs 3 ×.
 
     The loss is the global `[batch_size, batch_size]` similarity, computed once: whatever its form
     (dense, blocked, ring), every pair of the global batch meets once.
@@ -106,6 +108,8 @@ def _towers(
     3 × in attention's own products. The adapters' share, about rank / width, is not counted.
     """
     image, text, written = _count(config, training=True, locked=locked)
+    # The head on a locked tower has a backward pass.
+    head = _head(config, training=False) if "image" in locked else Operations()
 
     def trained(of: Operations, tower: str = "") -> int:
         if tower in locked:
@@ -113,7 +117,7 @@ def _towers(
         return _weigh((1 + BACKWARD) * of) - has_adapters * 2 * (of.macs - of.attention)
 
     return Flops(
-        image=batch_size * trained(image, "image"),
+        image=batch_size * (trained(image, "image") + _weigh(BACKWARD * head)),
         text=batch_size * trained(text, "text"),
         decoder=batch_size * trained(written),
     )
@@ -133,6 +137,7 @@ def _count(
     tokens = text.context_length
     is_dropped = training and "image" not in locked
     image = vision.operations(config.embed_dim, training=is_dropped)
+    image += _head(config, training=is_dropped)
     if decoder is None:
         return image, text.operations(config.embed_dim, tokens), Operations()
     seen = vision.caption_tokens(training=is_dropped)
@@ -141,3 +146,11 @@ def _count(
         decoder.text_operations(text, config.embed_dim, tokens),
         decoder.operations(text, tokens - training, seen, config.image_token_width),
     )
+
+
+def _head(config: CLIPConfig, *, training: bool) -> Operations:
+    """Count the head on the image tower's tokens, if there is one."""
+    head, vision = config.image_head, config.vision
+    if head is None:
+        return Operations()
+    return head.operations(cast(ViTConfig, vision), config.embed_dim, training=training)

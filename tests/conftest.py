@@ -46,6 +46,7 @@ from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.dino import DinoConfig
+from clip_jax.models.image_head import ImageHeadConfig
 from clip_jax.models.images import NaFlex, concatenate
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.resnet import ResNetConfig
@@ -323,6 +324,13 @@ FAMILIES = {
         vision=DinoConfig(
             **_VISION | {"patch_size": 8}, registers=2, biases="none", activation="swiglu"
         ),
+    ),
+    "dinotxt": dataclasses.replace(
+        TINY,
+        embed_dim=64,
+        vision=DinoConfig(**_VISION | {"patch_size": 8}, registers=2),
+        text=dataclasses.replace(TINY.text, biases="none", activation="gelu"),
+        image_head=ImageHeadConfig(layer_scale=0.5),
     ),
     "xlm_roberta": dataclasses.replace(TINY, text=BertConfig(**_TEXT, num_positions=14)),
     "altclip": dataclasses.replace(TINY, text=BertConfig(**_TEXT, head="norm", pool="first")),

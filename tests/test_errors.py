@@ -76,6 +76,7 @@ NEGATIVE = names(
     RotaryConfig="layer_scale",
     TipsConfig="layer_scale",
     DinoConfig="layer_scale",
+    ImageHeadConfig="layer_scale",
     ConvStemConfig="layer_scale",
     ConvNeXtConfig="layer_scale",
     PrepareConfig="min_score max_score",

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from clip_jax.convert import card
+from clip_jax.convert.dino import alone
 from clip_jax.convert.formats import (
     TARGETS,
     Format,
@@ -25,6 +26,7 @@ from clip_jax.convert.weights import DType, Weights, with_input
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
 from clip_jax.models.templates import check_template
+from clip_jax.models.vit import ViTConfig
 from clip_jax.optim.wrappers import TOWERS, Tower
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -50,8 +52,8 @@ class ConvertConfig:
     activation: Activation | None = None  # Activation, for a file of tensors without a config.
     # Vocabulary, for weights without one: a tokenizer.json or a sentencepiece model. None: none.
     tokenizer: str | None = None
-    # Weights that PEFT's adapters change: a path or hf:OWNER/NAME. None: the folder that the
-    # adapters' file names, if it is on this machine.
+    # Weights that PEFT's adapters change, or the image tower for dino.txt's files: a path or
+    # hf:OWNER/NAME. None: the folder that the adapters' file names, if it is on this machine.
     base: str | None = None
     # With --to clip-jax: prompt template that `predict`, `serve` and `demo` use by default. None:
     # the source's.
@@ -117,6 +119,10 @@ def convert(config: ConvertConfig) -> Conversion:
         name = TOWERS[config.tower]
         params = {name: weights.params[name]}
         weights = replace(weights, params=params, only_tower=config.tower)
+        if config.tower == "image" and weights.config.image_head is not None:
+            # The head is no part of the tower, whose embedding is its own.
+            tower = alone(cast(ViTConfig, weights.config.vision))
+            weights = replace(weights, config=tower)
     if config.template is not None:
         weights = replace(weights, template=config.template)
     weights = with_input(weights, image_size=config.image_size, tokens=config.tokens)

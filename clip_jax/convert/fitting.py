@@ -68,6 +68,8 @@ def starting_params(
         params = params | {"text": text | {"positional_embedding": positions}}
     if len(set(towers)) < 2:
         tower_of = {"visual": "image", "batch_stats": "image", "text": "text"}
+        if config.image_head is not None:
+            tower_of["image_head"] = "image"  # if the weights have one
         params = {name: x for name, x in params.items() if tower_of.get(name) in towers}
     if config.init_logit_bias is None and params.pop("logit_bias", None) is not None:
         say(

@@ -87,7 +87,8 @@ def read_weights(
     records another. Another `image_size` than the model's resizes its position embeddings;
     `tokens` is the number of patches of an image of a NaFlex model (see `with_input`).
     `tokenizer` is the vocabulary for weights that have none. `base` is the weights that PEFT's
-    adapters change, by default the local folder that their file names. `ema` takes the average that
+    adapters change, by default the local folder that their file names, or the image tower for
+    dino.txt's files. `ema` takes the average that
     a run with optim.ema_decay keeps, instead of its last weights. With `one_tower` the folder may
     hold a single tower.
     """
@@ -173,6 +174,7 @@ def verify_source(weights: Weights, source: AnyPath, **recorded: Any) -> Verific
         "run": "clip_jax alone reads a run",
         "clip-jax": "clip_jax alone reads its own format",
         "perception-models": "no library on PyPI reads PE core's own files",
+        "dinotxt": "no library on PyPI reads dino.txt's own files",
     }
     if reason := reasons.get(weights.format):
         raise Unverifiable(reason)

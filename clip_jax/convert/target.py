@@ -21,6 +21,11 @@ from clip_jax.models.clip import Params
 Assumptions = dict[str, Any]
 
 
+# What no other library's format has.
+_OWN: Assumptions = {"image_head": None, "text.biases": "qkv"}
+_OWN_REASONS = {"image_head": "no other library has dino.txt's head"}
+
+
 class Inexpressible(InputError):
     """A model that a format cannot express; `formats.write_weights` adds which formats can.
 
@@ -44,7 +49,8 @@ def check_assumptions(
     the message.
     """
     problems: dict[str, str] = {}
-    for field, expected in assumptions.items():
+    reasons = _OWN_REASONS | dict(reasons or {})
+    for field, expected in (_OWN | assumptions).items():
         if field.partition(".")[0] in problems:  # another kind of tower: skip its fields
             continue
         is_of_config = field.partition(".")[0] not in ("preprocess", "only_tower")
@@ -56,7 +62,7 @@ def check_assumptions(
         values = expected if isinstance(expected, tuple) else (expected,)
         if any(type(value) is x if isinstance(x, type) else value == x for x in values):
             continue
-        reason = f": {reasons[field]}" if reasons and field in reasons else ""
+        reason = f": {reasons[field]}" if field in reasons else ""
         needed = " or ".join(map(_shown, values))
         problems[field] = f"{field}={_shown(value)} (needs {needed}{reason})"
     if problems:

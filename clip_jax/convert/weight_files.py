@@ -20,6 +20,7 @@ from clip_jax.checkpoints.manager import digest_of
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.convert import (
     big_vision,
+    dinotxt,
     hub,
     hugging_face,
     model_folder,
@@ -35,7 +36,7 @@ from clip_jax.convert.fitting import starting_params
 from clip_jax.convert.on_demand import checked, loaded, read_together
 from clip_jax.convert.settings import read_json
 from clip_jax.convert.state_dict import check_floating, param_shapes, unflatten
-from clip_jax.convert.tensor_files import read_tensors
+from clip_jax.convert.tensor_files import Tensors, read_tensors
 from clip_jax.convert.weights import Adapters, Head, Weights, whole_model, with_vocabulary
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError
@@ -93,10 +94,6 @@ class WeightFiles:
     ) -> Weights:
         path, which = split_name(path)
         path = located(path)
-        if base is not None and not _is_adapters(path):
-            raise InputError(
-                f"{path} has no adapters of PEFT's, so it has no base {base}; omit --base."
-            )
         if not run.is_run(path) and which:
             raise InputError(
                 f"{path} is not a run directory, so it has no checkpoint @{which}; leave that out."
@@ -115,6 +112,11 @@ class WeightFiles:
                 weights = self._open_files(path, activation, base)
         finally:
             self._opening.remove(name)
+        if base is not None and weights.format not in ("peft", "dinotxt"):
+            raise InputError(
+                f"{path} has no adapters of PEFT's and no head of dino.txt's, so it has no base "
+                f"{base}; omit --base."
+            )
         recorded = weights.config.text.activation
         if activation not in (None, recorded):
             raise InputError(
@@ -153,10 +155,14 @@ class WeightFiles:
                 return replace(hugging_face.read(path), format="hugging-face")
             if not _is_open_clips(path) and timm_folder.is_folder(path):
                 return replace(timm_folder.read(path), format="timm")
+            if dinotxt.has_files(path):
+                return self._open_dinotxt(dinotxt.read_files(path), path, base)
             path = open_clip.find_weights(path)
         tensors = read_tensors(path)
         if any(name.startswith(("img/", "params/img/")) for name in tensors):
             return replace(big_vision.read(tensors, str(path)), format="big-vision")
+        if dinotxt.PROBE in tensors:
+            return self._open_dinotxt(tensors, path, base)
         if any(name.startswith("text_model.") for name in tensors):
             return replace(hugging_face.read(path.parent), format="hugging-face")
         config = config_path if config_path.exists() else None
@@ -166,6 +172,10 @@ class WeightFiles:
         weights = open_clip.read(tensors, str(path), config, activation=activation)
         is_openais = config is None and all(name in tensors for name in openai.SIZES)
         return replace(weights, format="openai" if is_openais else "open-clip")
+
+    def _open_dinotxt(self, tensors: Tensors, path: Path, base: str | None) -> Weights:
+        tower = None if base is None else self.open(base)
+        return replace(dinotxt.read(tensors, str(path), tower), format="dinotxt")
 
     def _open_base(self, base: str | None, named: str) -> Weights:
         """Open `base`, or else what a file names, which only a person may let contact a server."""

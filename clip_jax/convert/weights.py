@@ -54,7 +54,7 @@ class Weights:
     adapters: Adapters | None = None  # those merged into `params`
     only_tower: Tower | None = None  # the one tower that `params` has; None: it has all
     path: str = ""  # by which open weights are named in messages
-    # "run", or the format of the files: a name of `formats.TARGETS`, or "perception-models"
+    # "run", or the format of the files: a name of `formats.TARGETS`, "perception-models", "dinotxt"
     format: str = ""
     # reads `params` of a run, given shapes and shardings: each device reads only its shards
     read_sharded: Callable[[Params, Params], Params] | None = None

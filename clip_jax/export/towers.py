@@ -8,7 +8,7 @@ have no KV cache: all tokens are computed again for each new one.
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from einops import rearrange
@@ -36,7 +36,10 @@ def image_tower(graph: Graph, config: CLIPConfig, pixels: str) -> str:
 
     Returns features [B, E] in float32, not normalised.
     """
-    return graph.exact(_features(config.vision, graph, graph.computed(pixels)))
+    pixels = graph.computed(pixels)
+    if config.image_head is not None:
+        return graph.exact(_of_head(graph, config, pixels))
+    return graph.exact(_features(config.vision, graph, pixels))
 
 
 def text_tower(graph: Graph, config: CLIPConfig, ids: str) -> str:
@@ -349,18 +352,14 @@ def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> tuple
     def first(x: str) -> str:
         return graph.op("Gather", x, np.int64(0), axis=1)
 
-    def others(x: str, extra: int = 1) -> str:
-        start, end, axis = graph.integers(extra), graph.integers(2**31), graph.integers(1)
-        return graph.op("Slice", x, start, end, axis) if extra else x
-
-    valid_patches = None if valid is None else others(valid, config.extra_tokens)
+    valid_patches = None if valid is None else _after(graph, valid, config.extra_tokens)
     mask = _padding_mask(graph, valid)
     match config.pool:
         case "class_token":
-            x = others(x, config.extra_tokens) if tokens else first(x)
+            x = _after(graph, x, config.extra_tokens) if tokens else first(x)
             return normed(x), _padding_mask(graph, valid_patches)
         case "mean":
-            x = others(x, config.extra_tokens)
+            x = _after(graph, x, config.extra_tokens)
             x = x if tokens else normed(graph.mean(x, valid_patches))
             return x, _padding_mask(graph, valid_patches)
         case "mean_all":
@@ -370,8 +369,38 @@ def _vit(graph: Graph, config: ViTConfig, x: str, tokens: bool = False) -> tuple
             return x if tokens else first(_attention_pool(graph, config, x, mask)), mask
         case "queries":
             x = _query_pool(graph, config, x, mask)
-            return normed(others(x) if tokens else first(x)), None
+            return normed(_after(graph, x, 1) if tokens else first(x)), None
     raise InputError(f"vision.pool={config.pool!r} has no form in ONNX; use --format stablehlo.")
+
+
+def _of_head(graph: Graph, config: CLIPConfig, pixels: str) -> str:
+    """Embed images by a vision transformer and the head on its tokens, as `ImageHead`."""
+    vision, head = cast(ViTConfig, config.vision), config.image_head
+    assert head is not None
+    if _has_other_module(vision):
+        raise InputError(
+            f"dino.txt's head on a {type(vision).__name__} has no form in ONNX; use --format "
+            "stablehlo."
+        )
+    x, valid = _vit_states(graph, vision, pixels)
+    x = graph.layer_norm(x, "visual/ln_post", vision.norm_epsilon)
+    mask = _padding_mask(graph, valid)
+    block, path = head.block(vision, Layout()), "image_head/transformer/resblocks"
+    for layer in range(head.depth):
+        x = _block(graph, block, x, path, layer, mask, None)
+    x = graph.layer_norm(x, "image_head/ln_post", block.epsilon)
+    patches = _after(graph, x, vision.extra_tokens)
+    count = None if valid is None else _after(graph, valid, vision.extra_tokens)
+    both = [graph.op("Gather", x, np.int64(0), axis=1), graph.mean(patches, count)]
+    if graph.has("image_head/proj/kernel"):
+        both = [graph.linear(half, graph.weight("image_head/proj/kernel")) for half in both]
+    return graph.op("Concat", *both, axis=1)
+
+
+def _after(graph: Graph, x: str, count: int) -> str:
+    """Leave out the first tokens."""
+    start, end, axis = graph.integers(count), graph.integers(2**31), graph.integers(1)
+    return graph.op("Slice", x, start, end, axis) if count else x
 
 
 def _vit_states(graph: Graph, config: ViTConfig, x: str) -> tuple[str, str | None]:

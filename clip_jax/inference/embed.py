@@ -267,6 +267,7 @@ def read_manifest(folder: AnyPath) -> Manifest | None:
 
 
 def sample(model: Model) -> list[float]:
-    """Return one value of each image tower parameter, to tell models and checkpoints apart."""
-    leaves = map(np.asarray, jax.tree.leaves(model.params["visual"]))
+    """Return one value of each parameter of images, to tell models and checkpoints apart."""
+    trees = [model.params[name] for name in ("visual", "image_head") if name in model.params]
+    leaves = map(np.asarray, jax.tree.leaves(trees))
     return [float(x.flat[x.size // 2]) for x in leaves]

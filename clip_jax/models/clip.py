@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import jax
@@ -21,6 +21,7 @@ from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
 from clip_jax.models.decoder import Caption, DecoderConfig
 from clip_jax.models.dino import DinoConfig
+from clip_jax.models.image_head import ImageHead, ImageHeadConfig
 from clip_jax.models.images import (
     OPENAI_MEAN,
     OPENAI_STD,
@@ -29,6 +30,7 @@ from clip_jax.models.images import (
     Patches,
     as_dtype,
     is_normalized,
+    join_tokens,
     normalize,
     split_tokens,
 )
@@ -63,6 +65,9 @@ class CLIPConfig:
     vision: Vision = field(default_factory=ViTConfig)
     text: Text = field(default_factory=TextConfig)
     decoder: DecoderConfig | None = None  # Caption decoder, CoCa's or MaMMUT's. None: no captions.
+    # Head of dino.txt on all tokens of the image tower, which is trained also if the tower is
+    # locked. None: the embedding is the tower's own.
+    image_head: ImageHeadConfig | None = None
     init_logit_scale: float = 1 / 0.07  # Initial inverse temperature; SigLIP uses 10.
     init_logit_bias: float | None = None  # Initial logit bias; SigLIP uses −10. None: no bias.
     image_mean: tuple[float, float, float] = OPENAI_MEAN  # Mean of RGB in [0, 1], subtracted.
@@ -87,9 +92,16 @@ class CLIPConfig:
             image_mean="(-inf, inf)",
             image_std="(0, inf)",
         )
-        self.vision.check_width(self.embed_dim)
+        if self.image_head is None:
+            self.vision.check_width(self.embed_dim)
+        else:
+            self.image_head.check(self.vision, self.embed_dim)
         self.text.check_width(self.embed_dim)
         if self.decoder is not None:
+            if self.image_head is not None:
+                raise InputError(
+                    "model.decoder and model.image_head exclude each other: set one to None."
+                )
             if not (self.vision.has_tokens and self.text.writes_captions):
                 raise InputError(
                     "model.decoder needs a vision transformer, not a ResNet or a ConvNeXt, and a "
@@ -109,9 +121,10 @@ class CLIPConfig:
 
     @property
     def towers(self) -> dict[str, TowerConfig]:
-        """The towers and the decoder by their names in the parameter tree."""
+        """The towers, the head and the decoder by their names in the parameter tree."""
         towers: dict[str, TowerConfig] = {"visual": self.vision, "text": self.text}
-        return towers if self.decoder is None else towers | {"decoder": self.decoder}
+        others = {"image_head": self.image_head, "decoder": self.decoder}
+        return towers | {name: x for name, x in others.items() if x is not None}
 
     def layers_from(self, path: str) -> int:
         """Return the number of layers from that of a parameter to its tower's last, both included.
@@ -125,6 +138,8 @@ class CLIPConfig:
         if tower is None or layer is None:
             return 0
         count = tower.num_layers
+        if name == "visual" and self.image_head is not None:
+            count += self.image_head.num_layers
         if name == "text" and self.decoder is not None:
             count = self.decoder.text_layers(count)
         return count + 1 - layer
@@ -150,6 +165,9 @@ class Towers(nn.Module):
             "unroll": c.unroll,
             "layout": self.layout,
         }
+        if c.image_head is not None:
+            sizes = (cast(ViTConfig, c.vision), c.embed_dim, c.remat, c.unroll, self.layout)
+            self.image_head = ImageHead(c.image_head, *sizes)
         if c.decoder is None:
             self.text = c.text.module(**options)
         else:
@@ -206,7 +224,7 @@ class CLIP:
         With `normalize`, embeddings have unit length.
         """
         inputs = as_dtype(images, self.config.dtype)
-        features = self._run(params, lambda towers: towers.visual(inputs)).astype(jnp.float32)
+        features = self._run(params, lambda towers: _embedded(towers, inputs)).astype(jnp.float32)
         return l2_normalize(features) if normalize else features
 
     def encode_text(
@@ -329,10 +347,18 @@ class CLIP:
         """
         vision, inputs = self.config.vision, as_dtype(images, self.config.dtype)
         _, recorded = self._run(
-            params, lambda towers: towers.visual(inputs), mutable=["intermediates"]
+            params, lambda towers: _embedded(towers, inputs), mutable=["intermediates"]
         )
         length = images.length if isinstance(images, Patches) else None
-        return vision.patch_attention(recorded.get("intermediates", {}).get("visual", {}), length)
+        weights = recorded.get("intermediates", {})
+        if self.config.image_head is None:
+            return vision.patch_attention(weights.get("visual", {}), length)
+        # Of a tower with the head's blocks, half by its class token and half by its patches.
+        stacks = (weights[name]["transformer"] for name in ("visual", "image_head"))
+        blocks = {"transformer": jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)}
+        mean = replace(cast(ViTConfig, vision), pool="mean")
+        halves = (tower.patch_attention(blocks, length) for tower in (vision, mean))
+        return functools.reduce(jnp.add, halves) / 2
 
     def text_tokens(
         self, params: Params, tokens: Int[Array, "B L"], layer: int = -1, norm: bool = False
@@ -384,6 +410,22 @@ def _with_tokens(towers: Towers) -> Any:
     return towers.visual
 
 
+def _embedded(
+    towers: Towers, images: Any, keys: Array | None = None, train: bool = False
+) -> Float[Array, "B E"]:
+    """Embed images by the image tower, and by the head on its tokens if there is one."""
+    if towers.config.image_head is None:
+        return towers.visual(images, keys, train=train)
+    visual = _with_tokens(towers)
+    return _of_head(towers, visual.tokens(images, keys=keys, train=train)[0])
+
+
+def _of_head(towers: Towers, tokens: ImageTokens) -> Float[Array, "B E"]:
+    """Embed images by the head, from the states of the image tower's last block."""
+    x, length = split_tokens(tokens)
+    return towers.image_head(join_tokens(_with_tokens(towers).ln_post(x), length))
+
+
 def _outputs(
     images: dict[str, Images],
     texts: dict[str, Array],
@@ -403,10 +445,13 @@ def _outputs(
     if writes or of_image:
         visual = _with_tokens(towers)
         last, every = visual.tokens(pixels["image"], bool(of_image), keys, train)
-        out["image"], image_tokens = visual.pool_and_tokens(last)
+        if towers.config.image_head is None:
+            out["image"], image_tokens = visual.pool_and_tokens(last)
+        else:
+            out["image"] = _of_head(towers, last)
         out |= {name: cast(Array, every)[layer] for name, layer in of_image.items()}
     else:
-        out["image"] = towers.visual(pixels["image"], keys, train=train)
+        out["image"] = _embedded(towers, pixels["image"], keys, train)
     if writes:
         decoder = towers.decoder
         out["text"], out["caption_states"] = decoder.embed_and_write(
@@ -422,7 +467,7 @@ def _outputs(
     # In the order of the dicts, which is the same in every process; that of a set is not.
     for name in pixels:
         if name != "image":
-            out[f"image:{name}"] = towers.visual(pixels[name], train=train)
+            out[f"image:{name}"] = _embedded(towers, pixels[name], train=train)
     if others:  # in one pass; the texts of a pair stay on its device
         rows = rearrange(jnp.stack([*others.values()], 1), "B T L -> (B T) L")
         parts = rearrange(towers.text(rows), "(B T) E -> T B E", T=len(others))

@@ -205,7 +205,7 @@ class BlockConfig(NamedTuple):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm, computed in float32 and returned in the input's dtype."""
+    """LayerNorm, computed at least in float32 and returned in the input's dtype."""
 
     epsilon: float = 1e-5
 
@@ -213,7 +213,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         scale = self.param("scale", named("-", nn.initializers.ones), (x.shape[-1],))
         bias = self.param("bias", named("-", nn.initializers.zeros), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         x32 = x32 - checkpoint_name(x32.mean(-1), "moments")[..., None]
         variance = checkpoint_name(jnp.square(x32).mean(-1), "moments")[..., None]
         x32 = x32 * jax.lax.rsqrt(variance + self.epsilon)

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError
 from clip_jax.models import layers
-from clip_jax.models.layers import Activation, BlockConfig, LayerNorm, Layout, Operations, named
+from clip_jax.models.layers import (
+    Activation,
+    Biases,
+    BlockConfig,
+    LayerNorm,
+    Layout,
+    Operations,
+    named,
+)
 from clip_jax.models.tower import Cleaning as Cleaning
 from clip_jax.models.tower import TextTowerConfig
 from clip_jax.models.tower import TokenizerConfig as TokenizerConfig
@@ -42,6 +50,7 @@ class TextConfig(TextTowerConfig):
     projection_bias: bool = False  # Bias in the projection, as in SigLIP.
     activation: Activation = "quick_gelu"  # MLP activation; OpenAI has quick_gelu, open_clip gelu.
     norm_epsilon: float = 1e-5  # Epsilon of LayerNorm.
+    biases: Biases = "qkv"  # Biases of attention's queries, keys and values; dino.txt has none.
 
     # Settings of derived towers, fixed here.
     token_scale = 1.0  # factor of token embeddings
@@ -126,6 +135,7 @@ class TextConfig(TextTowerConfig):
             layers.BlockInit.text(self.width, self.depth),
             causal=self.causal,
             layout=layout,
+            biases=self.biases,
         )
 
     def check_width(self, embed_dim: int) -> None:

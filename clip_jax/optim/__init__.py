@@ -84,7 +84,9 @@ class OptimConfig:
     # Each layer's learning rate as a multiple of the next layer's. For fine-tuning, 0.65 to 0.9
     # changes the first layers least (BEiT, arXiv:2106.08254).
     layer_decay: float = 1.0
-    locked: tuple[Tower, ...] = ()  # Towers with frozen weights (locked-image tuning, LiT: image).
+    # Towers with frozen weights (locked-image tuning, LiT: image); model.image_head is no part of
+    # the image tower and is trained.
+    locked: tuple[Tower, ...] = ()
     # Decay rate of a moving average of the weights, used in evaluation; None: no average.
     ema_decay: float | None = None
     # Skip updates whose gradient norm is not finite or exceeds this multiple of its running mean;

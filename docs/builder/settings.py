@@ -23,11 +23,11 @@ PAGES = {
     ),
     "model": (
         "Model",
-        "The architecture of both towers, of the tokenizer and of an optional caption decoder.",
+        "The architecture of both towers, of the tokenizer and of an optional head or decoder.",
         (
             *("models.clip", "models.vit", "models.conv_stem", "models.rotary", "models.tips"),
             *("models.dino", "models.convnext", "models.resnet", "models.text", "models.tower"),
-            *("models.bert", "models.decoder"),
+            *("models.bert", "models.image_head", "models.decoder"),
         ),
     ),
     "data": (

@@ -12,9 +12,11 @@ from clip_jax.config_files import with_weights
 from clip_jax.convert import hugging_face, image_processor
 from clip_jax.convert.fitting import starting_params
 from clip_jax.convert.formats import able_formats, read_weights, write_weights
+from clip_jax.convert.weights import Weights
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
-from tests.conftest import TINY
+from clip_jax.models.image_head import ImageHeadConfig
+from tests.conftest import FAMILIES, TINY, parameters
 from tests.convert.conftest import DINO, assert_same, cast, tower_weights
 
 
@@ -47,6 +49,23 @@ def test_a_folder_of_an_image_tower_starts_the_image_side(tmp_path):
     assert starting_params(weights, filled.model, ("image",)).keys() == {"visual"}
     with pytest.raises(InputError, match=r"holds the image tower .* start one by --init-from"):
         with_weights(replace(config, init_towers=("image", "text")))
+
+
+def test_a_folder_of_an_image_tower_starts_a_model_with_a_head(tmp_path):
+    """The embedding stays twice as wide as the tower; a source with a head gives it, too."""
+    write_weights(tower_weights(DINO["dinov3_vit"]), tmp_path, "hugging-face")
+    model = replace(FAMILIES["dinotxt"], vision=DINO["dinov3_vit"])
+    config = Config(
+        model=model, init_from=str(tmp_path), init_architecture=True, init_towers=("image",)
+    )
+    filled = with_weights(config).model
+    assert (filled.embed_dim, filled.image_head) == (64, model.image_head)
+    tower = read_weights(tmp_path, one_tower=True)
+    assert starting_params(tower, filled, ("image",)).keys() == {"visual"}
+    complete = Weights(config=filled, params=parameters(filled), preprocess=tower.preprocess)
+    assert starting_params(complete, filled, ("image",)).keys() == {"visual", "image_head"}
+    with pytest.raises(InputError, match=r"image_head has shape|image_head/"):
+        starting_params(complete, replace(filled, image_head=ImageHeadConfig(depth=1)))
 
 
 @pytest.mark.parametrize("side", [24, 56])

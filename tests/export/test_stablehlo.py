@@ -50,7 +50,9 @@ def test_captions_of_a_vocabulary_without_a_begin_are_refused(tmp_path, families
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["pe_core and xlm_roberta", "resnet and siglip"])
+@pytest.mark.parametrize(
+    "name", ["pe_core and xlm_roberta", "resnet and siglip", "dinotxt and dinotxt"]
+)
 def test_stablehlo_is_verified(tmp_path, capsys, families, name):
     """Of image and text towers of different families."""
     image, text = (families(kind).weights for kind in name.split(" and "))

@@ -140,13 +140,17 @@ def gradients(config, mesh, objective=()):
         (FAMILIES["mobileclip"], "2x2x2"),
         (FAMILIES["tips"], "2x2x2"),
         (changed(FAMILIES["dinov3"], patch_dropout=0.5), "2x2x2"),
+        (FAMILIES["dinotxt"], "2x2x2"),
         (changed(FAMILIES["pe_core"], patch_dropout=0.5), "4x2"),  # rotates kept patches
         (NAFLEX_SIGLIP, "2x2x2"),
         # Earlier versions do not order their collectives, which may deadlock on eight devices.
         (FAMILIES["convnext"], EIGHT_OR_FOUR),
         (COCA, EIGHT_OR_FOUR),
     ],
-    ids=["EVA-02, XLM-R", "MobileCLIP", "TIPS", "DINOv3", "PE core", "NaFlex", "ConvNeXt", "CoCa"],
+    ids=[
+        *("EVA-02, XLM-R", "MobileCLIP", "TIPS", "DINOv3", "dino.txt", "PE core", "NaFlex"),
+        *("ConvNeXt", "CoCa"),
+    ],
 )
 def test_every_family_has_the_same_gradients_on_a_mesh(config, mesh):
     objective = (CaptionConfig(),) if config.decoder else ()
@@ -177,6 +181,17 @@ def test_a_locked_resnet_keeps_weights_and_running_statistics_and_the_text_tower
     assert metrics["grad_norm"] > 0
     moved = jax.tree.map(lambda a, b: np.any(a != b), after.params["text"], before["text"])
     assert all(jax.tree.leaves(moved))
+
+
+def test_the_head_on_a_locked_tower_learns():
+    before = parameters(FAMILIES["dinotxt"])
+    step = compiled(FAMILIES["dinotxt"], optim=LOCKED)
+    state, _ = step()
+    after = step.program.recipe.complete(state, state.params)
+    jax.tree.map(np.testing.assert_array_equal, after["visual"], before["visual"])
+    for name in ("image_head", "text"):
+        moved = jax.tree.map(lambda a, b: np.any(a != b), after[name], before[name])
+        assert all(jax.tree.leaves(moved)), moved
 
 
 def test_adapters_take_the_same_step_on_a_mesh_and_nothing_else_changes():
