@@ -93,9 +93,11 @@ def write(folder: AnyPath, source: AnyPath, weights: Weights, use: str) -> None:
 
 def card(name: str, weights: Weights, facts: dict[str, Any] | None, use: str) -> str:
     """Return the card as Markdown; `use` says how to load the folder."""
+    head = weights.config.image_head
     model = {
         "parameters": f"{count(weights.params):,}",
         "image tower": weights.config.vision.summary,
+        "image head": None if head is None else f"dino.txt's, {head.depth} blocks on all tokens",
         **model_folder.manifest(weights),
     }
     if weights.head is not None:

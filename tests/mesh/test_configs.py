@@ -9,7 +9,7 @@ from tests.mesh.conftest import CONFIGS, program_of, read_config
 # They have every kind of tower, pool, decoder, loss, remat policy and gradient clipping.
 TRACED = (
     *("clipa_l14", "coca_l14", "digits", "mammut_l14", "pairs", "rn50x64", "siglip2_b16"),
-    *("convnext_large", "eva02_l14", "pe_core_l14", "shapes_naflex", "vit_l14"),
+    *("convnext_large", "dinotxt_l16", "eva02_l14", "pe_core_l14", "shapes_naflex", "vit_l14"),
 )
 
 

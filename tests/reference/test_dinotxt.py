@@ -169,6 +169,8 @@ def test_metas_files_upon_a_tower_of_transformers(tmp_path, kind):
     convert(ConvertConfig(**options, destination=tmp_path / "model", to="clip-jax"))
     again = read_weights(tmp_path / "model")
     assert again.config.image_head == weights.config.image_head
+    card = (tmp_path / "model/README.md").read_text()
+    assert "| image head | dino.txt's, 2 blocks on all tokens |" in card
     for to in ("hugging-face", "open-clip"):
         with pytest.raises(InputError, match=r"image_head.*no other library has dino.txt's head"):
             convert(ConvertConfig(**options, destination=tmp_path / "no", to=to))
