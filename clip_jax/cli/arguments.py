@@ -90,7 +90,7 @@ _MOST_USED: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": (
         "dataset", "suite", "data-dir", "tasks", "templates", "languages", "output", "watch",
-        "tokens", "beside", "mesh.fsdp",
+        "tokens", "dim", "beside", "mesh.fsdp",
     ),
     "average": ("weights", "base", "greedy", "curve", "dataset", "metric", "ema", "overwrite"),
     "prepare": (

@@ -22,7 +22,7 @@ from clip_jax.convert.verify import (
     Verifications,
     features_difference,
 )
-from clip_jax.convert.weights import DType, Weights, with_input
+from clip_jax.convert.weights import DType, Weights, cut_to, with_input
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
 from clip_jax.models.templates import check_template
@@ -49,6 +49,8 @@ class ConvertConfig:
     image_size: int | None = None
     # Patches per image of a NaFlex model (sequence length), also to make one. None: keep.
     tokens: int | None = None
+    # Number of first channels of embeddings, for a model trained for it (Matryoshka). None: all.
+    dim: int | None = None
     activation: Activation | None = None  # Activation, for a file of tensors without a config.
     # Vocabulary, for weights without one: a tokenizer.json or a sentencepiece model. None: none.
     tokenizer: str | None = None
@@ -68,7 +70,7 @@ class ConvertConfig:
     overwrite: bool = False  # Replace an existing destination.
 
     def __post_init__(self) -> None:
-        check_ranges(self, image_size="[1, inf)", tokens="[1, inf)")
+        check_ranges(self, image_size="[1, inf)", tokens="[1, inf)", dim="[1, inf)")
         if self.template is not None:
             check_template(self.template, "template")
             if self.to != "clip-jax":
@@ -126,6 +128,7 @@ def convert(config: ConvertConfig) -> Conversion:
     if config.template is not None:
         weights = replace(weights, template=config.template)
     weights = with_input(weights, image_size=config.image_size, tokens=config.tokens)
+    weights = cut_to(weights, config.dim, source)
     difference = None
     if config.accept_activation and target.as_computed is not None:
         changed = target.as_computed(weights)

@@ -36,6 +36,7 @@ from clip_jax.convert.weights import (
     Head,
     Weights,
     at_length,
+    cut_to,
     read_all,
     whole_model,
     with_input,
@@ -72,6 +73,7 @@ def read_weights(
     activation: Activation | None = None,
     image_size: int | None = None,
     tokens: int | None = None,
+    dim: int | None = None,
     tokenizer: str | None = None,
     base: str | None = None,
     ema: bool = True,
@@ -85,7 +87,8 @@ def read_weights(
 
     `activation` is needed for plain tensor files, which do not record it; InputError if the format
     records another. Another `image_size` than the model's resizes its position embeddings;
-    `tokens` is the number of patches of an image of a NaFlex model (see `with_input`).
+    `tokens` is the number of patches of an image of a NaFlex model (see `with_input`), and `dim`
+    the number of first channels of embeddings (see `cut_to`).
     `tokenizer` is the vocabulary for weights that have none. `base` is the weights that PEFT's
     adapters change, by default the local folder that their file names, or the image tower for
     dino.txt's files. `ema` takes the average that
@@ -101,7 +104,7 @@ def read_weights(
             weights = at_length(weights, tokens, path)
         else:
             weights = with_input(weights, image_size=image_size, tokens=tokens)
-        return read_all(weights)
+        return read_all(cut_to(weights, dim, path))
 
 
 def write_weights(

@@ -8,13 +8,13 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from clip_jax.convert.on_demand import loaded
+from clip_jax.convert.on_demand import Parameter, loaded
 from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
-from clip_jax.models.clip import CLIPConfig, Params, Vision, parameters
+from clip_jax.models.clip import CLIPConfig, Params, Vision, l2_normalize, parameters
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.optim import Tower
 from clip_jax.storage.files import AnyPath
@@ -205,6 +205,59 @@ def with_input(
     if fitted is params:
         return resized
     return replace(resized, params=unflatten(fitted), adapters=None, read_sharded=None)
+
+
+def cut_to(weights: Weights, dim: int | None, path: str | AnyPath) -> Weights:
+    """Return the model with the first `dim` channels of its embeddings; None: all of them.
+
+    The projections of the towers are cut; a tower without one gets one, which selects channels. A
+    classifier is cut, too, and keeps the lengths of its rows. Short embeddings are as good as long
+    ones only if the model was trained for them (Matryoshka, `Contrastive.widths`). Raises
+    InputError, which names `path`, for other numbers of channels, or if the architecture does not
+    end in projections.
+    """
+    config = weights.config
+    if dim is None or dim == config.embed_dim:
+        return weights
+    if not 1 <= dim < config.embed_dim:
+        raise InputError(
+            f"dim={dim}, but the embeddings of {path} have {config.embed_dim} channels; choose at "
+            "most so many."
+        )
+    params, towers = flatten(weights.params), {}
+    for name, tower in (("vision", config.vision), ("text", config.text)):
+        folder = "visual" if name == "vision" else name
+        paths = [f"{folder}/{x}" for x in tower.embedding_parameters]
+        if folder in weights.params and not getattr(tower, "projection", True):
+            tower = replace(tower, projection=True)
+            params[paths[0]] = np.eye(config.embed_dim, dim, dtype=np.float32)
+        else:
+            params |= {x: _first_channels(params[x], dim) for x in paths if x in params}
+        towers[name] = tower
+    try:
+        config = replace(config, embed_dim=dim, **towers)
+        shapes = {path: box.value.shape for path, box in parameters(config).items()}
+        wrong = [x for x in params if params[x].shape != shapes.get(x)]
+        reason = f"{wrong[0]} depends on their width." if wrong else ""
+    except InputError as error:
+        reason = str(error)
+    if reason:
+        raise InputError(
+            f"the embeddings of {path} cannot be cut to dim={dim}: {reason} Leave out dim, and cut "
+            "the embeddings that the model computes."
+        )
+    head = weights.head
+    if head is not None:
+        kernel = head.kernel[:, :dim]
+        lengths = np.linalg.norm(head.kernel, axis=1, keepdims=True)
+        head = head._replace(kernel=l2_normalize(kernel) * lengths)
+    cut = replace(weights, config=config, params=unflatten(params), head=head)
+    return replace(cut, adapters=None, read_sharded=None)
+
+
+def _first_channels(x: Any, dim: int) -> Parameter:
+    """Return the first channels of the last dimension, which are read on demand."""
+    return Parameter((*x.shape[:-1], dim), lambda index: np.asarray(x)[..., :dim][index])
 
 
 def _check_fit(params: dict[str, Any], config: CLIPConfig) -> None:

@@ -13,7 +13,7 @@ from clip_jax.convert.formats import read_weights
 from clip_jax.convert.target import Inexpressible
 from clip_jax.convert.verify import Verification, our_outputs, random_inputs, relative_difference
 from clip_jax.convert.weights import DType, Weights
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, check_ranges
 from clip_jax.export import onnx, patches, stablehlo
 from clip_jax.models.clip import CLIPConfig, l2_normalize
 from clip_jax.models.images import NaFlex
@@ -48,6 +48,8 @@ class ExportConfig:
     # Format. stablehlo: for JAX on CPU, CUDA and TPU; onnx: for browsers, phones, servers.
     format: Literal["stablehlo", "onnx"]
     dtype: DType = "float32"  # Type of weights and computation; onnx has no bfloat16.
+    # Number of first channels of embeddings, for a model trained for it (Matryoshka). None: all.
+    dim: int | None = None
     layout: onnx.Layout = "transformers-js"  # For onnx: program that loads the folder.
     normalize: bool = False  # For onnx: normalise embeddings; immich's always are.
     # Run the export (by onnxruntime or JAX) and compare; exit code 1 if outputs differ by more
@@ -57,6 +59,7 @@ class ExportConfig:
     overwrite: bool = False  # Replace an existing output.
 
     def __post_init__(self) -> None:
+        check_ranges(self, dim="[1, inf)")
         if self.format == "onnx" and self.dtype == "bfloat16":
             raise InputError(
                 "dtype='bfloat16' is not supported by onnxruntime on CPUs; use --dtype float16 or "
@@ -78,7 +81,7 @@ def export(config: ExportConfig) -> Verification | None:
                 f"{config.output} is a file; export writes a folder, so choose another output."
             )
         files.check_destination(config.output, "OUTPUT", folder=True)
-    weights = read_weights(config.model)
+    weights = read_weights(config.model, dim=config.dim)
     if not config.existing:
         with files.written_whole(config.output) as partial:
             partial.mkdir(parents=True, exist_ok=True)

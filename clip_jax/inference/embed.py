@@ -49,10 +49,14 @@ class EmbedConfig:
     dtype: DType = "float32"  # Data type of the computation.
     # Patches per image of a NaFlex model (sequence length). None: the model's own.
     tokens: int | None = None
+    # Number of first channels of embeddings, for a model trained for it (Matryoshka). None: all.
+    dim: int | None = None
 
     def __post_init__(self) -> None:
         read_worker(self.worker)
-        check_ranges(self, rows_per_file="[1, inf)", batch_size="[1, inf)", tokens="[1, inf)")
+        check_ranges(
+            self, rows_per_file="[1, inf)", batch_size="[1, inf)", tokens="[1, inf)", dim="[1, inf)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,7 @@ class Manifest:
     weights: list[float]  # see `sample`
     digest: str = ""  # of the image names; empty in older folders
     tokens: int | None = None  # sequence length of a NaFlex model
+    dim: int | None = None  # channels of the embeddings; None in older folders
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -171,7 +176,7 @@ def _is_missing(path: AnyPath, rows: range) -> bool:
 @functools.lru_cache(maxsize=1)
 def _opened(config: EmbedConfig) -> tuple[Model, StoredSource]:
     """Return model and source, cached for all files of a process; check the folder's manifest."""
-    model = load(config.model, dtype=config.dtype, tokens=config.tokens)
+    model = load(config.model, dtype=config.dtype, tokens=config.tokens, dim=config.dim)
     source = open_images(config.source, config.image_column)
     _check_manifest(config, model, source)
     return model, source
@@ -232,13 +237,15 @@ def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> 
         weights=sample(model),
         digest=digest(source, keys=KEYS),
         tokens=model.tokens,
+        dim=model.config.embed_dim,
     )
     before = read_manifest(config.output)
     if before == manifest:
         return
     if before is not None:
         new, old = asdict(manifest), asdict(before)
-        old["digest"] = old["digest"] or new["digest"]
+        for name in ("digest", "dim"):
+            old[name] = old[name] or new[name]
         if different := [name for name in new if new[name] != old[name]]:
             name = different[0]
             what = {

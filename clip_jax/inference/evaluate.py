@@ -42,6 +42,8 @@ class EvaluateConfig(SuiteConfig):
     dtype: DType | None = None  # Data type of the computation. None: a run's own, else float32.
     # Patches per image of a NaFlex model (sequence length). None: the model's own.
     tokens: int | None = None
+    # Number of first channels of embeddings, for a model trained for it (Matryoshka). None: all.
+    dim: int | None = None
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
     output: AnyPath | None = None  # Folder for result.json, tables and pictures. None: print only.
     # Model to compare with: adds its results, original/NAME, and differences, change/NAME.
@@ -50,7 +52,7 @@ class EvaluateConfig(SuiteConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, tokens="[1, inf)")
+        check_ranges(self, tokens="[1, inf)", dim="[1, inf)")
         if self.watch and self.beside is not None:
             raise InputError("watch evaluates the checkpoints of one run; omit --beside.")
 
@@ -128,7 +130,7 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
     """Load the model to the mesh, sharded as in training."""
     mesh = sharding.make_mesh(config.mesh)
     dtype = config.dtype or (run.model.dtype if run else "float32")
-    model = load_on_mesh(config.model, mesh, dtype=dtype, tokens=config.tokens)
+    model = load_on_mesh(config.model, mesh, dtype=dtype, tokens=config.tokens, dim=config.dim)
     return model.encoder(mesh, config.model.name)
 
 

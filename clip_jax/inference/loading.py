@@ -20,7 +20,7 @@ from clip_jax.convert import run
 from clip_jax.convert.conversion import check_free
 from clip_jax.convert.formats import Format, read_weights, write_weights
 from clip_jax.convert.weight_files import WeightFiles
-from clip_jax.convert.weights import Head, Weights, at_length, cast, whole_model
+from clip_jax.convert.weights import Head, Weights, at_length, cast, cut_to, whole_model
 from clip_jax.data.images import ImageLike, Preprocess
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer, read_captions
 from clip_jax.errors import InputError
@@ -76,6 +76,20 @@ class Model:
         fixed = Weights(config=self.config, params=self.params, preprocess=self.image_preprocess)
         other = at_length(fixed, tokens, "this model")
         return replace(self, config=other.config, image_preprocess=other.preprocess)
+
+    def with_dim(self, dim: int) -> "Model":
+        """Return this model with only the first `dim` channels of its embeddings.
+
+        Raises InputError if it has fewer, or if its towers do not end in projections.
+        """
+        complete = Weights(
+            config=self.config,
+            params=self.params,
+            preprocess=self.image_preprocess,
+            head=self.head,
+            template=self.template,
+        )
+        return model_of(cut_to(complete, dim, "this model"), self.config.dtype)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -247,6 +261,7 @@ def load(
     dtype: DType = "float32",
     image_size: int | None = None,
     tokens: int | None = None,
+    dim: int | None = None,
     activation: Activation | None = None,
     tokenizer: str | None = None,
     base: str | None = None,
@@ -257,8 +272,9 @@ def load(
     model that comes with clip_jax, unless there is a model in a local folder of that name. OpenAI's
     names (`ViT-B/32`) and hf:OWNER/NAME are downloaded by the extra `hub`. `dtype` is that of the
     computation. Another `image_size` than the model's resizes its position embeddings. `tokens` is
-    the maximum number of patches per image of a NaFlex model. `activation` is needed for plain
-    tensor files, which do not record it. `tokenizer` is the vocabulary for weights that have none:
+    the maximum number of patches per image of a NaFlex model. `dim` is the number of first channels
+    of embeddings, for a model trained for it (Matryoshka). `activation` is needed for plain tensor
+    files, which do not record it. `tokenizer` is the vocabulary for weights that have none:
     a tokenizer.json or a sentencepiece model. `base` is the weights that PEFT's adapters change, by
     default the local folder that their file names. Files are read as data: nothing in them is
     executed.
@@ -273,6 +289,7 @@ def load(
         activation=activation,
         image_size=image_size,
         tokens=tokens,
+        dim=dim,
         tokenizer=tokenizer,
         base=base,
     )
@@ -295,7 +312,12 @@ def prompt_head(model: Model, classes: Sequence[str], templates: Sequence[str]) 
 
 
 def load_on_mesh(
-    path: str | AnyPath, mesh: Mesh, *, dtype: DType = "float32", tokens: int | None = None
+    path: str | AnyPath,
+    mesh: Mesh,
+    *,
+    dtype: DType = "float32",
+    tokens: int | None = None,
+    dim: int | None = None,
 ) -> Model:
     """Load a model as `load` does, with parameters sharded as in training.
 
@@ -304,7 +326,7 @@ def load_on_mesh(
     """
     with WeightFiles() as weight_files:
         weights = at_length(open_alike(weight_files, path), tokens, path)
-        return on_mesh(weights, mesh, dtype)
+        return on_mesh(cut_to(weights, dim, path), mesh, dtype)
 
 
 def open_alike(weight_files: WeightFiles, path: str | AnyPath) -> Weights:

@@ -49,9 +49,11 @@ class PredictConfig:
     dtype: DType = "float32"  # Data type of the computation.
     # Patches per image of a NaFlex model (sequence length). None: the model's own.
     tokens: int | None = None
+    # Number of first channels of embeddings, for a model trained for it (Matryoshka). None: all.
+    dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self, batch_size="[1, inf)", tokens="[1, inf)")
+        check_ranges(self, batch_size="[1, inf)", tokens="[1, inf)", dim="[1, inf)")
         check_picture(self.attention, "attention")
         if self.labels:
             check_labels(self.labels, templates.DEFAULT if self.template is None else self.template)
@@ -69,7 +71,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         names = ", ".join(map(str, config.images)) or "nothing"
         raise InputError(f"no images in {names}; set --images to image files or folders of them.")
     files.check_destination(config.attention, "--attention", folder=False)
-    model = load(config.model, dtype=config.dtype, tokens=config.tokens)
+    model = load(config.model, dtype=config.dtype, tokens=config.tokens, dim=config.dim)
     if config.caption:
         model.clip.needs_decoder()
     head = None if config.labels else model.head

@@ -220,18 +220,21 @@ class SearchConfig:
     sheet: AnyPath | None = None  # Picture to write, of up to 240 results. None: no picture.
     # Patches per image of a NaFlex model (sequence length). None: as embedded, or the model's own.
     tokens: int | None = None
+    # Number of first channels of embeddings (Matryoshka). None: as embedded, or all.
+    dim: int | None = None
 
     def __post_init__(self) -> None:
         if bool(self.text.strip()) == bool(self.image):
             raise InputError("search needs a non-empty --text or --image, and not both.")
-        check_ranges(self, top="[1, inf)", tokens="[1, inf)")
+        check_ranges(self, top="[1, inf)", tokens="[1, inf)", dim="[1, inf)")
         check_picture(self.sheet, "sheet")
 
 
 def search(config: SearchConfig) -> list[dict[str, Any]]:
     """Return `key`, cosine `similarity` and `index` in the source of the results, best first."""
     files.check_destination(config.sheet, "--sheet", folder=False)
-    searcher = Searcher(load_for(config.embeddings, config.model, config.tokens), config.embeddings)
+    model = load_for(config.embeddings, config.model, tokens=config.tokens, dim=config.dim)
+    searcher = Searcher(model, config.embeddings)
     try:
         results = searcher.search(config.image or config.text, config.top, config.index)
     except ImageError as error:
@@ -246,12 +249,24 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
 
 
 def load_for(
-    embeddings: AnyPath | None, model: AnyPath, tokens: int | None, dtype: DType = "float32"
+    embeddings: AnyPath | None,
+    model: AnyPath,
+    *,
+    tokens: int | None,
+    dim: int | None,
+    dtype: DType = "float32",
 ) -> Model:
-    """Load a model, of NaFlex by default at the sequence length of the embeddings to search."""
-    loaded = load(model, tokens=tokens, dtype=dtype)
-    manifest = read_manifest(embeddings) if embeddings and loaded.tokens and not tokens else None
-    return loaded.with_tokens(manifest.tokens) if manifest and manifest.tokens else loaded
+    """Load a model, by default with the width of the embeddings to search and, of NaFlex, at their
+    sequence length."""
+    loaded = load(model, tokens=tokens, dim=dim, dtype=dtype)
+    manifest = read_manifest(embeddings) if embeddings else None
+    if manifest is None:
+        return loaded
+    if loaded.tokens and manifest.tokens and not tokens:
+        loaded = loaded.with_tokens(manifest.tokens)
+    if manifest.dim and manifest.dim < loaded.config.embed_dim and not dim:
+        loaded = loaded.with_dim(manifest.dim)
+    return loaded
 
 
 class Searcher:
@@ -266,6 +281,12 @@ class Searcher:
             )
         self._manifest = manifest
         self._check_files()
+        if manifest.dim not in (None, model.config.embed_dim):
+            raise InputError(
+                f"the embeddings in {folder} have dim={manifest.dim}, this model has dim="
+                f"{model.config.embed_dim}. Leave out --dim or set it to the embeddings', or embed "
+                "the images again."
+            )
         current = sample(model)
         # Files may round weights to bfloat16, which is precise to 1 part in 256.
         if len(current) != len(manifest.weights) or not np.allclose(

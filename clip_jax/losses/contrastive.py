@@ -14,9 +14,10 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.forms import PairLoss, dense
 from clip_jax.losses.objective import Context, Result, Term
 from clip_jax.losses.pairs import Pairs, Precision, Side
+from clip_jax.losses.prefixes import at_width, of_widths
 from clip_jax.losses.same_caption import caption_ids as number_captions
 from clip_jax.losses.streamed import Route, streamed
-from clip_jax.losses.sums import Statistics, Sums, common_sums, maxima, with_ties
+from clip_jax.losses.sums import NEAR, Statistics, Sums, common_sums, maxima, with_ties
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.inputs import Input, LabelInput, TextInput
 
@@ -70,8 +71,6 @@ class Contrastive(Term):
     name: ClassVar[str] = "contrastive"
     needs_bias: ClassVar[bool] = False  # whether the loss takes the model's logit_bias
     teachers: ClassVar[tuple[Any, ...]] = ()  # models whose similarities are targets
-    # Numbers of first channels whose cosines are `Pairs.prefixes` (Matryoshka embeddings).
-    widths: ClassVar[tuple[int, ...]] = ()
 
     # Captions that images are compared with. both: the sum of a loss with true and a loss with
     # synthetic captions; metrics are those of the true ones.
@@ -83,6 +82,10 @@ class Contrastive(Term):
     # Exclude pairs with the same caption from the negatives, and from the teachers' targets.
     mask_same_caption: bool = False
     mask_same_class: bool = False  # Exclude pairs of one class instead; needs class folders.
+    # Numbers of first channels, ascending: the loss of each is added to that of complete embeddings
+    # (Matryoshka), so that embeddings can be cut to these widths.
+    widths: tuple[int, ...] = ()
+    width_weights: tuple[float, ...] = ()  # Factors on the losses of the widths. Empty: 1 each.
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -91,7 +94,17 @@ class Contrastive(Term):
             weight="[0, inf)",
             block_size="[1, inf)",
             budget_mib="[0, inf)",
+            widths="[1, inf)",
+            width_weights="[0, inf)",
         )
+        name = type(self).__name__
+        if list(self.widths) != sorted(set(self.widths)):
+            raise InputError(f"{name}.widths={self.widths}; list different widths, ascending.")
+        if self.width_weights and len(self.width_weights) != len(self.widths):
+            raise InputError(
+                f"{name}.width_weights has {len(self.width_weights)} factors, but widths has "
+                f"{len(self.widths)}; give one factor for each width, or none."
+            )
 
     @property
     def texts(self) -> dict[str, str]:
@@ -104,7 +117,8 @@ class Contrastive(Term):
         return tuple(name for name in self.texts.values() if name != "text")
 
     def check(self, model: CLIPConfig) -> None:
-        """Raise InputError if the loss takes a bias that the model does not have."""
+        """Raise InputError if the loss takes a bias or a width that the model does not have."""
+        _check_widths(self, model.embed_dim)
         if self.needs_bias and model.init_logit_bias is None:
             raise InputError(
                 f"{type(self).__name__} needs a logit_bias, but the model has none: "
@@ -165,8 +179,11 @@ class Contrastive(Term):
         return sum((value for value, _ in others), start=loss), metrics
 
     def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:
-        """Count similarities and their two gradients, less one per locked tower, and teachers'."""
-        trained = (model.embed_dim + sum(self.widths)) * (3 - len(set(locked)))
+        """Count similarities and their two gradients, less one per locked tower, and teachers'.
+
+        Widths add none: products of their channels are parts of those of complete embeddings.
+        """
+        trained = model.embed_dim * (3 - len(set(locked)))
         width = trained + sum(x.embed_dim for x in self.teachers)
         return batch_size * batch_size * width * len(self.texts)
 
@@ -214,6 +231,7 @@ def contrastive_loss(
         >>> print(f"{loss:.2f}", metrics["image_to_text_accuracy"])
         1.34 0.5
     """
+    _check_widths(config, image_features.shape[1])
     if not config.needs_bias:
         logit_bias = jnp.zeros_like(logit_scale)
     if logit_bias is None:
@@ -274,18 +292,25 @@ def _pair_loss(config: Contrastive, one_to_one: bool) -> PairLoss:
                     f"{type(config).__name__}.sums: {name} is relative to {top!r}, which is no "
                     f"maximum; these are {', '.join(tops)}."
                 )
-        return with_ties(common | further)
+        at_widths = with_ties(common_sums(scale, one_to_one, NEAR) | further)
+        return with_ties(common | further) | of_widths(at_widths, config.widths)
 
     def losses(image: Statistics, text: Statistics, scale: Array, bias: Array) -> Any:
-        try:
-            return config.losses(image, text, scale, bias)
-        except KeyError as error:
-            names = ", ".join(name for name in image if not name.endswith("/ties"))
-            raise InputError(
-                f"{type(config).__name__}.losses looks up {error}; the statistics are {names}."
-            ) from error
+        factors = (1.0, *(config.width_weights or (1.0,) * len(config.widths)))
+        results = []
+        for factor, width in zip(factors, (None, *config.widths), strict=True):
+            of_image, of_text = at_width(image, width), at_width(text, width)
+            try:
+                of_width = config.losses(of_image, of_text, scale, bias)
+            except KeyError as error:
+                names = ", ".join(name for name in of_image if not name.endswith("/ties"))
+                raise InputError(
+                    f"{type(config).__name__}.losses looks up {error}; the statistics are {names}."
+                ) from error
+            results.append(jax.tree.map(lambda x, factor=factor: factor * x, of_width))
+        return results
 
-    is_closed = one_to_one and _has_closed_gradient(type(config))
+    is_closed = one_to_one and not config.widths and _has_closed_gradient(type(config))
     return PairLoss(
         sums=sums,
         losses=losses,
@@ -307,6 +332,14 @@ def _has_closed_gradient(kind: type[Contrastive]) -> bool:
 
     is_newest = definer("gradient") <= min(definer("sums"), definer("losses"))
     return is_newest and kind.gradient is not Contrastive.gradient
+
+
+def _check_widths(config: Contrastive, embed_dim: int) -> None:
+    if config.widths and config.widths[-1] >= embed_dim:
+        raise InputError(
+            f"{type(config).__name__}.widths={config.widths}, but embeddings have {embed_dim} "
+            "channels; choose smaller widths. Complete embeddings always have a loss."
+        )
 
 
 def choose_form(

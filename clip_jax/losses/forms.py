@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from clip_jax.losses.objective import Result
 from clip_jax.losses.pairs import Pairs, Precision, Side, compare
-from clip_jax.losses.sums import Statistics, Sums, accuracy, evaluate, summarise
+from clip_jax.losses.prefixes import at_width
+from clip_jax.losses.sums import NEAR, Statistics, Sums, accuracy, evaluate, summarise
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class PairLoss:
         self, image: Statistics, text: Statistics, scale: Float[Array, ""], bias: Float[Array, ""]
     ) -> Result:
         """Return loss and accuracies from the statistics of all images and texts."""
-        metrics = {
-            "image_to_text_accuracy": accuracy(image).mean(),
-            "text_to_image_accuracy": accuracy(text).mean(),
-        }
+        metrics = {}
+        for width in (None, *self.widths):
+            of_width, distance = ("", 0.0) if width is None else (f"_{width}", NEAR)
+            for name, side in (("image_to_text", image), ("text_to_image", text)):
+                correct = accuracy(at_width(side, width), distance)
+                metrics[f"{name}_accuracy{of_width}"] = correct.mean()
         return self.value(image, text, scale, bias), jax.lax.stop_gradient(metrics)
 
 

@@ -1,12 +1,13 @@
 """A block of the similarity matrix of images and texts, and what it is computed from."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from clip_jax.models.clip import l2_normalize
+from clip_jax.models.clip import inverse_norm
 
 Precision = Literal["default", "high", "highest"]
 
@@ -43,27 +44,41 @@ class Side(NamedTuple):
 def compare(
     image: Side, text: Side, precision: Precision = "highest", widths: tuple[int, ...] = ()
 ) -> Pairs:
-    """Compare every image with every text."""
-    cosine = _products(image.features, text.features, precision)
+    """Compare every image with every text; `widths` are numbers of first channels, ascending."""
+    *prefixes, cosine = _cosines(image.features, text.features, precision, widths)
     positive = image.ids[:, None] == text.ids[None, :]
     teachers = tuple(
         _products(a, b, precision) for a, b in zip(image.teachers, text.teachers, strict=True)
-    )
-    prefixes = tuple(
-        _products(
-            l2_normalize(image.features[:, :width]),
-            l2_normalize(text.features[:, :width]),
-            precision,
-        )
-        for width in widths
     )
     valid = jnp.ones_like(positive)
     if image.caption_ids is not None and text.caption_ids is not None:
         valid = positive | (image.caption_ids[:, None] != text.caption_ids[None, :])
         cosine = jnp.where(valid, cosine, MASKED)
         teachers = tuple(jnp.where(valid, x, MASKED) for x in teachers)
-        prefixes = tuple(jnp.where(valid, x, MASKED) for x in prefixes)
-    return Pairs(cosine, positive, valid, teachers, prefixes, image.inputs, text.inputs)
+        prefixes = [jnp.where(valid, x, MASKED) for x in prefixes]
+    return Pairs(cosine, positive, valid, teachers, tuple(prefixes), image.inputs, text.inputs)
+
+
+def _cosines(
+    image: Float[Array, "R E"],
+    text: Float[Array, "C E"],
+    precision: Precision,
+    widths: tuple[int, ...],
+) -> list[Float[Array, "R C"]]:
+    """Return the cosines of the first channels, for each width, and of all channels.
+
+    Products of prefixes are running sums, so that each channel is multiplied once. XLA may compute
+    the cosine of a prefix twice, with different rounding.
+    """
+    cosines, products = [], jnp.float32(0)
+    for start, end in itertools.pairwise((0, *widths, image.shape[1])):
+        products += _products(image[:, start:end], text[:, start:end], precision)
+        if end in widths:
+            of_image, of_text = (inverse_norm(x[:, :end]) for x in (image, text))
+            cosines.append(products * of_image * of_text.T)
+        else:
+            cosines.append(products)  # complete embeddings have unit length
+    return cosines
 
 
 def _products(

@@ -137,32 +137,36 @@ class ExpSum(Sum):
 Sums = dict[str, Max | Sum]
 
 
-def common_sums(scale: Float[Array, ""], one_to_one: bool) -> Sums:
+def common_sums(scale: Float[Array, ""], one_to_one: bool, distance: float = 0.0) -> Sums:
     """Return the statistics that every loss has besides its own; see `Contrastive`.
+
+    Pairs tie for the largest cosine if they are equal to it, up to a relative `distance`.
 
     They are of cosines, not logits: at a scale of 100 a logit is rounded to 4e-6, while
     scale · (cosine − top) is not, and no fusion of the scaling can break a tie.
     """
     sums: Sums = {
         "top": Max(_cosine),
-        "ties": Ties("top"),
+        "ties": Ties("top", distance=distance),
         "positive": SumOf(_cosine, among="positive"),
         "exp_sum": ExpSum("top", scale),
         "count": Count(),
     }
     if one_to_one:
         return sums
-    return sums | {"positives": Count("positive"), "hits": Ties("top", among="positive")}
+    hits = Ties("top", among="positive", distance=distance)
+    return sums | {"positives": Count("positive"), "hits": hits}
 
 
-def accuracy(x: Statistics) -> Float[Array, " B"]:
+def accuracy(x: Statistics, distance: float = 0.0) -> Float[Array, " B"]:
     """Credit 1 where a positive pair's cosine is the largest, 1/k where k pairs tie for it.
 
     So a collapsed model (all cosines equal) scores 1/B, chance, and neither 0 nor 1.
     """
     if "hits" in x:
         return x["hits"] / x["ties"]
-    return jnp.where(x["positive"] == x["top"], 1 / x["ties"], 0)
+    is_top = _is_near(x["positive"] - x["top"], x["top"], distance)
+    return jnp.where(is_top, 1 / x["ties"], 0)
 
 
 def with_ties(sums: Sums) -> Sums:

@@ -490,7 +490,12 @@ def l2_normalize(x: AnyArray) -> AnyArray:
     """Scale vectors to unit length; NumPy arrays by NumPy."""
     if isinstance(x, np.ndarray):
         return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+    return x * inverse_norm(x)
+
+
+def inverse_norm(x: Float[Array, "*B E"]) -> Float[Array, "*B 1"]:
+    """Return the factor that gives vectors unit length."""
+    return jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 def split_batch_stats(params: Params) -> tuple[Params, Params]:

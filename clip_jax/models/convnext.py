@@ -30,6 +30,7 @@ class ConvNeXtConfig(ImageTowerConfig):
     layer_scale: float | None = 1e-6  # Initial gain of residual branches. None: no gains.
 
     pool = "mean"
+    embedding_parameters = ("proj",)
     parts = (("convolutions", r"/conv\d"),)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ class ResNetConfig(ImageTowerConfig):
     pool = "attention"
     positions_path = "visual/attnpool/positional_embedding"
     extra_positions = 1  # the mean's, before those of the map
+    embedding_parameters = ("attnpool/c_proj/kernel", "attnpool/c_proj/bias")
     parts = (
         ("norms", r"/(bn\d|\w*bn)/|batch_norm"),
         ("projections", r"/[qkv]_proj/"),

@@ -58,6 +58,7 @@ class TextConfig(TextTowerConfig):
     has_token_types = False  # whether the embedding of the first token type is added to all tokens
     head = "linear"  # what follows pooling
     writes_captions = True
+    embedding_parameters = ("text_projection", "text_projection_bias")
 
     def __post_init__(self) -> None:
         layers.check_sizes(self, "text.", norm_epsilon="(0, inf)")

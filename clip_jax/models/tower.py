@@ -37,6 +37,8 @@ class TowerConfig:
     parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     activation = pool = "custom"  # conversion knows the values of the towers that formats have
     num_heads = head_width = 1  # of the attention of `attention_tokens`
+    # Parameters whose last dimension is that of embeddings, the projection first; see `cut_to`.
+    embedding_parameters: ClassVar[tuple[str, ...]] = ()
 
     @property
     def short_name(self) -> str:

@@ -65,6 +65,7 @@ class ViTConfig(ImageTowerConfig):
     positions_path = "visual/positional_embedding"
     has_tokens = has_linear_patches = True
     parts = (("projections", r"/conv1/(?!.*mlp)"),)
+    embedding_parameters = ("proj", "proj_bias")
 
     def __post_init__(self) -> None:
         layers.check_sizes(

@@ -25,9 +25,11 @@ class DemoConfig:
     port: int = 7860  # Port to serve at.
     # Patches per image of a NaFlex model (sequence length). None: as embedded, or the model's own.
     tokens: int | None = None
+    # Number of first channels of embeddings (Matryoshka). None: as embedded, or all.
+    dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self, port="[1, 65535]", tokens="[1, inf)")
+        check_ranges(self, port="[1, 65535]", tokens="[1, inf)", dim="[1, inf)")
 
 
 def demo(config: DemoConfig) -> None:
@@ -58,7 +60,7 @@ def demo(config: DemoConfig) -> None:
 def build(config: DemoConfig) -> Any:
     """Return the web demo of a model, a `gradio.Blocks`."""
     gr = _gradio()
-    model = load_for(config.embeddings, config.model, config.tokens)
+    model = load_for(config.embeddings, config.model, tokens=config.tokens, dim=config.dim)
     searcher = Searcher(model, config.embeddings) if config.embeddings else None
 
     def label(image: str | None, lines: str, template: str) -> dict[str, float]:

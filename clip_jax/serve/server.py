@@ -34,7 +34,13 @@ def serve(config: ServeConfig) -> None:
     # Pillow rejects twice as many: it decodes an icon before its size is known.
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     with taken:
-        model = load_for(config.embeddings, config.model, config.tokens, config.dtype)
+        model = load_for(
+            config.embeddings,
+            config.model,
+            tokens=config.tokens,
+            dim=config.dim,
+            dtype=config.dtype,
+        )
         service = Service(config, model)
         service.warm_up()
         settings = uvicorn.Config(

@@ -57,10 +57,17 @@ class ServeConfig:
     dtype: DType = "float32"  # Data type of the computation.
     # Patches per image of a NaFlex model (sequence length). None: as embedded, or the model's own.
     tokens: int | None = None
+    # Number of first channels of embeddings (Matryoshka). None: as embedded, or all.
+    dim: int | None = None
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, port="[1, 65535]", batch_size="[1, inf)", queue="[1, inf)", tokens="[1, inf)"
+            self,
+            port="[1, 65535]",
+            batch_size="[1, inf)",
+            queue="[1, inf)",
+            tokens="[1, inf)",
+            dim="[1, inf)",
         )
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from clip_jax.cli.commands import main
 from clip_jax.convert.formats import read_weights, write_weights
-from clip_jax.convert.weights import Weights, with_input
+from clip_jax.convert.weights import Head, Weights, cut_to, read_all, with_input
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, l2_normalize
 from clip_jax.models.images import Images, NaFlex, Square
 from clip_jax.models.vit import ViTConfig
-from tests.conftest import TINY, write_run
+from tests.conftest import COCA, FAMILIES, TINY, parameters, write_run
 from tests.convert.conftest import assert_same, make_weights
 
 
@@ -125,3 +125,32 @@ def test_convert_makes_naflex_models_and_back(tmp_path, capsys):
     assert main(["convert", run, str(tmp_path / "x"), *to, *both]) == 2
     assert "exclude each other" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+# Projections with a bias and without; none, which are added; ResNet's attention pooling.
+@pytest.mark.parametrize("name", ["vit", "resnet", "siglip", "tips"])
+def test_embeddings_are_cut_to_their_first_channels(name):
+    config = FAMILIES["tips"] if name == "tips" else make_weights(name).config
+    params = jax.tree.map(np.asarray, parameters(config))
+    head = Head(("ant", "bee"), (), np.full((2, config.embed_dim), 3.0, np.float32))
+    weights = Weights(config=config, params=params, head=head)
+    short = read_all(cut_to(weights, 6, "M"))
+    assert short.config.embed_dim == 6
+    pixels = np.random.default_rng(0).random((2, *[config.vision.image_size] * 2, 3), np.float32)
+    ids = np.random.default_rng(1).integers(1, 40, (2, config.text.context_length))
+    for method, inputs in (("encode_image", pixels), ("encode_text", ids)):
+        expected = jax.jit(getattr(CLIP(config), method))(params, inputs)[:, :6]
+        got = jax.jit(getattr(CLIP(short.config), method))(short.params, inputs)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(short.head.kernel, axis=1), np.linalg.norm(head.kernel, axis=1), rtol=1e-6
+    )
+    assert cut_to(weights, None, "M") is cut_to(weights, config.embed_dim, "M") is weights
+
+
+def test_widths_that_embeddings_cannot_have_are_refused():
+    with pytest.raises(InputError, match="dim=99, but the embeddings of M have 16 channels"):
+        cut_to(Weights(config=TINY, params={}), 99, "M")
+    coca = Weights(config=COCA, params=jax.tree.map(np.asarray, parameters(COCA)))
+    with pytest.raises(InputError, match="of M cannot be cut to dim=8: CoCa's decoder needs"):
+        cut_to(coca, 8, "M")

@@ -84,6 +84,23 @@ def test_an_index_is_searched_at_its_own_length(folder, tmp_path, run):
     assert "have tokens=None" in run(*query[:-1], code=2)
 
 
+def test_an_index_is_searched_at_its_own_width(folder, tmp_path, run):
+    model, photos, index = folder / "fixed", folder / "photos", tmp_path / "index"
+    run("embed", model, photos, index, "--dim", 6)
+    assert json.loads((index / "embed.json").read_text())["dim"] == 6
+    query = ["search", model, index, "--image", photos / "0.png"]
+    best, *_ = run(*query)
+    assert (best["key"], best["similarity"]) == ("0.png", pytest.approx(1, abs=1e-5))
+    short = load(model, dim=6)
+    np.testing.assert_array_equal(short.with_dim(4).params["visual"]["proj"].shape, (32, 4))
+    a, b = (unit(short.encode_image(short.preprocess([photos / f"{i}.png"]))) for i in (0, 1))
+    second = next(x for x in run(*query) if x["key"] == "1.png")
+    assert second["similarity"] == pytest.approx((a @ b.T).item(), abs=1e-5)
+    assert "have dim=6, this model has dim=5. Leave out --dim" in run(*query, "--dim", 5, code=2)
+    assert "with dim=6, now 16;" in run("embed", model, photos, index, code=2)
+    assert "have 16 channels; choose at most" in run(*query, "--dim", 17, code=2)
+
+
 def test_captions_and_pairs_are_retrieved_at_any_length(folder, tmp_path, run):
     """Retrieval by hand: the recall of captions by embeddings of the library."""
     captions = {"images": [], "annotations": []}

@@ -24,7 +24,7 @@ from clip_jax.losses import (
     contrastive_loss,
     devices_per_slice,
 )
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, l2_normalize
 from clip_jax.models.inputs import ImageInput, StoredInput, TextInput
 from clip_jax.sharding import BATCH_AXES, MeshConfig, batch_sharding, make_mesh
 from tests.conftest import MESHES, TINY, assert_close, parameters
@@ -33,7 +33,7 @@ from tests.losses.conftest import BIG, LIVE, SMALL, TERM, embeddings, inputs, un
 BATCH, EMBED = 48, 16
 CAPTIONS = np.arange(BATCH) % 40  # eight captions occur twice
 TEACHERS = ((24, 100.0, -60.0), (8, 60.0, -40.0), (40, 20.0, -10.0))  # width, scale, bias
-MASK = {"mask_same_caption": True}
+MASK, WIDTHS = {"mask_same_caption": True}, {"widths": (4, 12)}
 
 
 def problem() -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
@@ -53,8 +53,15 @@ def problem() -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     return jax.tree.map(lambda x: np.asarray(x, np.float32), (student, teachers))
 
 
-def definition(student: Any, teachers: Any, count: Any, is_masked: Any, similarity: str) -> Any:
-    """The loss of the first `count` teachers with whole matrices, as it is written in papers."""
+def definition(
+    student: Any, teachers: Any, count: Any, is_masked: Any, width: Any, similarity: str
+) -> Any:
+    """The loss of the first `count` teachers with whole matrices, as it is written in papers, for
+    the student's first `width` channels."""
+    cut = {side: student[side] * (np.arange(EMBED) < width) for side in ("image", "text")}
+    student |= {
+        side: jnp.where(width < EMBED, l2_normalize(x), student[side]) for side, x in cut.items()
+    }
     keep = np.eye(BATCH, dtype=bool) | (CAPTIONS[:, None] != CAPTIONS) | ~is_masked
     shares = (np.arange(len(TEACHERS)) < count) / count
     z = jnp.exp(student["logit_scale"]) * student["image"] @ student["text"].T
@@ -77,15 +84,19 @@ def definition(student: Any, teachers: Any, count: Any, is_masked: Any, similari
     return jnp.where(keep, losses, 0).sum() / BATCH
 
 
-_exact = jax.jit(jax.value_and_grad(definition), static_argnums=4)
+_exact = jax.jit(jax.value_and_grad(definition), static_argnums=5)
 
 
-def reference(similarity: str, count: int, is_masked: bool) -> Any:
+def reference(similarity: str, count: int, options: dict) -> Any:
     """The loss and the gradients of the student, by one float64 program for each similarity."""
     with jax.enable_x64(True):
         doubles = jax.tree.map(lambda x: x.astype(np.float64), problem())
-        want = _exact(*doubles, np.float64(count), np.array(is_masked), similarity)
-        return jax.tree.map(np.asarray, want)
+        settings = np.float64(count), np.array(options.get("mask_same_caption", False))
+        of_widths = [
+            _exact(*doubles, *settings, np.array(width), similarity)
+            for width in (EMBED, *options.get("widths", ()))
+        ]
+        return jax.tree.map(lambda *x: np.sum(x, 0), *of_widths)
 
 
 def scaled(teachers: Any, with_bias: bool) -> list[tuple[Any, Any]]:
@@ -121,6 +132,8 @@ def config_of(similarity: Any, count: int = 1, **options: Any) -> DistillationCo
         ("soft_label_sigmoid", 2, "blocked", "2x2x2", {}, 7),
         ("soft_label_sigmoid", 1, "ring", "2", MASK, 1000),
         ("soft_label_sigmoid", 2, "rings of 2", "8", {}, 5),
+        ("softmax", 2, "ring", "4x2", MASK | WIDTHS, 5),
+        ("sigmoid", 2, "dense", "1", WIDTHS, 5),
     ],
 )
 def test_equals_the_definition(
@@ -162,7 +175,7 @@ def test_equals_the_definition(
 
     inputs = student, scaled(teachers[:count], config.needs_bias)
     got = jax.jit(jax.value_and_grad(value, (0, 1)))(*jax.tree.map(place, inputs))
-    want = reference(similarity, count, bool(options))
+    want = reference(similarity, count, options)
     loss, (gradients, of_teachers) = got
     assert want[0] > 0.3
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(of_teachers))

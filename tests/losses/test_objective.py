@@ -148,6 +148,15 @@ def test_what_terms_need_of_the_towers_has_one_order_in_every_process() -> None:
     assert objective.needs((First(), Second())) == views[10:] + views[:10]
 
 
+def test_widths_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match=r"widths=\(8, 4\); list different widths, ascending"):
+        SoftmaxConfig(widths=(8, 4))
+    with pytest.raises(InputError, match="width_weights has 1 factors, but widths has 2"):
+        SoftmaxConfig(widths=(4, 8), width_weights=(1.0,))
+    with pytest.raises(InputError, match=r"widths=\(4, 16\), but embeddings have 16 channels"):
+        objective.check((SoftmaxConfig(widths=(4, 16)),), TINY)
+
+
 def test_an_objective_that_does_not_fit_is_refused() -> None:
     def recipe(model: CLIPConfig, *terms: Any) -> Recipe:
         return Recipe(model=model, objective=terms, optim=OPTIM, steps=10, batch_size=16)

@@ -1,9 +1,10 @@
 """Contrastive losses as users define them: each form equals the definition in float64."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import jax
@@ -116,29 +117,6 @@ class Weighted(SigmoidConfig):
         return (weights[0][:, None] * weights[1] * losses).sum() / len(cosine)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Nested(Contrastive):
-    """The sum of the InfoNCE losses of the first 4 and the first 12 channels (Matryoshka)."""
-
-    widths: ClassVar[tuple[int, ...]] = (4, 12)
-
-    def sums(self, scale, bias):
-        def entries(i):
-            return {
-                f"top{i}": Max(lambda pairs: pairs.prefixes[i]),
-                f"exp{i}": ExpSum(f"top{i}", scale),
-                f"positive{i}": SumOf(lambda pairs: pairs.prefixes[i], among="positive"),
-            }
-
-        return entries(0) | entries(1)
-
-    def losses(self, image, text, scale, bias):
-        def loss(x, i):
-            return scale * (x[f"top{i}"] - x[f"positive{i}"]) + jnp.log(x[f"exp{i}"])
-
-        return sum(loss(x, i) for x in (image, text) for i in (0, 1))
-
-
 def info_nce(cosine, positive, weights, scale, bias):
     """Cross-entropy whose target is spread evenly over the positive pairs of a row or column; one
     without a positive pair adds nothing."""
@@ -162,7 +140,9 @@ LOSSES: dict[str, tuple[Contrastive, Definition, Any]] = {
     "weighted": (Weighted(), Weighted.definition, None),
     "several texts, softmax": (SoftmaxConfig(), info_nce, TEXT_IDS),
     "several texts, sigmoid": (SigmoidConfig(), sigmoid, TEXT_IDS),
-    "widths": (Nested(), info_nce, None),
+    "widths, softmax": (SoftmaxConfig(widths=(4, 12), width_weights=(0.5, 2.0)), info_nce, None),
+    "widths, hinge": (Hinge(widths=(12,)), Hinge.definition, None),
+    "widths, several texts": (SigmoidConfig(widths=(4, 12)), sigmoid, TEXT_IDS),
 }
 
 
@@ -195,11 +175,12 @@ def expected(name: str) -> Any:
     def value(x):
         weights = weights_of(x["image"]), weights_of(x["text"])
         total = 0.0
-        for width in config.widths or (EMBED,):
-            image, text = (l2_normalize(x[side][:, :width]) for side in ("image", "text"))
-            image, text = (image, text) if config.widths else (x["image"], x["text"])
-            loss = define(image @ text.T, positive, weights, x["scale"], x["bias"])
-            total += 2 * loss if config.widths else loss
+        factors = dict(zip(config.widths, config.width_weights or (1, 1), strict=False))
+        for width, factor in {EMBED: 1, **factors}.items():
+            image, text = (x[side][:, :width] for side in ("image", "text"))
+            if width < EMBED:
+                image, text = l2_normalize(image), l2_normalize(text)
+            total += factor * define(image @ text.T, positive, weights, x["scale"], x["bias"])
         return total
 
     with jax.enable_x64(True):
@@ -211,13 +192,15 @@ def expected(name: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "form", "mesh", "block_size"),
     [
-        *((name, "rings of 2", "4x2", 6 if name == "widths" else 5) for name in LOSSES),
+        *((name, "rings of 2", "4x2", 5) for name in LOSSES),
         *((name, "dense", "1", 5) for name in LOSSES),
         ("several texts, softmax", "dense", "2x2x2", 5),
         ("hinge", "blocked", "1", 7),
         ("several texts, sigmoid", "blocked", "1", 100),
         ("hard negatives", "ring", "8", 5),
         ("weighted", "ring", "8", 100),
+        ("widths, softmax", "ring", "8", 6),
+        ("widths, several texts", "blocked", "1", 7),
     ],
 )
 def test_equals_the_definition(
@@ -228,7 +211,7 @@ def test_equals_the_definition(
         slices = mock.create_autospec(devices_per_slice, return_value=2)
         monkeypatch.setattr(contrastive, "devices_per_slice", slices)
     kind: Any = form.split()[0].replace("rings", "ring")
-    config = type(config)(form=kind, block_size=block_size)
+    config = dataclasses.replace(config, form=kind, block_size=block_size)
     devices = jax.devices()[:1] if mesh == "1" else jax.devices()
     on = make_mesh(MESHES.get(mesh, MeshConfig()), devices)
     ids = None if text_ids is None else (jnp.arange(IMAGES), jnp.asarray(text_ids))
@@ -258,8 +241,11 @@ def test_equals_the_definition(
     assert want[0] > 0.1
     assert_close(want, (loss, gradients))
     ids = np.arange(IMAGES) if text_ids is None else text_ids
-    best = (x["image"] @ x["text"].T).argmax(1)
-    assert metrics["image_to_text_accuracy"] == pytest.approx((ids[best] == range(IMAGES)).mean())
+    for width in (EMBED, *config.widths):
+        image, text = (l2_normalize(x[side][:, :width]) for side in ("image", "text"))
+        of_width = "" if width == EMBED else f"_{width}"
+        accuracy = (ids[(image @ text.T).argmax(1)] == range(IMAGES)).mean()
+        assert metrics[f"image_to_text_accuracy{of_width}"] == pytest.approx(accuracy)
 
 
 def test_a_maximum_that_several_pairs_reach_shares_its_gradient() -> None:
