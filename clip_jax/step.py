@@ -44,6 +44,7 @@ from clip_jax.sharding import AnyMesh
 
 FrozenParams = dict[str, dict[str, Params]]  # by the names of the term and of its model
 BASE = "lora", "base"  # the names of the frozen weights that adapters change
+LOCKED = "locked", "towers"  # the names of the locked towers' weights
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +56,9 @@ class State:
     params: Any  # nested dict, float32: all that is trained
     opt_state: Any  # Optax state
     carried: Any = field(default_factory=dict)  # state of the objective's terms, by term name
-    frozen: Any = field(default_factory=dict)  # FrozenParams, never saved; see `losses.Term.frozen`
+    # FrozenParams of the objective's terms, of adapters' base and of locked towers. Checkpoints do
+    # not have them; see `losses.Term.frozen`, and `manager.write_locked` for locked towers.
+    frozen: Any = field(default_factory=dict)
 
     def saved(self) -> dict[str, Any]:
         """Return the parts that a checkpoint stores, by name."""
@@ -92,11 +95,20 @@ class Recipe(StepConfig):
         if self.lora is not None and isinstance(self.optim.optimizer, Muon):
             raise InputError("Muon does not train adapters (lora): set another optim.optimizer.")
 
+    @property
+    def locked(self) -> frozenset[str]:
+        """The names in the parameter tree of what locked towers have and nothing trains.
+
+        Adapters (`lora`) have no locked towers of this kind: the towers of their base are frozen.
+        """
+        names = {TOWERS[tower] for tower in self.optim.locked if self.lora is None}
+        return frozenset(names | ({"batch_stats"} if "visual" in names else set()))
+
     def dimensions(self) -> dict[str, str]:
         """Return path → dimension names of everything that is trained."""
         names = terms.dimensions(self.objective, self.model)
         if self.lora is None:
-            return names
+            return {x: dims for x, dims in names.items() if x.split("/")[0] not in self.locked}
         shapes, model = adapters.shapes(self.model, self.lora), self.model.dimensions()
         of_adapters = {name: dims for name, (_, dims) in shapes.items()}
         return of_adapters | {name: dims for name, dims in names.items() if name not in model}
@@ -108,7 +120,7 @@ class Recipe(StepConfig):
     def complete(self, state: "State", params: Params) -> Params:
         """Return the model's parameters, given those that are trained."""
         if self.lora is None:
-            return params
+            return params | locked_of(state)
         return adapters.join(base_of(state), params, self.model, self.lora)
 
 
@@ -128,7 +140,7 @@ class Program:
         optimizer = recipe.optimizer()
         self._init = jax.jit(
             functools.partial(init_state, recipe=recipe, optimizer=optimizer),
-            out_shardings=replace(shardings, frozen={}),
+            out_shardings=replace(shardings, frozen=_only_locked(shardings.frozen)),
         )
         self.step: Any = jax.jit(
             functools.partial(train_step, recipe=recipe, mesh=mesh),
@@ -143,20 +155,32 @@ class Program:
 
         `frozen` has the parameters of the objective's frozen models (see `losses.Term.frozen`).
         """
-        state = self._init(jax.random.key(self.recipe.seed), params=params)
-        return self.with_frozen(state, frozen)
+        state = self.draw(params)
+        return self.with_frozen(state, (frozen or {}) | state.frozen)
+
+    def draw(self, params: Params | None = None) -> State:
+        """Initialise like `init`, without frozen models, and with locked towers in float32."""
+        return self._init(jax.random.key(self.recipe.seed), params=params)
+
+    @property
+    def locked(self) -> Params:
+        """The shapes and shardings of the locked towers' parameters in float32."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
+            locked_of(self.state),
+        )
 
     def resume(self, saved: dict[str, Any], frozen: FrozenParams | None = None) -> State:
         """Build the state from the content of a checkpoint (see `State.saved`)."""
         return self.with_frozen(State(**saved), frozen)
 
     def with_frozen(self, state: State, frozen: FrozenParams | None) -> State:
-        """Put the terms' frozen parameters on the mesh. They must have the shapes of `state`."""
+        """Put frozen parameters on the mesh, in their types. They have the shapes of `state`."""
 
         def put(want: jax.ShapeDtypeStruct, x: Any) -> Array:
             return jax.device_put(x.astype(want.dtype), want.sharding)
 
-        if frozen is None:  # the objective has none, or they follow
+        if not frozen:  # there are none, or they follow
             return state
         return replace(state, frozen=jax.tree.map(put, self.state.frozen, frozen))
 
@@ -188,18 +212,33 @@ def init_state(
     optimizer: optax.GradientTransformation,
     params: Params | None = None,
 ) -> State:
-    """Initialise the state of step 0 at random, except for `params`, which are used as they are."""
+    """Initialise the state of step 0 at random, except for `params`, which are used as they are.
+
+    Of frozen parameters it has those of locked towers, in float32.
+    """
     model, lora = CLIP(recipe.model), recipe.lora
     drawn = model.init(key) if lora is None else adapters.draw(recipe.model, lora, key)
     params = drawn | terms.draw(recipe.objective, recipe.model, key) | (params or {})
+    locked = {name: x for name, x in params.items() if name in recipe.locked}
+    params = {name: x for name, x in params.items() if name not in locked}
     trainable, _ = split_batch_stats(params)
     carried = terms.init(recipe.objective, trainable)
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), carried)
+    frozen = {LOCKED[0]: {LOCKED[1]: locked}} if locked else {}
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), carried, frozen)
 
 
 def base_of(state: State) -> Params:
     """Return the frozen weights that adapters change; nothing without adapters."""
     return state.frozen.get(BASE[0], {}).get(BASE[1], {})
+
+
+def locked_of(state: State) -> Params:
+    """Return the parameters of locked towers; nothing if all are trained, or of adapters."""
+    return state.frozen.get(LOCKED[0], {}).get(LOCKED[1], {})
+
+
+def _only_locked(frozen: FrozenParams) -> FrozenParams:
+    return {name: trees for name, trees in frozen.items() if name == LOCKED[0]}
 
 
 def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
@@ -211,6 +250,7 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     names = recipe.dimensions()
     optimizer = recipe.optimizer()
     state = jax.eval_shape(functools.partial(init_state, jax.random.key(0), recipe, optimizer))
+    state = replace(state, frozen={})
     params = sharding.param_shardings(recipe.model, state.params, mesh, names)
     shardings = State(
         sharding.replicated(mesh),
@@ -225,6 +265,10 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
     }
     if recipe.lora is not None:
         frozen[BASE[0]] = {BASE[1]: _frozen(recipe.model, mesh, kernels_only=True)}
+    if recipe.locked:
+        every = _frozen(recipe.model, mesh, kernels_only=True)
+        locked = {name: tree for name, tree in every.items() if name in recipe.locked}
+        frozen[LOCKED[0]] = {LOCKED[1]: locked}
     rows = sharding.batch_sharding(mesh)
     length = recipe.model.text.context_length
     batch: Inputs = {

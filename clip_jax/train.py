@@ -16,9 +16,16 @@ from etils import epath
 
 from clip_jax import parts, processes, sharding
 from clip_jax.checkpoints.claim import Claim, count_start
-from clip_jax.checkpoints.manager import Checkpoints, Restored, restore_step
+from clip_jax.checkpoints.manager import (
+    Checkpoints,
+    Restored,
+    has_locked,
+    restore_params,
+    restore_step,
+    write_locked,
+)
 from clip_jax.checkpoints.resume import branch_point, check_branch, check_resumable, differences
-from clip_jax.checkpoints.retention import steps_in
+from clip_jax.checkpoints.retention import Unusable, steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
 from clip_jax.config_files import complete, with_order, with_weights
@@ -41,7 +48,7 @@ from clip_jax.models.clip import count
 from clip_jax.models.images import valid_patches
 from clip_jax.optim.wrappers import averaged
 from clip_jax.serialize import from_dict, to_dict
-from clip_jax.step import Program, State
+from clip_jax.step import LOCKED, FrozenParams, Program, State, locked_of
 from clip_jax.storage import files
 from clip_jax.storage.json_files import read_json
 
@@ -168,14 +175,19 @@ def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: W
     params = initial_params(config, weight_files, resumes=start > 0)
     frozen, hashes = frozen_weights(config, mesh, weight_files, params)
     if not start:
-        begun = Restored(0, initial_state(config, program, weight_files, params).saved(), {})
+        initial = initial_state(config, program, weight_files, params)
+        begun, frozen = Restored(0, initial.saved(), {}), frozen | initial.frozen
+        if locked := locked_of(initial):
+            write_locked(workdir, locked)
     else:
         with timers.measure("restore"), watchdog:
             if parent and not checkpoints.latest_step():
                 begun = branch(config, program, parent, hashes)
+                frozen |= restore_locked(program, parent.workdir, begun.step, workdir)
                 record_branch(config, workdir, differs)
             else:
                 begun = restore(config, checkpoints.restore(program.state.saved()), hashes)
+                frozen |= restore_locked(program, workdir, begun.step, workdir)
 
     earlier_steps = begun.position.get("seconds/steps", math.inf)
     reports = Reports(workdir, timers, config, begun.step, mesh.size, earlier_steps)
@@ -240,7 +252,7 @@ def introduce(run: Run, messages: Sequence[str]) -> None:
     for line in messages:
         reports.line(line)
     axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    parameters = count(run.state.params) / 1e6
+    parameters = count(run.state.params | locked_of(run.state)) / 1e6
     reports.line(
         f"{parameters:.2f}M parameters, {run.pipeline.num_samples:,} samples per epoch, "
         f"mesh {axes} ({jax.devices()[0].device_kind}), {jax.process_count()} process(es)\n"
@@ -362,6 +374,20 @@ def branch(config: Config, program: Program, parent: Parent, hashes: dict[str, s
     """Restore the parent run's state at a step; the parent's training time is not counted."""
     saved = restore_step(parent.workdir, parent.step, program.state.saved())
     return replace(restore(config, saved, hashes), position={"seconds/steps": 0.0})
+
+
+def restore_locked(
+    program: Program, source: epath.Path, step: int, workdir: epath.Path
+) -> FrozenParams:
+    """Read the locked towers of a run at a step, for the run in `workdir`, which keeps a copy."""
+    if not (shapes := program.locked):
+        return {}
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    read = functools.partial(restore_params, source, step, shapes, shardings, ema=False)
+    params = processes.together(read, Unusable)
+    if source != workdir or not has_locked(workdir):
+        write_locked(workdir, params)
+    return {LOCKED[0]: {LOCKED[1]: params}}
 
 
 def record_branch(config: Config, workdir: epath.Path, differs: Sequence[str]) -> None:

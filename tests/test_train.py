@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 from unittest import mock
 
@@ -17,7 +18,13 @@ from PIL import Image
 from clip_jax import step as step_module
 from clip_jax import train as training
 from clip_jax.checkpoints.claim import Claim
-from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints, Restored
+from clip_jax.checkpoints.manager import (
+    CheckpointConfig,
+    Checkpoints,
+    Restored,
+    position_of,
+    restore_params,
+)
 from clip_jax.checkpoints.retention import named_step, steps_in
 from clip_jax.config_files import with_weights
 from clip_jax.convert import tensor_files
@@ -58,6 +65,7 @@ from tests.clock import HandClock
 from tests.conftest import (
     STARTS,
     losses,
+    parameter_shapes,
     rows,
     small_step,
     starting_from,
@@ -82,11 +90,16 @@ def optim(**changes):
     return OptimConfig(**{"learning_rate": 2e-3, "warmup_steps": 2, "weight_decay": 0.1} | changes)
 
 
+def state_of(workdir, step):
+    """A step's checkpoint as plain arrays."""
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        items = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    return items["state"]
+
+
 def final_state(workdir):
     """The last step's checkpoint as plain arrays."""
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        items = manager.restore(STEPS, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-    return items["state"]
+    return state_of(workdir, STEPS)
 
 
 def assert_identical(a, b):
@@ -204,6 +217,47 @@ def test_a_branch_is_the_unbroken_run_with_its_schedule(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(branch, **changes), tmp_path / name)
+
+
+def save_as_earlier_versions(workdir, step):
+    """Write a run's locked image tower into a checkpoint and into its average, and only there."""
+    position = position_of(workdir, step)
+    tower = restore_params(workdir, step, {"visual": parameter_shapes(tiny().model)["visual"]})
+    state = state_of(workdir, step)
+    state["params"] |= tower
+    state["opt_state"]["ema"] |= tower
+    for folder in (workdir / "locked", workdir / "checkpoints" / str(step)):
+        shutil.rmtree(folder)
+    checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
+    position = {name: x for name, x in position.items() if "checksum" not in name}
+    checkpoints.save(step, state, position)
+    checkpoints.close()
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_locked_tower_is_saved_once_and_keeps_its_bits(weights, tmp_path):
+    """In a resumed run, in a branch, and in a run that an earlier version has begun."""
+    locked = optim(locked=("image",), ema_decay=0.5)
+    config = tiny(init_from=str(weights), optim=locked, evals=())
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    train(config, unbroken)
+    train(dataclasses.replace(config, stop_after=4), resumed)
+    earlier = shutil.copytree(resumed, tmp_path / "earlier")
+    save_as_earlier_versions(earlier, 4)
+    for workdir in (resumed, earlier):
+        train(config, workdir)
+    state, tower = final_state(unbroken), load(weights).params["visual"]
+    assert state["params"].keys() == state["opt_state"]["ema"].keys() == {"text", "logit_scale"}
+    for workdir in (resumed, earlier):
+        assert_identical(final_state(workdir), state)
+        for step in (4, STEPS):
+            assert_identical(load(f"{workdir}@{step}").params["visual"], tower)
+        assert_identical(load(workdir).params["text"], state["opt_state"]["ema"]["text"])
+    drawn, branched = tmp_path / "drawn", tmp_path / "branched"
+    random = tiny(optim=locked, evals=(), stop_after=4)
+    train(random, drawn)
+    train(dataclasses.replace(random, stop_after=None, branch_from=f"{drawn}@4"), branched)
+    assert_identical(load(branched).params["visual"], load(drawn).params["visual"])
 
 
 def test_a_branch_begins_without_training_time(tmp_path):

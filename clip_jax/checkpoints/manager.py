@@ -136,7 +136,6 @@ class Checkpoints:
         InputError if none is intact, or if they are of another model; then none is moved.
         """
         damaged: dict[int, str] = {}
-        args = ocp.args.StandardRestore(state)
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self._directory / str(step)
             if difference := _difference(folder, state):
@@ -144,7 +143,7 @@ class Checkpoints:
                     f"{folder} is a checkpoint of another model: {difference}. Use the settings "
                     "that it was trained with."
                 )
-            read = functools.partial(_read, folder, args)
+            read = functools.partial(_read, folder, _restoring(folder, state))
             try:
                 restored = processes.together(read, Damaged)
             except Damaged as error:
@@ -198,7 +197,7 @@ def restore_step(workdir: AnyPath, step: int, state: Any) -> Restored:
     """
     step = retention.named_step(workdir, str(step))
     with _refusing(workdir, step) as folder:
-        return Restored(step, *_read(folder, ocp.args.StandardRestore(state)))
+        return Restored(step, *_read(folder, _restoring(folder, state)))
 
 
 def restore_params(
@@ -217,18 +216,63 @@ def restore_params(
     shapes = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
     )
-    trainable, batch_stats = split_batch_stats(shapes)
     with _refusing(workdir, step) as folder:
-        average = _average_in(folder) if ema else ()
-        target: Any = {"params": shapes}
-        if average:  # of the trained parameters, without BatchNorm's statistics
-            target = functools.reduce(lambda tree, name: {name: tree}, reversed(average), trainable)
-            target |= {"params": {"batch_stats": batch_stats}} if batch_stats else {}
-        how = ocp.checkpoint_utils.construct_restore_args(target)
-        args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
-        restored, _ = _read(folder, args)
+        saved = _tree_in(folder)
+        locked = {name: x for name, x in shapes.items() if name not in saved.get("params", {})}
+        rest = {name: x for name, x in shapes.items() if name not in locked}
+        params = _read_params(_locked_folder(workdir), locked) if locked else {}
+        if rest:
+            params |= _read_params(folder, rest, _average_in(saved) if ema else ())
+    return params
+
+
+def _read_params(folder: epath.Path, shapes: Params, average: tuple[str, ...] = ()) -> Params:
+    """Read parameters, or their average, which is at this path of the saved state."""
+    trainable, batch_stats = split_batch_stats(shapes)
+    target: Any = {"params": shapes}
+    if average:  # of the trained parameters, without BatchNorm's statistics
+        target = functools.reduce(lambda tree, name: {name: tree}, reversed(average), trainable)
+        target |= {"params": {"batch_stats": batch_stats}} if batch_stats else {}
+    restored, _ = _read(folder, _partial(target))
     averaged = functools.reduce(operator.getitem, average, restored) if average else {}
     return restored.get("params", {}) | averaged
+
+
+def _restoring(folder: epath.Path, state: Any) -> ocp.args.CheckpointArgs:
+    """Restore a state. Earlier versions saved locked towers with it, which are left out."""
+    with contextlib.suppress(Damaged):
+        if _tree_in(folder).get("params", {}).keys() > state["params"].keys():
+            return _partial(state)
+    return ocp.args.StandardRestore(state)
+
+
+def _partial(target: Any) -> ocp.args.CheckpointArgs:
+    """Restore the arrays of `target`; a checkpoint may have more."""
+    how = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
+
+
+def _locked_folder(workdir: AnyPath) -> epath.Path:
+    """Return where a run directory has the towers that the run does not train."""
+    return retention.orbax_path(workdir) / "locked"
+
+
+def write_locked(workdir: AnyPath, params: Params) -> None:
+    """Write the towers that a run does not train. Its checkpoints leave them out.
+
+    `restore_params` reads them. All processes must call this.
+    """
+    folder, content = _locked_folder(workdir), {"params": params}
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(content), position=_PositionSave({}, checksums(content))
+    )
+    with files.writing(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(folder, args=items, force=True)
+
+
+def has_locked(workdir: AnyPath) -> bool:
+    """Return whether `write_locked` has written a run's towers."""
+    return _locked_folder(workdir).is_dir()
 
 
 def position_of(workdir: AnyPath, step: int) -> Position:
@@ -268,12 +312,16 @@ def _difference(folder: epath.Path, state: Any) -> str:
     return ""
 
 
-def _average_in(folder: epath.Path) -> tuple[str, ...]:
-    """Return the path of the averaged weights in a saved state; () if there are none."""
+def _tree_in(folder: epath.Path) -> Any:
+    """Return the tree of a saved state, with the metadata of arrays. Raises Damaged."""
     try:
-        saved: Any = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+        return ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
     except Exception as error:
         raise _damaged(error) from error
+
+
+def _average_in(saved: Any) -> tuple[str, ...]:
+    """Return the path of the averaged weights in a saved state; () if there are none."""
     optimizer = saved.get("opt_state")
     for path in (("ema",), ("inner", "ema")):  # the latter where updates may be skipped
         tree = optimizer

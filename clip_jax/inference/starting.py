@@ -34,13 +34,13 @@ def initial_state(
     config: Config, program: Program, weight_files: WeightFiles, params: Params
 ) -> State:
     """Initialise the state at random, except for `initial_params`, by whose text tower a
-    classifier begins."""
+    classifier begins. Locked towers are float32 (`Program.draw`)."""
     trained = {} if config.lora is not None else params
     for term in config.objective:
         if isinstance(term, ClassifierConfig) and config.init_from and "text" in params:
             head = weight_files.open(config.init_from).head
             trained = trained | {term.name: {"kernel": _head(config, term, params, head).kernel}}
-    return program.init(trained)
+    return program.draw(trained)
 
 
 def _head(config: Config, term: ClassifierConfig, params: Params, head: Head | None) -> Head:

@@ -165,7 +165,8 @@ def _run(command: list[str], text: str, environment: dict[str, str]) -> tuple[in
         try:
             for minutes in itertools.count(1):
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    output, errors = process.communicate(text, timeout=60)
+                    # The input is passed once: after a timeout, communicate takes none.
+                    output, errors = process.communicate(text if minutes == 1 else None, timeout=60)
                     break
                 say(f"still compiling after {minutes} min ...")
         except BaseException:

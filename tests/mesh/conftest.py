@@ -47,9 +47,17 @@ class Step:
         """Return a state whose optimizer moments are zero."""
         shapes = dataclasses.replace(self.program.state, frozen={})
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        state = State(np.int32(step), params or parameters(self.config), state.opt_state)
+        params = params or parameters(self.config)
+        if names := self.program.recipe.locked:
+            frozen = {"locked": {"towers": {name: params[name] for name in names & params.keys()}}}
+            params = {name: x for name, x in params.items() if name not in names}
+        state = State(np.int32(step), params, state.opt_state)
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
         return self.program.with_frozen(state, frozen)
+
+    def completed(self, state):
+        """Return the parameters of the model, with those of locked towers."""
+        return self.program.recipe.complete(state, state.params)
 
     def adapted(self, scale=0.1):
         """Return a LoRA state: random adapters on the frozen weights of `parameters`."""

@@ -4,6 +4,7 @@ adapters, locked towers and skipped updates change only what they should."""
 import dataclasses
 import functools
 import math
+from collections import Counter
 
 import jax
 import numpy as np
@@ -15,8 +16,9 @@ from clip_jax.losses import CaptionConfig, ClassifierConfig, SigmoidConfig, Soft
 from clip_jax.models.clip import CLIP, join_batch_stats, split_batch_stats
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.optim.wrappers import averaged
+from clip_jax.pods import hlo
 from clip_jax.pods.collectives import collectives
-from clip_jax.step import Program, State, context, encode
+from clip_jax.step import Program, State, context, encode, locked_of
 from tests.conftest import (
     COCA,
     FAMILIES,
@@ -168,7 +170,7 @@ def test_a_resnet_in_groups_accumulated_and_on_a_mesh_and_a_skipped_step():
     params = parameters(GROUPS)
     params["visual"]["conv1"]["kernel"] = np.full_like(params["visual"]["conv1"]["kernel"], np.nan)
     after, metrics = parts(parts.start(params))
-    jax.tree.map(np.testing.assert_array_equal, after.params, params)
+    jax.tree.map(np.testing.assert_array_equal, parts.completed(after), params)
     assert int(after.step) == 1
     assert (metrics["skipped_updates"], metrics["skipped_in_a_row"]) == (1, 1)
     assert np.isnan(metrics["grad_norm"])
@@ -176,8 +178,10 @@ def test_a_resnet_in_groups_accumulated_and_on_a_mesh_and_a_skipped_step():
 
 def test_a_locked_resnet_keeps_weights_and_running_statistics_and_the_text_tower_learns():
     before, (after, metrics) = parameters(GROUPS), compiled(GROUPS, optim=LOCKED)()
-    for name in ("visual", "batch_stats"):
-        jax.tree.map(np.testing.assert_array_equal, after.params[name], before[name])
+    assert after.params.keys() == {"text", "logit_scale"}
+    for name, tree in locked_of(after).items():
+        jax.tree.map(np.testing.assert_array_equal, tree, before[name])
+    assert locked_of(after).keys() == {"visual", "batch_stats"}
     assert metrics["grad_norm"] > 0
     moved = jax.tree.map(lambda a, b: np.any(a != b), after.params["text"], before["text"])
     assert all(jax.tree.leaves(moved))
@@ -232,7 +236,7 @@ def test_with_both_towers_locked_a_classifier_learns_and_no_tower_has_a_backward
     before = parameters(TINY) | {"classifier": {"kernel": kernel}}
     after, metrics = step(step.start(before))
     for name in ("visual", "text"):
-        jax.tree.map(np.testing.assert_array_equal, after.params[name], before[name])
+        jax.tree.map(np.testing.assert_array_equal, locked_of(after)[name], before[name])
     assert np.all(np.any(after.params["classifier"]["kernel"] != kernel, axis=1))
     assert metrics["grad_norm"] > 0
 
@@ -241,3 +245,42 @@ def test_with_both_towers_locked_a_classifier_learns_and_no_tower_has_a_backward
 
     free = Program(recipe(TINY, objective=(CLASSIFIER,)), step.program.mesh)
     assert products(step.program) < 0.6 * products(free)
+
+
+def matmuls(step, pattern):
+    """Count the executions of matmuls, and those whose origin in the program has a pattern."""
+    computations, entry = hlo.parse(step.compiled.as_text())
+    counts = Counter()
+    for visit in hlo.walk(computations, entry):
+        for x in visit.computation.values():
+            if x.opcode in ("dot", "convolution"):
+                counts["/visual" in x.source, pattern in x.source] += visit.times
+    return counts
+
+
+def test_a_locked_tower_is_in_bfloat16_and_the_compiled_step_has_no_backward_pass_of_it():
+    """Nor are there moments, an average, sums of its gradients over devices, or recomputation, also
+    with gradient accumulation."""
+    config = dataclasses.replace(TINY, dtype="bfloat16", remat="full")
+    optim = dataclasses.replace(OPTIM, ema_decay=0.9)
+    trained = compiled(config, "2x2x2", optim=optim, accumulation=2)
+    locked = compiled(
+        config, "2x2x2", optim=dataclasses.replace(optim, locked=("image",)), accumulation=2
+    )
+    before, after = (matmuls(x, "transpose(") for x in (trained, locked))
+    forward, backward = (True, False), (True, True)
+    assert (before[backward] > 0, after[backward]) == (True, 0)
+    assert 0 < after[forward] == before[forward] / 2  # GradCache encodes a trained chunk twice
+    mesh = dict(locked.program.mesh.shape)
+    summed = [
+        {x.part for x in collectives(step.compiled.as_text(), mesh)} for step in (trained, locked)
+    ]
+    assert ["image tower, backward" in parts for parts in summed] == [True, False]
+    state = locked.program.state
+    assert state.params.keys() == {"text", "logit_scale"}
+    assert not [name for name in by_path(state.opt_state) if "visual" in name]
+    for name, x in by_path(locked_of(state)).items():
+        assert x.dtype == ("bfloat16" if name.endswith("kernel") else "float32")
+        assert x.sharding == by_path(trained.program.state.params)[name].sharding
+    losses = [step()[1]["loss"] for step in (trained, locked)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -239,6 +239,22 @@ def test_with_adapters_the_weights_are_frozen_and_only_adapters_have_moments():
     assert pod.peak(pod.compile_loss(program)) > 0  # with the frozen logit scale
 
 
+def test_a_locked_tower_costs_its_forward_pass_and_half_of_its_memory():
+    """Kernels are bfloat16. The rest of TINY's parameters, which is float32, is large."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    model = dataclasses.replace(TINY, dtype="bfloat16")
+    trained = dataclasses.replace(CONFIG.recipe, model=model, batch_size=16)
+    optim = dataclasses.replace(trained.optim, locked=("image",))
+    locked = dataclasses.replace(trained, optim=optim)
+    before, after = (pod.held_bytes(Program(x, mesh).state, {}) for x in (trained, locked))
+    assert (before["frozen"], after["terms"]) == (0, after["frozen"])
+    tower = before["parameters"] - after["parameters"]
+    assert 0.5 * tower < after["frozen"] < 0.8 * tower
+    assert after["optimizer"] == pytest.approx(2 * after["parameters"], abs=16)
+    step, full = flops.of_step(locked), flops.of_step(trained)
+    assert (3 * step.image, step.text) == (full.image, full.text)
+
+
 @pytest.mark.parametrize(
     ("batch", "pair", "remat", "largest"),
     [
@@ -427,6 +443,8 @@ def test_a_long_compile_says_each_minute_that_it_goes_on(capsys):
     assert capsys.readouterr().err.splitlines() == [
         f"clip-jax: still compiling after {minutes} min ..." for minutes in (1, 2)
     ]
+    inputs = [bool(call.args[0]) for call in process.communicate.call_args_list]
+    assert inputs == [True, False, False]  # a later call with input raises ValueError
 
 
 RELEASED = """
