@@ -226,6 +226,7 @@ def save_as_earlier_versions(workdir, step):
     state = state_of(workdir, step)
     state["params"] |= tower
     state["opt_state"]["ema"] |= tower
+    state = jax.tree.map(jnp.asarray, jax.device_get(state))  # on one device
     for folder in (workdir / "locked", workdir / "checkpoints" / str(step)):
         shutil.rmtree(folder)
     checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
