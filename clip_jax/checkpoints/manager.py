@@ -241,7 +241,8 @@ def _read_params(folder: epath.Path, shapes: Params, average: tuple[str, ...] = 
 def _restoring(folder: epath.Path, state: Any) -> ocp.args.CheckpointArgs:
     """Restore a state. Earlier versions saved locked towers with it, which are left out."""
     with contextlib.suppress(Damaged):
-        if _tree_in(folder).get("params", {}).keys() > state["params"].keys():
+        before, now = (tree.get("params", {}).keys() for tree in (_tree_in(folder), state))
+        if before > now:
             return _partial(state)
     return ocp.args.StandardRestore(state)
 
