@@ -25,11 +25,10 @@ from clip_jax.data.augment import augment
 from clip_jax.data.batch_plan import constant
 from clip_jax.data.images import ImageError, read_crops
 from clip_jax.data.pipeline import Pipeline, build, open_source
-from clip_jax.data.sources import BlockSource, SampleError, Source
+from clip_jax.data.sources import BlockSource, SampleError, caption_of
 from clip_jax.data.tokenizers import Tokenizer, make_tokenizer
 from clip_jax.display import say, table
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.losses.objective import reads
 from clip_jax.metrics.reports import bucket_rates, peak_memory
 from clip_jax.models.images import NaFlex, valid_patches
 from clip_jax.pods import compile as pod
@@ -71,7 +70,7 @@ def measure_input(config: InputBench) -> dict[str, Any]:
         constant(config.batch_size, config.model.vision.image_spec),
         tokenizer=tokenizer,
         context_length=config.model.text.context_length,
-        inputs=reads(config.objective, config.model),
+        inputs=config.recipe.reads(),
     )
     say(f"stages, one thread, {config.seconds:g} s ...")
     stages = _stages(config, pipeline.order, tokenizer)
@@ -92,9 +91,10 @@ def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, di
     data, spec = config.data, config.model.vision.image_spec
     length = config.model.text.context_length
     source = open_source(data.source, spec.side)
-    read = _read_any(source)
+    load = _load_stored if config.stored == "image" else _load
+    read = _read_any(source, load)
     if isinstance(source, BlockSource) and order == "blocks":
-        read = _read_blocks(source)
+        read = _read_blocks(source, load)
     wall: dict[str, float] = defaultdict(float)
     cpu: dict[str, float] = defaultdict(float)
 
@@ -124,7 +124,7 @@ def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, di
             except (SampleError, ImageError):
                 continue
             captions.append(caption)
-        if captions:
+        if captions and config.stored != "text":
             timed("tokenize", tokenize, captions, length, True)
         if number <= _WARM:  # files are opened and tables read at the first use
             wall.clear()
@@ -142,15 +142,32 @@ def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, di
 
 
 Read = Callable[[np.random.Generator], tuple[Any, str]]
+Load = Callable[[Any, np.random.Generator], tuple[Any, str]]  # of a record
 
 
-def _read_any(source: Source) -> Read:
+def _load(record: Any, rng: np.random.Generator) -> tuple[Any, str]:
+    return record.load(rng)
+
+
+def _load_stored(record: Any, rng: np.random.Generator) -> tuple[Any, str]:
+    """Read the embeddings and a caption, not the image."""
+    return record.more(), caption_of(record.text(), rng)
+
+
+def _read_any(source: Any, load: Load) -> Read:
     """Return a reader of samples in random order."""
     order = np.random.default_rng(0)
-    return lambda rng: source.load(int(order.integers(len(source))), rng)
+
+    def read(rng: np.random.Generator) -> tuple[Any, str]:
+        index = int(order.integers(len(source)))
+        if load is _load:
+            return source.load(index, rng)
+        return load(source.record(index), rng)
+
+    return read
 
 
-def _read_blocks(source: BlockSource) -> Read:
+def _read_blocks(source: BlockSource, load: Load) -> Read:
     """Return a reader of the samples of random blocks, each read in one piece."""
     order, sizes = np.random.default_rng(0), source.blocks()
     ends, records = np.cumsum(sizes), []
@@ -159,7 +176,7 @@ def _read_blocks(source: BlockSource) -> Read:
         if not records:
             at = int(order.integers(len(sizes)))
             records.extend(source.fetch(int(ends[at] - sizes[at]), int(ends[at])))
-        return records.pop().load(rng)
+        return load(records.pop(), rng)
 
     return read
 
@@ -349,7 +366,11 @@ def _made_up(config: Config) -> Inputs:
     if isinstance(spec, NaFlex):  # no padding: a row of patches
         size = (spec.patch_size, spec.patch_size * spec.max_patches)
     images = spec.pack(rng.integers(0, 256, (config.batch_size, *size, 3), np.uint8))
-    return {"image": images, "text": tokens.astype(np.int32)}
+    made: Inputs = {"image": images, "text": tokens.astype(np.int32)}
+    if config.stored is not None:
+        rows = rng.standard_normal((config.batch_size, config.model.embed_dim), np.float32)
+        made[config.stored] = rows
+    return made
 
 
 def describe_step(result: dict[str, Any]) -> str:

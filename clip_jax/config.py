@@ -107,13 +107,23 @@ class Config(StepConfig):
                     f"branch_from={self.branch_from} is not before steps={self.steps}, which "
                     "includes the parent run's steps; raise --steps or branch earlier."
                 )
-            if self.init_from:
+            if self.init_from and self.stored is None:
                 raise InputError("branch_from and init_from both set the weights; set only one.")
         if (self.init_architecture or self.init_differences or self.lora) and not self.init_from:
             raise InputError(
                 "init_architecture, init_differences and lora need trained weights: set "
                 "--init-from."
             )
+        if self.stored is not None:
+            if not self.init_from or self.stored not in self.init_towers:
+                raise InputError(
+                    f"stored={self.stored} needs the weights of that tower, which evaluations and "
+                    "exports compute: set --init-from, and name the tower in --init-towers."
+                )
+            if self.lengths is not None and self.stored == "image":
+                raise InputError(
+                    "lengths needs images, and stored=image reads none: remove one of them."
+                )
         if self.lora is not None and len(self.init_towers) < 2:
             raise InputError("lora needs the weights of both towers: omit --init-towers.")
         check_distinct(self.evals)

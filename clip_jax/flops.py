@@ -56,11 +56,14 @@ class Flops(NamedTuple):
 
 
 def of_step(config: StepConfig) -> Flops:
-    """Count one step, with dropped patches, locked towers and adapters."""
+    """Count one step, with dropped patches, locked towers and adapters; nothing of a stored
+    tower."""
     locked, lora = config.optim.locked, config.lora
     if lora is not None:  # no gradient passes a tower without adapters
         has = {each.kernel.split("/")[0] for each in adapted(config.model, lora)}
         locked += tuple(tower for tower, name in TOWERS.items() if name not in has)
+    if config.stored is not None and config.stored not in locked:
+        locked += (config.stored,)
     macs = sum(term.macs(config.model, config.batch_size, locked) for term in config.objective)
     teachers = [model for term in config.objective for model in term.frozen().values()]
     each = [(forward(x.config), x.texts) for x in teachers]
@@ -71,6 +74,8 @@ def of_step(config: StepConfig) -> Flops:
     embedded = [x.tower for x in needs if x.is_embedding and x.input != x.tower]
     images, texts = 1 + embedded.count("image"), 1 + embedded.count("text")
     towers = towers._replace(image=towers.image * images, text=towers.text * texts)
+    if config.stored is not None:
+        towers = towers._replace(**{config.stored: 0})
     return towers._replace(loss=2 * macs, teacher=teacher)
 
 

@@ -36,6 +36,7 @@ from clip_jax.models.clip import (
     l2_normalize,
     split_batch_stats,
 )
+from clip_jax.models.inputs import Input, StoredInput
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.outputs import output
 from clip_jax.optim import Muon, OptimConfig, Tower, make_optimizer, schedule
@@ -76,6 +77,9 @@ class StepConfig:
     accumulation: int = 1  # Chunks per batch (GradCache); the activations of one are in memory.
     model: CLIPConfig = field(default_factory=CLIPConfig)
     lora: LoRAConfig | None = None  # Low-rank adapters of init_from to train. None: all weights.
+    # Tower of init_from whose embeddings are stored with the data (clip-jax prepare --reinforce),
+    # so that it is neither trained nor computed. None: both towers are computed.
+    stored: Tower | None = None
     objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)  # Losses to minimise, as a weighted sum.
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -94,24 +98,42 @@ class Recipe(StepConfig):
             )
         if self.lora is not None and isinstance(self.optim.optimizer, Muon):
             raise InputError("Muon does not train adapters (lora): set another optim.optimizer.")
+        if self.stored is not None:
+            check_stored(self, self.stored)
 
     @property
     def locked(self) -> frozenset[str]:
         """The names in the parameter tree of what locked towers have and nothing trains.
 
-        Adapters (`lora`) have no locked towers of this kind: the towers of their base are frozen.
+        Adapters (`lora`) have no locked towers of this kind: the towers of their base are frozen. A
+        stored tower is in no state.
         """
-        names = {TOWERS[tower] for tower in self.optim.locked if self.lora is None}
+        locked = [tower for tower in self.optim.locked if tower != self.stored]
+        names = {TOWERS[tower] for tower in locked if self.lora is None}
         return frozenset(names | ({"batch_stats"} if "visual" in names else set()))
 
     def dimensions(self) -> dict[str, str]:
         """Return path → dimension names of everything that is trained."""
         names = terms.dimensions(self.objective, self.model)
         if self.lora is None:
+            names = without(self.stored, names)
             return {x: dims for x, dims in names.items() if x.split("/")[0] not in self.locked}
         shapes, model = adapters.shapes(self.model, self.lora), self.model.dimensions()
         of_adapters = {name: dims for name, (_, dims) in shapes.items()}
         return of_adapters | {name: dims for name, dims in names.items() if name not in model}
+
+    def reads(self) -> dict[str, Input]:
+        """Return what the input pipeline makes of each sample besides, or instead of, its image and
+        text: the inputs of the objective's terms, and the embeddings of a stored tower."""
+        inputs = terms.reads(self.objective, self.model)
+        if self.stored is not None:
+            inputs[self.stored] = StoredInput(self.stored, (self.model.embed_dim,))
+        return inputs
+
+    @property
+    def drops_patches(self) -> bool:
+        """Whether the step drops patches, by a random key of each image."""
+        return self.model.vision.patch_dropout > 0 and self.stored != "image"
 
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
         """Build the optimizer of everything that is trained."""
@@ -218,6 +240,7 @@ def init_state(
     """
     model, lora = CLIP(recipe.model), recipe.lora
     drawn = model.init(key) if lora is None else adapters.draw(recipe.model, lora, key)
+    drawn = without(recipe.stored, drawn)
     params = drawn | terms.draw(recipe.objective, recipe.model, key) | (params or {})
     locked = {name: x for name, x in params.items() if name in recipe.locked}
     params = {name: x for name, x in params.items() if name not in locked}
@@ -225,6 +248,38 @@ def init_state(
     carried = terms.init(recipe.objective, trainable)
     frozen = {LOCKED[0]: {LOCKED[1]: locked}} if locked else {}
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), carried, frozen)
+
+
+def of_tower(tower: Tower | None, params: dict[str, Any]) -> dict[str, Any]:
+    """Return those parameters, by name or by path, that a tower has; None has none."""
+    names = ("visual", "batch_stats") if tower == "image" else (tower,)
+    return {name: x for name, x in params.items() if name.split("/")[0] in names}
+
+
+def without(tower: Tower | None, params: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters, by name or by path, without those of a tower."""
+    left_out = of_tower(tower, params)
+    return {name: x for name, x in params.items() if name not in left_out}
+
+
+def check_stored(recipe: StepConfig, tower: Tower) -> None:
+    """Raise InputError if a run needs more of a tower than its stored embeddings."""
+    objective = recipe.objective
+    more = [x for x in terms.needs(objective) if output(x).tower in (tower, "caption")]
+    for term in objective:
+        stored = any(isinstance(x, StoredInput) for x in term.reads(recipe.model).values())
+        if stored or term.frozen():
+            more.append(f"{term.name}.teachers")
+        if tower == "text" and getattr(term, "mask_same_caption", False):
+            more.append(f"{term.name}.mask_same_caption")
+    if recipe.lora is not None:
+        more.append("lora")
+    if more:
+        raise InputError(
+            f"stored={tower}: the run has only one stored embedding of each {tower}, and "
+            f"{', '.join(more)} needs more. Leave that out, or compute the tower in each step by "
+            f"--optim.locked {tower} instead."
+        )
 
 
 def base_of(state: State) -> Params:
@@ -275,9 +330,9 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
         "image": recipe.model.vision.image_spec.shapes(recipe.batch_size),
         "text": jax.ShapeDtypeStruct((recipe.batch_size, length), jnp.int32),
     }
-    if recipe.model.vision.patch_dropout:
+    if recipe.drops_patches:
         batch["row"] = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
-    for name, x in terms.reads(recipe.objective, recipe.model).items():
+    for name, x in recipe.reads().items():
         batch[name] = x.shapes(recipe.batch_size)
     batch = jax.tree.map(lambda x: _placed(x, rows), batch)
     batch["learning_rate"] = _placed(
@@ -319,19 +374,23 @@ def encode(
     locked: tuple[Tower, ...] = (),
     key: Array | None = None,
     train: bool = True,
+    stored: Tower | None = None,
 ) -> tuple[Outputs, Params]:
     """Encode a chunk; return the outputs that the objective keeps, with L2-normalised embeddings,
     and the new BatchNorm statistics.
 
     With `key`, patches are dropped. Which ones depends on a pair's `row` in the global batch, not
     on the mesh or the number of chunks. BatchNorm computes with the batch's statistics if `train`.
+    The inputs of the `stored` tower are its embeddings.
     """
+    locked = tuple(tower for tower in locked if tower != stored)
     frozen = {TOWERS[tower]: jax.lax.stop_gradient(x.params[TOWERS[tower]]) for tower in locked}
     x = replace(x, params=x.params | frozen)
     constrain, inputs, needs = x.model.layout.constrain, x.inputs, terms.needs(objective)
     embeddings = [y for name in ("image", "text", *needs) if (y := output(name)).is_embedding]
-    images = {y.input: x.model.normalize(inputs[y.input]) for y in embeddings if y.tower == "image"}
-    texts = {y.input: inputs[y.input] for y in embeddings if y.tower == "text"}
+    computed = [y for y in embeddings if y.tower != stored]
+    images = {y.input: x.model.normalize(inputs[y.input]) for y in computed if y.tower == "image"}
+    texts = {y.input: inputs[y.input] for y in computed if y.tower == "text"}
     keys = None
     if key is not None and "image" not in locked:
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(constrain(inputs["row"]))
@@ -339,6 +398,8 @@ def encode(
     outputs, batch_stats = x.model.outputs(
         x.params, images, texts, needs, keys, train=train and "image" not in locked
     )
+    if stored is not None:
+        outputs[stored] = inputs[stored]
     outputs = {
         name: l2_normalize(y) if output(name).is_embedding else constrain(y)
         for name, y in outputs.items()
@@ -360,7 +421,7 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
     fixed = {name: x for name, x in base_of(state).items() if not isinstance(x, dict)}
     inputs = {name: x for name, x in batch.items() if name != "learning_rate"}
     vision, key = recipe.model.vision, None
-    if recipe.model.vision.patch_dropout:
+    if recipe.drops_patches:
         # Threefry, whatever the default: it gives the same keys under vmap.
         key = jax.random.fold_in(jax.random.key(recipe.seed, impl="threefry2x32"), state.step)
     context_of = functools.partial(context, model, mesh, state)
@@ -368,7 +429,8 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
     def encode_chunk(towers: Params, chunk: Inputs) -> tuple[Outputs, Params]:
         params = recipe.complete(state, join_batch_stats(scalars | towers, batch_stats))
         x = context_of(params, chunk, {})
-        return encode(x, objective, optim.locked, key, train=recipe.lora is None)
+        train = recipe.lora is None
+        return encode(x, objective, optim.locked, key, train=train, stored=recipe.stored)
 
     def compare(scalars: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
         return terms.total(objective, context_of(fixed | scalars, inputs, outputs))

@@ -38,13 +38,18 @@ from clip_jax.display import duration, say
 from clip_jax.errors import InputError
 from clip_jax.evals.evaluator import Encoder, Evaluations
 from clip_jax.inference.loading import Model
-from clip_jax.inference.starting import frozen_weights, initial_params, initial_state
+from clip_jax.inference.starting import (
+    StoredTower,
+    frozen_weights,
+    initial_params,
+    initial_state,
+    stored_tower,
+)
 from clip_jax.losses import ClassifierConfig
-from clip_jax.losses.objective import reads
 from clip_jax.metrics.profiler import Profiler
 from clip_jax.metrics.reports import Reports
 from clip_jax.metrics.timers import Timers
-from clip_jax.models.clip import count
+from clip_jax.models.clip import Params, count
 from clip_jax.models.images import valid_patches
 from clip_jax.optim.wrappers import averaged
 from clip_jax.serialize import from_dict, to_dict
@@ -56,6 +61,7 @@ _DATA = "data.json"  # in the run directory: fingerprints of the training data
 _FROZEN = {  # where frozen weights are
     "teachers": "teachers.weights",
     "base": "init_from (RUN@STEP, if that run has trained on)",
+    "tower": "init_from (RUN@STEP, if that run has trained on)",
 }
 MAX_SKIPPED_IN_A_ROW = 50  # updates skipped (optim.skip_norm_ratio) before the run is stopped
 
@@ -129,14 +135,16 @@ class Run:
     timers: Timers
     start: int  # step from which it resumes, 0 for a new run
     state: State
-    frozen: dict[str, str]  # hashes of teachers, and of the weights that adapters change
+    # Hashes of teachers, of the weights that adapters change, and of a stored tower.
+    frozen: dict[str, str]
+    tower: Params  # the stored tower, for evaluation
 
     @property
     def encoder(self) -> Encoder:
         """The model to evaluate, with averaged weights if the optimizer keeps them."""
         config, terms = self.config, {term.name: term for term in self.config.objective}
         params = averaged(self.state.opt_state, self.state.params)
-        params = self.program.recipe.complete(self.state, params)
+        params = self.program.recipe.complete(self.state, params) | self.tower
         head = None
         if isinstance(term := terms.get(ClassifierConfig.name), ClassifierConfig):
             head = Head(term.classes, term.templates, np.asarray(params[term.name]["kernel"]))
@@ -156,7 +164,8 @@ def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: W
     programs = programs_of(filled, program)
     parent = parent_of(filled)
     ordered = with_order(with_order(filled, parent.workdir) if parent else filled, workdir)
-    pipeline = open_data(ordered, *sharding.data_part(mesh))
+    tower = stored_tower(filled, weight_files)
+    pipeline = open_data(ordered, *sharding.data_part(mesh), tower)
     config = replace(ordered, data=replace(ordered.data, order=pipeline.order))  # for good
     evaluations = Evaluations(config.evals, config.end)
     check_best(config, evaluations)
@@ -174,6 +183,8 @@ def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: W
     )
     params = initial_params(config, weight_files, resumes=start > 0)
     frozen, hashes = frozen_weights(config, mesh, weight_files, params)
+    if tower is not None:
+        hashes["tower"] = tower.digest
     if not start:
         initial = initial_state(config, program, weight_files, params)
         begun, frozen = Restored(0, initial.saved(), {}), frozen | initial.frozen
@@ -207,6 +218,7 @@ def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: W
         start=begun.step,
         state=program.resume(begun.state, frozen),
         frozen=hashes,
+        tower=tower.on_mesh(mesh) if tower and config.evals else {},
     )
     introduce(run, begun.messages)
     return run
@@ -286,16 +298,20 @@ def check_patches(config: Config, workdir: epath.Path) -> None:
         )
 
 
-def open_data(config: Config, part: int, parts: int) -> Pipeline:
-    """Open this process's shard of the training data, `part` of `parts`."""
-    models = [config.recipe_of(kind).model for kind in config.batches.kinds]
+def open_data(config: Config, part: int, parts: int, tower: StoredTower | None = None) -> Pipeline:
+    """Open this process's shard of the training data, `part` of `parts`, with the embeddings of the
+    stored tower, if there is one."""
+    recipes = [config.recipe_of(kind) for kind in config.batches.kinds]
+    inputs = {name: x for recipe in recipes for name, x in recipe.reads().items()}
+    if tower is not None:
+        inputs[tower.name] = tower.reads
     return build(
         config.data,
         config.batches,
         tokenizer=make_tokenizer(config.model.text),
         context_length=config.model.text.context_length,
         process=(part, parts),
-        inputs={k: x for model in models for k, x in reads(config.objective, model).items()},
+        inputs=inputs,
     )
 
 

@@ -198,3 +198,11 @@ def test_synthetic_captions_and_teachers_are_encoded_too():
     assert (both.image, both.text) == (one.image, 2 * one.text)
     assert one.teacher == 8 * pair.total
     assert both.teacher == 8 * (pair.image + 2 * pair.text)
+
+
+def test_a_stored_tower_costs_nothing():
+    """The other tower costs what it does beside a locked one; its loss has one gradient less."""
+    locked = Config(model=TINY, optim=OptimConfig(locked=("image",)))
+    stored = replace(locked, stored="image", init_from="x")
+    assert flops.of_step(stored) == flops.of_step(locked)._replace(image=0)
+    assert flops.of_step(replace(stored, optim=OptimConfig())) == flops.of_step(stored)

@@ -42,7 +42,8 @@ def check_resumable(
     is_longer = before.get("steps", math.inf) <= now["steps"]
     is_endless = now["optim"]["schedule"]["type"] in _ENDLESS
     allowed = (*RESUMABLE, "steps") if is_longer and is_endless else RESUMABLE
-    allowed += ("init_from",) if now.get("lora") else ()  # checkpoints have the weights' hash
+    if now.get("lora") or now.get("stored"):
+        allowed += ("init_from",)  # checkpoints have the weights' hash
     samples = samples_after(max(steps_in(workdir / "checkpoints"), default=0))
     if before and (lines := _differing(workdir, before, now, allowed, samples)):
         raise InputError(

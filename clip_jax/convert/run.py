@@ -10,7 +10,14 @@ from clip_jax.checkpoints.manager import position_of, restore_params
 from clip_jax.checkpoints.retention import named_step
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert.on_demand import read_together
-from clip_jax.convert.weights import Adapters, Head, Weights, default_preprocess, with_vocabulary
+from clip_jax.convert.weights import (
+    Adapters,
+    Head,
+    Stored,
+    Weights,
+    default_preprocess,
+    with_vocabulary,
+)
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers import vocabulary
 from clip_jax.losses import ClassifierConfig
@@ -19,6 +26,7 @@ from clip_jax.models import lora
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.serialize import from_dict
+from clip_jax.step import without
 from clip_jax.storage.files import AnyPath
 
 
@@ -31,30 +39,36 @@ def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
     """Open the weights, not the optimizer state, of the newest checkpoint or of `which`.
 
     Without `ema` they are not their average, if the run keeps one. Of a run that trains adapters,
-    `params` are only these: see `open_weights.merged`.
+    `params` are only these: see `weight_files.merged`. A run with a stored tower has no parameters
+    of it: see `weight_files.joined`.
     """
     config, step, key = read_config(workdir), named_step(workdir, which), jax.random.key(0)
     lora_config, heads, how = extras(workdir)
     restore = functools.partial(restore_params, workdir, step, ema=ema)
-    head = adapters = None
+    content = read_run_config(workdir)
+    head = adapters = stored = None
     for term in heads:
         kernels = restore(jax.eval_shape(lambda: terms.draw(heads, config, key)))
         head = Head(term.classes, term.templates, np.asarray(kernels[term.name]["kernel"]))
     draw = CLIP(config).init
     if lora_config is not None:
         draw = functools.partial(lora.draw, config, lora_config)
-    shapes = jax.eval_shape(draw, key)
+    tower = content.get("stored")
+    shapes = without(tower, jax.eval_shape(draw, key))
     params = read_together(shapes, lambda: restore(shapes))
     if lora_config is not None:
-        base, digest = read_run_config(workdir)["init_from"], position_of(workdir, step)["base"]
+        base, digest = content["init_from"], position_of(workdir, step)["base"]
         adapters = Adapters(lora_config, params, base, digest, {})
+    if tower is not None:
+        stored = Stored(tower, content["init_from"], position_of(workdir, step)["tower"])
     return Weights(
         config=config,
         params=params,
         preprocess=default_preprocess(config, how),
         head=head,
         adapters=adapters,
-        read_sharded=restore if adapters is None else None,
+        stored=stored,
+        read_sharded=restore if adapters is None and stored is None else None,
     )
 
 

@@ -37,7 +37,14 @@ from clip_jax.convert.on_demand import checked, loaded, read_together
 from clip_jax.convert.settings import read_json
 from clip_jax.convert.state_dict import check_floating, param_shapes, unflatten
 from clip_jax.convert.tensor_files import Tensors, read_tensors
-from clip_jax.convert.weights import Adapters, Head, Weights, whole_model, with_vocabulary
+from clip_jax.convert.weights import (
+    Adapters,
+    Head,
+    Stored,
+    Weights,
+    whole_model,
+    with_vocabulary,
+)
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError
 from clip_jax.models import lora
@@ -128,13 +135,17 @@ class WeightFiles:
 
     def _open_run(self, workdir: AnyPath, which: str, ema: bool) -> Weights:
         weights = run.read(workdir, which, ema)
-        if weights.adapters is None:
+        needed = weights.adapters or weights.stored
+        if needed is None:
             return weights
         try:
-            base = self.open(weights.adapters.base)
+            path = needed.base if isinstance(needed, Adapters) else needed.weights
+            base = self.open(path)
         except (InputError, OSError) as error:
-            raise _unusable_base(workdir, weights.adapters, f"cannot be read ({error})") from error
-        return merged(weights, weights.adapters, base, workdir)
+            raise _unusable(workdir, needed, f"cannot be read ({error})") from error
+        if isinstance(needed, Adapters):
+            return merged(weights, needed, base, workdir)
+        return joined(weights, needed, base, workdir)
 
     def _open_files(
         self, path: AnyPath, activation: Activation | None, base: str | None
@@ -227,9 +238,9 @@ def merged(weights: Weights, adapters: Adapters, base: Weights, workdir: AnyPath
         try:
             params = starting_params(base, weights.config, allowed=("*",))
         except (InputError, OSError) as error:
-            raise _unusable_base(workdir, adapters, f"cannot be read ({error})") from error
+            raise _unusable(workdir, adapters, f"cannot be read ({error})") from error
         if digest_of(params) != adapters.digest:  # which makes a check of settings needless
-            raise _unusable_base(workdir, adapters, "have changed")
+            raise _unusable(workdir, adapters, "have changed")
         return params
 
     def merge() -> Params:
@@ -242,9 +253,35 @@ def merged(weights: Weights, adapters: Adapters, base: Weights, workdir: AnyPath
     return replace(weights, params=read_together(shapes, merge), adapters=adapters)
 
 
-def _unusable_base(workdir: AnyPath, adapters: Adapters, problem: str) -> InputError:
+def joined(weights: Weights, stored: Stored, base: Weights, workdir: AnyPath) -> Weights:
+    """Return the weights of a run with those of the tower that was stored, read on demand.
+
+    Reading raises InputError if the tower is not the one that the run began with.
+    """
+
+    def read_tower() -> Params:
+        try:
+            params = starting_params(base, weights.config, (stored.tower,), allowed=("*",))
+        except (InputError, OSError) as error:
+            raise _unusable(workdir, stored, f"cannot be read ({error})") from error
+        if digest_of(params) != stored.digest:
+            raise _unusable(workdir, stored, "have changed")
+        return params
+
+    sizes = param_shapes(weights.config).items()
+    shapes = unflatten({name: jax.ShapeDtypeStruct(x, np.float32) for name, x in sizes})
+    missing = {name: x for name, x in shapes.items() if name not in weights.params}
+    params = weights.params | read_together(missing, read_tower)
+    return replace(weights, params=params, stored=None)
+
+
+def _unusable(workdir: AnyPath, needed: Adapters | Stored, problem: str) -> InputError:
+    if isinstance(needed, Adapters):
+        what = f"has low-rank adapters of the weights in {needed.base}"
+    else:
+        what = f"has the {needed.tower} tower of the weights in {needed.weights}"
     return InputError(
-        f"{workdir} has low-rank adapters of the weights in {adapters.base}, which {problem}. "
+        f"{workdir} {what}, which {problem}. "
         f"Restore them there, or set init_from in {workdir / 'config.json'} to where they are."
     )
 

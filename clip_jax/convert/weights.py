@@ -40,6 +40,14 @@ class Adapters(NamedTuple):
     weights: Params  # of the base; nothing before it is open
 
 
+class Stored(NamedTuple):
+    """The tower that a run did not compute and does not save, as its embeddings were stored."""
+
+    tower: Tower
+    weights: str  # path of the weights that have it
+    digest: str  # of its parameters
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """A model as stored in a file."""
@@ -52,6 +60,7 @@ class Weights:
     head: Head | None = None
     template: str | None = None  # prompt template that suits the model; None: none is recorded
     adapters: Adapters | None = None  # those merged into `params`
+    stored: Stored | None = None  # the tower that `params` of a run lack; see `weight_files.joined`
     only_tower: Tower | None = None  # the one tower that `params` has; None: it has all
     path: str = ""  # by which open weights are named in messages
     # "run", or the format of the files: a name of `formats.TARGETS`, "perception-models", "dinotxt"

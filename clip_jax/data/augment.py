@@ -117,6 +117,12 @@ def draw(
     return Augmentation((top, left, bottom - top, right - left), flip, operations)
 
 
+def center(width: int, height: int) -> Augmentation:
+    """Return the central square of an image of this size, which changes nothing else."""
+    side = min(width, height)
+    return Augmentation(((height - side) // 2, (width - side) // 2, side, side))
+
+
 def replay(
     image: ImageLike,
     augmentation: Augmentation,

@@ -105,8 +105,8 @@ def build(
     """Open the source and build the pipeline of the plan's batches, which are global.
 
     `process` is (index, count) of this process. `inputs` are made of each sample besides its image
-    and text. Raises InputError if the source cannot be read or lacks an input, or a batch not be
-    divided among the processes.
+    and text; stored embeddings by the name `image` or `text` replace these. Raises InputError if
+    the source cannot be read or lacks an input, or a batch not be divided among the processes.
     """
     _, processes = process
     if plan.unit < 1 or plan.unit % processes:
@@ -118,10 +118,11 @@ def build(
         )
     side = max(kind.images.side for kind in plan.kinds)
     loader = _Loader(config, side, process, inputs)
-    stored = {x.widths for x in loader.stored.values()}
-    for source, widths in itertools.product(loader.members, stored):
-        _check_widths(cast(sources.StoredSource, source), widths)
-    tokenizers = {"text": functools.partial(_tokenized, tokenizer, context_length)}
+    for source, (name, x) in itertools.product(loader.members, loader.stored.items()):
+        _check_stored(cast(sources.StoredSource, source), x, replaces=name in ("image", "text"))
+    tokenizers = {}
+    if "text" not in loader.stored:
+        tokenizers["text"] = functools.partial(_tokenized, tokenizer, context_length)
     for name, x in loader.texts.items():
         of_input = make_tokenizer(x.text), x.text.context_length
         tokenizers[name] = functools.partial(_tokenized, *of_input)
@@ -177,12 +178,13 @@ class Pipeline:
         """Hash the source, or each member of a mixture, with the first stored embeddings."""
         members = self._loader.members
         hashes = [sources.digest(member, blocks=self.order == "blocks") for member in members]
-        if not self._loader.reads_stored:
+        if not (self._loader.reads_stored or self._loader.stored):
             return hashes
         fingerprints = []
         for member, digest in zip(members, hashes, strict=True):
-            embeddings = _reinforcement(cast(sources.StoredSource, member), 0).image
-            stored = hashlib.sha256(embeddings.tobytes()).hexdigest()[:12]
+            embeddings = _reinforcement(cast(sources.StoredSource, member), 0)
+            rows = embeddings.image if embeddings.image.size else embeddings.text
+            stored = hashlib.sha256(rows.tobytes()).hexdigest()[:12]
             fingerprints.append(f"{digest}-{stored}")
         return fingerprints
 
@@ -323,10 +325,12 @@ class _Loader:
         for x in self._labels.values():
             classes_of(self.source, x.classes)  # raises InputError
         self._reads_more = self.reads_stored or self._reads_synthetic or bool(self._labels)
-        if self.stored and not self.reads_stored:
+        self._reads_more |= bool(self.stored)
+        if any(x.of == "image" for x in self.stored.values()) and not self.reads_stored:
             raise InputError(
-                "a StoredTeacher needs the augmentations that its embeddings belong to: set "
-                "--data.crop stored, with data that clip-jax prepare --reinforce wrote"
+                "stored embeddings of images belong to the crops that are stored with them, and "
+                f"data.crop is {config.crop}: set --data.crop stored, with data that clip-jax "
+                "prepare --reinforce wrote"
             )
         is_stored = [isinstance(member, sources.StoredSource) for member in self.members]
         if self._reads_more and not all(is_stored):
@@ -377,7 +381,8 @@ class _Loader:
         if self._reads_more:
             is_stored = isinstance(fetched, sources.StoredRecord)
             item = fetched if is_stored else cast(sources.StoredSource, self.source).record(record)
-            image, more = item.image(), item.more() or Reinforcement()
+            more = item.more() or Reinforcement()
+            image = b"" if "image" in self.stored else item.image()
             caption, synthetic, arrays = self._drawn(item.captions(), more, rng)
             arrays |= {name: np.array([item.label], np.int32) for name in self._labels}
         else:
@@ -393,10 +398,11 @@ class _Loader:
                     f"caption is not text: {error.reason} at {error.start}"
                 ) from error
         captions = {name: synthetic if x.synthetic else caption for name, x in self.texts.items()}
-        specs = {"image": spec} | self._specs
+        specs = ({} if "image" in self.stored else {"image": spec}) | self._specs
         distinct = list(dict.fromkeys(specs.values()))
+        number = arrays.pop("number", 0)
         try:
-            views = self._views(image, distinct, more, arrays.pop("number", 0), rng)
+            views = self._views(image, distinct, more, number, rng) if distinct else []
         except ImageError as error:
             raise sources.SampleError(str(error)) from error
         packed = {shape: shape.pack(x[None]) for shape, x in zip(distinct, views, strict=True)}
@@ -451,23 +457,32 @@ class _Loader:
         return caption, synthetic, arrays
 
 
-def _check_widths(source: sources.StoredSource, widths: tuple[int, ...]) -> None:
-    """Raise InputError if a source stores embeddings of other widths than the teachers of a term.
+def _check_stored(source: sources.StoredSource, x: StoredInput, *, replaces: bool) -> None:
+    """Raise InputError if a source stores other embeddings than those of a term's teachers, or of
+    the tower that they replace.
 
     The first samples decide together: one that differs from all others is a bad sample.
     """
-    stored = {}
+    problems = {}
     for index in range(min(_FIRST, len(source))):
         more = _reinforcement(source, index)
-        if more.fits(widths):
+        problem = more.misfit(x)
+        if not problem:
             return
         if more.total:
-            stored[source.key(index)] = more.widths or more.total
-    for key, stored_widths in stored.items():
+            problems[source.key(index)] = problem
+    advice = (
+        "set one StoredTeacher with its embed_dim for each teacher in report.json of the data, in "
+        "the same order"
+    )
+    if replaces:
+        advice = (
+            f"set init_from to the {x.of} tower that clip-jax prepare --reinforce embedded the "
+            "data with, alone, or embed the data with this one"
+        )
+    for key, problem in problems.items():
         raise InputError(
-            f"data.source stores embeddings of width {stored_widths} (sample {key!r}), but "
-            f"embed_dim of the objective's StoredTeachers is {widths}: set one StoredTeacher for "
-            "each teacher in report.json of the data, in the same order"
+            f"data.source stores {x.of} embeddings with {problem} (sample {key!r}): {advice}"
         )
 
 

@@ -1,8 +1,9 @@
 """What a reinforced data set stores with a pair (MobileCLIP, 2311.17049), in two layouts.
 
-Embeddings are rows of all teachers' side by side. An int8 row has a float32 scale per teacher; the
-value x is stored as the root of |x| / scale, with its sign, in steps of 1/127. So outliers cost
-small values little precision: the cosine with the original is above 0.999 up to 4,000 values.
+Embeddings are rows of all teachers' side by side; the tower that a run reads instead of computing
+it is such a teacher. An int8 row has a float32 scale per teacher; the value x is stored as the root
+of |x| / scale, with its sign, in steps of 1/127. So outliers cost small values little precision:
+the cosine with the original is above 0.999 up to 4,000 values.
 """
 
 import contextlib
@@ -19,14 +20,19 @@ from jaxtyping import Float32
 
 from clip_jax.data.augment import OPERATIONS, POSTERIZE, Augmentation
 from clip_jax.data.sources import SampleError, captions_of
+from clip_jax.data.tokenizers import vocabulary
+from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.inputs import StoredInput
+from clip_jax.serialize import to_dict
 from clip_jax.storage.torch_pickle import read_torch
 
-EmbeddingType = Literal["float16", "int8"]
+EmbeddingType = Literal["float32", "float16", "int8"]
+Origin = Mapping[str, Any]  # what embeddings depend on besides the sample, by name; see `origin`
 SYNTHETIC = "synthetic"  # feature with the synthetic captions
 
 _Rows = Float32[np.ndarray, "_N _D"]
 _ROWS = {"image_emb": "image", "text_emb": "text", "syn_text_emb": "synthetic_text"}
+_FLOATS = {"float32": "<f4", "float16": "<f2"}
 _MAX_BYTES = 1 << 26  # of unpacked embeddings; 36 float32 rows of 1,536 values have 220 kB
 _absent = functools.partial(np.zeros, (0, 0), np.float32)
 
@@ -43,6 +49,8 @@ class Reinforcement:
     synthetic_text: Float32[np.ndarray, "S _D"] = field(default_factory=_absent)
     # The width of each teacher's part of D; empty if unknown, as in tars.
     widths: tuple[int, ...] = field(default=(), kw_only=True)
+    # The origin of each teacher's embeddings, by "image" and "text"; empty if unknown.
+    origins: tuple[Mapping[str, Origin], ...] = field(default=(), kw_only=True)
 
     @property
     def total(self) -> int:
@@ -53,17 +61,45 @@ class Reinforcement:
         """Say whether the embeddings are of teachers of these widths, as far as the format says."""
         return self.widths == widths if self.widths else self.total == sum(widths)
 
+    def misfit(self, x: StoredInput) -> str:
+        """Name what makes these embeddings others than an input needs; empty if they are it."""
+        if not self.fits(x.widths):
+            return f"width {self.widths or self.total}, but need {x.widths}"
+        if not x.origin:
+            return ""
+        kind = "image" if x.of == "image" else "text"
+        stored = self.origins[0].get(kind, {}) if self.origins else {}
+        for name, needed in x.origin:
+            if stored.get(name) != needed:
+                return f"{name} {stored.get(name, 'unknown')}, but need {needed}"
+        return ""
+
     def check(self, row: Float32[np.ndarray, "_ _D"], x: StoredInput) -> None:
-        """Raise SampleError if a row of these embeddings is missing, has other widths than the
-        teachers, or is zero for one of them."""
+        """Raise SampleError if a row of these embeddings is missing, does not fit the input, or is
+        zero for one of the teachers."""
         if not row.size:
             raise SampleError(f"the stored embedding of {x.of} is missing")
-        if not self.fits(x.widths):
-            stored = self.widths or self.total
-            raise SampleError(f"stored embeddings have width {stored}, but need {x.widths}")
+        if problem := self.misfit(x):
+            raise SampleError(f"stored embeddings have {problem}")
         parts = np.split(row, np.cumsum(x.widths)[:-1], axis=1)
         if not all(part.any() for part in parts):
             raise SampleError(f"the stored embedding of {x.of} is zero")
+
+
+def origin(config: CLIPConfig, tower: Literal["image", "text"], digest: str) -> dict[str, Any]:
+    """Return what the embeddings of a tower depend on besides the sample, by name.
+
+    `digest` is the hash of the tower's float32 parameters. Values are integers and short strings.
+    """
+    if tower == "image":
+        colors = [config.image_mean, config.image_std]
+        normalization = f"{zlib.crc32(json.dumps(colors).encode()):08x}"
+        size = config.vision.max_patches or config.vision.image_size
+        return {"resolution": size, "normalization": normalization, "weights": digest}
+    rules = to_dict(config.text.tokenizer) | {"file": vocabulary.digest(config.text.tokenizer)}
+    tokenizer = f"{zlib.crc32(json.dumps(rules, sort_keys=True).encode()):08x}"
+    length = config.text.context_length
+    return {"context length": length, "tokenizer": tokenizer, "weights": digest}
 
 
 def to_features(
@@ -73,7 +109,10 @@ def to_features(
     empty if they are unknown, as in tars."""
     features = {name: _encode(x, dtype, widths) for name, x in _rows(r).items()}
     if features:
-        features["emb"] = [json.dumps({"dtype": dtype, "widths": list(widths)}).encode()]
+        how: dict[str, Any] = {"dtype": dtype, "widths": list(widths)}
+        if r.origins:
+            how["origins"] = list(r.origins)
+        features["emb"] = [json.dumps(how).encode()]
     if r.augmentations:
         features["paug"] = [_to_json(r)]
     if r.synthetic:
@@ -87,13 +126,14 @@ def from_features(
     """Return what is stored with a pair of so many captions; None: nothing. Raises SampleError."""
     with _reading():
         stored = json.loads(features.get("emb", [b"{}"])[0])
+        origins = [{kind: dict(y) for kind, y in x.items()} for x in stored.pop("origins", ())]
         rows = {x: _decode(features[x], **stored) for x in _ROWS if x in features}
         texts = captions_of(features[SYNTHETIC]) if SYNTHETIC in features else []
         joined = _join(features.get("paug", [b""])[0], texts, rows, captions)
         widths = tuple(stored["widths"]) if rows else ()
         if widths and sum(widths) != joined.total:
             raise SampleError(f"embeddings of width {joined.total} cannot be of {widths}")
-        return joined and replace(joined, widths=widths)
+        return joined and replace(joined, widths=widths, origins=tuple(origins if rows else ()))
 
 
 def to_members(r: Reinforcement) -> dict[str, bytes]:
@@ -206,8 +246,8 @@ def _rows(r: Reinforcement) -> dict[str, Any]:
 
 
 def _encode(rows: _Rows, dtype: EmbeddingType, widths: Sequence[int]) -> list[bytes]:
-    if dtype == "float16":
-        return [row.tobytes() for row in rows.astype("<f2")]
+    if dtype != "int8":
+        return [row.tobytes() for row in rows.astype(_FLOATS[dtype])]
     widths = widths or (rows.shape[1],)
     starts = np.cumsum([0, *widths[:-1]])
     scales = np.maximum.reduceat(np.abs(rows), starts, axis=1).astype("<f4")
@@ -217,8 +257,8 @@ def _encode(rows: _Rows, dtype: EmbeddingType, widths: Sequence[int]) -> list[by
 
 
 def _decode(rows: Sequence[bytes], dtype: EmbeddingType, widths: Sequence[int]) -> _Rows:
-    if dtype == "float16":
-        return np.array([np.frombuffer(row, "<f2") for row in rows], np.float32)
+    if dtype != "int8":
+        return np.array([np.frombuffer(row, _FLOATS[dtype]) for row in rows], np.float32)
     widths = widths or (len(rows[0]) - 4,)
     at = 4 * len(widths)
     scales = np.array([np.frombuffer(row[:at], "<f4") for row in rows])

@@ -275,9 +275,9 @@ class CLIP:
         """Compute the model outputs that the terms of a loss need, by the names of `losses.Term`.
 
         `images` (normalised) and `texts` hold the batch as "image" and "text", and further inputs
-        by their names. With `keys`, one per image, a ViT applies patch dropout. Returns the outputs
-        (embeddings are float32 and not normalised) and `batch_stats`, with `train` as updated by
-        BatchNorm.
+        by their names. A tower without inputs is not computed. With `keys`, one per image, a ViT
+        applies patch dropout. Returns the outputs (embeddings are float32 and not normalised) and
+        `batch_stats`, with `train` as updated by BatchNorm.
         """
         compute = functools.partial(_outputs, images, texts, needs, keys, train)
         out, updates = self._run(params, compute, mutable=["batch_stats"])
@@ -440,7 +440,8 @@ def _outputs(
     tokens_of = {name: x for name in needs if (x := output(name)).part == "tokens"}
     of_image = {name: x.layer for name, x in tokens_of.items() if x.tower == "image"}
     of_text = {name: x.layer for name, x in tokens_of.items() if x.tower == "text"}
-    writes, image_tokens, tokens = "caption_states" in needs, None, texts["text"]
+    tokens: Any = texts.get("text")
+    writes, image_tokens = "caption_states" in needs, None
     others = {f"text:{name}": x for name, x in texts.items() if name != "text"}
     if writes or of_image:
         visual = _with_tokens(towers)
@@ -450,14 +451,14 @@ def _outputs(
         else:
             out["image"] = _of_head(towers, last)
         out |= {name: cast(Array, every)[layer] for name, layer in of_image.items()}
-    else:
+    elif "image" in pixels:
         out["image"] = _embedded(towers, pixels["image"], keys, train)
     if writes:
         decoder = towers.decoder
         out["text"], out["caption_states"] = decoder.embed_and_write(
             towers.text, tokens, image_tokens
         )
-    elif not of_text:
+    elif tokens is not None and not of_text:
         others = {"text": tokens} | others
     if of_text:
         last, every = towers.text.states(tokens, collect=True)

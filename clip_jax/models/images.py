@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from clip_jax.errors import InputError
 
@@ -216,8 +216,9 @@ def num_bytes(images: Images) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(images))
 
 
-def valid_patches(images: Images) -> dict[str, int]:
-    """Count the patches of a batch in host memory, and those that are valid; {} without any."""
+def valid_patches(images: Images | Float32[np.ndarray, "B E"]) -> dict[str, int]:
+    """Count the patches of a batch in host memory, and those that are valid; {} without any, as in
+    a batch of embeddings."""
     if not isinstance(images, Patches):
         return {}
     return {

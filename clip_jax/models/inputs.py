@@ -57,10 +57,15 @@ class TextInput(Input):
 
 @dataclass(frozen=True)
 class StoredInput(Input):
-    """Embeddings that are stored with the sample, of all teachers side by side, [B, Σ widths]."""
+    """Embeddings that are stored with the sample, of all teachers side by side, [B, Σ widths].
+
+    By the name `image` or `text` they replace the images or the token ids of a batch.
+    """
 
     of: Literal["image", "text", "synthetic"]
     widths: tuple[int, ...]  # of each teacher, in the order of the data
+    # What they must be of, by name (see `data.reinforced.origin`); empty: any tower's.
+    origin: tuple[tuple[str, int | str], ...] = ()
 
     def shapes(self, batch_size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, sum(self.widths)), jnp.float32)

@@ -218,13 +218,14 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
         if (needed := needed_bytes(str(error), arguments)) is None:
             raise
         measured = {"fits": False, "peak_bytes": needed}
+    backends = attention_of(recipe.model, devices[0], sharding.shards_of_heads(mesh))
     loss = peak(compile_loss(program))  # last: its schedules have names of the step's
     return Facts(
         mesh=tuple(mesh.shape.values()),
         form=", ".join(filter(None, forms)),
         versions=", ".join(versions),
         compile_seconds=CLOCK.now() - start,
-        attention=attention_of(recipe.model, devices[0], sharding.shards_of_heads(mesh)),
+        attention=tuple(x for x in backends if x[0] != recipe.stored),
         loss=loss,
         **held,
         **measured,
@@ -293,7 +294,8 @@ def compile_loss(program: Program) -> Any:
 
     def encoded(state: State, inputs: Any) -> Any:
         params = program.recipe.complete(state, state.params)
-        return encode(context(model, mesh, state, params, inputs, {}), objective)[0]
+        x = context(model, mesh, state, params, inputs, {})
+        return encode(x, objective, stored=program.recipe.stored)[0]
 
     outputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),

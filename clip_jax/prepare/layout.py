@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clip_jax.data.augment import AugmentationsConfig
+from clip_jax.data.reinforced import EmbeddingType
 from clip_jax.data.sources.shards import BadShards
 from clip_jax.engine import On
 from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.layers import DType
+from clip_jax.optim import Tower
 from clip_jax.prepare import buckets
 from clip_jax.prepare.filters import FilterConfig
 from clip_jax.storage.files import AnyPath
@@ -17,7 +19,13 @@ _PAIR_BUCKETS = 16  # for each task's samples; neighbouring groups of shards sha
 _MOST_BUCKETS = 1 << 16
 _NEEDS = {  # options that only have a meaning with another one
     "captions": ("captions_per_image", "generation"),
-    "reinforce": ("augmentations_per_image", "augmentations", "embedding_type", "teacher_dtype"),
+    "reinforce": (
+        "reinforce_towers",
+        "augmentations_per_image",
+        "augmentations",
+        "embedding_type",
+        "teacher_dtype",
+    ),
 }
 _JOINED = 1 << 22  # rows compared at once, in memory: 16 bytes each, or 40 for perceptual hashes
 
@@ -50,19 +58,24 @@ class PrepareConfig(FilterConfig):
     threads: int = 0  # Threads that read, filter and write; 0: one for each CPU core.
     batch_size: int = 64  # Pairs scored at once; else images or captions at once on each device.
     resize: int = 0  # Shorter side to which larger images are resized, in pixels; 0: no resizing.
-    # Format of stored images. "keep": the original bytes, or JPEG for resized images.
-    encode: Literal["keep", "jpeg", "webp"] = "keep"
+    # Format of stored images. "keep": the original bytes, or JPEG for resized images. "none": no
+    # images, for runs that read stored embeddings of images alone (--stored image).
+    encode: Literal["keep", "jpeg", "webp", "none"] = "keep"
     quality: int = 95  # JPEG or WebP quality of re-encoded images, from 1 to 100.
     # Captioner (CoCa or MaMMUT) that writes synthetic captions, instead of the source's.
     captions: AnyPath | None = None
     captions_per_image: int = 1  # Number of synthetic captions of each image.
     generation: GenerationConfig = GenerationConfig(method="sample")
-    # Teachers, whose embeddings of augmented images and of captions are stored for distillation.
+    # Teachers, whose embeddings of augmented images and of captions are stored for distillation;
+    # or one frozen tower, whose embeddings replace it in training (--stored).
     reinforce: tuple[AnyPath, ...] = ()
-    augmentations_per_image: int = 2  # Number of augmentations of each image.
+    reinforce_towers: tuple[Tower, ...] = ("image", "text")  # Towers whose embeddings are stored.
+    # Number of augmentations of each image. 0: none, only its central square, or all of it for
+    # models that squash images.
+    augmentations_per_image: int = 2
     augmentations: AugmentationsConfig = AugmentationsConfig()
     # Data type of stored embeddings. int8: with one scale per row and teacher.
-    embedding_type: Literal["float16", "int8"] = "float16"
+    embedding_type: EmbeddingType = "float16"
     teacher_dtype: DType = "float32"  # Data type of the teachers' computation.
 
     def __post_init__(self) -> None:
@@ -77,7 +90,7 @@ class PrepareConfig(FilterConfig):
             resize="[0, inf)",
             quality="[1, 100]",
             captions_per_image="[1, 1000]",
-            augmentations_per_image="[1, 1000]",
+            augmentations_per_image="[0, 1000]",
         )
         read_worker(self.worker)
         for option, names in _NEEDS.items():
@@ -88,13 +101,23 @@ class PrepareConfig(FilterConfig):
             raise InputError("generation.seed has no effect; set seed, from which all seeds follow")
         if self.captions_per_image > 1 and self.generation.method != "sample":
             raise InputError("captions_per_image > 1 needs generation.method=sample; set it")
-        if self.shards == "tar" and self.embedding_type == "int8":
-            raise InputError("shards=tar has no embedding_type=int8; change one of them")
+        if self.shards == "tar" and self.embedding_type != "float16":
+            kind = self.embedding_type
+            raise InputError(f"shards=tar has no embedding_type={kind}; change one of them")
+        if self.shards == "tar" and self.encode == "none":
+            raise InputError("shards=tar needs images; change it, or encode=none")
+        if not self.reinforce_towers:
+            raise InputError("reinforce_towers is empty; name image, text or both")
 
     @property
     def has_models(self) -> bool:
         """Whether writing a shard takes a captioner or teachers."""
         return bool(self.captions or self.reinforce)
+
+    @property
+    def views_per_image(self) -> int:
+        """Number of embeddings of each image for each teacher."""
+        return max(1, self.augmentations_per_image) if "image" in self.reinforce_towers else 0
 
     @property
     def joins(self) -> bool:

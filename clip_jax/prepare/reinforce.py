@@ -12,7 +12,8 @@ import itertools
 import json
 import math
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,19 +23,49 @@ from jaxtyping import Float32
 from clip_jax.checkpoints.manager import digest_of
 from clip_jax.convert.formats import read_weights
 from clip_jax.data import reinforced
-from clip_jax.data.augment import Augmentation, draw, replay
+from clip_jax.data.augment import Augmentation, center, draw, replay
 from clip_jax.data.images import Item, decode, read_ahead
 from clip_jax.data.reinforced import SYNTHETIC, Reinforcement
 from clip_jax.data.sources import SampleError, StoredSource
 from clip_jax.data.sources.array_record import decode_example, encode_example
-from clip_jax.inference.loading import load, unit
+from clip_jax.errors import InputError
+from clip_jax.inference.loading import Model, load, model_of, unit
 from clip_jax.models.clip import CLIP
 from clip_jax.models.images import concatenate
+from clip_jax.models.layers import DType
+from clip_jax.optim import Tower
 from clip_jax.prepare.layout import PrepareConfig
+from clip_jax.step import of_tower
+from clip_jax.storage.files import AnyPath
 
+_Rows = Float32[np.ndarray, "_N _D"]
+
+_ABSENT = np.zeros((0, 0), np.float32)
 SEED = "synthetic_seed"  # feature: the seed with which `predict` repeats each synthetic caption
 
 model = functools.lru_cache(maxsize=None)(load)  # once for all tasks of a process
+
+
+@functools.cache
+def teacher(path: AnyPath, dtype: DType) -> Model:
+    """Load a teacher, which may be one tower alone, once for all tasks of a process."""
+    weights = read_weights(path, one_tower=True)
+    scalars = {"logit_scale": np.float32(0)}  # which a tower alone does not have
+    if weights.config.has_logit_bias:
+        scalars["logit_bias"] = np.float32(0)
+    return model_of(replace(weights, params=scalars | weights.params), dtype)
+
+
+@functools.cache
+def origins(path: AnyPath, dtype: DType, towers: tuple[Tower, ...]) -> dict[str, Any]:
+    """Return what the embeddings of a teacher's towers depend on besides the sample."""
+    loaded = teacher(path, dtype)
+    return {
+        tower: reinforced.origin(
+            loaded.clip.config, tower, digest_of(of_tower(tower, loaded.params))
+        )
+        for tower in towers
+    }
 
 
 @functools.cache
@@ -44,13 +75,25 @@ def describe_models(config: PrepareConfig) -> list[dict[str, Any]]:
 
     Raises InputError for a model that cannot be used.
     """
-    models = []
+    models: list[dict[str, Any]] = []
     for path in filter(None, (config.captions, *config.reinforce)):
-        weights = read_weights(path)
+        is_captioner = bool(config.captions) and not models
+        weights = read_weights(path, one_tower=not is_captioner)
         models.append({"model": str(path), "digest": digest_of(weights.params)})
-        if config.captions and len(models) == 1:
+        if is_captioner:
             CLIP(weights.config).needs_decoder()
             config.generation.within(weights.config.text)
+            continue
+        towers = config.reinforce_towers
+        if weights.only_tower is not None and {*towers} != {weights.only_tower}:
+            raise InputError(
+                f"{path} holds the {weights.only_tower} tower of a model alone, and "
+                f"reinforce_towers={towers}: set --reinforce-towers {weights.only_tower}"
+            )
+        if len({*towers}) == 1:
+            (tower,) = {*towers}
+            line = f"embeddings of the {tower} tower, for --stored {tower}"
+            models[-1] |= {"embed_dim": weights.config.embed_dim, "teacher": line}
             continue
         values: dict[str, Any] = {
             "embed_dim": weights.config.embed_dim,
@@ -72,12 +115,13 @@ def sizes(config: PrepareConfig, source: StoredSource) -> str:
             true = 1 if config.shards == "tar" else len(record.captions())
             counts.append(true + (len(more.synthetic) if more else 0))
     captions = float(np.mean(counts or [1])) + config.captions_per_image * bool(config.captions)
+    captions *= "text" in config.reinforce_towers
     widths = [model["embed_dim"] for model in describe_models(config) if "teacher" in model]
     row = Reinforcement(text=np.zeros((1, sum(widths)), np.float32))
     (data,) = reinforced.to_features(row, config.embedding_type, widths)["text_emb"]
-    each = (config.augmentations_per_image + captions) * len(data)
+    each = (config.views_per_image + captions) * len(data)
     return (
-        f"embeddings: {len(source):,} samples x ({config.augmentations_per_image} images + "
+        f"embeddings: {len(source):,} samples x ({config.views_per_image} images + "
         f"{captions:.4g} captions) x {len(data):,} bytes = {len(source) * each / 1e9:.4g} GB, "
         f"{each / 1e3:.4g} kB per sample"
     )
@@ -88,8 +132,13 @@ def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]
     rows = config.batch_size * jax.local_device_count()
     size = config.augmentations.size
     captioner = model(config.captions) if config.captions else None
-    teachers = [model(path, dtype=config.teacher_dtype) for path in config.reinforce]
-    specs = [teacher.image_preprocess.image_spec for teacher in teachers]
+    teachers = [teacher(path, config.teacher_dtype) for path in config.reinforce]
+    specs = [x.image_preprocess.image_spec for x in teachers]
+    is_squashed = bool(teachers) and teachers[0].image_preprocess.resize_mode != "shortest"
+    has_images, has_texts = (tower in config.reinforce_towers for tower in ("image", "text"))
+    widths = [x.config.embed_dim for x in teachers]
+    how = config.teacher_dtype, config.reinforce_towers
+    described = tuple(origins(path, *how) for path in config.reinforce)
 
     def read(record: bytes) -> tuple[dict[str, list[bytes]], Any, list[Augmentation], list[Any]]:
         pair = decode_example(record)
@@ -103,9 +152,12 @@ def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]
             uncropped = captioner.image_preprocess.batch(image)
             seeds = [_seed(config, key, x, b"caption") for x in range(config.captions_per_image)]
             pair[SEED] = [b"%d" % seed for seed in seeds]
-        for number in range(config.augmentations_per_image if teachers else 0):
-            rng = np.random.default_rng(_seed(config, key, number, b"augmentation"))
-            augmentation = draw(*picture.size, rng, config.augmentations)
+        for number in range(config.views_per_image if teachers else 0):
+            if config.augmentations_per_image:
+                rng = np.random.default_rng(_seed(config, key, number, b"augmentation"))
+                augmentation = draw(*picture.size, rng, config.augmentations)
+            else:
+                augmentation = Augmentation() if is_squashed else center(*picture.size)
             pixels = replay(picture, augmentation, specs, size)
             drawn.append(augmentation)
             views.append([spec.pack(x[None]) for spec, x in zip(specs, pixels, strict=True)])
@@ -124,24 +176,39 @@ def extended(config: PrepareConfig, records: Iterator[bytes]) -> Iterator[bytes]
             yield from map(encode_example, pairs)
             continue
         texts = [[x.decode() for x in (*y["caption"], *y.get(SYNTHETIC, ()))] for y in pairs]
-        flat = list(itertools.chain(*texts))
-        of_images = []
-        of_texts = []
-        for i, teacher in enumerate(teachers):
-            images = concatenate([view[i] for some in views for view in some])
-            of_images.append(_embed(teacher.encode_image, images, rows))
-            of_texts.append(_embed(teacher.encode_text, teacher.tokenize(flat, True), rows))
-        widths = [x.shape[1] for x in of_images]
-        images = iter(np.split(np.concatenate(of_images, axis=1), len(pairs)))
-        rest = np.concatenate(of_texts, axis=1)
-        for pair, drawn, words in zip(pairs, chosen, texts, strict=True):
+        of_images = _embed_images(teachers, views, rows) if has_images else [_ABSENT] * len(pairs)
+        of_texts = _embed_texts(teachers, texts, rows) if has_texts else [_ABSENT] * len(pairs)
+        stored = zip(pairs, chosen, texts, of_images, of_texts, strict=True)
+        for pair, drawn, words, image, of_words in stored:
             true = len(pair["caption"])
-            of_pair, rest = np.split(rest, [len(words)])
-            text, synthetic_text = np.split(of_pair, [true])
+            text, synthetic_text = np.split(of_words, [true])
             more = Reinforcement(
-                tuple(drawn), size, next(images), tuple(words[true:]), text, synthetic_text
+                tuple(drawn),
+                size if drawn else None,
+                image,
+                tuple(words[true:]),
+                text,
+                synthetic_text,
+                origins=described,
             )
             yield encode_example(pair | reinforced.to_features(more, config.embedding_type, widths))
+
+
+def _embed_images(teachers: Sequence[Model], views: Any, rows: int) -> list[_Rows]:
+    """Return the embeddings of each pair's views, of all teachers side by side."""
+    of_teachers = []
+    for i, each in enumerate(teachers):
+        images = concatenate([view[i] for some in views for view in some])
+        of_teachers.append(_embed(each.encode_image, images, rows))
+    return np.split(np.concatenate(of_teachers, axis=1), len(views))
+
+
+def _embed_texts(teachers: Sequence[Model], texts: list[list[str]], rows: int) -> list[_Rows]:
+    """Return the embeddings of each pair's texts, of all teachers side by side."""
+    flat = list(itertools.chain(*texts))
+    of_teachers = [_embed(x.encode_text, x.tokenize(flat, True), rows) for x in teachers]
+    ends = np.cumsum([len(words) for words in texts])
+    return np.split(np.concatenate(of_teachers, axis=1), ends[:-1])
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -239,6 +239,8 @@ def _stored(
 
 def _encoded(image: bytes, picture: Image.Image, config: PrepareConfig) -> bytes:
     """Encode the image as it is to be stored."""
+    if config.encode == "none":  # it is embedded as it is, and then left out
+        return image
     short = min(picture.size)
     smaller = 0 < config.resize < short
     as_is = config.shards != "tar" or reinforce.suffix_of(image)
@@ -340,7 +342,8 @@ def _verdicts(config: PrepareConfig, layout: Layout) -> UInt8[np.ndarray, " N"]:
 
 def forget() -> None:
     """Clear the caches of this process: source, model and verdicts may have changed."""
-    for cached in (opened, reinforce.model, reinforce.describe_models, _verdicts):
+    models = (reinforce.model, reinforce.teacher, reinforce.describe_models)
+    for cached in (opened, *models, _verdicts):
         cached.cache_clear()
 
 
@@ -386,6 +389,12 @@ def _kept(record: bytes, statistics: Statistics) -> bytes:
     return record
 
 
+def _without_image(record: bytes) -> bytes:
+    features = decode_example(record)
+    del features["image"]
+    return encode_example(features)
+
+
 def _write_shard(
     config: PrepareConfig,
     shard: AnyPath,
@@ -397,6 +406,8 @@ def _write_shard(
 
     if config.has_models:
         records = reinforce.extended(config, records)
+    if config.encode == "none":
+        records = map(_without_image, records)
     with files.written_whole(shard) as partial:
         if config.shards == "tar":
             with tarfile.open(partial, "w") as tar:

@@ -289,8 +289,9 @@ def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource
     settings["models"] = [model["digest"] for model in reinforce.describe_models(config)]
     path = folder / "prepare.json"
     before = {name: value for name, value in read_json(path).items() if name in settings}
-    # Older files lack the digest, and the options of models.
-    default = {"digest": settings["digest"]} if config.has_models else settings
+    # Older files lack the digest, the towers of teachers, and the options of models.
+    default = {"digest": settings["digest"], "reinforce_towers": ["image", "text"]}
+    default = default if config.has_models else settings
     earlier = default | before
     if before and earlier != settings:
         differ = ", ".join(name for name in settings if earlier.get(name) != settings[name])

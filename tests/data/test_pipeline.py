@@ -351,10 +351,10 @@ ABSENT = to_features(Reinforcement((Augmentation(),), 8), "float16", ())
     ("layout", "widths", "message"),
     [
         ("records", (16, 8), None),
-        ("records", (8, 16), r"of width \(16, 8\) \(sample '.*:1'\), .* is \(8, 16\): set one"),
-        ("records", (24,), r"of width \(16, 8\) .* StoredTeachers is \(24,\)"),
+        ("records", (8, 16), r"width \(16, 8\), but need \(8, 16\) \(sample '.*:1'\): set one"),
+        ("records", (24,), r"image embeddings with width \(16, 8\), but need \(24,\)"),
         ("tar", (16, 8), None),
-        ("tar", (8, 8), r"of width 24 .* StoredTeachers is \(8, 8\)"),
+        ("tar", (8, 8), r"with width 24, but need \(8, 8\)"),
     ],
 )
 def test_widths_of_stored_embeddings_are_those_of_the_teachers_one_by_one(

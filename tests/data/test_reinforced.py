@@ -1,5 +1,6 @@
 """Stored augmentations and embeddings: both layouts, released ones, damage."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -18,6 +19,7 @@ from clip_jax.data.reinforced import (
     to_members,
 )
 from clip_jax.data.sources import SampleError
+from clip_jax.models.inputs import StoredInput
 
 WIDTHS = (40, 24)
 AUGMENTATIONS = (
@@ -58,7 +60,7 @@ def check_equal(a, b, **tolerance):
 # ------------------------------------------------------------------------------ what is written
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "tar"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "tar"])
 def test_what_is_written_is_read(dtype):
     """Equal bytes for equal content; the embeddings within the rounding of their type."""
     if dtype == "tar":
@@ -69,10 +71,39 @@ def test_what_is_written_is_read(dtype):
     else:
         written = to_features(STORED, dtype, WIDTHS)
         assert written == to_features(STORED, dtype, WIDTHS)
-        width = 2 * 64 if dtype == "float16" else 64 + 2 * 4
+        width = {"float32": 4 * 64, "float16": 2 * 64, "int8": 64 + 2 * 4}[dtype]
         assert [len(row) for row in written["image_emb"]] == [width, width]
         read = from_features(written, 1)
-    check_equal(read, STORED, rtol=2**-11, atol=0.005 if dtype == "int8" else 1e-7)
+    exact = {"rtol": 0, "atol": 0}
+    about = {"rtol": 2**-11, "atol": 0.005 if dtype == "int8" else 1e-7}
+    check_equal(read, STORED, **(exact if dtype == "float32" else about))
+
+
+def test_the_origin_of_embeddings_is_stored_and_compared_by_name():
+    origins = ({"image": {"resolution": 16, "weights": "12ab"}}, {"image": {"resolution": 32}})
+    stored = dataclasses.replace(STORED, origins=origins)
+    read = from_features(to_features(stored, "int8", WIDTHS), 1)
+    assert read is not None
+    assert read.origins == origins
+    for of, origin, problem in (
+        ("image", {"resolution": 16, "weights": "12ab"}, ""),
+        ("image", {"resolution": 32, "weights": "12ac"}, "resolution 16, but need 32"),
+        ("image", {"resolution": 16, "weights": "12ac"}, "weights 12ab, but need 12ac"),
+        ("text", {"tokenizer": "34cd"}, "tokenizer unknown, but need 34cd"),
+    ):
+        needed = StoredInput(of, WIDTHS, (*origin.items(),))
+        assert read.misfit(needed) == problem
+        if problem:
+            with pytest.raises(SampleError, match=f"stored embeddings have {problem}"):
+                read.check(rows(1), needed)
+    unknown = from_features(to_features(STORED, "int8", WIDTHS), 1)
+    assert unknown is not None
+    needed = StoredInput("image", WIDTHS, (("weights", "12ab"),))
+    assert unknown.misfit(needed) == "weights unknown, but need 12ab"
+    damaged = to_features(stored, "int8", WIDTHS)
+    damaged["emb"] = [b'{"dtype": "int8", "widths": [40, 24], "origins": [[1]]}']
+    with pytest.raises(SampleError, match="reinforcement"):
+        from_features(damaged, 1)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

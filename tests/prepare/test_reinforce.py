@@ -13,17 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_jax.data.augment import AugmentationsConfig
+from clip_jax.convert.formats import write_weights
+from clip_jax.data.augment import Augmentation, AugmentationsConfig, replay
 from clip_jax.data.images import decode
 from clip_jax.data.reinforced import Reinforcement, from_features
 from clip_jax.data.sources.array_record import decode_example
 from clip_jax.data.sources.tar import TarConfig, TarSource
 from clip_jax.errors import InputError
 from clip_jax.inference.loading import unit
-from clip_jax.prepare import stages
+from clip_jax.prepare import reinforce, stages
 from clip_jax.prepare.filters import Pair
 from clip_jax.prepare.layout import PrepareConfig
 from clip_jax.prepare.writer import prepare
+from tests.convert.conftest import DINO, tower_weights
 from tests.data.conftest import FORMATS
 from tests.prepare.conftest import (
     assert_same_content,
@@ -63,8 +65,8 @@ def test_embeddings_of_several_captions_follow_their_captions(
     tars = TarSource(TarConfig(path=str(tmp_path / "b/*.tar")))
     for i, x in enumerate(records(tmp_path / "a")):
         stored = from_features(x, 2)
-        without_widths = dataclasses.replace(stored, text=stored.text[:1], widths=())
-        assert_same_content(without_widths, tars.record(i).more())
+        in_tar = dataclasses.replace(stored, text=stored.text[:1], widths=(), origins=())
+        assert_same_content(in_tar, tars.record(i).more())
     for fields, message in (
         ({"max_caption": 9}, "embeddings of 2 captions, of which the filters keep 1; leave out"),
         ({"max_caption": 9, "shards": "tar"}, "embeddings of 2 captions, of which"),
@@ -103,6 +105,45 @@ def test_an_image_that_a_tar_does_not_take_loses_no_embeddings(
     source = str(tmp_path / "a/*.array_record")
     with pytest.raises(InputError, match="but shards=tar, which takes JPEG, PNG and WebP only, "):
         prepare(PrepareConfig(source=source, shards="tar", destination=tmp_path / "b"))
+
+
+def test_a_tower_alone_has_rows_of_its_own_side_without_augmentations(tmp_path: Path):
+    """The row of an image is that of its central square; the image itself is not written."""
+    write_weights(tower_weights(DINO["dinov2"]), tmp_path / "tower", "hugging-face")
+    Image.new("RGB", (40, 24), "red").save(tmp_path / "a.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\na.png,red\n")
+    how: dict[str, Any] = {
+        "source": str(tmp_path / "pairs.csv"),
+        "destination": tmp_path / "a",
+        "reinforce": (tmp_path / "tower",),
+        "augmentations_per_image": 0,
+        "batch_size": 1,
+    }
+    with pytest.raises(InputError, match=r"holds the image tower .* set --reinforce-towers image"):
+        prepare(PrepareConfig(**how))
+    how |= {"reinforce_towers": ("image",), "embedding_type": "float32", "encode": "none"}
+    report = prepare(PrepareConfig(**how))
+    assert report["models"][0]["teacher"] == "embeddings of the image tower, for --stored image"
+    (record,) = records(tmp_path / "a")
+    assert record.keys() == {"caption", "emb", "image_emb", "key", "paug"}
+    stored = from_features(record, 1)
+    assert stored is not None
+    tower = reinforce.teacher(tmp_path / "tower", "float32")
+    squashes = tower.image_preprocess.resize_mode != "shortest"
+    box = None if squashes else (0, 8, 24, 24)
+    assert stored.augmentations == (Augmentation(box),)
+    assert stored.origins[0]["image"]["resolution"] == tower.config.vision.image_size
+    spec = tower.image_preprocess.image_spec
+    pixels = replay((tmp_path / "a.png").read_bytes(), stored.augmentations[0], [spec])[0]
+    expected = unit(tower.encode_image(spec.pack(pixels[None]), batch_size=8))
+    np.testing.assert_allclose(stored.image, expected, atol=1e-6)
+    for changes, message in (
+        ({"shards": "tar", "embedding_type": "float16"}, "shards=tar needs images"),
+        ({"shards": "tar"}, "shards=tar has no embedding_type=float32"),
+        ({"reinforce_towers": ()}, "reinforce_towers is empty"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PrepareConfig(**how | changes)
 
 
 def test_int8_rows_are_near_the_float16_rows(teachers: dict[str, Any], tmp_path: Path):

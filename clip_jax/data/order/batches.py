@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 
 from clip_jax.clock import CLOCK
 from clip_jax.data.batch_plan import BatchPlan
@@ -42,8 +42,8 @@ class Reading:
 class Batch:
     """This process's rows of one global batch."""
 
-    image: Images
-    text: Int32[np.ndarray, "B L"]
+    image: Images | Float32[np.ndarray, "B E"]  # or stored embeddings of the images
+    text: Int32[np.ndarray, "B L"] | Float32[np.ndarray, "B E"]  # or stored embeddings
     index: Int64[np.ndarray, " B"]  # global positions
     keys: list[str]  # of the samples used
     skipped: list[dict[str, Any]]  # position, key and reason of each bad sample
