@@ -342,7 +342,7 @@ def _verdicts(config: PrepareConfig, layout: Layout) -> UInt8[np.ndarray, " N"]:
 
 def forget() -> None:
     """Clear the caches of this process: source, model and verdicts may have changed."""
-    models = (reinforce.model, reinforce.teacher, reinforce.describe_models)
+    models = (reinforce.model, reinforce.teacher, reinforce.origins, reinforce.describe_models)
     for cached in (opened, *models, _verdicts):
         cached.cache_clear()
 
