@@ -272,6 +272,9 @@ def check_stored(recipe: StepConfig, tower: Tower) -> None:
             more.append(f"{term.name}.teachers")
         if tower == "text" and getattr(term, "mask_same_caption", False):
             more.append(f"{term.name}.mask_same_caption")
+    if tower == "image":  # whose tokens every part beside the towers takes
+        parts = {path.split("/")[0] for path in recipe.model.dimensions() if "/" in path}
+        more += sorted(parts - {"visual", "text", "batch_stats"})
     if recipe.lora is not None:
         more.append("lora")
     if more:

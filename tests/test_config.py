@@ -64,7 +64,11 @@ STORED = DistillationConfig(teachers=(StoredTeacher(embed_dim=8),))
         ("image", {"branch_from": "run@3"}, None),
         ("image", {"init_from": None}, "stored=image needs the weights of that tower"),
         ("text", {"init_towers": ("image",)}, "stored=text needs the weights of that tower"),
-        ("image", {"model": COCA, "objective": (CaptionConfig(),)}, "caption_states needs more"),
+        (
+            "image",
+            {"model": COCA, "objective": (CaptionConfig(),)},
+            "caption_states, decoder",
+        ),
         ("text", {"objective": (SoftmaxConfig(captions="both"),)}, "text:synthetic needs more"),
         ("text", {"objective": (SoftmaxConfig(mask_same_caption=True),)}, "mask_same_caption need"),
         ("text", {"objective": (LIVE,)}, r"distillation\.teachers needs more"),
