@@ -28,7 +28,7 @@ from clip_jax.models.clip import CLIPConfig
 from clip_jax.pods.plan import PlanConfig
 from clip_jax.pods.topology import Topology
 from clip_jax.prepare.layout import PrepareConfig
-from clip_jax.scaling import climb, fit, html_report, ladder, run_table
+from clip_jax.scaling import climb, collect, fit, html_report, ladder
 from clip_jax.scaling.chinchilla import DivideConfig
 from clip_jax.scaling.choose import ChooseConfig
 from clip_jax.scaling.downstream import RelateConfig
@@ -40,7 +40,7 @@ from clip_jax.serve.service import ServeConfig
 COMMANDS = (
     Config, evaluate.EvaluateConfig, predict.PredictConfig, embed.EmbedConfig,
     search.SearchConfig, DemoConfig, ConvertConfig, PrepareConfig, PlanConfig,
-    run_table.CollectConfig, fit.FitCommand, climb.LadderCommand, ladder.LadderConfig,
+    collect.CollectConfig, fit.FitCommand, climb.LadderCommand, ladder.LadderConfig,
     html_report.ReportConfig, bench.InputBench, bench.StepBench, ExportConfig, ServeConfig,
     average.AverageConfig, SampleDataConfig, ScalePlanConfig, ChooseConfig, RelateConfig,
     DivideConfig, RanksConfig, CompletionConfig,

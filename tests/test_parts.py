@@ -21,7 +21,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.optim import make_optimizer
-from clip_jax.scaling.run_table import gather
+from clip_jax.scaling.collect import gather
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage.files import AnyPath
 from tests.conftest import DIGITS

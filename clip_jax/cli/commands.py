@@ -239,8 +239,8 @@ def _ladder(args: Sequence[str]) -> int:
 
 def _collect(args: Sequence[str]) -> int:
     """Collect finished runs into one table: clip-jax scale collect RUN ... --output runs.csv"""
-    from clip_jax.scaling.run_table import CollectConfig
-    from clip_jax.scaling.run_table import collect as run_collection
+    from clip_jax.scaling.collect import CollectConfig
+    from clip_jax.scaling.collect import collect as run_collection
 
     config, as_json = arguments.read(CollectConfig, args, ("paths",), _collect, "scale collect")
     result = run_collection(config)

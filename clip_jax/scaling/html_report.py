@@ -18,7 +18,7 @@ from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.run_config import upgrade
 from clip_jax.clock import CLOCK
 from clip_jax.errors import InputError
-from clip_jax.scaling import run_table
+from clip_jax.scaling import collect
 from clip_jax.scaling.fit import FitConfig, family_of, fit
 from clip_jax.scaling.fit_result import describe
 from clip_jax.scaling.forecast import OF_COMPUTE
@@ -59,7 +59,7 @@ class ReportConfig(Selection):
 def report(config: ReportConfig) -> dict[str, Any]:
     """Write the report; return its path, the number of runs by status, and the summary."""
     files.check_destination(config.output, "--output", folder=False)
-    table, skipped = run_table.gather(config.paths, config.columns)
+    table, skipped = collect.gather(config.paths, config.columns)
     finished = {str(row["source"]): row for row in table.rows}
     metric = config.metric or next(filter(RESULT.search, table.columns), "loss")
     is_a_score = is_score(metric, config.metric_is)
@@ -122,7 +122,7 @@ def _run(folder: AnyPath, finished: Row | None, metric: str, worker: str) -> dic
     step = result.get("step", 0)
     steps = config.get("steps", 0)
     try:
-        row = finished or run_table.of_run(config, step) | result
+        row = finished or collect.of_run(config, step) | result
     except (LookupError, TypeError, ValueError):
         row = {"arch": "unknown", "samples_seen": 0}
     log = folder / "log.txt"

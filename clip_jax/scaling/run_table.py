@@ -1,4 +1,4 @@
-"""Read, write and collect tables of runs, with one row per trained model.
+"""Read and write tables of runs, with one row per trained model.
 
 Columns are those of Cherti et al.'s results: `arch`, `samples_seen`, `gmacs_per_sample` (forward,
 one pair, fvcore's count), `mparams`, and one column per metric. Other facts of a run (seed,
@@ -16,26 +16,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
-from clip_jax import flops, parts
-from clip_jax.checkpoints.resume import branch_point
-from clip_jax.checkpoints.retention import WATCHED
-from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.config import Config
 from clip_jax.errors import InputError
-from clip_jax.models import zoo
-from clip_jax.models.clip import CLIP, CLIPConfig, count
 from clip_jax.scaling.columns import Row, mapped, numeric
 from clip_jax.scaling.laws import Runs
-from clip_jax.serialize import from_dict
-from clip_jax.storage.files import AnyPath, as_path, check_destination, walk, write_whole
+from clip_jax.storage.files import AnyPath, write_whole
 from clip_jax.storage.files import read as read_file
-from clip_jax.storage.json_files import parse, read_json, read_rows
+from clip_jax.storage.json_files import parse
 
 LEAST, MOST = 1e-12, 1e18  # of sizes, samples and batches
 MOST_FLOPS = 1e40
@@ -135,6 +125,8 @@ class RunTable:
         """
         rows = RunTable([row for row in self.rows if row["arch"] == model])
         if not rows.rows:
+            from clip_jax.models import zoo
+
             try:
                 return gmacs(zoo.get(model))
             except InputError as error:
@@ -231,10 +223,12 @@ def read(path: AnyPath, columns: Sequence[str] = ()) -> RunTable:
     except InputError as error:
         raise InputError(f"{path} {error}") from error
     rows = mapped(lines, columns)
-    for row in rows:
-        arch = text(row, "arch")
-        if not text(row, "gmacs_per_sample") and arch in zoo.ARCHITECTURES:
-            row["gmacs_per_sample"] = gmacs(zoo.ARCHITECTURES[arch])
+    if without_size := [row for row in rows if not text(row, "gmacs_per_sample")]:
+        from clip_jax.models.zoo import ARCHITECTURES
+
+        for row in without_size:
+            if text(row, "arch") in ARCHITECTURES:
+                row["gmacs_per_sample"] = gmacs(ARCHITECTURES[text(row, "arch")])
     return RunTable(rows)
 
 
@@ -285,28 +279,6 @@ class Selection:
     columns: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectConfig:
-    """Collect finished runs in one table."""
-
-    paths: tuple[AnyPath, ...] = (Path("runs"),)  # Run directories, folders of these, or tables.
-    output: AnyPath = Path("scaling.csv")  # Table to write (CSV).
-    columns: tuple[str, ...] = ()  # Columns of other programs' tables, as for `scale fit`.
-
-
-def collect(config: CollectConfig) -> dict[str, Any]:
-    """Write the table; return its path, the number of rows, and the reasons of skipped runs."""
-    check_destination(config.output, "--output", folder=False)
-    table, skipped = gather(config.paths, config.columns)
-    if not table.rows:
-        raise InputError(
-            f"no finished run under {', '.join(map(str, config.paths))}"
-            + "".join(f"\n  {line}" for line in skipped)
-        )
-    write(table, config.output)
-    return {"table": str(config.output), "rows": len(table.rows), "skipped": skipped}
-
-
 def is_score(metric: str, metric_is: Literal["score", "error"] | None = None) -> bool:
     """Return whether a metric is a score, such as an accuracy, or else a loss or an error.
 
@@ -335,106 +307,8 @@ def short(number: float) -> str:
 
 
 @functools.cache
-def gmacs(config: CLIPConfig) -> float:
-    """Return the forward GMACs of one pair, as fvcore counts them."""
+def gmacs(config: Any) -> float:
+    """Return the forward GMACs of one pair for a `CLIPConfig`, as fvcore counts them."""
+    from clip_jax import flops  # imports JAX, which tables with sizes do not need
+
     return flops.forward(config, "fvcore").total / 1e9
-
-
-@functools.cache
-def mparams(config: CLIPConfig) -> float:
-    """Return the number of parameters in millions."""
-    return count(dict(jax.eval_shape(CLIP(config).init, jax.random.key(0)))) / 1e6
-
-
-def gather(paths: Sequence[AnyPath], columns: Sequence[str] = ()) -> tuple[RunTable, list[str]]:
-    """Read every finished run directory and every CSV of runs below the paths.
-
-    CSVs in a run directory are the run's own results, and not read. `columns` maps those of the
-    tables. Returns the table, and one line for each run or file that was skipped, with the reason.
-    """
-    rows: list[Row] = []
-    skipped: list[str] = []
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path} does not exist; name run directories or tables.")
-        files = [path]
-        if path.is_dir():
-            named = [as_path(file) for file in walk(path)]
-            runs = {x.parent for x in named if x.name == "config.json"}
-            tables = [x for x in named if x.suffix == ".csv" and runs.isdisjoint(x.parents)]
-            files = [x for x in named if x.name == "result.json"] + tables
-        for file in sorted(files):
-            try:
-                rows += [_ours(file)] if file.name == "result.json" else _table(file, columns)
-            except parts.NotImported:
-                raise
-            except InputError as reason:
-                if file == path:
-                    raise  # a table by name; those in folders may be of other kinds
-                skipped.append(f"{file}: {reason}")
-    return RunTable(rows), skipped
-
-
-def _table(file: AnyPath, columns: Sequence[str]) -> list[Row]:
-    """Read the rows of a CSV of runs from any program."""
-    table = read(file, columns)
-    table.check("arch", "samples_seen")
-    return [{**row, "source": row.get("source", str(file))} for row in table.rows]
-
-
-def _ours(file: AnyPath) -> Row:
-    """Read the row of a run of `clip-jax train`. Raises InputError if it is unfinished."""
-    result = read_json(file, "step", "samples_seen")
-    run = read_run_config(file.parent)
-    try:
-        row = of_run(run, end := run["steps"])
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"no config.json of a run beside it ({error!r})") from error
-    if result["step"] != end:  # --stop-after has stopped it
-        raise InputError(f"stopped at step {result['step']} of {end}")
-    watched = {line["step"]: line for line in read_rows(file.parent / WATCHED)}
-    if watched and end not in watched:
-        raise InputError(f"its watcher has evaluated up to step {max(watched)} of {end}")
-    if reason := watched.get(end, {}).get("skipped"):
-        raise InputError(f"its watcher skipped step {end}: {reason}")
-    if reason := result.get("failed") or watched.get(end, {}).get("failed"):
-        raise InputError(f"its evaluation of step {end} failed: {reason}")
-    row |= {"source": str(file.parent), "samples_seen": result.pop("samples_seen")}
-    return row | {key: value for key, value in result.items() if isinstance(value, int | float)}
-
-
-def of_run(run: dict[str, Any], step: int) -> Row:
-    """Return the columns that follow from a run's config and its last step.
-
-    Raises LookupError, TypeError or ValueError for an invalid config.
-    """
-    config = from_dict(Config, run)
-    model = config.model
-    optim = config.optim
-    work = config.flops_after
-    first = branch_point(config.branch_from)[1] if config.branch_from else 0
-    source = run.get("data", {}).get("source", {})
-    losses = [term["type"] for term in run.get("objective", [])]
-    teachers = [x for term in config.objective for x in getattr(term, "teachers", ())]
-    taught = flops.of_step(config).teacher
-    decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")
-    schedule = run["optim"].get("schedule", {}).get("type", "Cosine")
-    return {
-        "arch": zoo.name_of(model),
-        "samples_seen": config.samples_after(step),
-        "gmacs_per_sample": gmacs(model),
-        "mparams": round(mparams(model), 6),
-        "training_flops": work(step),
-        "student_flops": work(step) - taught * config.samples_after(step) // config.batch_size,
-        "flops_spent": max(work(step) - work(first), 0),  # without the parent run's
-        "family": decoder or ("SigLIP" if "SigmoidConfig" in losses else "CLIP"),
-        "data": source.get("path") or source.get("type", "").removesuffix("Config").lower(),
-        "teacher": "+".join(getattr(x, "weights", "stored") for x in teachers) or "none",
-        "schedule": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", schedule).lower(),
-        "seed": config.seed,
-        "global_batch": config.batch_size,
-        "lr": optim.learning_rate,
-        "warmup": optim.warmup_steps,
-        "weight_decay": optim.weight_decay,
-        "width": model.vision.width,
-    }

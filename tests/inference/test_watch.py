@@ -17,7 +17,7 @@ from clip_jax.evals.ranks import NotFinite
 from clip_jax.inference import evaluate, watch
 from clip_jax.inference.evaluate import EvaluateConfig
 from clip_jax.optim import OptimConfig
-from clip_jax.scaling import run_table
+from clip_jax.scaling import collect
 from clip_jax.serialize import to_dict
 from clip_jax.storage import files
 from tests.clock import HandClock
@@ -124,11 +124,11 @@ def test_a_row_that_a_kill_has_torn_is_measured_again(run):
     whole = (run.workdir / WATCHED).read_text().splitlines(keepends=True)
     (run.workdir / WATCHED).write_text("".join(whole[:2]) + whole[2][:9])
     with pytest.raises(InputError, match="has evaluated up to step 4 of 6"):
-        run_table._ours(run.workdir / "result.json")
+        collect._ours(run.workdir / "result.json")
     run.opened.remove(6)
     assert run.watch() == curve
     assert run.opened == [2, 4, 6]
-    assert run_table._ours(run.workdir / "result.json")["acc"] == 0.6
+    assert collect._ours(run.workdir / "result.json")["acc"] == 0.6
 
 
 def test_what_cannot_be_used_gets_a_row_that_says_why(run, capsys):
@@ -141,7 +141,7 @@ def test_what_cannot_be_used_gets_a_row_that_says_why(run, capsys):
     assert run.last == {}
     assert "skipped" not in json.loads((run.workdir / "result.json").read_text())
     with pytest.raises(InputError, match="skipped step 6: it is damaged"):
-        run_table._ours(run.workdir / "result.json")
+        collect._ours(run.workdir / "result.json")
     del run.unusable[2], run.unusable[6]  # tried again, with the next start
     assert run.watch() == {2: {"acc": 0.2}, 4: gone, 6: {"acc": 0.6}}
     assert run.opened == [2, 4, 6, 2, 6]
@@ -160,7 +160,7 @@ def test_a_step_whose_embeddings_are_not_finite_has_failed_and_the_next_is_evalu
     result = json.loads((run.workdir / "result.json").read_text())
     assert result == {"step": 6, "samples_seen": 6144}
     with pytest.raises(InputError, match="its evaluation of step 6 failed: 3 of 4 rows"):
-        run_table._ours(run.workdir / "result.json")
+        collect._ours(run.workdir / "result.json")
     run.watch()
     assert run.opened == [2, 4, 6]  # the same weights have the same embeddings
 

@@ -10,6 +10,8 @@ from clip_jax.processes import CPU_FLAGS, GPU_OPTIONS, TPU_OPTIONS
 from tests.conftest import DIGITS, FLAGS, ROOT
 
 HEAVY = {"tensorflow", "torch", "matplotlib", "sklearn"}
+LAION = ["scale", "fit", "tests/golden/laion_imagenet.csv", "--procedure", "laion"]
+LAION += ["--columns", "gmacs_per_sample=gflops:GFLOPs", "--draws", "100"]
 
 
 def run(*arguments, stdout=subprocess.PIPE, **environment):
@@ -39,8 +41,12 @@ def test_a_reader_who_has_enough_ends_the_command_quietly():
             HEAVY | {"jax", "flax", "numpy", "scipy", "grain", "tyro", "orbax"},
         ),
         ("import clip_jax.train, clip_jax.inference.loading", HEAVY | {"tensorflow_datasets"}),
+        (
+            f"from clip_jax.cli.commands import main; main({LAION})",
+            HEAVY | {"jax", "flax", "grain"},
+        ),
     ],
-    ids=["the package and --help", "training"],
+    ids=["the package and --help", "training", "a fit of a table"],
 )
 def test_nothing_heavy_is_imported(code: str, heavy: set[str]):
     done = run("-c", f"{code}; import sys; print('modules', *sys.modules)")

@@ -12,10 +12,10 @@ import pytest
 from clip_jax.config_files import load_config
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
 from clip_jax.scaling import fit, forecast
+from clip_jax.scaling.collect import CollectConfig, collect
 from clip_jax.scaling.grid import grid
 from clip_jax.scaling.ladder import BranchesConfig, LadderConfig
 from clip_jax.scaling.laws import Runs
-from clip_jax.scaling.run_table import CollectConfig, collect
 from clip_jax.scaling.uncertainty import Fit, Form, Procedure, fit_law
 from clip_jax.serialize import to_dict
 from tests.conftest import ROOT, tiny_digits

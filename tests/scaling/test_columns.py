@@ -8,9 +8,10 @@ import pytest
 
 from clip_jax.errors import InputError
 from clip_jax.scaling import run_table
+from clip_jax.scaling.collect import CollectConfig, collect
 from clip_jax.scaling.columns import mapped, samples_of_tag
 from clip_jax.scaling.fit import FitConfig, fit
-from clip_jax.scaling.run_table import CollectConfig, RunTable, collect
+from clip_jax.scaling.run_table import RunTable
 from tests.scaling.conftest import POINTS
 
 # Lines of each table, without the columns that nothing reads.

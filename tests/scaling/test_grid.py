@@ -11,7 +11,7 @@ from clip_jax import flops
 from clip_jax.errors import InputError
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig, StoredTeacher
 from clip_jax.optim import Constant, CoolDown, OptimConfig
-from clip_jax.scaling import climb, run_table
+from clip_jax.scaling import climb, collect, run_table
 from clip_jax.scaling.grid import grid
 from clip_jax.scaling.ladder import BranchesConfig, RulesConfig, SweepConfig, load_ladder
 from clip_jax.serialize import to_dict
@@ -105,7 +105,7 @@ def test_a_teacher_is_a_column_whose_flops_count_or_not(tmp_path):
     assert [point.name for point in points] == ["{}@{}-seed0".format(*x) for x in names]
     assert [point.config.objective == (taught,) for point in points[:4]] == [False] * 2 + [True] * 2
     alone, distilled = points[0], points[2]
-    rows = [run_table.of_run(to_dict(x.config), 10) for x in (alone, distilled)]
+    rows = [collect.of_run(to_dict(x.config), 10) for x in (alone, distilled)]
     assert [row["teacher"] for row in rows] == ["none", "runs/wide+stored"]
     assert rows[0]["student_flops"] == rows[0]["training_flops"] == alone.training_flops
     assert rows[1]["training_flops"] == distilled.training_flops

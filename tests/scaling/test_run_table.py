@@ -14,9 +14,9 @@ from clip_jax.errors import InputError
 from clip_jax.losses import CaptionConfig
 from clip_jax.models import zoo
 from clip_jax.scaling import run_table
+from clip_jax.scaling.collect import CollectConfig, collect, of_run
 from clip_jax.scaling.fit import FitConfig, fit
 from clip_jax.scaling.grid import Point
-from clip_jax.scaling.run_table import CollectConfig, collect
 from clip_jax.serialize import to_dict
 from tests.conftest import COCA
 from tests.scaling.conftest import POINTS
@@ -178,8 +178,8 @@ def test_the_flops_of_a_run_are_those_of_its_ladder():
     base = Config(model=COCA, objective=(CaptionConfig(),), steps=30, batch_size=8)
     doubled = replace(base, double_batch_at=(10,))
     point = Point("", "", 0, base, Path())
-    assert run_table.of_run(to_dict(base), 30)["training_flops"] == point.training_flops
-    assert run_table.of_run(to_dict(doubled), 30)["training_flops"] == doubled.flops_after(30)
+    assert of_run(to_dict(base), 30)["training_flops"] == point.training_flops
+    assert of_run(to_dict(doubled), 30)["training_flops"] == doubled.flops_after(30)
 
 
 def test_nothing_is_collected_of_nothing_or_of_damaged_runs(tmp_path: Path):
