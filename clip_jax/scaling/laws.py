@@ -10,7 +10,7 @@ A new form is a subclass of `Law`: its terms, coefficients, the grid on which a 
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
@@ -137,7 +137,7 @@ class Law:
 
     @classmethod
     def factors(cls, runs: Runs) -> Callable[..., np.ndarray]:
-        """Return the function from parameters inside the terms, `[...]`, to terms `[..., n, K]`."""
+        """Return the function from parameters inside the terms, `[...]`, to terms `[..., K, n]`."""
 
         def terms(*values: np.ndarray | np.floating) -> np.ndarray:
             law = cls(
@@ -148,7 +148,7 @@ class Law:
                 **dict.fromkeys(cls.COEFFICIENTS, 1.0),
             )
             each = law.terms(runs.size, runs.samples, runs.third)
-            return np.stack(np.broadcast_arrays(*each, runs.size)[:-1], axis=-1)
+            return np.stack(np.broadcast_arrays(*each, runs.size)[:-1], axis=-2)
 
         return terms
 
@@ -372,7 +372,7 @@ def search(
     finds the exponents. Unlike gradient methods, this does not depend on a start, and it solves
     thousands of tables at once.
 
-    `terms` maps arrays `[...]`, one per exponent, to `[..., n, K]`. `grid` is the first grid:
+    `terms` maps arrays `[...]`, one per exponent, to `[..., K, n]`. `grid` is the first grid:
     increasing positive values of each exponent, evenly spaced in log. Returns the exponents and
     the K coefficients of each table.
     """
@@ -387,9 +387,9 @@ def search(
         return exponents, coefficients
     first = np.stack(np.meshgrid(*grid, indexing="ij"), axis=-1).reshape(-1, len(grid))
     shared = terms(*first.T)
-    products = np.einsum("gni,gnj->ngij", shared, shared)
-    normal = np.tensordot(weights / error**2, products, 1)
-    target = np.tensordot(weights / error, shared.transpose(1, 0, 2), 1)
+    products = shared[:, :, None] * shared[:, None]  # [G, K, K, n]
+    normal = np.moveaxis(products @ (weights / error**2).T, -1, 0)
+    target = np.moveaxis(shared @ (weights / error).T, -1, 0)
     coefficients, loss = nonnegative(normal, target)
     at = np.log(first)[loss.argmin(axis=1)]  # [R, E]
 
@@ -401,14 +401,13 @@ def search(
     root = np.sqrt(weights)
     coefficients = coefficients[every, loss.argmin(axis=1)]
     for _ in range(ROUNDS):
-        predicted = (terms(*np.exp(at).T) @ coefficients[..., None])[..., 0]
+        predicted = (coefficients[:, None] @ terms(*np.exp(at).T))[:, 0]
         around = np.clip(predicted, error / 3, error * 3)
         tried = np.clip(at[:, None] + cells * step, low, high)  # [R, cells, E]
-        scaled = terms(*np.moveaxis(np.exp(tried), -1, 0)) * (root / around)[:, None, :, None]
-        transposed = scaled.swapaxes(-1, -2)
+        scaled = terms(*np.moveaxis(np.exp(tried), -1, 0)) * (root / around)[:, None, None]
         target = root * linearised(error, around)
-        aimed = (transposed @ target[:, None, :, None])[..., 0]
-        solution, loss = nonnegative(transposed @ scaled, aimed)
+        aimed = (scaled @ target[:, None, :, None])[..., 0]
+        solution, loss = nonnegative(scaled @ scaled.swapaxes(-1, -2), aimed)
         best = loss.argmin(axis=1)
         at = tried[every, best]
         coefficients = solution[every, best]
@@ -427,7 +426,7 @@ def fit_one(kind: type[Law], runs: Runs, weights: Float[np.ndarray, " n"]) -> La
     inside = np.log([float(law.parameters[name]) for name in kind.inside()])
     coefficients = np.array([float(law.parameters[name]) for name in kind.COEFFICIENTS])
     terms = kind.factors(runs)
-    unit = terms(*np.exp(inside)).max(axis=0) / np.median(runs.error)
+    unit = terms(*np.exp(inside)).max(axis=-1) / np.median(runs.error)
     root = np.sqrt(weights)
 
     def law_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -437,7 +436,7 @@ def fit_one(kind: type[Law], runs: Runs, weights: Float[np.ndarray, " n"]) -> La
 
     def residuals(values: np.ndarray) -> np.ndarray:
         powers, factors = law_of(values)
-        return root * np.log(np.maximum(terms(*powers) @ factors, TINY) / runs.error)
+        return root * np.log(np.maximum(factors @ terms(*powers), TINY) / runs.error)
 
     low = np.concatenate([bounds[free, 0], np.zeros(len(unit))])
     high = np.concatenate([bounds[free, 1], np.full(len(unit), np.inf)])
@@ -482,17 +481,36 @@ def nonnegative(
     which scipy.optimize.nnls would solve one by one. Returns the coefficients, and the loss up to a
     constant.
     """
-    best = np.zeros_like(target)
+    unit = np.sqrt(np.diagonal(normal, axis1=-2, axis2=-1))
+    scaled = normal / (unit[..., None] * unit[..., None, :]) + RIDGE * np.eye(unit.shape[-1])
+    aimed = np.moveaxis(target / unit, -1, 0)
+    best = np.zeros_like(aimed)
     least = np.zeros(target.shape[:-1])
-    for rows in faces(target.shape[-1]):
-        solution = (inverses(normal[..., rows, :][..., rows]) @ target[..., rows, None])[..., 0]
-        loss = -(solution * target[..., rows]).sum(-1)
-        better = (solution >= 0).all(-1) & (loss < least)
+    rows = np.concatenate([np.moveaxis(scaled, (-2, -1), (0, 1)), aimed[:, None]], axis=1)
+    for face, solution in _solutions(rows, []):
+        loss = -(solution * aimed[face]).sum(0)
+        better = (solution >= 0).all(0) & (loss < least)
         least = np.where(better, loss, least)
-        full = np.zeros_like(target)
-        full[..., rows] = solution
-        best = np.where(better[..., None], full, best)
-    return best, least
+        best = np.where(better, 0.0, best)
+        best[face] = np.where(better, solution, best[face])
+    return np.moveaxis(best, 0, -1) / unit, least
+
+
+def _solutions(
+    rows: Float[np.ndarray, "K L *B"], face: list[int]
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield all sets of coefficients that begin with `face`, and the solutions for these alone.
+
+    `rows` are normal equations with their targets, in which those of `face` are solved. Each set
+    takes one more elimination (the sweep operator, Goodnight 1979), for all problems at once.
+    """
+    for i in range(max(face, default=-1) + 1, len(rows)):
+        solved = rows[i] / rows[i, i]
+        others = rows - rows[:, i, None] * solved
+        others[i] = solved
+        longer = [*face, i]
+        yield longer, others[longer, -1]
+        yield from _solutions(others, longer)
 
 
 # ------------------------------------------------------------------ the frontier

@@ -7,12 +7,13 @@ these (a coefficient, or the law at some runs) have a closed form. An interval i
 the region (Venzon and Moolgavkar 1988).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from clip_jax.scaling.laws import Law, Runs, faces, inverses, linearised, nonnegative
+from clip_jax.scaling.laws import Law, Numbers, Runs, faces, inverses, linearised, nonnegative
 
 CELLS = {1: 61, 2: 25, 3: 13}  # per axis, by the number of axes
 MARGIN = 1.3  # half the width of the first grid, in widths of the region if it were an ellipsoid
@@ -82,9 +83,15 @@ class Region(NamedTuple):
         is_open = bool(low[0] <= 0) or (exponent is not None and exponent.open)
         return Interval(max(float(low[0]), 0.0), float(high[0]), is_open)
 
+    def inner(self, quantity: Callable[[Any], Numbers]) -> tuple[float, float]:
+        """Return the range of a quantity of the law that its coefficients do not change."""
+        inside = dict(zip(self.kind.inside(), self.inside.T, strict=True))
+        values = quantity(self.kind(**inside, **dict.fromkeys(self.kind.COEFFICIENTS, np.nan)))
+        return float(np.min(values)), float(np.max(values))
+
     def law(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
         """Return the least and the greatest error that laws of the region have for each run."""
-        return self.extremes(self.kind.factors(runs)(*self.inside.T))
+        return self.extremes(self.kind.factors(runs)(*self.inside.T).swapaxes(-1, -2))
 
 
 def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float) -> Region:
@@ -97,6 +104,7 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
     aimed = linearised(runs.error, around)
     root = np.sqrt(weights)
     total = float((weights * aimed**2).sum())
+    limit += ROUNDING * total
     terms = kind.factors(runs)
     names = kind.inside()
     bounds = np.log([[x[0], x[-1]] for x in kind.grid(runs)])  # [E, 2]
@@ -104,9 +112,8 @@ def region(law: Law, runs: Runs, weights: Float[np.ndarray, " n"], limit: float)
     centre = np.log([float(law.parameters[name]) for name in names])
 
     def equations(inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        scaled = terms(*np.exp(inside).T) * (root / around)[:, None]
-        transposed = scaled.swapaxes(-1, -2)
-        return transposed @ scaled, transposed @ (root * aimed)
+        scaled = terms(*np.exp(inside).T) * (root / around)
+        return scaled @ scaled.swapaxes(-1, -2), scaled @ (root * aimed)
 
     axes = _axes(law, runs, weights, free)  # [F, E]
     count = CELLS[max(len(axes), 1)]

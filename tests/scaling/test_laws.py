@@ -134,11 +134,11 @@ def test_one_table_is_fitted_as_well_as_by_scipy_from_any_start(data: str, form:
     best = None
     for _ in range(20):
         inside = rng.uniform(*bounds.T)
-        unit = terms(*np.exp(inside)).max(axis=0)
+        unit = terms(*np.exp(inside)).max(axis=-1)
 
         def predicted(values: np.ndarray, unit: np.ndarray = unit) -> np.ndarray:
             powers = np.exp(values[: len(names)])
-            return np.maximum(terms(*powers) @ (values[len(names) :] / unit), 1e-300)
+            return np.maximum((values[len(names) :] / unit) @ terms(*powers), 1e-300)
 
         solved = least_squares(
             lambda x, predicted=predicted: np.log(predicted(x) / runs.error),
