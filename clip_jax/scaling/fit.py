@@ -6,7 +6,7 @@ are in training FLOPs, 6e9 times that.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -165,8 +165,9 @@ class FitConfig(Selection):
             table.check(self.run)
             runs = runs._replace(run=np.array([text(row, self.run) for row in table.rows]))
         if self.evaluated:
-            binomial = runs.error * (1 - runs.error) / self.evaluated
-            runs = runs._replace(binomial=binomial)
+            # Of a score of 0 or 1 as if half of an image counted the other way.
+            score = np.clip(1 - runs.error, 0.5 / self.evaluated, 1 - 0.5 / self.evaluated)
+            runs = runs._replace(binomial=score * (1 - score) / self.evaluated)
         return runs
 
     def candidates(self, tables: Sequence[Runs], forms: tuple[Form, ...] = ()) -> list[Candidate]:
@@ -296,7 +297,7 @@ def fit(table: RunTable, config: FitConfig) -> FitResult:
         procedure=config.procedure,
         compute_unit=AXES[config.against][1],
         laws={"": _law(fitted, config)},
-        validation=summary(laws.validation, runs) if laws.validation else None,
+        validation=summary(laws.validation) if laws.validation else None,
         warnings=warnings,
         without_outliers=without,
         hold_out=hold_out,
@@ -368,17 +369,17 @@ def _law(fitted: Fit, config: FitConfig) -> LawResult:
         third = np.full_like(span, np.median(runs.third))
     curve = np.stack([span, *fitted.curve(best.size, best.samples, third)])
     parameters = {name: _parameter(fitted, name) for name in law.parameters}
-
-    def estimate(quantity: Callable[[Any], Any]) -> Estimate:
-        low, high = middle(quantity(fitted.drawn))
-        return Estimate(float(quantity(law)), (float(low), float(high)))
-
     is_laion = isinstance(law, Saturating) and config.procedure == "laion"
     best_batch = None
     if has_best_batch:
         samples = float(np.median(runs.samples))
-        batch = estimate(lambda law: law.best_batch(samples))
-        best_batch = BestBatch(samples, batch.value, batch.interval)
+        drawn: Any = fitted.drawn
+        low, high = middle(drawn.best_batch(samples))
+        best_batch = BestBatch(samples, float(law.best_batch(samples)), (float(low), float(high)))
+    exponent = None
+    if divides:
+        interval = fitted.region.inner(lambda law: law.size_exponent)
+        exponent = Estimate(float(law.size_exponent), interval)
     return LawResult(
         runs=len(runs.error),
         points=_points(fitted),
@@ -393,7 +394,7 @@ def _law(fitted: Fit, config: FitConfig) -> LawResult:
         alpha=float(law.alpha) if isinstance(law, PowerLaw) else None,
         beta=float(law.beta) if isinstance(law, PowerLaw) else None,
         best_batch=best_batch,
-        size_exponent=estimate(lambda law: law.size_exponent) if divides else None,
+        size_exponent=exponent,
         paper=laion.coefficients(law) if is_laion else None,
     )
 

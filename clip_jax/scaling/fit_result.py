@@ -9,7 +9,6 @@ import numpy as np
 
 from clip_jax.scaling import compare
 from clip_jax.scaling.compare import FamilyPair
-from clip_jax.scaling.laws import Runs
 from clip_jax.scaling.run_table import short
 from clip_jax.scaling.validation import Group, Validation
 from clip_jax.scaling.validation import describe as describe_law
@@ -271,8 +270,9 @@ class ValidationSummary:
         }
 
 
-def summary(validation: Validation, runs: Runs) -> ValidationSummary:
+def summary(validation: Validation) -> ValidationSummary:
     """Return the validation of a table of runs."""
+    runs = validation.cuts.runs
     names = np.asarray(runs.model if runs.model is not None else np.full(len(runs.error), ""))
     columns = zip(
         names[validation.run].tolist(),
@@ -411,8 +411,10 @@ def describe(result: FitResult) -> str:
     if result.sensitivity:
         lines.append("the same answer by other ways to fit:")
     for variant in result.sensitivity:
-        mark = "; MISFITS" if variant.warnings else ""
-        lines.append(f"  {variant.name:25} {_in_words(variant.answer)}{mark}")
+        words = _in_words(variant.answer) + ("; MISFITS" if variant.warnings else "")
+        if variant.reason:
+            words = "impossible: " + variant.reason.partition(". ")[0]
+        lines.append(f"  {variant.name:25} {words}")
     lines += [f"written: {path}" for path in (*result.plots, *result.files)]
     lines += [f"warning: {line}" for line in result.warnings]
     lines += [describe(other) for other in result.also or ()]

@@ -1,5 +1,6 @@
 """Fit laws to a table, choose between them by validation, and predict runs with intervals."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from clip_jax.scaling.validation import Candidate, Validation
 OF_COMPUTE: tuple[Form, ...] = ("power", "saturating", "broken")
 OF_SIZES: tuple[Form, ...] = ("additive", "interaction", "power", "saturating")
 POINTS = 7  # of different size or samples, which the additive law needs to be the default
+MOST_DIGITS = 6  # after the decimal point, of tables that round their metric
+EXACTLY = 1e-9  # share of a number by which rounding of floats may change it
 
 
 class Forecast(NamedTuple):
@@ -34,6 +37,11 @@ class Laws:
     candidates: Sequence[Candidate]  # of the fits
     is_score: bool
     validation: Validation | None = None  # None: the table has too few runs, or a procedure's fit
+
+    @functools.cached_property
+    def resolution(self) -> float:
+        """The step to which the table rounds its errors; 0: none."""
+        return resolution(self.fit.runs.error)
 
     @property
     def fit(self) -> Fit:
@@ -62,8 +70,9 @@ class Laws:
     ) -> list[Forecast]:
         """Return the laws' mean prediction of each run, with the interval of one new run.
 
-        The interval is the wider of the laws' own and the calibrated one. Laws that do not
-        determine a run do not count, unless none does.
+        The interval is the wider of the laws' own and the calibrated one, and half a step wider on
+        both sides if the table rounds its errors. Laws that do not determine a run do not count,
+        unless none does.
         """
         if third is None and isinstance(self.fit.law, Batched):
             third = np.asarray(self.fit.law.batch_to_use(samples))
@@ -76,14 +85,25 @@ class Laws:
         knows = np.array([[not x.unknown(*run) for run in runs] for x in self.fits])
         knows[0] |= ~knows.any(0)
         margin, low, high = np.where(knows[:, None], each, 0.0).sum(0) / knows.sum(0)
-        forecasts = []
-        for i, (n, d, _) in enumerate(runs):
-            half = self.validation.half_width(n, d, self.fit.runs) if self.validation else None
-            wide = 0.0 if half is None else half
-            ends = margin[i], min(low[i], margin[i] - wide), max(high[i], margin[i] + wide)
-            errors = np.asarray(from_margins(np.array(ends), self.is_score))
-            forecasts.append(Forecast(Prediction(*errors.tolist()), half is not None))
-        return forecasts
+        error, low, high = np.asarray(from_margins(np.stack([margin, low, high]), self.is_score))
+        halves: list[float | None] = [None] * len(runs)
+        if self.validation:
+            halves = [self.validation.half_width(n, d, self.fit.runs) for n, d, _ in runs]
+            calibrated = self.validation.around(margin, np.array([x or 0.0 for x in halves]))
+            low, high = np.minimum(low, calibrated[0]), np.maximum(high, calibrated[1])
+        low = np.maximum(low - self.resolution / 2, 0.0)
+        high = np.minimum(high + self.resolution / 2, 1.0 if self.is_score else np.inf)
+        columns = zip(error.tolist(), low.tolist(), high.tolist(), halves, strict=True)
+        return [Forecast(Prediction(*ends), half is not None) for *ends, half in columns]
+
+
+def resolution(values: Float[np.ndarray, " n"]) -> float:
+    """Return the largest of 1, 0.1, ..., 1e-6 that divides all values; 0: none does."""
+    for digits in range(MOST_DIGITS + 1):
+        scaled = values * 10.0**digits
+        if (np.abs(scaled - np.round(scaled)) <= EXACTLY * scaled).all():
+            return 10.0**-digits
+    return 0.0
 
 
 def default_form(tables: Sequence[Runs]) -> Form:

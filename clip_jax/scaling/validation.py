@@ -8,9 +8,11 @@ over the largest of the fitted runs, whichever is more. The quantile of the erro
 correction of conformal prediction for finite samples (Vovk et al. 2005, section 2.2). It assumes
 that laws will err beyond the table as they did within.
 
-Errors are differences of margins: logits of scores, or logarithms of errors (`links.margins`).
+Errors are differences of margins: logits of scores, or logarithms of errors (`links.margins`). For
+intervals, they are differences of the metric itself if these depend less on its level.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -84,28 +86,54 @@ class Validation:
     cuts: "Cuts"
     cut: Int[np.ndarray, " m"]  # index of a prediction's cut
     points: Int[np.ndarray, " m"]  # number of points that its law was fitted to
-    run: Int[np.ndarray, " m"]  # index of the predicted run
+    run: Int[np.ndarray, " m"]  # index of the predicted run in `cuts.runs`
     factor: Float[np.ndarray, " m"]  # log of the extrapolation factor
     predicted: Float[np.ndarray, " m"]  # margins
     measured: Float[np.ndarray, " m"]
 
+    @functools.cached_property
+    def in_metric(self) -> bool:
+        """Whether differences of the metric depend less on its level than those of margins."""
+        near = self.factor <= FAR
+        if near.sum() < ENOUGH:
+            return False
+        measured, predicted = self.measured[near], self.predicted[near]
+        by_margin = np.abs(measured - predicted)
+        by_metric = np.abs(self.metric(measured) - self.metric(predicted))
+        return _dependence(by_metric, predicted) < _dependence(by_margin, predicted)
+
+    @functools.cached_property
+    def off(self) -> Float[np.ndarray, " m"]:
+        """How far each prediction is off: a difference of the metric or of margins."""
+        if self.in_metric:
+            return np.abs(self.metric(self.measured) - self.metric(self.predicted))
+        return np.abs(self.measured - self.predicted)
+
     def half_width(self, size: float, samples: float, fitted: Runs) -> float | None:
-        """Return half of the 95% interval of a new run, in margins; None: it is not validated."""
+        """Return half of the 95% interval of a new run, in units of `off`; None: not validated."""
         at = np.array([size]), np.array([samples])
         factor = float(factors(*at, fitted, self.cuts.divides)[0])
-        off = np.abs(self.measured - self.predicted)
-        return half_width(off, self.factor, self.points, self.total, factor)
+        return half_width(self.off, self.factor, self.points, self.total, factor)
+
+    def around(self, margin: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the errors `half` below and above those of margins, in units of `off`."""
+        if not self.in_metric:
+            low, high = (from_margins(margin + sign * half, self.is_score) for sign in (-1, 1))
+            return np.asarray(low), np.asarray(high)
+        error = from_margins(margin, self.is_score)
+        most = 1.0 if self.is_score else np.inf
+        return np.maximum(error - half, 0.0), np.minimum(error + half, most)
 
     def checked(self) -> tuple[Float[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
         """Return the half width of each prediction's interval from smaller cuts, and if it holds.
 
         Only runs below a prediction's cut calibrate its interval, which is NaN if they are too few.
         """
-        off = np.abs(self.measured - self.predicted)
+        off = self.off
         half = np.full(len(off), np.nan)
         smaller = self.cuts.smaller()
         for cut in np.unique(self.cut):
-            known = smaller[self.cut, cut] & self.cuts.known[cut, self.run]
+            known = smaller[self.cut, cut] & self.cuts.fitted[cut, self.run]
             for i in np.flatnonzero(self.cut == cut):
                 now = int(self.points[i])
                 calibration = off[known], self.factor[known], self.points[known], now
@@ -122,8 +150,7 @@ class Validation:
         """Summarise the predictions by factor; groups without predictions are left out."""
         half, inside = self.checked()
         off = np.abs(self.metric(self.measured) - self.metric(self.predicted))
-        ends = (self.metric(self.predicted + sign * half) for sign in (1, -1))
-        width = np.abs(np.subtract(*ends))
+        width = np.subtract(*self.around(self.predicted, half)[::-1])
         groups = []
         for low, high in pairwise(GROUPS):
             held = (self.factor > np.log(low)) & (self.factor <= np.log(high))
@@ -135,6 +162,12 @@ class Validation:
                 group = Group(low, high, int(held.sum()), off_by, int(has.sum()), typical, share)
                 groups.append(group)
         return groups
+
+
+def _dependence(off: Float[np.ndarray, " m"], level: Float[np.ndarray, " m"]) -> float:
+    """Return the absolute rank correlation of errors with the level (Spearman 1904)."""
+    ranks = np.stack([off, level]).argsort(axis=1, kind="stable").argsort(axis=1)
+    return abs(float(np.corrcoef(ranks)[0, 1]))
 
 
 def half_width(
@@ -165,12 +198,12 @@ def half_width(
 
 
 class Cuts(NamedTuple):
-    """The cuts of a table: K fits to its points, which predict some of its n runs."""
+    """The cuts of a table: K fits to its n points, each of which predicts a run of other points."""
 
     points: Runs  # runs averaged over seeds
-    fitted: Bool[np.ndarray, "K p"]
+    runs: Runs  # one run of each point
+    fitted: Bool[np.ndarray, "K n"]
     tested: Bool[np.ndarray, "K n"]
-    known: Bool[np.ndarray, "K n"]  # runs below the cut
     divides: bool  # whether size and samples count besides compute
 
     def smaller(self) -> Bool[np.ndarray, "K K"]:
@@ -179,10 +212,11 @@ class Cuts(NamedTuple):
         count = fitted.sum(1)
         return (fitted @ fitted.T >= count[:, None] - 0.5) & (count[:, None] < count)
 
-    def factors(self, runs: Runs) -> Float[np.ndarray, "K n"]:
-        """Return the logs of the extrapolation factors of runs from each cut."""
+    def factors(self) -> Float[np.ndarray, "K n"]:
+        """Return the logs of the extrapolation factors of the runs from each cut."""
+        at = self.runs.size, self.runs.samples
         below = (self.points.where(fitted) for fitted in self.fitted)
-        return np.stack([factors(runs.size, runs.samples, x, self.divides) for x in below])
+        return np.stack([factors(*at, x, self.divides) for x in below])
 
 
 def factors(
@@ -204,30 +238,24 @@ def cuts_of(runs: Runs, parameters: int, divides: bool) -> Cuts:
     averages = averaged(runs)
     some = _some(averages.runs)
     points = averages.runs.where(some)
-    chosen = np.isin(np.arange(len(runs.error)), averages.first[some])
-    fold = np.zeros(len(runs.error), int)
-    if runs.run is not None:
-        fold = np.unique(runs.run, return_inverse=True)[1] % FOLDS
-    fold_of_point = fold[averages.first[some]]
+    fold = np.zeros(len(some), int)
+    if points.run is not None:
+        fold = np.unique(points.run, return_inverse=True)[1] % FOLDS
     folds = np.unique(fold)
-    fitted, tested, known = [], [], []
+    fitted, tested = [], []
     for name in ("compute", "size", "samples") if divides else ("compute",):
-        for level in _levels(getattr(points, name), parameters, name, len(folds)):
-            below = getattr(points, name) <= level
-            above = getattr(runs, name) > level
+        values = getattr(points, name)
+        for level in _levels(values, parameters, name, len(folds)):
+            below = values <= level
             for held in folds:
-                is_alone = len(folds) == 1  # there is no other run
-                kept = below & (is_alone | (fold_of_point != held))
-                test = above & chosen & (fold == held)
-                if kept.sum() >= parameters + SPARE and test.any():
-                    fitted.append(kept)
+                others = below if len(folds) == 1 else below & (fold != held)
+                test = ~below & (fold == held)
+                if others.sum() >= parameters + SPARE and test.any():
+                    fitted.append(others)
                     tested.append(test)
-                    known.append(~above & (is_alone | (fold != held)))
-    shape = len(fitted), len(points.error)
-    below = np.reshape(np.array(fitted, bool), shape)
-    shape = len(fitted), len(runs.error)
-    above, others = (np.reshape(np.array(x, bool), shape) for x in (tested, known))
-    return Cuts(points, below, above, others, divides)
+    shape = len(fitted), len(some)
+    masks = (np.reshape(np.array(x, bool), shape) for x in (fitted, tested))
+    return Cuts(points, runs.where(averages.first[some]), *masks, divides)
 
 
 def _some(runs: Runs) -> Int[np.ndarray, " k"]:
@@ -253,16 +281,16 @@ def _levels(
     return np.sqrt(values[rises] * values[rises + 1])
 
 
-def _predictions(candidate: Candidate, runs: Runs, cuts: Cuts) -> Float[np.ndarray, "K n"]:
-    """Return the errors that a candidate predicts for runs from each cut; NaN: not determined."""
+def _predictions(candidate: Candidate, cuts: Cuts) -> Float[np.ndarray, "K n"]:
+    """Return the errors that a candidate predicts from each cut; NaN: not determined."""
     kind, link = candidate.kind, candidate.link
     points = _on_scale(cuts.points, link)
     weights = cuts.fitted.astype(float)
     if points.binomial is not None:
         weights = weights / (points.binomial.mean() + points.binomial)
     law = kind.fitted(points, points.error[None], weights).map(lambda x: x[:, None])
-    predicted = np.asarray(link.error(runs.under(law)))
-    return np.where(_is_determined(kind, runs, cuts), predicted, np.nan)
+    predicted = np.asarray(link.error(cuts.runs.under(law)))
+    return np.where(_is_determined(kind, cuts), predicted, np.nan)
 
 
 def _on_scale(points: Runs, link: Link) -> Runs:
@@ -273,14 +301,14 @@ def _on_scale(points: Runs, link: Link) -> Runs:
     return points._replace(error=np.asarray(link.of(points.error)), binomial=binomial)
 
 
-def _is_determined(kind: type[Law], runs: Runs, cuts: Cuts) -> Bool[np.ndarray, "K n"]:
+def _is_determined(kind: type[Law], cuts: Cuts) -> Bool[np.ndarray, "K n"]:
     """Return which runs a cut determines: one or two sizes say nothing about another one."""
-    determined = np.ones((len(cuts.fitted), len(runs.error)), bool)
+    determined = np.ones(cuts.fitted.shape, bool)
     for name in sorted({name for names in kind.NEEDS.values() for name in names}):
-        values, wanted = getattr(cuts.points, name), getattr(runs, name)
+        values = getattr(cuts.points, name)
         if values is None:
             continue
-        close = np.abs(np.log(wanted[:, None] / values)) < 0.02  # [n, p]
+        close = np.abs(np.log(values[:, None] / values)) < 0.02
         measured = cuts.fitted.astype(float) @ close.T > 0
         for k, fitted in enumerate(cuts.fitted):
             if cuts.points.where(fitted).values(name) < 3:
@@ -306,12 +334,12 @@ def validate(candidates: Sequence[Candidate], runs: Runs, is_score: bool) -> Val
     if is_score:
         scores = 1 - runs.error
         least = max(float(scores[scores > 0].min(initial=1.0)) / 2, LEAST)
-    measured = np.asarray(margins(runs.error, least))
-    factor = cuts.factors(runs)
+    measured = np.asarray(margins(cuts.runs.error, least))
+    factor = cuts.factors()
     predicted: dict[Candidate, np.ndarray] = {}
     with np.errstate(all="ignore"):
         for candidate in candidates:
-            errors = _predictions(candidate, runs, cuts)
+            errors = _predictions(candidate, cuts)
             predicted[candidate] = np.asarray(margins(errors, least))
     held = {x: cuts.tested & np.isfinite(y) for x, y in predicted.items()}
     most = max(int(x.sum()) for x in held.values())

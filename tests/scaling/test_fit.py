@@ -13,7 +13,7 @@ import pytest
 from clip_jax.errors import InputError
 from clip_jax.scaling import plots
 from clip_jax.scaling.fit import PUBLISHED, FitCommand, FitConfig, fit, fit_file
-from clip_jax.scaling.fit_result import FitResult, describe
+from clip_jax.scaling.fit_result import Answer, FitResult, Variant, describe
 from clip_jax.scaling.forecast import OF_COMPUTE
 from clip_jax.scaling.run_table import RunTable, read
 from clip_jax.serialize import to_json
@@ -345,6 +345,9 @@ def test_sensitivity_is_the_answer_by_other_ways_to_fit():
     assert by["as asked"]["error"] < min(x["error"] for x in result["points"])
     assert by["without m3"]["error"] is None  # two sizes say nothing about a third
     assert "without m3                not determined" in describe(fitted)
+    impossible = Variant(name="laion", answer=Answer(error=None), reason="there is none. Choose.")
+    text = describe(replace(fitted, sensitivity=(impossible,)))
+    assert "laion                     impossible: there is none" in text.splitlines()[-1]
 
 
 def test_a_data_set_that_the_law_ignores_is_a_misfit():

@@ -108,6 +108,9 @@ def test_the_known_noise_of_a_score_is_binomial():
     config = FitConfig(metric="top1", evaluated=50)
     binomial = config.runs(rows_of("top1", "0.9", "0.5")).binomial
     assert binomial == pytest.approx([0.1 * 0.9 / 50, 0.5 * 0.5 / 50])
+    # None of 50 images does not mean that none ever is: half of one counts.
+    none = config.runs(rows_of("top1", "0", "1e-200")).binomial
+    assert none == pytest.approx([0.01 * 0.99 / 50] * 2)
 
 
 def test_a_model_of_several_sizes_has_no_size():

@@ -1,13 +1,14 @@
 """Cuts of a table, the calibrated interval, and the choice between laws."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from clip_jax.scaling.forecast import OF_SIZES, Laws, default_form, fit_laws
+from clip_jax.scaling.forecast import OF_SIZES, Laws, default_form, fit_laws, resolution
 from clip_jax.scaling.laws import Runs
-from clip_jax.scaling.links import ERROR, link_of, margins
+from clip_jax.scaling.links import ERROR, from_margins, link_of, margins
 from clip_jax.scaling.uncertainty import Form
 from clip_jax.scaling.validation import (
     CUTS,
@@ -41,10 +42,8 @@ def test_cuts_have_enough_points_below_and_predict_all_runs_above():
         cuts = cuts_of(runs, 6, divides)
         assert len(cuts.points.error) == 30
         assert (cuts.fitted.sum(1) >= 8).all()
-        assert not (cuts.tested & cuts.known).any()
-        for fitted, tested, factor in zip(
-            cuts.fitted, cuts.tested, cuts.factors(runs), strict=True
-        ):
+        assert not (cuts.tested & cuts.fitted).any()
+        for fitted, tested, factor in zip(cuts.fitted, cuts.tested, cuts.factors(), strict=True):
             assert fitted.sum() + tested.sum() == 30  # one of two seeds is predicted
             assert (factor[tested] > 0).all()
     by_compute = cuts_of(runs, 6, False)
@@ -62,7 +61,7 @@ def test_checkpoints_are_predicted_by_other_runs():
     cuts = cuts_of(runs, 5, True)
     assert len(cuts.fitted)
     for fitted, tested in zip(cuts.fitted, cuts.tested, strict=True):
-        assert not {*np.asarray(runs.run)[tested]} & {*np.asarray(cuts.points.run)[fitted]}
+        assert not {*np.asarray(cuts.runs.run)[tested]} & {*np.asarray(cuts.points.run)[fitted]}
 
 
 def test_factors_are_the_largest_of_compute_size_and_samples():
@@ -132,6 +131,42 @@ def test_an_interval_is_never_narrower_than_the_laws_own():
         assert (validated, unvalidated) == (True, False)
         assert low <= own_low <= own_high <= high
     assert not laws.predict(3e5, 1e15).validated
+
+
+@pytest.mark.parametrize("in_metric", [False, True])
+def test_intervals_are_calibrated_on_the_scale_of_homogeneous_errors(in_metric: bool):
+    """Errors of the same size in logits at all scores, or of the same size in points."""
+    runs = scores()
+    laws = fit_laws([Candidate("additive", link_of("odds", runs.error))], runs, True, draws=20)
+    level = np.linspace(-3.0, 0.0, 200)
+    noise = np.random.default_rng(0).standard_normal(200)
+    error = from_margins(level, True)
+    at = margins(error + 0.01 * noise, 1e-6) if in_metric else level + 0.1 * noise
+    validation: Any = laws.validation
+    zeros = np.zeros(200)
+    validation = replace(validation, factor=zeros, predicted=level, measured=np.asarray(at))
+    assert validation.in_metric == in_metric
+    margin, half = np.asarray(margins(np.array([0.05, 0.5]), 1e-6)), np.array([0.1, 0.1])
+    low, high = validation.around(margin, half)
+    if in_metric:
+        np.testing.assert_allclose([low, high], [[0.0, 0.4], [0.15, 0.6]], atol=1e-9)
+    else:
+        ends = np.stack([margins(low, 1e-6), margins(high, 1e-6)])
+        np.testing.assert_allclose(ends, [margin - half, margin + half])
+
+
+def test_an_interval_covers_the_rounding_of_the_table():
+    runs = measured(KNOWN["power"], 0, 0.0, 1, 6)
+    exact = fit_laws([Candidate("power", ERROR)], runs, False, draws=20)
+    assert exact.resolution == 0
+    rounded = runs._replace(error=np.round(runs.error, 3))
+    laws = fit_laws([Candidate("power", ERROR)], rounded, False, draws=20)
+    assert laws.resolution == 1e-3
+    (_, low, high), _ = laws.predict(30.0, 1e11)
+    (_, own_low, own_high) = laws.fit.predict(30.0, 1e11)
+    np.testing.assert_allclose([low, high], [own_low - 5e-4, own_high + 5e-4])
+    for values, step in (([0.652, 0.7], 1e-3), ([1e-200, 2.0], 0.0), ([3.0, 40.0], 1.0)):
+        assert resolution(np.array(values)) == step
 
 
 def test_few_runs_have_no_validation_and_the_default_form():
