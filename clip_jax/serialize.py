@@ -1,6 +1,7 @@
 """Configs to JSON and back; values are checked strictly against the dataclasses."""
 
 import dataclasses
+import functools
 import json
 import os
 import types
@@ -81,7 +82,7 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     name = data.pop("type", kind.__name__)
     if name != kind.__name__:
         raise InputError(f"{where}.type is {name!r:.200}; it must be {kind.__name__!r}.")
-    hints = {name: parts.opened(hint) for name, hint in typing.get_type_hints(kind).items()}
+    hints = {name: parts.opened(hint) for name, hint in _hints(kind).items()}
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(data) - set(fields)):
         raise InputError(
@@ -96,6 +97,9 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}, which {kind.__name__} needs.")
     return kind(**values)
+
+
+_hints = functools.cache(typing.get_type_hints)  # evaluates texts, for each run of a study
 
 
 def _read_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:

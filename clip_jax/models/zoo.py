@@ -12,6 +12,7 @@ released image towers (`dino.TOWERS`), here with a text tower of CLIP's for trai
 """
 
 import difflib
+import functools
 from dataclasses import replace
 from typing import Any, cast
 
@@ -435,6 +436,7 @@ def get(name: str) -> CLIPConfig:
     return ARCHITECTURES[name]
 
 
+@functools.cache
 def name_of(config: CLIPConfig) -> str:
     """Return the name of an architecture here, or else a description of its size."""
 

@@ -111,8 +111,8 @@ def of_run(run: dict[str, Any], step: int) -> Row:
     config = from_dict(Config, run)
     model = config.model
     optim = config.optim
-    work = config.flops_after
-    first = branch_point(config.branch_from)[1] if config.branch_from else 0
+    spent = config.flops_after(step)
+    parents = config.flops_after(branch_point(config.branch_from)[1]) if config.branch_from else 0
     source = run.get("data", {}).get("source", {})
     losses = [term["type"] for term in run.get("objective", [])]
     teachers = [x for term in config.objective for x in getattr(term, "teachers", ())]
@@ -124,9 +124,9 @@ def of_run(run: dict[str, Any], step: int) -> Row:
         "samples_seen": config.samples_after(step),
         "gmacs_per_sample": gmacs(model),
         "mparams": round(mparams(model), 6),
-        "training_flops": work(step),
-        "student_flops": work(step) - taught * config.samples_after(step) // config.batch_size,
-        "flops_spent": max(work(step) - work(first), 0),  # without the parent run's
+        "training_flops": spent,
+        "student_flops": spent - taught * config.samples_after(step) // config.batch_size,
+        "flops_spent": max(spent - parents, 0),  # without the parent run's
         "family": decoder or ("SigLIP" if "SigmoidConfig" in losses else "CLIP"),
         "data": source.get("path") or source.get("type", "").removesuffix("Config").lower(),
         "teacher": "+".join(getattr(x, "weights", "stored") for x in teachers) or "none",

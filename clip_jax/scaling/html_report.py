@@ -180,10 +180,10 @@ def _curves(folder: AnyPath, names: Sequence[str]) -> dict[str, list[list[float]
         samples = row.get("samples_seen", samples)
         for name, value in row.items():
             if name in curves and isinstance(value, int | float) and abs(value) < float("inf"):
-                curves[name].append([samples, float(f"{value:.5g}")])
+                curves[name].append([samples, value])
     for name, curve in curves.items():
         indices = np.linspace(0, len(curve) - 1, min(len(curve), POINTS)).round().astype(int)
-        curves[name] = [curve[i] for i in indices]
+        curves[name] = [[curve[i][0], float(f"{curve[i][1]:.5g}")] for i in indices]
     return {name: curve for name, curve in curves.items() if curve}
 
 
