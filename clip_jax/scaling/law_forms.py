@@ -9,7 +9,6 @@ from clip_jax.scaling.laws import LAWS, Additive, Law, Numbers, Optimum, Runs
 
 BREAK = 0.3  # sharpness of a break: it takes about half a decade of compute to either side
 SLOPES = np.geomspace(0.01, 3.0, 14)  # first grid of both exponents of a broken power law
-DIVISIONS = 400  # sizes of which the best one is chosen
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,7 @@ class Interaction(Additive):
 
     def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
         """Divide compute such that the error is lowest."""
-        axes = (1,) * np.ndim(compute * self.irreducible)
-        size = np.geomspace(*sizes, DIVISIONS).reshape(-1, *axes)
-        error = np.asarray(self(size, compute / size))
-        best = np.take_along_axis(size + 0 * error, error.argmin(0)[None], 0)[0]
-        return Optimum(best, compute / best, error.min(0))
+        return self.searched(compute, sizes)
 
 
 @dataclass(frozen=True)

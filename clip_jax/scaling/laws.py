@@ -29,6 +29,7 @@ SAME = 1e-3  # smallest offset, as a share of the smallest compute
 CELLS = np.linspace(-1, 1, 5)  # refined grid, in steps of the previous one
 ROUNDS = 11  # each halves the step, to 2⁻¹¹ of the first grid's
 RIDGE = 1e-12  # keeps a matrix invertible if two terms coincide
+DIVISIONS = 400  # sizes of which the best one is chosen
 TINY = 1e-300  # least prediction that has a logarithm
 BETTER = 1e-7  # share of the squares by which another law must be better
 ZERO = 1e-9  # share of the error below which a term is zero
@@ -282,6 +283,14 @@ class Additive(Law):
             size = np.clip((ratio * compute**b) ** (1 / (a + b)), *sizes)
         return Optimum(size, compute / size, self(size, compute / size))
 
+    def searched(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
+        """Divide compute by a search of sizes, for laws whose best size has no closed form."""
+        axes = (1,) * np.ndim(compute * self.irreducible)
+        size = np.geomspace(*sizes, DIVISIONS).reshape(-1, *axes)
+        error = np.asarray(self(size, compute / size))
+        best = np.take_along_axis(size + 0 * error, error.argmin(0)[None], 0)[0]
+        return Optimum(best, compute / best, error.min(0))
+
 
 @dataclass(frozen=True)
 class Repeated(Additive):
@@ -341,10 +350,7 @@ class Batched(Additive):
 
     def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
         """Divide compute such that the error is lowest, each at its best batch size."""
-        size = np.geomspace(*sizes, 400).reshape(-1, *(1,) * np.ndim(compute * self.irreducible))
-        error = np.asarray(self(size, compute / size))
-        size = np.take_along_axis(size + 0 * error, error.argmin(0)[None], 0)[0]
-        return Optimum(size, compute / size, error.min(0))
+        return self.searched(compute, sizes)
 
 
 LAWS: dict[str, type[Law]] = {
