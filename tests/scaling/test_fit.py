@@ -411,6 +411,26 @@ def test_degenerate_tables_have_valid_json_or_an_error(form: Any):
     assert answers >= 3
 
 
+@pytest.mark.parametrize("evaluated", [None, 1_000])
+@pytest.mark.parametrize("value", [0.0, 1e-200, 0.5, 1.0, 1e200])
+def test_a_value_that_is_extreme_or_everywhere_is_fitted_or_named(value: float, evaluated):
+    """A score of all runs, and of one; warnings of NumPy are errors in tests."""
+    runs = measured(KNOWN["additive"], 0, 0.0, 3, 4)
+    alone = np.arange(len(runs.error)) == 5
+    for is_value in (alone, alone | True):
+        scores = np.where(is_value, value, 1 / (1 + runs.error)).tolist()
+        rows = zip(table_of(runs).rows, scores, strict=True)
+        table = RunTable([row | {"acc": score} for row, score in rows])
+        config = FitConfig(metric="acc", evaluated=evaluated, draws=100)
+        if value >= 1:
+            with pytest.raises(InputError, match="must be between 0 and 1|must be positive"):
+                fit(table, config)
+            continue
+        result = fit(table, config)
+        assert describe(result)
+        assert strict(result)["points"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
