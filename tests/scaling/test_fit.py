@@ -423,7 +423,7 @@ def test_a_value_that_is_extreme_or_everywhere_is_fitted_or_named(value: float, 
         table = RunTable([row | {"acc": score} for row, score in rows])
         config = FitConfig(metric="acc", evaluated=evaluated, draws=100)
         if value >= 1:
-            with pytest.raises(InputError, match="must be between 0 and 1|must be positive"):
+            with pytest.raises(InputError, match=r"must be between 0 and 1|must be positive"):
                 fit(table, config)
             continue
         result = fit(table, config)
