@@ -45,6 +45,7 @@ PODS: list[tuple[str, str, dict[str, Any]]] = [  # config, topology, and what di
     ("pe_core_l14", V5E, {}),
     ("eva02_l14", V5E, {}),
     ("convnext_large", V5E, {}),
+    ("lit_b16", V5E_8, {}),
     ("datacomp_small", V5E_8, {}),
     ("datacomp_medium", V5E_8, {}),
 ]
