@@ -241,12 +241,12 @@ def test_a_locked_tower_is_saved_once_and_keeps_its_bits(weights, tmp_path):
     locked = optim(locked=("image",), ema_decay=0.5)
     config = tiny(init_from=str(weights), optim=locked, evals=())
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    train(config, unbroken)
-    train(dataclasses.replace(config, stop_after=4), resumed)
+    train_shared(config, unbroken)
+    train_shared(dataclasses.replace(config, stop_after=4), resumed)
     earlier = shutil.copytree(resumed, tmp_path / "earlier")
     save_as_earlier_versions(earlier, 4)
     for workdir in (resumed, earlier):
-        train(config, workdir)
+        train_shared(config, workdir)
     state, tower = final_state(unbroken), load(weights).params["visual"]
     assert state["params"].keys() == state["opt_state"]["ema"].keys() == {"text", "logit_scale"}
     for workdir in (resumed, earlier):
@@ -256,8 +256,8 @@ def test_a_locked_tower_is_saved_once_and_keeps_its_bits(weights, tmp_path):
         assert_identical(load(workdir).params["text"], state["opt_state"]["ema"]["text"])
     drawn, branched = tmp_path / "drawn", tmp_path / "branched"
     random = tiny(optim=locked, evals=(), stop_after=4)
-    train(random, drawn)
-    train(dataclasses.replace(random, stop_after=None, branch_from=f"{drawn}@4"), branched)
+    train_shared(random, drawn)
+    train_shared(dataclasses.replace(random, stop_after=None, branch_from=f"{drawn}@4"), branched)
     assert_identical(load(branched).params["visual"], load(drawn).params["visual"])
 
 
