@@ -49,7 +49,9 @@ class Step:
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         params = params or parameters(self.config)
         if names := self.program.recipe.locked:
-            frozen = {"locked": {"towers": {name: params[name] for name in names & params.keys()}}}
+            frozen = {
+                "locked": {"towers": {name: params[name] for name in sorted(names & params.keys())}}
+            }
             params = {name: x for name, x in params.items() if name not in names}
         state = State(np.int32(step), params, state.opt_state)
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
