@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from clip_jax.config import Config
 from clip_jax.config_files import load_config
@@ -103,3 +104,13 @@ def program_of(config: Config) -> Program:
         model = dataclasses.replace(recipe.model, vision=vision)
         recipe = dataclasses.replace(recipe, model=model)
     return Program(recipe, make_mesh(MeshConfig()))
+
+
+@pytest.fixture(scope="module")
+def in_made(tmp_path_factory):
+    """An empty folder, which is the current one: keys of relative paths, on which augmentations
+    depend, are the same in every run."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder

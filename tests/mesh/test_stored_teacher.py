@@ -1,6 +1,7 @@
 """A teacher whose embeddings are stored trains the same student as one that encodes each batch."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +24,11 @@ SMALL = {"logit_scale": 10.0, "embed_dim": TINY.embed_dim}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(in_made):
     """The teachers, and pairs with their embeddings in both types."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = in_made
     models = write_reinforcers(folder)
-    source = FORMATS["tar"](tmp_path_factory.mktemp("in"), tiny_pairs(64)).path
+    source = FORMATS["tar"](Path(), tiny_pairs(64)).path
     for kind in ("float16", "int8"):
         prepare(
             PrepareConfig(

@@ -1,6 +1,7 @@
 """A tower whose embeddings are stored trains the other one as the locked tower itself does."""
 
 import dataclasses
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -31,11 +32,11 @@ MODEL = dataclasses.replace(TINY, init_logit_scale=10.0)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(in_made):
     """The tower's weights, and pairs with its embeddings in several types."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = in_made
     write_tiny_model(folder / "tower", config=MODEL)
-    source = FORMATS["tar"](tmp_path_factory.mktemp("in"), tiny_pairs(PAIRS)).path
+    source = FORMATS["tar"](Path(), tiny_pairs(PAIRS)).path
     common = {"source": source, "batch_size": 16, "reinforce": (folder / "tower",)}
     of_images = {"reinforce_towers": ("image",), "augmentations_per_image": 4}
     of_images["augmentations"] = AugmentationsConfig(size=16, flip=0.5)
