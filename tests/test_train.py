@@ -429,7 +429,8 @@ def test_a_run_is_loaded_and_evaluated_with_its_averaged_weights(changes, tmp_pa
     optimizer = state.opt_state.inner if changes else state.opt_state
     assert_identical(load(tmp_path).params, optimizer.ema)
     program = Program(config.recipe, make_mesh(config.mesh))
-    run = mock.Mock(spec=Run, config=config, program=program, state=state, workdir=tmp_path)
+    parts = {"config": config, "program": program, "state": state, "tower": {}}
+    run = mock.Mock(spec=Run, workdir=tmp_path, **parts)
     assert_identical(Run.encoder.fget(run).params, optimizer.ema)
 
 
@@ -443,7 +444,8 @@ def test_a_run_prepares_images_as_the_model_that_it_continues(tmp_path):
     (tmp_path / "run").mkdir()
     state, mesh = write_states(config, tmp_path / "run"), make_mesh(config.mesh)
     program = Program(config.recipe, mesh)
-    run = mock.Mock(spec=Run, config=config, program=program, state=state, workdir=tmp_path)
+    parts = {"config": config, "program": program, "state": state, "tower": {}}
+    run = mock.Mock(spec=Run, workdir=tmp_path, **parts)
     assert Run.encoder.fget(run).preprocess == squash
     for model in (load(tmp_path / "run"), load_on_mesh(tmp_path / "run", mesh)):
         assert model.image_preprocess == squash
