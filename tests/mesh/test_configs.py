@@ -28,6 +28,7 @@ def test_a_state_is_laid_out_and_of_each_kind_a_step_and_evaluation_trace(path):
     # Evaluation uses the parameters as the step has sharded them.
     image = evaluator.compiled(evaluator.embed_images, run.model, run.mesh)
     text = evaluator.compiled(evaluator.embed_texts, run.model, run.mesh)
-    images = jax.eval_shape(image, run.state.params, run.batch["image"])
-    texts = jax.eval_shape(text, run.state.params, run.batch["text"])
+    params = run.recipe.complete(run.state, run.state.params)
+    images = jax.eval_shape(image, params, run.batch["image"])
+    texts = jax.eval_shape(text, params, run.batch["text"])
     assert images.shape == texts.shape == (config.batch_size, config.model.embed_dim)
