@@ -132,7 +132,6 @@ def config_of(similarity: Any, count: int = 1, **options: Any) -> DistillationCo
         ("soft_label_sigmoid", 2, "blocked", "2x2x2", {}, 7),
         ("soft_label_sigmoid", 1, "ring", "2", MASK, 1000),
         ("soft_label_sigmoid", 2, "rings of 2", "8", {}, 5),
-        ("softmax", 2, "ring", "4x2", MASK | WIDTHS, 5),
         ("sigmoid", 2, "dense", "1", WIDTHS, 5),
     ],
 )
