@@ -111,7 +111,7 @@ class Use:
         return Use(self.command, f"{path}.", path if by_choice else self.chosen)
 
     def flag(self, field: str) -> str:
-        return f"--{self.prefix}{field.replace('_', '-')}"
+        return "--" + f"{self.prefix}{field}".replace("_", "-")
 
 
 # ------------------------------------------------------------------ what the code says
@@ -376,7 +376,7 @@ def where(kind: type, uses: Sequence[Use]) -> str:
     for use in uses:
         if not use.command or not use.prefix or use.chosen.count(".N") > 1:
             continue
-        flags = f"`--{use.prefix}…`"
+        flags = f"`{use.flag('')}…`"
         lines.append(f"{flags} if `{use.chosen}` is of this type" if use.chosen else flags)
     return "Flags: " + "; ".join(dict.fromkeys(lines)) + ".\n" if lines else ""
 

@@ -87,11 +87,13 @@ def test_a_step_with_live_and_stored_teachers_equals_numpy() -> None:
         assert metrics[f"{term}/image_to_text_accuracy"] == pytest.approx(credit)
 
 
-@pytest.mark.parametrize("widths", [(), (4,)])
-def test_a_step_is_the_same_on_a_mesh_and_accumulated(widths: tuple[int, ...]) -> None:
-    term = replace(TERM, widths=widths)
-    expected = step(term) if widths else on_one_device()
-    got = step(replace(term, form="ring"), "2x2x2", accumulation=2)
+def test_a_step_of_several_widths_is_the_same_on_a_mesh_and_accumulated() -> None:
+    term = replace(TERM, widths=(4,))
+    assert_close(step(term), step(replace(term, form="ring"), "2x2x2", accumulation=2))
+
+
+def test_a_step_is_the_same_on_a_mesh_and_accumulated() -> None:
+    expected, got = on_one_device(), step(replace(TERM, form="ring"), "2x2x2", accumulation=2)
     assert_close(expected, got)
     for a, b in zip(*map(jax.tree.leaves, (expected, got)), strict=True):
         assert np.abs(a - b).max() <= 1e-6 * max(np.abs(a).max(), 1)
