@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,5 +159,5 @@ def test_every_class_is_read_by_its_defaults():
     names = [family.class_name for family in hugging_face.FAMILIES[:4]]
     kinds = ["Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"]
     assert list(dict.fromkeys(names)) == kinds
-    config: CLIPConfig = hugging_face.FAMILIES[0].read({}, "config.json")
+    config: CLIPConfig = hugging_face.FAMILIES[0].read({}, Path("config.json"))
     assert (config.embed_dim, config.vision.patch_size) == (768, 14)

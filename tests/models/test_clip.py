@@ -216,7 +216,7 @@ def test_the_end_of_normed_text_tokens_is_the_feature_of_a_tower_that_ends_there
 
 def test_a_step_along_the_gradient_of_the_pixels_raises_the_similarity(params, images):
     """Guidance, by as much as the gradient says; vmap over images is the batch."""
-    model = CLIP(TINY)
+    model, params = CLIP(TINY), jax.tree.map(jnp.asarray, params)
     text = l2_normalize(run(model, "encode_text", params, TOKENS[:1]))[0]
 
     @jax.jit

@@ -76,7 +76,7 @@ def test_gradients_of_rotated_halves_go_back_by_the_same_angles():
     tower = DinoConfig(**SMALL)
     rotation = attention.Rotation(*map(jnp.asarray, tower.rotation()))
     rng = np.random.default_rng(0)
-    x, dy = rng.normal(size=(2, 1, tower.attention_tokens, 96)).astype(np.float32)
+    x, dy = jnp.asarray(rng.normal(size=(2, 1, tower.attention_tokens, 96)), jnp.float32)
 
     def rotate(x):
         return attention.rotate(x, 2, rotation, 8)

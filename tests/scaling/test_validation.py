@@ -143,8 +143,16 @@ def test_intervals_are_calibrated_on_the_scale_of_homogeneous_errors(in_metric: 
     error = from_margins(level, True)
     at = margins(error + 0.01 * noise, 1e-6) if in_metric else level + 0.1 * noise
     validation: Any = laws.validation
-    zeros = np.zeros(200)
-    validation = replace(validation, factor=zeros, predicted=level, measured=np.asarray(at))
+    zeros = np.zeros(200, int)
+    validation = replace(
+        validation,
+        cut=zeros,
+        points=zeros,
+        run=zeros,
+        factor=np.zeros(200),
+        predicted=level,
+        measured=np.asarray(at),
+    )
     assert validation.in_metric == in_metric
     margin, half = np.asarray(margins(np.array([0.05, 0.5]), 1e-6)), np.array([0.1, 0.1])
     low, high = validation.around(margin, half)
