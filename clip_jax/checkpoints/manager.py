@@ -178,6 +178,7 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and release the background threads."""
         with files.writing(self._directory):
+            orbax.wait_for_cleanup(self._manager)
             self._manager.close()
 
 

@@ -46,6 +46,18 @@ def write_small_arrays_once() -> None:
     handler._min_slice_bytes_for_replica_parallel = _LEAST_PART
 
 
+def wait_for_cleanup(manager: ocp.CheckpointManager) -> None:
+    """Wait until the folders of unfinished saves are deleted, which Orbax does in the background.
+
+    Its `close` does not wait. The thread of a manager that has saved nothing could then delete the
+    folder to which the next manager of the same directory is writing. A version without this method
+    deletes them before it returns the manager.
+    """
+    wait = getattr(manager, "_maybe_await_cleanup_tmp_directory", None)
+    if wait:
+        wait()
+
+
 def _extend(paths: Any, arrays: Any) -> None:
     spec_of_gs, normal = paths.get_kvstore_for_gcs, arrays._normalize_path
     prefixes, _ = (*paths._GCS_PATH_PREFIX, _PREFIX), arrays._use_gcs_driver  # it has both

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import threading
 from unittest import mock
 
 import jax
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint._src.path import temporary_paths
 
 from clip_jax import processes
-from clip_jax.checkpoints import manager
+from clip_jax.checkpoints import manager, orbax
 from clip_jax.checkpoints.manager import (
     CheckpointConfig,
     Checkpoints,
@@ -193,6 +195,29 @@ def test_which_steps_are_saved(tmp_path):
     assert [step for step in range(1, 9) if checkpoints.should_save(step)] == [1, 3, 4, 8]
     assert not checkpoints.is_best({"acc": 0.9})
     checkpoints.close()
+
+
+def test_folders_of_unfinished_saves_are_deleted_when_checkpoints_are_closed(tmp_path):
+    """Later, Orbax could delete the folder to which the run's next checkpoints are written."""
+    unfinished = tmp_path / "checkpoints/4.orbax-checkpoint-tmp"
+    unfinished.mkdir(parents=True)
+    closing = threading.Event()
+    delete = temporary_paths.cleanup_temporary_paths
+
+    async def delete_late(*args, **options):
+        closing.wait()
+        await delete(*args, **options)
+
+    def close(*args):
+        closing.set()
+        wait(*args)
+
+    wait = orbax.wait_for_cleanup
+    with mock.patch.object(temporary_paths, "cleanup_temporary_paths", delete_late):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", EVERY)
+    with mock.patch.object(orbax, "wait_for_cleanup", close):
+        checkpoints.close()
+    assert not unfinished.exists()
 
 
 def test_a_full_disk_is_one_message_and_what_was_saved_stays(workdir):
