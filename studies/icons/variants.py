@@ -6,9 +6,10 @@
 Hardware: two CPU cores, about three hours; each run has one core. The same command resumes.
 Recipe: base.py; three seeds. A variant whose step costs fewer FLOPs takes more steps: as many as
 the FLOPs of a run of base.py pay for, by `Config.flops_after`.
-Notes: With `ICONS_TEACHER=RUN`, a run or a model folder, there is also `distilled`. The teacher's
-forward passes are counted, its own training is not. The FLOPs of an optimizer's update are not
-counted; Muon's cost more time than AdamW's.
+Notes: With `ICONS_TEACHER=RUN`, a run or a model folder, there are also `distilled` and
+`locked_teacher`. The forward passes of the teacher and of locked towers are counted, their own
+training is not. The FLOPs of an optimizer's update are not counted; Muon's cost more time than
+AdamW's.
 """
 
 import os
@@ -32,6 +33,7 @@ from clip_jax.losses import (
 )
 from clip_jax.models.decoder import CoCaConfig
 from clip_jax.optim import AdamW, Constant, CoolDown, Cosine
+from clip_jax.optim.wrappers import Tower
 from clip_jax.scaling.ladder import HardwareConfig, LadderConfig
 
 STUDY = Path(__file__).parent
@@ -52,6 +54,9 @@ LABELS = {
     "adamw": "AdamW instead of Muon, learning rate 1e-3",
     "distilled": "distillation",
     "decoder": "caption decoder",
+    "locked_image": "image tower of `base`, locked; the text tower is trained",
+    "locked_text": "text tower of `base`, locked; the image tower is trained",
+    "locked_teacher": "image tower of the released model, locked",
     "cosine": "cosine instead of a cool-down",
     "average": "moving average of the weights",
     "checkpoints": "average of the last five checkpoints",
@@ -146,12 +151,31 @@ def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
         "average": with_optim(ema_decay=0.99),
     }
     if teacher:
-        live = LiveTeacher(
-            weights=teacher, model=clip_jax.load(teacher).clip.config, dtype="float32"
-        )
+        architecture = clip_jax.load(teacher).clip.config
+        live = LiveTeacher(weights=teacher, model=architecture, dtype="float32")
         taught = DistillationConfig(weight=0.75, teachers=(live,))
         table["distilled"] = with_objective(replace(softmax, weight=0.25), taught)
+        other = replace(model, vision=architecture.vision, embed_dim=architecture.embed_dim)
+        table["locked_teacher"] = with_locked(replace(base, model=other), "image", teacher)
     return table
+
+
+def with_locked(config: Config, tower: Tower, source: str) -> Config:
+    """Take a tower of another run or model, and lock it."""
+    optim = replace(config.optim, locked=(tower,))
+    return replace(config, init_from=source, init_towers=(tower,), optim=optim)
+
+
+def locked(base: Config, seed: int) -> dict[str, Config]:
+    """Return runs with a locked tower of the run of `base` with the same seed."""
+    towers: tuple[Tower, ...] = ("image", "text")
+    total = base.flops_after(base.steps)
+    return {
+        f"locked_{tower}-seed{seed}": of_equal_flops(
+            with_locked(base, tower, f"base-seed{seed}"), total
+        )
+        for tower in towers
+    }
 
 
 def small_first(base: Config, seed: int) -> dict[str, Config]:
@@ -196,5 +220,6 @@ def get_ladder() -> LadderConfig:
         for name, config in variants(seeded, os.environ.get("ICONS_TEACHER")).items():
             runs[f"{name}-seed{seed}"] = of_equal_flops(config, flops)
         runs |= small_first(seeded, seed)
+        runs |= locked(seeded, seed)
     core = HardwareConfig(chip="CPU core", peak_flops=100e9, mfu=0.45, start_seconds=60)
     return LadderConfig(base=base, runs=runs, hardware=(core,))

@@ -168,9 +168,11 @@ def test_variants_are_compared_with_the_fixed_setting(prepared):
     base = train(prepared, "variants/base-seed0", *last)
     parts = ("--import", STUDY / "variants.py")
     train(prepared, "variants/no_style-seed0", *last, *parts)
+    tower = ("--init-from", "runs/variants/base-seed0")
+    train(prepared, "variants/locked_text-seed0", *last, *tower)
     output = run(STUDY / "what_helps.py", "runs/variants", "results", folder=prepared)
     names = [row["variant"] for row in table(prepared / "results/variants.csv")]
-    assert names == ["base", "no_style", "checkpoints"]
+    assert names == ["base", "no_style", "locked_text", "checkpoints"]
     assert f"| {base['classes/acc1']:.1%} |" in output
     assert (prepared / "results/what_helps.svg").exists()
     files = sorted((prepared / "results").iterdir())
