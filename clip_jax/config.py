@@ -40,7 +40,7 @@ class Config(StepConfig):
     # Sequence lengths of a NaFlex model in training. None: model.vision.max_patches throughout.
     lengths: Lengths | None = None
     # Parent run and step, as RUN@STEP: continues from that state and data position, under another
-    # schedule or length. None: no branch.
+    # schedule or length. init_from stays that of the parent run. None: no branch.
     branch_from: str | None = None
     # Initial weights: run, model folder, weight file, or icons, the bundled model. None: random.
     init_from: str | None = None
@@ -107,8 +107,6 @@ class Config(StepConfig):
                     f"branch_from={self.branch_from} is not before steps={self.steps}, which "
                     "includes the parent run's steps; raise --steps or branch earlier."
                 )
-            if self.init_from and self.stored is None:
-                raise InputError("branch_from and init_from both set the weights; set only one.")
         if (self.init_architecture or self.init_differences or self.lora) and not self.init_from:
             raise InputError(
                 "init_architecture, init_differences and lora need trained weights: set "

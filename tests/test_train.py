@@ -254,7 +254,11 @@ def test_a_locked_tower_is_saved_once_and_keeps_its_bits(weights, tmp_path):
         for step in (4, STEPS):
             assert_identical(load(f"{workdir}@{step}").params["visual"], tower)
         assert_identical(load(workdir).params["text"], state["opt_state"]["ema"]["text"])
-    drawn, branched = tmp_path / "drawn", tmp_path / "branched"
+    branched = tmp_path / "branched"
+    train_shared(dataclasses.replace(config, branch_from=f"{resumed}@4"), branched)
+    assert_identical(final_state(branched), state)
+    assert_identical(load(branched).params["visual"], tower)
+    drawn, branched = tmp_path / "drawn", tmp_path / "branch_of_drawn"
     random = tiny(optim=locked, evals=(), stop_after=4)
     train_shared(random, drawn)
     train_shared(dataclasses.replace(random, stop_after=None, branch_from=f"{drawn}@4"), branched)
