@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +86,7 @@ def nearest_signs(
 
 def _worst(products: Float[np.ndarray, " B"], count: int) -> float:
     """Return the smallest of the `count` largest products."""
-    return np.partition(products, -count)[-count] if len(products) >= count else -np.inf
+    return float(np.partition(products, -count)[-count]) if len(products) >= count else -np.inf
 
 
 def _rounded(
@@ -143,10 +143,11 @@ def _check_rows(table: pa.Table, rows: range, expected: pa.Schema) -> None:
 class _Sample:
     """Embeddings that are queries, with the `index` of the nearest of each but for itself."""
 
-    def __init__(self, tables: Sequence[pa.Table]) -> None:
-        each = -(-_QUERIES // len(tables))
-        picks = [np.linspace(0, len(x) - 1, min(each, len(x))).astype(int) for x in tables]
-        some = pa.concat_tables(x.take(rows) for x, rows in zip(tables, picks, strict=True))
+    def __init__(self, tables: Iterable[pa.Table], each: int) -> None:
+        """Draw so many rows of each table."""
+        some = pa.concat_tables(
+            x.take(np.linspace(0, len(x) - 1, min(each, len(x))).astype(int)) for x in tables
+        )
         self.vectors = floats(some)
         self._own = some["index"].to_numpy()
         self.nearest = np.empty((len(some), 0), np.int64)
@@ -249,7 +250,8 @@ class Embeddings:
         """Draw queries from files that are evenly spaced."""
         numbers = sorted({i * len(self._rows) // _QUERIES for i in range(_QUERIES)})
         rows = [self._rows[i] for i in numbers]
-        return _Sample([read_rows(self._folder, x, self._width, self._embedded) for x in rows])
+        tables = (read_rows(self._folder, x, self._width, self._embedded) for x in rows)
+        return _Sample(tables, -(-_QUERIES // len(rows)))
 
     def _state(self, sample: _Sample) -> None:
         """Show and write recall, bytes and memory of the copy."""
