@@ -62,7 +62,7 @@ def main() -> None:
             rows, _ = embeddings.exact(query, 10)
             keys = [embeddings.row(int(row))[1] for row in rows]
             seconds = time.perf_counter() - start
-            similarities = np.concatenate([block @ query for block in embeddings.blocks])
+            similarities = np.concatenate([x.rows @ query for x in embeddings.blocks])
             expected = np.argsort(-similarities, kind="stable")[:10]
             assert np.array_equal(rows, expected)
             print(f"opened, searched  {seconds:6.2f} s  best {keys[0]}, same top 10 as NumPy")

@@ -20,6 +20,7 @@ from clip_jax.engine import Counted, On, runner
 from clip_jax.errors import InputError, check_ranges, naming, read_worker
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.inference.predict import read_images
+from clip_jax.inference.stored import Floats
 from clip_jax.models.layers import DType
 from clip_jax.serialize import from_dict
 from clip_jax.storage import files
@@ -47,6 +48,8 @@ class EmbedConfig:
     rows_per_file: int = 1024  # Images per file; a killed worker loses at most so many.
     batch_size: int = 64  # Images computed at once.
     dtype: DType = "float32"  # Data type of the computation.
+    # Type of the stored embeddings. float16 takes half the space of float32.
+    store: Floats = "float32"
     # Patches per image of a NaFlex model (sequence length). None: the model's own.
     tokens: int | None = None
     # Number of first channels of embeddings, for a model trained for it (Matryoshka). None: all.
@@ -75,6 +78,7 @@ class Manifest:
     digest: str = ""  # of the image names; empty in older folders
     tokens: int | None = None  # sequence length of a NaFlex model
     dim: int | None = None  # channels of the embeddings; None in older folders
+    store: Floats = "float32"  # type of the embeddings
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -204,7 +208,7 @@ def _embed_rows(config: EmbedConfig, rows: range, counted: Counted) -> None:
         )
     skipped |= dict.fromkeys(unusable, "its embedding is not finite, or zero")
     indices = [index for index in indices if index not in skipped]
-    flat = pa.array(embeddings[usable].ravel())
+    flat = pa.array(embeddings[usable].ravel().astype(config.store))
     lines = [{"key": source.key(i), "reason": reason} for i, reason in sorted(skipped.items())]
     table = pa.table(
         {
@@ -238,6 +242,7 @@ def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> 
         digest=digest(source, keys=KEYS),
         tokens=model.tokens,
         dim=model.config.embed_dim,
+        store=config.store,
     )
     before = read_manifest(config.output)
     if before == manifest:

@@ -7,7 +7,8 @@ from typing import Any
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.inference.loading import unit
 from clip_jax.inference.predict import check_labels, embed_labels
-from clip_jax.inference.search import Searcher, load_for
+from clip_jax.inference.search import Method, Searcher, load_for
+from clip_jax.inference.stored import Store
 from clip_jax.storage.files import AnyPath
 
 SHOWN = 640  # longer side of a search result, in pixels
@@ -21,6 +22,10 @@ class DemoConfig:
     # bundled model.
     model: AnyPath
     embeddings: AnyPath | None = None  # Folder of `clip-jax embed`; adds the search. None: none.
+    # Type of the stored embeddings that a search compares; int8 and binary take less memory. None:
+    # as embedded.
+    store: Store | None = None
+    index: Method = "exact"  # Search method. exact: all embeddings; usearch: approximate.
     host: str = "127.0.0.1"  # Address to serve at; 0.0.0.0 admits other machines.
     port: int = 7860  # Port to serve at.
     # Patches per image of a NaFlex model (sequence length). None: as embedded, or the model's own.
@@ -61,7 +66,9 @@ def build(config: DemoConfig) -> Any:
     """Return the web demo of a model, a `gradio.Blocks`."""
     gr = _gradio()
     model = load_for(config.embeddings, config.model, tokens=config.tokens, dim=config.dim)
-    searcher = Searcher(model, config.embeddings) if config.embeddings else None
+    searcher = None
+    if config.embeddings:
+        searcher = Searcher(model, config.embeddings, config.store, config.index)
 
     def label(image: str | None, lines: str, template: str) -> dict[str, float]:
         if not image:

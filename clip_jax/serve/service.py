@@ -22,7 +22,8 @@ from clip_jax.data.images import ImageError, size_of
 from clip_jax.errors import check_ranges, shown
 from clip_jax.inference.loading import Model, unit
 from clip_jax.inference.predict import check_labels, letters_read, ranked
-from clip_jax.inference.search import Searcher
+from clip_jax.inference.search import Method, Searcher
+from clip_jax.inference.stored import Store
 from clip_jax.models.images import Images, concatenate, zeros
 from clip_jax.models.layers import DType
 from clip_jax.models.templates import PLACEHOLDER, fill
@@ -48,6 +49,10 @@ class ServeConfig:
     # bundled model.
     model: AnyPath
     embeddings: AnyPath | None = None  # Folder of `clip-jax embed`; adds /search. None: no search.
+    # Type of the stored embeddings that a search compares; int8 and binary take less memory. None:
+    # as embedded.
+    store: Store | None = None
+    index: Method = "exact"  # Search method. exact: all embeddings; usearch: approximate.
     host: str = "127.0.0.1"  # Address to serve at; 0.0.0.0 admits other machines.
     port: int = 8000  # Port to serve at.
     # File with a token in its first line, required as Authorization: Bearer TOKEN. None: no token.
@@ -84,7 +89,9 @@ class Service:
 
     def __init__(self, config: ServeConfig, model: Model) -> None:
         self.config, self.model = config, model
-        self.searcher = Searcher(model, config.embeddings) if config.embeddings else None
+        self.searcher = None
+        if config.embeddings:
+            self.searcher = Searcher(model, config.embeddings, config.store, config.index)
         self.metrics = Metrics(self)
         self.images, self.texts = (
             Batcher(

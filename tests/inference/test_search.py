@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import tracemalloc
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -17,6 +20,7 @@ from clip_jax.inference import search
 from clip_jax.inference.embed import EmbedConfig, Manifest, embed, path_of, rows_of_files
 from clip_jax.inference.loading import load
 from clip_jax.inference.search import Embeddings, Searcher, nearest
+from clip_jax.inference.stored import Block
 from tests.conftest import write_tiny_model
 
 WIDTH = 4
@@ -53,17 +57,20 @@ def unit_vectors(count, width=WIDTH):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
+def rows_of(embeddings):
+    return np.concatenate([block.rows for block in embeddings.blocks])
+
+
 def test_the_copy_is_made_again_when_it_is_damaged_or_when_the_folder_has_changed(tmp_path):
     """Also the graph of usearch, which would name rows of another folder."""
     write(tmp_path, range(200), unit_vectors(200))
     first = manifest(200, 200)
-    expected = np.concatenate(Embeddings(tmp_path, first, WIDTH).blocks)
+    expected = rows_of(Embeddings(tmp_path, first, WIDTH))
     assert len(expected) == 200
-    copy = tmp_path / "search/rows.arrow"
+    copy = tmp_path / "search/float32.arrow"
     for damaged in (copy.read_bytes()[:3_000], b""):
         copy.write_bytes(damaged)
-        blocks = Embeddings(tmp_path, first, WIDTH).blocks
-        np.testing.assert_array_equal(np.concatenate(blocks), expected)
+        np.testing.assert_array_equal(rows_of(Embeddings(tmp_path, first, WIDTH)), expected)
     Embeddings(tmp_path, first, WIDTH).approximate(expected[0], 1)
     (graph,) = tmp_path.glob("search/*.usearch")
     for damaged in (graph.read_bytes()[:5_000], b"not a graph", b""):
@@ -88,7 +95,7 @@ def test_the_copy_has_large_blocks_and_holds_one_in_memory(per_file, tmp_path, m
         write(tmp_path, some, vectors[some.start : some.stop])
     with mock.patch.object(pa, "concat_tables", side_effect=pa.concat_tables) as joined:
         blocks = Embeddings(tmp_path, manifest(rows, per_file), WIDTH).blocks
-    np.testing.assert_array_equal(np.concatenate(blocks), vectors)
+    np.testing.assert_array_equal(np.concatenate([x.rows for x in blocks]), vectors)
     assert max(map(len, blocks)) <= block
     assert len(blocks) <= 2 * rows / block
     held = [sum(map(len, call.args[0])) for call in joined.call_args_list]
@@ -101,7 +108,7 @@ def test_blocks_find_what_one_product_finds(count):
     rng = np.random.default_rng(count)
     vectors = rng.integers(-2, 3, (300, 3)).astype(np.float32)  # with many ties
     query = rng.integers(-2, 3, 3).astype(np.float32)
-    rows, similarities = nearest(np.split(vectors, (64, 128, 200)), query, count)
+    rows, similarities = nearest(map(Block, np.split(vectors, (64, 128, 200))), query, count)
     expected = np.argsort(-(vectors @ query), kind="stable")[:count]
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_array_equal(similarities, (vectors @ query)[expected])
@@ -133,7 +140,8 @@ def test_a_graph_with_rows_that_a_search_cannot_reach_misses_none(tmp_path):
     (path,) = tmp_path.rglob("*.usearch")
     sparse.save(str(path))
     assert len(Index.restore(str(path)).search(vectors[0], 500)) < 500
-    np.testing.assert_array_equal(embeddings.approximate(vectors[0], 500)[0], rows)
+    again = Embeddings(tmp_path, manifest(500, 500), 30)
+    np.testing.assert_array_equal(again.approximate(vectors[0], 500)[0], rows)
 
 
 @pytest.mark.parametrize(("rows", "per_file", "parts"), [(8, 3, 1), (11, 2, 3), (2, 1, 5)])
@@ -142,6 +150,119 @@ def test_a_manifest_knows_the_files_of_all_workers(rows, per_file, parts):
     expected = [x for i in range(parts) for x in rows_of_files(rows, i, parts, per_file)]
     assert list(one.each_file()) == expected
     assert one.files == len(expected)
+
+
+# ------------------------------------------------------------------------- types of embeddings
+
+
+def clustered(count, width):
+    """Return embeddings whose nearest neighbours are clearly nearer than the others."""
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((count // 12, width))
+    vectors = centers[np.arange(count) % len(centers)] + 0.3 * rng.standard_normal((count, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("store", ["float16", "int8", "binary"])
+def test_a_smaller_copy_states_its_recall_bytes_and_memory(store, tmp_path, capsys, monkeypatch):
+    """Also when each block has ranges of its own."""
+    monkeypatch.setattr(search, "BLOCK", 500)
+    vectors = clustered(2_000, 64)
+    write(tmp_path, range(2_000), vectors)
+    embeddings = Embeddings(tmp_path, manifest(2_000, 2_000), 64, store)
+    assert len(embeddings.blocks) == 4
+    line = capsys.readouterr().err
+    each = {"float16": 128, "int8": 64, "binary": 72}[store]
+    assert f"2000 embeddings in {store}, {each} bytes each: recall@10 against float32 " in line
+    about = json.loads((tmp_path / f"search/{store}.json").read_text())
+    assert (about["width"], about["store"], about["rows"]) == ("64", store, 2_000)
+    assert len(about["weights"]) == 64
+    expected = np.argsort(-(vectors @ vectors.T), axis=1)[:, 1:11]
+    found = [{*embeddings.exact(x, 11)[0]} for x in vectors[:300]]
+    shares = [len(a & {*b}) / 10 for a, b in zip(found, expected, strict=False)]
+    stated = float(re.search(r"([\d.]+)% \(64 images", about["recall"])[1]) / 100
+    assert stated == pytest.approx(np.mean(shares), abs=0.03)
+    assert stated > 0.95
+    Embeddings(tmp_path, manifest(2_000, 2_000), 64, store)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("store", ["float32", "float16", "int8", "binary"])
+def test_graphs_of_each_type_find_the_nearest(store, tmp_path, capsys):
+    vectors = clustered(1_000, 50)
+    write(tmp_path, range(1_000), vectors)
+    embeddings = Embeddings(tmp_path, manifest(1_000, 1_000), 50, store)
+    capsys.readouterr()
+    for query in vectors[:20]:
+        rows, similarities = embeddings.approximate(query, 10)
+        expected, exact = embeddings.exact(query, 10)
+        assert len({*rows} & {*expected}) >= 9
+        np.testing.assert_allclose(similarities[:5], exact[:5], atol=1e-3)
+    line = capsys.readouterr().err
+    recall = re.search(rf"in a graph of {store}, \d+ bytes each: .* ([\d.]+)% \(64 images", line)
+    assert float(recall[1]) > 90
+    assert (tmp_path / f"search/{store}-usearch.json").exists()
+
+
+@pytest.mark.parametrize("store", ["int8", "binary"])
+def test_a_search_needs_the_memory_that_it_states(store, tmp_path):
+    rows, width = 3 * search.BLOCK // 2, 32
+    write(tmp_path, range(rows), unit_vectors(rows, width))
+    embeddings = Embeddings(tmp_path, manifest(rows, rows), width, store)
+    query = unit_vectors(1, width)[0]
+    embeddings.exact(query, 10)
+    tracemalloc.start()
+    try:
+        embeddings.exact(query, 10)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    about = json.loads((tmp_path / f"search/{store}.json").read_text())
+    assert about["bytes_needed"] / 3 < peak < about["bytes_needed"]
+    assert about["bytes_read"] == rows * {"int8": 32, "binary": 4}[store]
+
+
+def test_a_copy_of_another_model_type_or_with_damaged_ranges_is_made_again(tmp_path, capsys):
+    vectors = clustered(300, 16)
+    write(tmp_path, range(300), vectors)
+    first = manifest(300, 300)
+    expected = rows_of(Embeddings(tmp_path, first, 16, "int8"))
+    copy, other = tmp_path / "search/int8.arrow", tmp_path / "search/float16.arrow"
+    content = copy.read_bytes()
+    block = Embeddings(tmp_path, first, 16, "int8").blocks[0]
+    ranges = block.ranges.tobytes()
+    capsys.readouterr()
+    copy.write_bytes(content.replace(ranges, b"\xff" * len(ranges)))
+    np.testing.assert_array_equal(rows_of(Embeddings(tmp_path, first, 16, "int8")), expected)
+    assert "300 embeddings in int8" in capsys.readouterr().err
+    Embeddings(tmp_path, replace(first, weights=[1.0]), 16, "int8")
+    assert "300 embeddings in int8" in capsys.readouterr().err
+    shutil.copy(copy, other)
+    assert Embeddings(tmp_path, first, 16, "float16").blocks[0].rows.dtype == np.float16
+    assert "300 embeddings in float16" in capsys.readouterr().err
+
+
+def test_embeddings_stored_in_float16_are_searched(folder, model, tmp_path):
+    config = EmbedConfig(
+        model=folder / "model",
+        source=str(folder / "photos"),
+        output=tmp_path,
+        rows_per_file=PER_FILE,
+        store="float16",
+    )
+    embed(config)
+    kind = pq.read_schema(path_of(tmp_path, range(3))).field("embedding").type
+    assert kind == pa.list_(pa.float16(), 16)
+    query = folder / "photos/4.png"
+    expected = Searcher(model, folder / "embeddings").search(query, 5)
+    for store in (None, "int8"):
+        results = Searcher(model, tmp_path, store).search(query, 5)
+        assert results[0]["index"] == 4
+        assert results[0]["similarity"] == pytest.approx(expected[0]["similarity"], abs=5e-3)
+    with pytest.raises(InputError, match="stored in float16, which is less precise"):
+        Searcher(model, tmp_path, "float32")
+    with pytest.raises(InputError, match="holds embeddings with store='float16', now 'float32'"):
+        embed(replace(config, store="float32"))
 
 
 # ------------------------------------------------------------------------- damaged folders
