@@ -84,12 +84,14 @@ def _table(file: AnyPath, columns: Sequence[str]) -> list[Row]:
 
 def _ours(file: AnyPath) -> Row:
     """Read the row of a run of `clip-jax train`. Raises InputError if it is unfinished."""
-    result = read_json(file, "step", "samples_seen")
+    result = read_json(file)
     run = read_run_config(file.parent)
     try:
         row = of_run(run, end := run["steps"])
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"no config.json of a run beside it ({error!r})") from error
+    if not {"step", "samples_seen"} <= result.keys():
+        raise InputError("it has no result yet: it stopped before its first report or evaluation")
     if result["step"] != end:  # --stop-after has stopped it
         raise InputError(f"stopped at step {result['step']} of {end}")
     watched = {line["step"]: line for line in read_rows(file.parent / WATCHED)}
