@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from clip_jax import flops, parts
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import WATCHED
@@ -16,7 +14,7 @@ from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
-from clip_jax.models.clip import CLIP, CLIPConfig, count
+from clip_jax.models.clip import CLIPConfig, count, parameters
 from clip_jax.scaling.columns import Row
 from clip_jax.scaling.run_table import RunTable, gmacs, read, write
 from clip_jax.serialize import from_dict
@@ -145,4 +143,6 @@ def of_run(run: dict[str, Any], step: int) -> Row:
 @functools.cache
 def mparams(config: CLIPConfig) -> float:
     """Return the number of parameters in millions."""
-    return count(dict(jax.eval_shape(CLIP(config).init, jax.random.key(0)))) / 1e6
+    boxes = parameters(config)
+    trained = [x.value for path, x in boxes.items() if not path.startswith("batch_stats/")]
+    return count({"parameters": trained}) / 1e6
