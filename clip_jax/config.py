@@ -8,7 +8,7 @@ resume.
 
 import functools
 import itertools
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from clip_jax import flops
@@ -162,13 +162,16 @@ class Config(StepConfig):
     @property
     def recipe(self) -> Recipe:
         """The settings that determine an update, apart from the data and the mesh."""
-        settings: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(StepConfig)}
-        settings["steps"] = round(self.schedule_step(self.steps))
-        return Recipe(**settings)
+        return self._recipe()
 
     def recipe_of(self, kind: BatchKind) -> Recipe:
         """Return the recipe of the updates that take one kind of batches."""
-        return replace(self.recipe, batch_size=kind.pairs, model=kind.model_of(self.model))
+        return self._recipe(batch_size=kind.pairs, model=kind.model_of(self.model))
+
+    def _recipe(self, **changes: Any) -> Recipe:
+        settings: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(StepConfig)}
+        settings["steps"] = round(self.schedule_step(self.steps))
+        return Recipe(**(settings | changes))
 
     def variants(self) -> list[tuple[int, Recipe]]:
         """Return the number of steps and the recipe of each kind of batch in the run."""

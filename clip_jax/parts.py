@@ -150,6 +150,8 @@ def opened(hint: Any) -> Any:
 
     Raises InputError if two of these classes have one name.
     """
+    if isinstance(hint, type) and not dataclasses.is_dataclass(hint):
+        return hint
     arguments = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _union((hint,)) if Part in hint.__bases__ else hint

@@ -12,6 +12,8 @@ from clip_jax import parts
 from clip_jax.errors import InputError
 from clip_jax.storage.files import as_path
 
+PLAIN = (bool, int, float, str, type(None))  # types of values that JSON has, too
+
 
 def to_dict(config: Any) -> Any:
     """Convert nested dataclasses to JSON values; each has its `type`, as fields may be unions.
@@ -32,7 +34,10 @@ def to_dict(config: Any) -> Any:
 
 def to_json(value: Any) -> str:
     """Return values as one line of JSON, with null for NaN and infinity, which JSON lacks."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
@@ -41,6 +46,8 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
     Missing fields take their defaults, so that older files stay readable. Raises InputError that
     names the field if it is unknown, has the wrong type or is out of range.
     """
+    if type(data) is kind and kind in PLAIN:  # most fields, so this is first
+        return data
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, data, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -58,10 +65,8 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
         return data
     if kind is float and type(data) is int and data.bit_length() < 1024:  # larger ones overflow
         return float(data)
-    if kind in (bool, int, float, str, type(None)):
-        if type(data) is not kind:
-            raise InputError(f"{where} is {data!r:.200}; it must be of type {kind.__name__}.")
-        return data
+    if kind in PLAIN:
+        raise InputError(f"{where} is {data!r:.200}; it must be of type {kind.__name__}.")
     if not (isinstance(kind, type) and issubclass(kind, os.PathLike)):
         raise InputError(
             f"{where} is annotated as {kind}, which a config cannot hold; use bool, int, float, "

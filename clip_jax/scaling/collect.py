@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from clip_jax import flops, parts
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import WATCHED
@@ -16,7 +14,7 @@ from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
 from clip_jax.errors import InputError
 from clip_jax.models import zoo
-from clip_jax.models.clip import CLIP, CLIPConfig, count
+from clip_jax.models.clip import CLIPConfig, count, parameters
 from clip_jax.scaling.columns import Row
 from clip_jax.scaling.run_table import RunTable, gmacs, read, write
 from clip_jax.serialize import from_dict
@@ -84,12 +82,14 @@ def _table(file: AnyPath, columns: Sequence[str]) -> list[Row]:
 
 def _ours(file: AnyPath) -> Row:
     """Read the row of a run of `clip-jax train`. Raises InputError if it is unfinished."""
-    result = read_json(file, "step", "samples_seen")
+    result = read_json(file)
     run = read_run_config(file.parent)
     try:
         row = of_run(run, end := run["steps"])
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"no config.json of a run beside it ({error!r})") from error
+    if not {"step", "samples_seen"} <= result.keys():
+        raise InputError("it has no result yet: it stopped before its first report or evaluation")
     if result["step"] != end:  # --stop-after has stopped it
         raise InputError(f"stopped at step {result['step']} of {end}")
     watched = {line["step"]: line for line in read_rows(file.parent / WATCHED)}
@@ -143,4 +143,6 @@ def of_run(run: dict[str, Any], step: int) -> Row:
 @functools.cache
 def mparams(config: CLIPConfig) -> float:
     """Return the number of parameters in millions."""
-    return count(dict(jax.eval_shape(CLIP(config).init, jax.random.key(0)))) / 1e6
+    boxes = parameters(config)
+    trained = [x.value for path, x in boxes.items() if not path.startswith("batch_stats/")]
+    return count({"parameters": trained}) / 1e6

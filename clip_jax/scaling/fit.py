@@ -34,7 +34,7 @@ from clip_jax.scaling.fit_result import (
 )
 from clip_jax.scaling.forecast import OF_COMPUTE, OF_SIZES, Laws, default_form, fit_laws
 from clip_jax.scaling.laws import BINS, Additive, Batched, Law, PowerLaw, Runs, Saturating, pareto
-from clip_jax.scaling.links import ERROR, LinkName, link_of
+from clip_jax.scaling.links import ERROR, LinkName, link_of, starts_at_chance
 from clip_jax.scaling.run_table import MOST_FLOPS, RunTable, Selection, is_score, text
 from clip_jax.scaling.uncertainty import Fit, Form, Prediction, Procedure, fit_law, middle, sizes_of
 from clip_jax.scaling.validation import Candidate, validate
@@ -92,7 +92,8 @@ class FitConfig(Selection):
     form: Form | None = None
     # Scale of a score's error that the law describes. error: 1 − score. odds: error / score.
     # log_score: −log(score). A saturating law of the odds is a sigmoid in log compute. None: the
-    # scale that predicts dearer runs from cheaper ones best.
+    # scale that predicts dearer runs from cheaper ones best. If the runs are too few to say, it is
+    # odds for scores that start near chance, and else error.
     link: LinkName | None = None
     # Number of classes of the metric, whose chance level is 1 / classes, for the scales odds and
     # log_score. None: a chance level of 0.
@@ -185,13 +186,14 @@ class FitConfig(Selection):
             forms = (default,)
         elif not forms:
             forms = OF_SIZES if default == "additive" else OF_COMPUTE
+        chance = 1 / self.classes if self.classes else 0.0
+        error = np.concatenate([runs.error for runs in tables])
         links: tuple[LinkName, ...] = ("error",)
         if self.link:
             links = (self.link,)
         elif self.procedure == "all" and self.is_score:
-            links = ("error", "odds", "log_score")
-        chance = 1 / self.classes if self.classes else 0.0
-        error = np.concatenate([runs.error for runs in tables])
+            near = starts_at_chance(error, chance)
+            links = ("odds", "error", "log_score") if near else ("error", "odds", "log_score")
         ordered = sorted(forms, key=lambda form: form != default)
         return [Candidate(form, link_of(name, error, chance)) for form in ordered for name in links]
 

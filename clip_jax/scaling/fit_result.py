@@ -9,6 +9,7 @@ import numpy as np
 
 from clip_jax.scaling import compare
 from clip_jax.scaling.compare import FamilyPair
+from clip_jax.scaling.links import LinkName
 from clip_jax.scaling.run_table import short
 from clip_jax.scaling.validation import Group, Validation
 from clip_jax.scaling.validation import describe as describe_law
@@ -320,7 +321,7 @@ class FitResult:
 
     metric: str
     form: str
-    link: str  # scale of the error that the laws describe
+    link: LinkName  # scale of the error that the laws describe
     procedure: str
     compute_unit: str
     laws: Mapping[str, LawResult]  # by family; with `compare=None`, one by the name ""

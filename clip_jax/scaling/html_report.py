@@ -4,6 +4,7 @@ The report is one file with data, style and script: it needs no server and loads
 """
 
 import contextlib
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from clip_jax.scaling import collect
 from clip_jax.scaling.fit import FitConfig, family_of, fit
 from clip_jax.scaling.fit_result import describe
 from clip_jax.scaling.forecast import OF_COMPUTE
+from clip_jax.scaling.links import LinkName, link_of
 from clip_jax.scaling.queue import workers
 from clip_jax.scaling.run_table import Row, RunTable, Selection, is_score, number, short, text
 from clip_jax.scaling.uncertainty import Form, Procedure, fit_law
@@ -178,9 +180,10 @@ def _curves(folder: AnyPath, names: Sequence[str]) -> dict[str, list[list[float]
     samples = 0.0
     for row in read_rows(folder / "metrics.jsonl"):
         samples = row.get("samples_seen", samples)
-        for name, value in row.items():
-            if name in curves and isinstance(value, int | float) and abs(value) < float("inf"):
-                curves[name].append([samples, value])
+        for name, curve in curves.items():
+            value = row.get(name)
+            if isinstance(value, int | float) and abs(value) < math.inf:
+                curve.append([samples, value])
     for name, curve in curves.items():
         indices = np.linspace(0, len(curve) - 1, min(len(curve), POINTS)).round().astype(int)
         curves[name] = [[curve[i][0], float(f"{curve[i][1]:.5g}")] for i in indices]
@@ -211,7 +214,7 @@ def _laws(
             {
                 "name": name,
                 "curve": [[point.compute, point.error, *point.interval] for point in law.curve],
-                "models": _models(families[name], config),
+                "models": _models(families[name], config, result.link),
                 "meaning": meaning,
                 "lacking": {x: at.lacking for x, at in law.parameters.items() if at.lacking},
             }
@@ -222,15 +225,18 @@ def _laws(
     return laws, describe(result).splitlines(), validation
 
 
-def _models(family: RunTable, config: FitConfig) -> dict[str, list[list[float]]]:
-    """Fit a power law of the samples seen to each model that has three or more numbers of them."""
+def _models(family: RunTable, config: FitConfig, link: LinkName) -> dict[str, list[list[float]]]:
+    """Fit a power law of the samples seen to each model that has three or more numbers of them.
+
+    It describes the error on the same scale as the law of all models.
+    """
     curves = {}
     for model, rows in family.groups(lambda row: row["arch"]).items():
         runs = config.runs(rows)
         if len({*runs.samples}) > 2:
             samples = np.geomspace(runs.samples.min(), runs.samples.max(), 60)
             with contextlib.suppress(InputError):  # the page shows the model's points only
-                law = fit_law("power", runs, "all")
+                law = fit_law("power", runs, "all", link=link_of(link, runs.error))
                 curve = law.curve(np.full_like(samples, runs.size[0]), samples)
                 curves[model] = np.stack([samples, *curve]).T.tolist()
     return curves

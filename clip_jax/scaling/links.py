@@ -15,6 +15,7 @@ from jaxtyping import Float
 Numbers = np.ndarray | np.floating | float
 LinkName = Literal["error", "odds", "log_score"]
 LEAST = 1e-6  # smallest score above chance that a link describes
+NEAR_CHANCE = 0.25  # share of the range of scores above chance in which a table starts at chance
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,15 @@ def link_of(name: LinkName, error: Float[np.ndarray, " n"], chance: float = 0.0)
     positive = above[above > 0]
     least = float(positive.min()) / 2 if len(positive) else LEAST
     return Link(name, chance, max(least, LEAST))
+
+
+def starts_at_chance(error: Float[np.ndarray, " n"], chance: float = 0.0) -> bool:
+    """Return whether the lowest score of a table is near chance.
+
+    There, the error hardly moves: relative steps of the error are a score's share of those of its
+    odds. So a power law of the error describes no such table.
+    """
+    return float(1 - chance - error.max()) < NEAR_CHANCE * (1 - chance)
 
 
 def margins(error: Numbers, least: float | None) -> Numbers:

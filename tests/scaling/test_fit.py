@@ -116,6 +116,20 @@ def test_the_largest_models_are_predicted_from_the_others():
         fit(table, replace(OURS, form="additive", hold_out=("arch=m300",)))
 
 
+@pytest.mark.parametrize(("scale", "link"), [(300.0, "odds"), (3.0, "error")])
+def test_few_scores_from_chance_have_a_law_of_their_odds(scale: float, link: str):
+    """Validation cannot choose between scales by ten points."""
+    runs = measured(KNOWN["additive"], 0, 0.0, 3, 4)
+    runs = runs.where(np.argsort(runs.compute)[:10])
+    odds = scale * (runs.compute / runs.compute.min()) ** -0.5
+    scores = (1 / (1 + odds)).tolist()
+    rows = zip(table_of(runs).rows, scores, strict=True)
+    table = RunTable([{**row, "acc1": score} for row, score in rows])
+    config = FitConfig(metric="acc1", draws=100)
+    assert fit(table, config).link == link
+    assert fit(table, replace(config, procedure="frontier")).link == "error"
+
+
 def test_families_are_compared_from_one_table():
     config = FitConfig(
         where=LAION.where, compare="upstream_dataset", form="additive", link="error", draws=100

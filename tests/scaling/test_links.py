@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clip_jax.scaling.laws import Runs
-from clip_jax.scaling.links import ERROR, Link, from_margins, link_of, margins
+from clip_jax.scaling.links import ERROR, Link, from_margins, link_of, margins, starts_at_chance
 from clip_jax.scaling.uncertainty import fit_law
 
 
@@ -27,6 +27,13 @@ def test_scores_at_chance_count_as_half_of_the_smallest_above_it():
     assert link.of(np.array([0.95])) == link.of(np.array([0.9])) == pytest.approx(0.88 / 0.02)
     assert link_of("error", np.array([0.5])) == ERROR
     assert link_of("odds", np.array([1.0])).least > 0
+
+
+@pytest.mark.parametrize(
+    ("lowest", "chance", "near"), [(0.2, 0.0, True), (0.3, 0.0, False), (0.3, 0.1, True)]
+)
+def test_a_table_starts_at_chance_if_its_lowest_score_is_near(lowest, chance, near):
+    assert starts_at_chance(np.array([0.2, 1 - lowest]), chance) == near
 
 
 def test_margins_have_an_inverse():
