@@ -312,6 +312,12 @@ class TextTowerConfig(TowerConfig, Part):
         """Whether a text's embedding depends on the id and the amount of its padding."""
         return not self.masks_padding
 
+    def used_tokens(self, tokens: Int[Any, "B L"]) -> Int[Any, " B"]:
+        """Return the number of first tokens on which each text's embedding depends, NumPy's for
+        NumPy's; only for towers that do not see padding."""
+        ends = np.arange(1, tokens.shape[1] + 1)
+        return ((tokens != self.tokenizer.pad_id) * ends).max(-1).clip(1)
+
     @property
     def num_positions(self) -> int:
         """Rows of the table of position embeddings."""
