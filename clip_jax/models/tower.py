@@ -319,6 +319,19 @@ class TextTowerConfig(TowerConfig, Part):
         return ((tokens != self.tokenizer.pad_id) * ends).max(-1).clip(1)
 
     @property
+    def inference_lengths(self) -> tuple[int, ...]:
+        """Numbers of tokens to which texts are padded in inference, where each is compiled."""
+        shorter = () if self.sees_padding else (32, 128, 512)
+        return (*(n for n in shorter if n < self.context_length), self.context_length)
+
+    def shortened(self, tokens: Int[Any, "B L"]) -> Int[Any, "B l"]:
+        """Remove padding that no embedding depends on, down to one of `inference_lengths`."""
+        if tokens.shape[1] != self.context_length or len(self.inference_lengths) == 1:
+            return tokens
+        longest = self.used_tokens(tokens).max(initial=1)
+        return tokens[:, : min(n for n in self.inference_lengths if n >= longest)]
+
+    @property
     def num_positions(self) -> int:
         """Rows of the table of position embeddings."""
         return self.context_length + self.has_class_token

@@ -80,3 +80,16 @@ def test_proposed_groups_fit_nearly_all_batches_and_cost_little(texts):
     assert costs == sorted(costs, reverse=True)
     assert costs[0] == 77
     assert costs[2] < 0.4 * 77
+
+
+def test_inference_pads_texts_to_one_of_few_lengths_unless_embeddings_depend_on_it():
+    tower = dataclasses.replace(TINY.text, context_length=200)
+    assert tower.inference_lengths == (32, 128, 200)
+    tokens = np.zeros((2, 200), np.int32)
+    for length, shortest in ((1, 32), (32, 32), (33, 128), (129, 200), (200, 200)):
+        tokens[1, :length], tokens[1, length - 1] = 7, 519
+        np.testing.assert_array_equal(tower.shortened(tokens), tokens[:, :shortest])
+    assert TINY.text.shortened(tokens[:, :10]).shape == (2, 10)
+    assert tower.shortened(tokens[:, :150]).shape == (2, 150)  # of another length already
+    siglip = dataclasses.replace(tower, pool="last", causal=False)
+    assert siglip.shortened(tokens * 0).shape == (2, 200)

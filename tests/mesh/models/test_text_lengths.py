@@ -4,14 +4,18 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from clip_jax.convert.weights import default_preprocess
+from clip_jax.inference.loading import Model
 from clip_jax.losses import SoftmaxConfig
+from clip_jax.models.clip import CLIP
 from clip_jax.models.text_lengths import TextLengths
 from clip_jax.pods.collectives import collectives
-from tests.conftest import FAMILIES, OPTIM, TINY, assert_close, batch
+from tests.conftest import FAMILIES, OPTIM, TINY, assert_close, batch, parameters
 from tests.mesh.conftest import compiled
 
 HALVES = TextLengths(tokens=(4, 10), shares=(0.5, 0.5))
@@ -70,6 +74,16 @@ def test_groups_by_length_take_the_step_of_full_padding(config, mesh, lengths, o
         assert got[1]["full_padding"] == full_padding
         check_equal(take(full, tokens), got)
     moved = collectives(step.compiled.as_text(), dict(step.program.mesh.shape))
-    # Texts stay on their device. Along fsdp, devices share the table of token embeddings.
-    ids = [x for x in moved if any(y[0] == "s32" for y in x.arrays) and x.axes != ("fsdp",)]
-    assert not ids
+    # The text tower's ids stay on their device, but devices along fsdp share the embedding table.
+    of_tower = [x for x in moved if not x.part.startswith("loss") and x.axes != ("fsdp",)]
+    assert not [x for x in of_tower if any(dtype == "s32" for dtype, _ in x.arrays)]
+
+
+def test_inference_embeds_short_texts_by_less_padding_as_by_all():
+    config = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, context_length=40))
+    params = jax.tree.map(jnp.asarray, parameters(config))
+    model = Model(config, params, default_preprocess(config))
+    tokens = np.pad(texts(TINY, short=2, rows=8), [(0, 0), (0, 30)])
+    assert config.text.shortened(tokens).shape == (8, 32)
+    full = jax.jit(CLIP(config).encode_text)(params, tokens)
+    assert_close({"": np.asarray(full)}, {"": np.asarray(model.encode_text(tokens))})
