@@ -361,7 +361,10 @@ def _made_up(config: Config) -> Inputs:
     rng = np.random.default_rng(config.seed)
     spec, text = config.model.vision.image_spec, config.model.text
     tokens = rng.integers(1, text.vocab_size - 1, (config.batch_size, text.context_length))
-    tokens[:, -1] = text.vocab_size - 1  # the end of text
+    # With groups by length, texts that all fit: the cost does not depend on them.
+    length = text.context_length if config.text_lengths is None else config.text_lengths.tokens[0]
+    tokens[:, length:] = text.tokenizer.pad_id
+    tokens[:, length - 1] = text.vocab_size - 1  # the end of text
     size = (spec.side, spec.side)
     if isinstance(spec, NaFlex):  # no padding: a row of patches
         size = (spec.patch_size, spec.patch_size * spec.max_patches)

@@ -21,6 +21,8 @@ CoCa decodes the last token and projects its queries for each image. `training`,
 only what is needed, and computed here.
 """
 
+import functools
+from dataclasses import replace
 from typing import Literal, NamedTuple, cast
 
 from clip_jax.losses import SoftmaxConfig
@@ -56,8 +58,8 @@ class Flops(NamedTuple):
 
 
 def of_step(config: StepConfig) -> Flops:
-    """Count one step, with dropped patches, locked towers and adapters; nothing of a stored
-    tower."""
+    """Count one step, with dropped patches, locked towers and adapters; nothing of a stored tower;
+    texts in groups by length (`text_lengths`) as they are padded there."""
     locked, lora = config.optim.locked, config.lora
     if lora is not None:  # no gradient passes a tower without adapters
         has = {each.kernel.split("/")[0] for each in adapted(config.model, lora)}
@@ -68,7 +70,17 @@ def of_step(config: StepConfig) -> Flops:
     teachers = [model for term in config.objective for model in term.frozen().values()]
     each = [(forward(x.config), x.texts) for x in teachers]
     teacher = config.batch_size * sum(of.image + texts * of.text for of, texts in each)
-    towers = _towers(config.model, config.batch_size, locked, has_adapters=lora is not None)
+    count = functools.partial(
+        _towers, batch_size=config.batch_size, locked=locked, has_adapters=lora is not None
+    )
+    towers = count(config.model)
+    if config.text_lengths is not None:
+
+        def text_at(tokens: int) -> int:
+            text = replace(config.model.text, context_length=tokens)
+            return count(replace(config.model, text=text)).text
+
+        towers = towers._replace(text=config.text_lengths.mean(text_at))
     names = dict.fromkeys(name for term in config.objective for name in term.needs)
     needs = [*map(output, names)]
     embedded = [x.tower for x in needs if x.is_embedding and x.input != x.tower]

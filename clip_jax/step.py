@@ -4,6 +4,7 @@
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -11,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from clip_jax import processes, sharding
 from clip_jax.data.order.batches import Batch
@@ -26,6 +28,7 @@ from clip_jax.losses import (
     cached_value_and_grad,
 )
 from clip_jax.losses import objective as terms
+from clip_jax.losses.accumulation import Gradients, split
 from clip_jax.losses.objective import Inputs, Metrics, Outputs
 from clip_jax.models import lora as adapters
 from clip_jax.models.clip import (
@@ -39,6 +42,7 @@ from clip_jax.models.clip import (
 from clip_jax.models.inputs import Input, StoredInput
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.outputs import output
+from clip_jax.models.text_lengths import SCOPE, TextLengths
 from clip_jax.optim import Muon, OptimConfig, Tower, make_optimizer, schedule
 from clip_jax.optim.wrappers import TOWERS, capped, skipped_updates, unless_skipped
 from clip_jax.sharding import AnyMesh
@@ -80,6 +84,9 @@ class StepConfig:
     # Tower of init_from whose embeddings are stored with the data (clip-jax prepare --reinforce),
     # so that it is neither trained nor computed. None: both towers are computed.
     stored: Tower | None = None
+    # Groups of a batch's texts by length, so that short texts cost less; the results are the same.
+    # None: all texts have model.text.context_length tokens, padding included.
+    text_lengths: TextLengths | None = None
     objective: tuple[TermConfig, ...] = (SoftmaxConfig(),)  # Losses to minimise, as a weighted sum.
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -100,6 +107,8 @@ class Recipe(StepConfig):
             raise InputError("Muon does not train adapters (lora): set another optim.optimizer.")
         if self.stored is not None:
             check_stored(self, self.stored)
+        if self.text_lengths is not None:
+            check_lengths(self, self.text_lengths)
 
     @property
     def locked(self) -> frozenset[str]:
@@ -285,6 +294,31 @@ def check_stored(recipe: StepConfig, tower: Tower) -> None:
         )
 
 
+def check_lengths(recipe: StepConfig, lengths: TextLengths) -> None:
+    """Raise InputError unless texts of these lengths have the embeddings, and all else that a run
+    needs, of texts that are padded to the context length."""
+    text, needs = recipe.model.text, terms.needs(recipe.objective)
+    states = [x for x in needs if output(x).tower != "image" and not output(x).is_embedding]
+    wrong, longest = "", lengths.tokens[-1]
+    if text.sees_padding:
+        wrong = (
+            f"the embeddings of this text tower ({type(text).__name__} with text.pool={text.pool}) "
+            "depend on the padding, as SigLIP's do, so that texts of another length would have "
+            "others"
+        )
+    elif states:
+        wrong = f"the objective needs the states of all tokens ({', '.join(states)})"
+    elif recipe.stored == "text":
+        wrong = "stored=text reads embeddings and no texts"
+    elif longest > text.context_length:
+        wrong = f"{longest} tokens are more than model.text.context_length={text.context_length}"
+    if wrong:
+        raise InputError(
+            f"text_lengths.tokens={lengths.tokens} is not possible: {wrong}. Change it, or set "
+            "text_lengths to None."
+        )
+
+
 def base_of(state: State) -> Params:
     """Return the frozen weights that adapters change; nothing without adapters."""
     return state.frozen.get(BASE[0], {}).get(BASE[1], {})
@@ -378,28 +412,38 @@ def encode(
     key: Array | None = None,
     train: bool = True,
     stored: Tower | None = None,
+    lengths: TextLengths | None = None,
 ) -> tuple[Outputs, Params]:
     """Encode a chunk; return the outputs that the objective keeps, with L2-normalised embeddings,
     and the new BatchNorm statistics.
 
     With `key`, patches are dropped. Which ones depends on a pair's `row` in the global batch, not
     on the mesh or the number of chunks. BatchNorm computes with the batch's statistics if `train`.
-    The inputs of the `stored` tower are its embeddings.
+    The inputs of the `stored` tower are its embeddings. With `lengths`, texts are embedded by
+    groups, which they must fit.
     """
     locked = tuple(tower for tower in locked if tower != stored)
     frozen = {TOWERS[tower]: jax.lax.stop_gradient(x.params[TOWERS[tower]]) for tower in locked}
     x = replace(x, params=x.params | frozen)
     constrain, inputs, needs = x.model.layout.constrain, x.inputs, terms.needs(objective)
-    embeddings = [y for name in ("image", "text", *needs) if (y := output(name)).is_embedding]
-    computed = [y for y in embeddings if y.tower != stored]
-    images = {y.input: x.model.normalize(inputs[y.input]) for y in computed if y.tower == "image"}
-    texts = {y.input: inputs[y.input] for y in computed if y.tower == "text"}
+    images = {
+        name: x.model.normalize(inputs[name]) for name in embedded(objective, "image", stored)
+    }
+    texts = {name: inputs[name] for name in embedded(objective, "text", stored)}
     keys = None
     if key is not None and "image" not in locked:
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(constrain(inputs["row"]))
     # A locked tower runs as in inference: all patches, BatchNorm's running statistics.
+    trains_image = train and "image" not in locked
+
+    def by_length(tower: Callable[[Array], Array], tokens: Array) -> Array:
+        if lengths is None:
+            return tower(tokens)
+        used = x.model.config.text.used_tokens(tokens)
+        return lengths.embed(tower, tokens, used, sharding.batch_shards(x.mesh))
+
     outputs, batch_stats = x.model.outputs(
-        x.params, images, texts, needs, keys, train=train and "image" not in locked
+        x.params, images, texts, needs, keys, trains_image, by_length
     )
     if stored is not None:
         outputs[stored] = inputs[stored]
@@ -411,38 +455,92 @@ def encode(
     return {name: constrain(y) for name, y in results.items()}, batch_stats
 
 
-def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tuple[State, Metrics]:
-    """Take one training step: encode, compute the objective and its gradients, update.
+def embedded(objective: Objective, tower: Tower, stored: Tower | None = None) -> list[str]:
+    """Return the names of the inputs that a tower embeds; a stored tower embeds none."""
+    outputs = map(output, (tower, *terms.needs(objective)))
+    return [x.input for x in outputs if x.is_embedding and x.tower == tower != stored]
+
+
+def texts_fit(recipe: Recipe, mesh: AnyMesh, inputs: Inputs) -> Bool[Array, ""]:
+    """Return whether all texts of a batch fit their groups by length, on all devices."""
+    names = embedded(recipe.objective, "text", recipe.stored)
+    used = jnp.stack([recipe.model.text.used_tokens(inputs[name]) for name in names], axis=1)
+    chunks = split(used, recipe.accumulation, recipe.model.vision.batch_norm_group or 1)
+    devices = rearrange(chunks, "N (S b) T -> N S (b T)", S=sharding.batch_shards(mesh))
+    return cast(TextLengths, recipe.text_lengths).fit(devices)
+
+
+def gradients(state: State, inputs: Inputs, *, recipe: Recipe, mesh: Mesh) -> Gradients:
+    """Compute the objective of a batch and its gradients.
 
     The towers encode the batch in chunks (`accumulation`), which takes the memory of one chunk; the
-    gradients are those of the full batch.
+    gradients are those of the full batch. Texts must fit their groups (`text_lengths`).
     """
-    model, objective, optim = CLIP(recipe.model), recipe.objective, recipe.optim
+    objective, vision, key = recipe.objective, recipe.model.vision, None
     trainable, batch_stats = split_batch_stats(state.params)
     towers = {name: tree for name, tree in trainable.items() if isinstance(tree, dict)}
-    scalars = {name: x for name, x in trainable.items() if name not in towers}
-    fixed = {name: x for name, x in base_of(state).items() if not isinstance(x, dict)}
-    inputs = {name: x for name, x in batch.items() if name != "learning_rate"}
-    vision, key = recipe.model.vision, None
+    scalars = scalars_of(state.params)
     if recipe.drops_patches:
         # Threefry, whatever the default: it gives the same keys under vmap.
         key = jax.random.fold_in(jax.random.key(recipe.seed, impl="threefry2x32"), state.step)
-    context_of = functools.partial(context, model, mesh, state)
+    context_of = functools.partial(context, CLIP(recipe.model), mesh, state)
 
     def encode_chunk(towers: Params, chunk: Inputs) -> tuple[Outputs, Params]:
         params = recipe.complete(state, join_batch_stats(scalars | towers, batch_stats))
-        x = context_of(params, chunk, {})
-        train = recipe.lora is None
-        return encode(x, objective, optim.locked, key, train=train, stored=recipe.stored)
+        return encode(
+            context_of(params, chunk, {}),
+            objective,
+            recipe.optim.locked,
+            key,
+            train=recipe.lora is None,
+            stored=recipe.stored,
+            lengths=recipe.text_lengths,
+        )
 
     def compare(scalars: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
-        return terms.total(objective, context_of(fixed | scalars, inputs, outputs))
+        params = scalars_of(base_of(state)) | scalars
+        return terms.total(objective, context_of(params, inputs, outputs))
 
     group = vision.batch_norm_group
-    result = cached_value_and_grad(
+    return cached_value_and_grad(
         encode_chunk, compare, towers, scalars, inputs, recipe.accumulation, group_size=group or 1
     )
-    grads, metrics = result.params | result.others, result.aux
+
+
+def gradients_by_length(
+    state: State, inputs: Inputs, *, recipe: Recipe, mesh: Mesh
+) -> tuple[Gradients, Metrics]:
+    """Compute the same with texts in groups by length; with full padding if they do not fit.
+
+    All devices choose alike, and no process waits for the choice. Full padding recomputes
+    activations, so that it takes no more memory than the groups.
+    """
+    fit = texts_fit(recipe, mesh, inputs)
+    model = replace(recipe.model, remat="full")
+    padded = replace(recipe, model=model, text_lengths=None)
+    branches = (
+        functools.partial(gradients, state, inputs, recipe=x, mesh=mesh) for x in (recipe, padded)
+    )
+    with jax.named_scope(SCOPE):
+        result = jax.lax.cond(fit, *branches)
+    return result, {"full_padding": 1 - fit.astype(jnp.float32)}
+
+
+def scalars_of(params: Params) -> Params:
+    """Return the parameters of no tower, such as the logit scale."""
+    return {name: x for name, x in params.items() if not isinstance(x, dict)}
+
+
+def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tuple[State, Metrics]:
+    """Take one training step: encode, compute the objective and its gradients, update."""
+    objective, optim, metrics = recipe.objective, recipe.optim, {}
+    trainable, batch_stats = split_batch_stats(state.params)
+    inputs = {name: x for name, x in batch.items() if name != "learning_rate"}
+    if recipe.text_lengths is None:
+        result = gradients(state, inputs, recipe=recipe, mesh=mesh)
+    else:
+        result, metrics = gradients_by_length(state, inputs, recipe=recipe, mesh=mesh)
+    grads = result.params | result.others
     updates, opt_state = recipe.optimizer().update(
         grads, state.opt_state, trainable, learning_rate=batch["learning_rate"]
     )
@@ -450,18 +548,23 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
     trainable = capped(trainable, optim.max_logit_scale)
     carried = {}
     if state.carried:
-        carried = terms.update(objective, context_of(trainable, inputs, result.outputs))
+        x = context(CLIP(recipe.model), mesh, state, trainable, inputs, result.outputs)
+        carried = terms.update(objective, x)
     batch_stats, carried = unless_skipped(
         (state.opt_state, opt_state),
         new=(result.statistics if batch_stats else {}, carried),
         old=(batch_stats, state.carried),
     )
-    metrics |= skipped_updates(opt_state) | {
-        "loss": result.loss,
-        "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(trainable),
-        "logit_scale": jnp.exp((fixed | trainable)["logit_scale"]),
-        "learning_rate": batch["learning_rate"],
-    }
+    metrics |= (
+        result.aux
+        | skipped_updates(opt_state)
+        | {
+            "loss": result.loss,
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(trainable),
+            "logit_scale": jnp.exp((scalars_of(base_of(state)) | trainable)["logit_scale"]),
+            "learning_rate": batch["learning_rate"],
+        }
+    )
     params = join_batch_stats(trainable, batch_stats)
     return State(state.step + 1, params, opt_state, carried, state.frozen), metrics

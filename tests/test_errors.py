@@ -45,7 +45,9 @@ COMMANDS = (
     average.AverageConfig, SampleDataConfig, ScalePlanConfig, ChooseConfig, RelateConfig,
     DivideConfig, RanksConfig, CompletionConfig,
 )  # fmt: skip
-GIVEN = {  # where there is no default, or none that can stand alone
+GIVEN = {
+    "TextLengths.tokens": (4, 8),
+    "TextLengths.shares": (0.5, 0.5),  # where there is no default, or none that can stand alone
     "PredictConfig.labels": ("cat",),
     "AverageConfig.models": (Path("a"), Path("b")),
     "SearchConfig.text": "a cat",

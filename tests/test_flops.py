@@ -21,8 +21,10 @@ from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.decoder import CoCaConfig
 from clip_jax.models.layers import Layout
 from clip_jax.models.lora import LoRAConfig, draw, join
+from clip_jax.models.text_lengths import TextLengths
 from clip_jax.models.vit import ViTConfig, choose_patches
 from clip_jax.optim import OptimConfig
+from clip_jax.step import StepConfig
 from tests.conftest import COCA, MAMMUT, RESNET, TINY
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -206,3 +208,13 @@ def test_a_stored_tower_costs_nothing():
     stored = replace(locked, stored="image", init_from="x")
     assert flops.of_step(stored) == flops.of_step(locked)._replace(image=0)
     assert flops.of_step(replace(stored, optim=OptimConfig())) == flops.of_step(stored)
+
+
+def test_texts_by_length_cost_what_their_groups_cost():
+    lengths = TextLengths(tokens=(4, 10), shares=(0.25, 0.75))
+    full = StepConfig(model=TINY, batch_size=64)
+    counts = flops.of_step(replace(full, text_lengths=lengths))
+    short = replace(TINY, text=replace(TINY.text, context_length=4))
+    of_short = flops.of_step(replace(full, model=short)).text
+    assert counts.text == round(0.25 * of_short + 0.75 * flops.of_step(full).text)
+    assert counts._replace(text=0) == flops.of_step(full)._replace(text=0)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from clip_jax.errors import InputError
+from clip_jax.losses import CaptionConfig, SoftmaxConfig
 from clip_jax.models.clip import CLIP
 from clip_jax.models.lora import LoRAConfig
+from clip_jax.models.text_lengths import TextLengths
 from clip_jax.optim import Muon, OptimConfig
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, State, context, encode
-from tests.conftest import TINY, batch, parameters, sums_of_step
+from tests.conftest import MAMMUT, NAFLEX_SIGLIP, TINY, batch, parameters, sums_of_step
 from tests.mesh.conftest import compiled, recipe
 
 VISUAL = LoRAConfig(targets=("visual/*",))
@@ -49,6 +51,31 @@ def test_the_logit_scale_is_capped():
 def test_a_recipe_that_would_train_nothing_is_refused(options, says):
     with pytest.raises(InputError, match=says):
         recipe(TINY, **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "says"),
+    [
+        (NAFLEX_SIGLIP, {}, r"TextConfig with text.pool=\w+\) depend on the padding"),
+        (MAMMUT, {"objective": (CaptionConfig(),)}, "depend on the padding"),
+        (
+            dataclasses.replace(MAMMUT, text=dataclasses.replace(TINY.text, depth=4)),
+            {"objective": (CaptionConfig(),)},
+            r"needs the states of all tokens \(caption_states\)",
+        ),
+        (TINY, {"stored": "text"}, "stored=text reads embeddings"),
+        (
+            dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, context_length=8)),
+            {},
+            "10 tokens are more than model.text.context_length=8",
+        ),
+    ],
+    ids=["SigLIP", "MaMMUT", "captions", "stored texts", "a shorter context"],
+)
+def test_texts_by_length_are_refused_where_another_length_is_another_result(config, options, says):
+    lengths = TextLengths(tokens=(4, 10), shares=(0.5, 0.5))
+    with pytest.raises(InputError, match=says):
+        recipe(config, **{"objective": (SoftmaxConfig(),)} | options, text_lengths=lengths)
 
 
 def test_patch_dropout_drops_by_row_and_key_and_a_step_by_the_runs_seed():

@@ -18,6 +18,7 @@ SamplesAfter = Callable[[int], int]  # number of pairs that a run sees in its fi
 # Settings that may change when a run resumes: they alter no update.
 RESUMABLE = (
     *("stop_after", "mesh", "accumulation", "checkpoint", "processes", "evals", "report_every"),
+    "text_lengths",
     *("profile_steps", "compilation_cache", "wandb_project"),
     *("data.workers", "data.threads", "data.prefetch", "data.read_ahead_mib"),
     *("model.attention", "model.remat", "model.unroll", "objective.*.chunk_size"),

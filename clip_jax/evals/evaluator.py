@@ -47,8 +47,12 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
         """Embed texts as unit vectors; equal texts get equal vectors at any position."""
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        features = self.compute(embed_texts, self.tokenize(list(rows)))
+        features = self.token_ids(self.tokenize(list(rows)))
         return features[[rows[text] for text in texts]]
+
+    def token_ids(self, ids: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B E"]:
+        """Embed rows of token ids as unit vectors, with as little padding as all of them need."""
+        return self.compute(embed_texts, self.model.config.text.shortened(ids))
 
     def compute(
         self,

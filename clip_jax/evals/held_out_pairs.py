@@ -14,7 +14,7 @@ from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import Batch, DataConfig, build, open_source
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.evals.captioning import loss_per_token
-from clip_jax.evals.evaluator import Encoder, EvaluatorConfig, embed_texts
+from clip_jax.evals.evaluator import Encoder, EvaluatorConfig
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.models.images import ImageSpec
 from clip_jax.storage.files import AnyPath
@@ -77,7 +77,7 @@ class PairsEvaluator:
 
     def _measure(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
         batch = self._batch(encoder)
-        images, texts = encoder.images(batch.image), encoder.compute(embed_texts, batch.text)
+        images, texts = encoder.images(batch.image), encoder.token_ids(batch.text)
         yield "info_nce", info_nce(images, texts, encoder.logit_scale, self.config.pool)
         yield from retrieval(images, texts, np.arange(len(images)), encoder.mesh).items()
         if encoder.model.config.decoder is not None:

@@ -118,11 +118,12 @@ class Model:
     def encode_text(
         self, tokens: Int32[Any, "B L"], *, normalize: bool = False, batch_size: int = 256
     ) -> Float[Array, "B E"]:
-        """Embed the output of `tokenize`, in batches.
+        """Embed the output of `tokenize`, in batches, with as little padding as all texts need.
 
         With `normalize`, embeddings have unit length.
         """
         encode = compiled(embed_texts, self.clip, self._mesh, normalize=normalize)
+        tokens = self.config.text.shortened(tokens)
         return jnp.asarray(self._in_batches("encode_text", encode, tokens, batch_size=batch_size))
 
     def similarity(

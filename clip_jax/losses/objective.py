@@ -35,7 +35,7 @@ Result = tuple[Float[Array, ""], Metrics]
 # Metrics of the step itself, whose names no term's metric takes.
 OF_STEP = frozenset(
     {"loss", "grad_norm", "param_norm", "logit_scale", "learning_rate"}
-    | {"skipped_updates", "skipped_in_a_row"}
+    | {"skipped_updates", "skipped_in_a_row", "full_padding"}
 )
 
 

@@ -44,6 +44,7 @@ from clip_jax.models.tower import TowerConfig
 from clip_jax.models.vit import ViTConfig
 
 Params = dict[str, Any]
+ByLength = Callable[[Callable[[Array], Array], Array], Array]
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 Vision = (
     ViTConfig
@@ -206,7 +207,7 @@ class CLIP:
         images = {"image": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}
         texts = {"text": jnp.zeros((1, c.text.context_length), jnp.int32)}
         needs = () if c.decoder is None else ("caption_states",)
-        compute = functools.partial(_outputs, images, texts, needs, None, False)
+        compute = functools.partial(_outputs, images, texts, needs, None, False, None)
         variables = cast(Params, Towers(c).init(key, compute, method="run"))
         return variables.pop("params") | variables
 
@@ -271,15 +272,17 @@ class CLIP:
         needs: Sequence[str] = (),
         keys: Key[Array, " B"] | None = None,
         train: bool = False,
+        by_length: ByLength | None = None,
     ) -> tuple[dict[str, Float[Array, "B ..."]], Params]:
         """Compute the model outputs that the terms of a loss need, by the names of `losses.Term`.
 
         `images` (normalised) and `texts` hold the batch as "image" and "text", and further inputs
         by their names. A tower without inputs is not computed. With `keys`, one per image, a ViT
-        applies patch dropout. Returns the outputs (embeddings are float32 and not normalised) and
-        `batch_stats`, with `train` as updated by BatchNorm.
+        applies patch dropout. `by_length(tower, tokens)` embeds texts by calls of the text tower.
+        Returns the outputs (embeddings are float32 and not normalised) and `batch_stats`, with
+        `train` as updated by BatchNorm.
         """
-        compute = functools.partial(_outputs, images, texts, needs, keys, train)
+        compute = functools.partial(_outputs, images, texts, needs, keys, train, by_length)
         out, updates = self._run(params, compute, mutable=["batch_stats"])
         embeddings = {
             name: x.astype(jnp.float32) for name, x in out.items() if output(name).is_embedding
@@ -432,6 +435,7 @@ def _outputs(
     needs: Sequence[str],
     keys: Array | None,
     train: bool,
+    by_length: ByLength | None,
     towers: Towers,
 ) -> dict[str, Array]:
     """Compute the outputs of `CLIP.outputs`; each tower runs once for each of its inputs."""
@@ -471,7 +475,8 @@ def _outputs(
             out[f"image:{name}"] = _embedded(towers, pixels[name], train=train)
     if others:  # in one pass; the texts of a pair stay on its device
         rows = rearrange(jnp.stack([*others.values()], 1), "B T L -> (B T) L")
-        parts = rearrange(towers.text(rows), "(B T) E -> T B E", T=len(others))
+        embeddings = towers.text(rows) if by_length is None else by_length(towers.text, rows)
+        parts = rearrange(embeddings, "(B T) E -> T B E", T=len(others))
         out |= zip(others, parts, strict=True)
     return out
 

@@ -89,6 +89,16 @@ class TextConfig(TextTowerConfig):
         """Whether a text's embedding depends on the id and the amount of its padding."""
         return not self.masks_padding and (not self.causal or self.pool not in ("argmax", "eos"))
 
+    def used_tokens(self, tokens: Int[Any, "B L"]) -> Int[Any, " B"]:
+        if self.masks_padding:
+            return super().used_tokens(tokens)
+        return self.end_of_text(tokens) + 1
+
+    def end_of_text(self, tokens: Int[Any, "B L"]) -> Int[Any, " B"]:
+        """Return the position of the token that is pooled, with pool=argmax or eos."""
+        is_argmax = self.pool == "argmax"  # OpenAI's rule for the end of text
+        return (tokens if is_argmax else tokens == self.eos_token_id).argmax(axis=-1)
+
     @property
     def end_of_text_id(self) -> int:
         """The end-of-text id of CLIP's vocabulary: the highest, or `eos_token_id` with pool=eos."""
@@ -262,8 +272,8 @@ class TextTransformer(nn.Module):
                 x = layers.mean(self.ln_final(x), self.lengths(tokens))
             case "first":
                 x = self.ln_final(x[:, 0])
-            case "argmax" | "eos":  # argmax: OpenAI's rule for the end of text
-                end = (tokens if c.pool == "argmax" else tokens == c.eos_token_id).argmax(axis=-1)
+            case "argmax" | "eos":
+                end = c.end_of_text(tokens)
                 x = self.ln_final(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
             case _:
                 x = self.ln_final(x[:, -1])

@@ -312,6 +312,25 @@ class TextTowerConfig(TowerConfig, Part):
         """Whether a text's embedding depends on the id and the amount of its padding."""
         return not self.masks_padding
 
+    def used_tokens(self, tokens: Int[Any, "B L"]) -> Int[Any, " B"]:
+        """Return the number of first tokens on which each text's embedding depends, NumPy's for
+        NumPy's; only for towers that do not see padding."""
+        ends = np.arange(1, tokens.shape[1] + 1)
+        return ((tokens != self.tokenizer.pad_id) * ends).max(-1).clip(1)
+
+    @property
+    def inference_lengths(self) -> tuple[int, ...]:
+        """Numbers of tokens to which texts are padded in inference, where each is compiled."""
+        shorter = () if self.sees_padding else (32, 128, 512)
+        return (*(n for n in shorter if n < self.context_length), self.context_length)
+
+    def shortened(self, tokens: Int[Any, "B L"]) -> Int[Any, "B l"]:
+        """Remove padding that no embedding depends on, down to one of `inference_lengths`."""
+        if tokens.shape[1] != self.context_length or len(self.inference_lengths) == 1:
+            return tokens
+        longest = self.used_tokens(tokens).max(initial=1)
+        return tokens[:, : min(n for n in self.inference_lengths if n >= longest)]
+
     @property
     def num_positions(self) -> int:
         """Rows of the table of position embeddings."""

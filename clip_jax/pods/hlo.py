@@ -1,6 +1,6 @@
 """XLA's optimised HLO text as computations of instructions, and a walk through what a step runs.
 
-XLA's own cost analysis counts the body of a loop once; this module depends on nothing but
+XLA's own cost analysis counts the body of a loop once; this module reads nothing but
 `compiled.as_text()`. Loops are `lax.scan`s, with their trip counts in the text. Unknown syntax
 is an error, not a smaller number.
 """
@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
+
+from clip_jax.models.text_lengths import SCOPE
 
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 _CALLS = ("call", "call-start", "conditional", "async-start", "fusion")
@@ -162,6 +164,17 @@ def trips(instruction: Instruction, computations: Mapping[str, Computation]) -> 
     return limits.pop()
 
 
+def taken(conditional: Instruction, computations: Mapping[str, Computation]) -> list[str]:
+    """Return the branches that a step may run: of the choice for texts in groups by length, the
+    branch for texts that fit their groups, as in most steps; else all."""
+    branches = conditional.called("false_computation", "true_computation")
+    by_length = f"/{SCOPE}/cond/branch_1_fun"
+    usual = [
+        name for name in branches if any(by_length in x.source for x in computations[name].values())
+    ]
+    return usual or branches
+
+
 class Visit(NamedTuple):
     """One computation that a step runs, with the number of its executions."""
 
@@ -187,8 +200,11 @@ def walk(
             for body in instruction.called("body"):
                 yield from walk(computations, body, times_inside, fused)
         elif instruction.opcode in _CALLS:
-            keys = ("to_apply", "calls", "true_computation", "false_computation")
-            for called in instruction.called(*keys):
+            is_choice = instruction.opcode == "conditional"
+            calls = instruction.called("to_apply", "calls")
+            if is_choice:
+                calls = taken(instruction, computations)
+            for called in calls:
                 inside = fused or instruction.opcode == "fusion"
                 caller = instruction.source or source
                 yield from walk(computations, called, times, inside, caller)

@@ -121,11 +121,16 @@ class Service:
     def warm_up(self) -> None:
         """Compile all shapes that requests need, so that none waits for a compilation."""
         image = zeros(self.model.image_preprocess.image_spec, 1)
-        text = np.zeros((1, self.model.config.text.context_length), np.int32)
+        tower = self.model.config.text
+        lengths, pad_id = tower.inference_lengths, tower.tokenizer.pad_id
+        texts = np.full((len(lengths), tower.context_length), pad_id, np.int32)
+        for row, length in zip(texts, lengths, strict=True):
+            row[length - 1] = tower.end_of_text_id
         most = self.config.batch_size
         for count in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
             self._encoder("image")([image] * count)
-            self._encoder("text")([text] * count)
+            for text in texts:
+                self._encoder("text")([text[None]] * count)
 
     def close(self) -> None:
         """Finish pending rows, then end the threads."""

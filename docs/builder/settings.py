@@ -36,7 +36,7 @@ PAGES = {
         "[Read pairs](../../how-to/data.md) says which source suits which files.",
         (
             *("data.pipeline", "data.batch_plan", "data.augment", "data.sources", "data.digits"),
-            "data.order",
+            *("data.order", "models.text_lengths"),
         ),
     ),
     "objective": (

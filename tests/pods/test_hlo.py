@@ -71,3 +71,25 @@ def test_a_loop_whose_turns_are_not_said_is_an_error():
     computations, _ = hlo.parse(module(*lines, loop))
     with pytest.raises(ValueError, match="trip count of w is one of"):
         hlo.trips(computations["main"]["w"], computations)
+
+
+def test_of_texts_by_length_the_groups_are_visited_and_of_other_choices_all_branches():
+    text = """HloModule step
+%padded (p: f32[8]) -> f32[8] {
+  %p = f32[8] parameter(0)
+  ROOT %x = f32[8] negate(%p), metadata={op_name="jit(step)/by_length/cond/branch_0_fun/neg"}
+}
+%grouped (p: f32[8]) -> f32[8] {
+  %p = f32[8] parameter(0)
+  ROOT %x = f32[8] negate(%p), metadata={op_name="jit(step)/by_length/cond/branch_1_fun/neg"}
+}
+ENTRY %main (n: s32[], a: f32[8]) -> f32[8] {
+  %n = s32[] parameter(0)
+  %a = f32[8] parameter(1)
+  ROOT %b = f32[8] conditional(%n, %a, %a), branch_computations={%padded, %grouped}
+}
+"""
+    visited = [x.name for x in hlo.walk(*hlo.parse(text))]
+    assert visited == ["main", "grouped"]
+    others = hlo.parse(text.replace("by_length", "by_weather"))
+    assert [x.name for x in hlo.walk(*others)] == ["main", "padded", "grouped"]
