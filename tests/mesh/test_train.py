@@ -1,5 +1,6 @@
 """Complete runs with real training steps, which unit tests replace by `small_step`."""
 
+import functools
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from clip_jax.errors import InputError
 from clip_jax.inference.loading import load
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.models.lora import LoRAConfig, merge
+from clip_jax.models.text_lengths import TextLengths
 from clip_jax.optim import OptimConfig
 from clip_jax.train import train
 from tests.conftest import by_path, rows, tiny_digits, train_shared, write_states
@@ -74,3 +76,21 @@ def test_adapters_with_a_live_teacher_resume_bit_for_bit_on_the_same_weights(tmp
     assert model.params.keys() == {"visual", "text", "logit_scale"}
     merged = merge(base.params, averaged, base.config, lora)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), merged)
+
+
+def test_texts_by_length_resume_bit_for_bit_with_one_program(tmp_path):
+    length = tiny_digits().model.text.context_length
+    groups = TextLengths(tokens=(length - 1, length), shares=(0.5, 0.5))
+    config = functools.partial(tiny_digits, steps=3, evals=(), text_lengths=groups, report_every=1)
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    train_shared(config(), unbroken)
+    train_shared(config(stop_after=2), resumed)
+    train_shared(config(), resumed)
+    states = []
+    for workdir in (unbroken, resumed):
+        with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+            how = ocp.args.Composite(state=ocp.args.StandardRestore())
+            states.append(manager.restore(3, args=how)["state"])
+        assert {row["full_padding"] for row in rows(workdir)} <= {0, 1}
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert len(config().batches.kinds) == 1
