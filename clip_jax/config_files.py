@@ -16,7 +16,7 @@ from clip_jax import parts
 from clip_jax.checkpoints.run_config import read_run_config, upgrade
 from clip_jax.config import Config
 from clip_jax.convert.weight_files import WeightFiles
-from clip_jax.convert.weights import Weights, whole_model
+from clip_jax.convert.weights import Weights, whole_model, with_context
 from clip_jax.data.pipeline import classes_of, open_source
 from clip_jax.errors import InputError, naming
 from clip_jax.losses import ClassifierConfig, DistillationConfig
@@ -32,6 +32,8 @@ _OF_TOWER: dict[Tower, tuple[str, ...]] = {
     "image": ("embed_dim", "vision", "image_mean", "image_std"),
     "text": ("embed_dim", "text"),
 }
+# Fields of a text tower that record how its positions were stretched.
+_STRETCH = ("kept_positions", "stretched_from")
 
 
 def load_config(path: str | Path) -> Config:
@@ -75,13 +77,30 @@ def complete(run: dict[str, Any]) -> dict[str, Any]:
     return run
 
 
-def with_order(config: Config, workdir: AnyPath) -> Config:
-    """Replace `data.order=auto` by the order that the run in `workdir`, if any, began with."""
-    order = config.data.order
+def as_begun(config: Config, workdir: AnyPath) -> Config:
+    """Replace what a run settles when it begins by what the run in `workdir`, if any, settled:
+    `data.order=auto`, and the record of stretched text positions."""
+    before: dict[str, Any] = {}
+    with contextlib.suppress(InputError):  # damaged: a resuming run says so
+        before = read_run_config(workdir)
+    order, text = config.data.order, config.model.text
     if order == "auto":
-        with contextlib.suppress(InputError):  # damaged: a resuming run says so
-            order = read_run_config(workdir).get("data", {}).get("order") or order
-    return replace(config, data=replace(config.data, order=order))
+        order = before.get("data", {}).get("order") or order
+    stretch = before.get("model", {}).get("text", {})
+    stretch = {name: stretch[name] for name in _STRETCH if name in stretch}
+    model = replace(config.model, text=replace(text, **stretch))
+    return replace(config, model=model, data=replace(config.data, order=order))
+
+
+def with_stretch(config: AnyConfig, weight_files: WeightFiles) -> AnyConfig:
+    """Record in a new run's config how the text positions of `init_from` are stretched, or were
+    when its weights were made; see `TextTowerConfig.with_context_length`."""
+    text, record = config.model.text, {"stretched_from": None}
+    if config.init_from and "text" in config.init_towers:
+        kept, length = text.kept_positions, text.context_length
+        weights = with_context(weight_files.open(config.init_from), length, kept)
+        record = {name: getattr(weights.config.text, name) for name in _STRETCH}
+    return replace(config, model=replace(config.model, text=replace(text, **record)))
 
 
 def with_weights(config: AnyConfig, weight_files: WeightFiles | None = None) -> AnyConfig:

@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple, cast
 
 from clip_jax.losses import SoftmaxConfig
+from clip_jax.losses.objective import reads
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.decoder import CoCaConfig
 from clip_jax.models.layers import Operations
@@ -83,8 +84,12 @@ def of_step(config: StepConfig) -> Flops:
         towers = towers._replace(text=config.text_lengths.mean(text_at))
     names = dict.fromkeys(name for term in config.objective for name in term.needs)
     needs = [*map(output, names)]
-    embedded = [x.tower for x in needs if x.is_embedding and x.input != x.tower]
-    images, texts = 1 + embedded.count("image"), 1 + embedded.count("text")
+    embedded = [x for x in needs if x.is_embedding and x.input != x.tower]
+    inputs = reads(config.objective, config.model)
+    number = {"image": 1, "text": 1}
+    for x in embedded:
+        number[x.tower] += getattr(inputs.get(x.input), "count", 1)
+    images, texts = number["image"], number["text"]
     towers = towers._replace(image=towers.image * images, text=towers.text * texts)
     if config.stored is not None:
         towers = towers._replace(**{config.stored: 0})

@@ -464,7 +464,8 @@ def embedded(objective: Objective, tower: Tower, stored: Tower | None = None) ->
 def texts_fit(recipe: Recipe, mesh: AnyMesh, inputs: Inputs) -> Bool[Array, ""]:
     """Return whether all texts of a batch fit their groups by length, on all devices."""
     names = embedded(recipe.objective, "text", recipe.stored)
-    used = jnp.stack([recipe.model.text.used_tokens(inputs[name]) for name in names], axis=1)
+    several = [x if x.ndim == 3 else x[:, None] for x in (inputs[name] for name in names)]
+    used = recipe.model.text.used_tokens(jnp.concatenate(several, axis=1))
     chunks = split(used, recipe.accumulation, recipe.model.vision.batch_norm_group or 1)
     devices = rearrange(chunks, "N (S b) T -> N S (b T)", S=sharding.batch_shards(mesh))
     return cast(TextLengths, recipe.text_lengths).fit(devices)

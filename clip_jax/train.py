@@ -28,7 +28,7 @@ from clip_jax.checkpoints.resume import branch_point, check_branch, check_resuma
 from clip_jax.checkpoints.retention import Unusable, steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
-from clip_jax.config_files import complete, with_order, with_weights
+from clip_jax.config_files import as_begun, complete, with_stretch, with_weights
 from clip_jax.convert.weight_files import WeightFiles
 from clip_jax.convert.weights import Head, default_preprocess
 from clip_jax.data.batch_plan import BatchKind
@@ -160,13 +160,15 @@ def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: W
     processes.keep_compiled(requested.compilation_cache, workdir)
     mesh = sharding.make_mesh(requested.mesh)
     filled = with_weights(requested, weight_files)
-    program = Program(filled.recipe, mesh)
-    programs = programs_of(filled, program)
     parent = parent_of(filled)
-    ordered = with_order(with_order(filled, parent.workdir) if parent else filled, workdir)
-    tower = stored_tower(filled, weight_files)
-    pipeline = open_data(ordered, *sharding.data_part(mesh), tower)
-    config = replace(ordered, data=replace(ordered.data, order=pipeline.order))  # for good
+    settled = as_begun(as_begun(filled, parent.workdir) if parent else filled, workdir)
+    if not has_begun(settled, workdir):
+        settled = with_stretch(settled, weight_files)
+    program = Program(settled.recipe, mesh)
+    programs = programs_of(settled, program)
+    tower = stored_tower(settled, weight_files)
+    pipeline = open_data(settled, *sharding.data_part(mesh), tower)
+    config = replace(settled, data=replace(settled.data, order=pipeline.order))  # for good
     evaluations = Evaluations(config.evals, config.end)
     check_best(config, evaluations)
 
@@ -271,6 +273,12 @@ def introduce(run: Run, messages: Sequence[str]) -> None:
         f"{'resuming' if run.start else 'training'} from step {run.start} to step {config.end} "
         f"in {run.workdir}"
     )
+    text = config.model.text
+    if text.stretched_from is not None and not run.start:
+        reports.line(
+            f"text positions are those of {text.stretched_from} tokens, stretched after the first "
+            f"{text.kept_positions}"
+        )
     if (warmup := config.optim.warmup_steps) >= config.steps:
         reports.line(
             f"the learning rate does not reach its peak: --optim.warmup-steps is {warmup}, but the "
@@ -287,11 +295,16 @@ def programs_of(config: Config, program: Program) -> dict[BatchKind, Program]:
     }
 
 
+def has_begun(config: Config, workdir: epath.Path) -> bool:
+    """Return whether a run continues from a checkpoint, its own or its parent run's."""
+    return bool(config.branch_from or steps_in(workdir / "checkpoints"))
+
+
 def check_patches(config: Config, workdir: epath.Path) -> None:
     """Raise InputError for a new run whose image size is no multiple of its patch size."""
     size, patch = config.model.vision.image_size, config.model.vision.patch_size
-    begun = config.branch_from or steps_in(workdir / "checkpoints")
-    if (rest := size % patch) and (size, patch) != (384, 14) and not begun:  # SigLIP's SO400M
+    is_usual = not (rest := size % patch) or (size, patch) == (384, 14)  # SigLIP's SO400M
+    if not is_usual and not has_begun(config, workdir):
         raise InputError(
             f"model.vision.image_size={size} is not a multiple of model.vision.patch_size={patch}: "
             f"the last {rest} pixels would be ignored. Set the size to {size - rest + patch}."

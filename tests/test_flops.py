@@ -202,6 +202,14 @@ def test_synthetic_captions_and_teachers_are_encoded_too():
     assert both.teacher == 8 * (pair.image + 2 * pair.text)
 
 
+def test_several_texts_of_an_image_are_encoded_and_compared():
+    def step(**fields):
+        return flops.of_step(Config(model=TINY, batch_size=8, objective=(SoftmaxConfig(**fields),)))
+
+    one, several = step(), step(captions="parts", texts_per_image=4)
+    assert several == one._replace(text=4 * one.text, loss=4 * one.loss)
+
+
 def test_a_stored_tower_costs_nothing():
     """The other tower costs what it does beside a locked one; its loss has one gradient less."""
     locked = Config(model=TINY, optim=OptimConfig(locked=("image",)))

@@ -26,6 +26,7 @@ from clip_jax.checkpoints.manager import (
     restore_params,
 )
 from clip_jax.checkpoints.retention import named_step, steps_in
+from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config_files import with_weights
 from clip_jax.convert import tensor_files
 from clip_jax.convert.formats import read_weights, write_weights
@@ -43,6 +44,7 @@ from clip_jax.inference.loading import load, load_on_mesh
 from clip_jax.losses import DistillationConfig, LiveTeacher
 from clip_jax.metrics.reports import Reports
 from clip_jax.metrics.timers import Goodput, Timers
+from clip_jax.models.lora import LoRAConfig
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.processes import ProcessesConfig
 from clip_jax.sharding import make_mesh
@@ -263,6 +265,36 @@ def test_a_locked_tower_is_saved_once_and_keeps_its_bits(weights, tmp_path):
     train_shared(random, drawn)
     train_shared(dataclasses.replace(random, stop_after=None, branch_from=f"{drawn}@4"), branched)
     assert_identical(load(branched).params["visual"], load(drawn).params["visual"])
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("adapters", [None, LoRAConfig(rank=2)])
+def test_a_run_of_longer_texts_than_its_weights_records_what_it_stretched(
+    adapters, tmp_path, capsys
+):
+    """A resumed run keeps the record, for which it does not read the weights."""
+    base, workdir = tmp_path / "base", tmp_path / "run"
+    model = tiny().model
+    write_tiny_model(base, config=model)
+    length = model.text.context_length
+    text = dataclasses.replace(model.text, context_length=length + 5, kept_positions=3)
+    longer = dataclasses.replace(model, text=text)
+    config = tiny(model=longer, init_from=str(base), lora=adapters, evals=())
+    train(dataclasses.replace(config, stop_after=4), workdir)
+    shown = f"text positions are those of {length} tokens, stretched after the first 3"
+    assert shown in capsys.readouterr().err
+    if adapters is None:
+        shutil.rmtree(base)
+    train(config, workdir)
+    assert shown not in capsys.readouterr().err
+    text_of_run = read_run_config(workdir)["model"]["text"]
+    assert text_of_run["stretched_from"] == length
+    after = load(workdir)
+    assert after.config.text.stretched_from == length
+    assert after.tokenize("a").shape == (1, length + 5)
+    again = tiny(model=longer, init_from=str(workdir), evals=(), steps=1)
+    train(again, tmp_path / "again")  # not stretched again: the record is that of its weights
+    assert read_run_config(tmp_path / "again")["model"]["text"] == text_of_run
 
 
 def test_a_branch_begins_without_training_time(tmp_path):

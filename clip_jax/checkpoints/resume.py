@@ -22,6 +22,7 @@ RESUMABLE = (
     *("profile_steps", "compilation_cache", "wandb_project"),
     *("data.workers", "data.threads", "data.prefetch", "data.read_ahead_mib"),
     *("model.attention", "model.remat", "model.unroll", "objective.*.chunk_size"),
+    *("model.text.kept_positions", "model.text.stretched_from"),  # what was done before step 1
     "objective.*.teachers.*.weights",  # a checkpoint has the hash of the weights themselves
     "*.import",  # what `--import` was passed for a user's part: a file may have moved
 )

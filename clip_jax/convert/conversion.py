@@ -22,7 +22,7 @@ from clip_jax.convert.verify import (
     Verifications,
     features_difference,
 )
-from clip_jax.convert.weights import DType, Weights, cut_to, with_input
+from clip_jax.convert.weights import DType, Weights, cut_to, with_context, with_input
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.layers import Activation
 from clip_jax.models.templates import check_template
@@ -49,6 +49,11 @@ class ConvertConfig:
     image_size: int | None = None
     # Patches per image of a NaFlex model (sequence length), also to make one. None: keep.
     tokens: int | None = None
+    # New maximum of tokens per text: positions of texts are cut, or stretched as in Long-CLIP.
+    # None: keep.
+    context_length: int | None = None
+    # First positions of texts that stay as they are when the others are stretched. 0: none.
+    kept_positions: int = 20
     # Number of first channels of embeddings, for a model trained for it (Matryoshka). None: all.
     dim: int | None = None
     activation: Activation | None = None  # Activation, for a file of tensors without a config.
@@ -70,7 +75,8 @@ class ConvertConfig:
     overwrite: bool = False  # Replace an existing destination.
 
     def __post_init__(self) -> None:
-        check_ranges(self, image_size="[1, inf)", tokens="[1, inf)", dim="[1, inf)")
+        sizes = dict.fromkeys(("image_size", "tokens", "context_length", "dim"), "[1, inf)")
+        check_ranges(self, **sizes, kept_positions="[0, inf)")
         if self.template is not None:
             check_template(self.template, "template")
             if self.to != "clip-jax":
@@ -128,6 +134,7 @@ def convert(config: ConvertConfig) -> Conversion:
     if config.template is not None:
         weights = replace(weights, template=config.template)
     weights = with_input(weights, image_size=config.image_size, tokens=config.tokens)
+    weights = with_context(weights, config.context_length, config.kept_positions)
     weights = cut_to(weights, config.dim, source)
     difference = None
     if config.accept_activation and target.as_computed is not None:

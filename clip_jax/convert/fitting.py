@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_jax.checkpoints.resume import differences
 from clip_jax.convert.state_dict import flatten, param_shapes
-from clip_jax.convert.weights import Weights, whole_model, with_input
+from clip_jax.convert.weights import Weights, whole_model, with_context, with_input
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers.vocabulary import check_same
 from clip_jax.display import say
@@ -19,11 +19,11 @@ from clip_jax.models.clip import CLIPConfig, Params
 from clip_jax.optim import Tower
 from clip_jax.serialize import to_dict
 
-# Settings of towers that no weights fix: sizes to which positions are adapted, those of training,
-# a ratio that shapes show, and the tokenizer, which `check_same` compares.
+# Settings of towers that no weights fix: sizes to which positions are adapted, and how, those of
+# training, a ratio that shapes show, and the tokenizer, which `check_same` compares.
 _ADAPTED = (
     *("image_size", "max_patches", "context_length", "patch_dropout", "batch_norm_group"),
-    *("layer_scale", "mlp_ratio", "tokenizer"),
+    *("layer_scale", "mlp_ratio", "tokenizer", "kept_positions", "stretched_from"),
 )
 
 
@@ -38,9 +38,10 @@ def starting_params(
     """Read float32 parameters from which a model of architecture `config` can start training.
 
     Position embeddings are adapted: the image tower's resized to its image size, the text tower's
-    cut to its context length. With one tower, neither the other nor the logit scale is returned.
-    Raises InputError, which names the first parameter of another shape, or the settings, except
-    those `allowed`, with which the model and its `preprocess` compute something else.
+    cut or stretched to its context length (`with_context`). With one tower, neither the other nor
+    the logit scale is returned. Raises InputError, which names the first parameter of another
+    shape, or the settings, except those `allowed`, with which the model and its `preprocess`
+    compute something else.
     """
     if len(set(towers)) > 1:
         whole_model(weights)
@@ -49,22 +50,13 @@ def starting_params(
             f"{weights.path} holds the {weights.only_tower} tower alone; set --init-towers."
         )
     weights = with_input(weights, image_size=config.vision.image_size)
-    before, where = weights.config.text, f"init_from={weights.path!r}"
-    length = config.text.context_length
+    where = f"init_from={weights.path!r}"
     if "text" in towers:
-        check_same(config.text.tokenizer, before.tokenizer, where)
-        if before.pool == "last" and length != before.context_length:
-            raise InputError(
-                f"model.text.context_length={length} does not fit {where}, whose text tower pools "
-                f"the last of {before.context_length} positions and knows no other length: set "
-                f"--model.text.context-length {before.context_length}."
-            )
+        check_same(config.text.tokenizer, weights.config.text.tokenizer, where)
+        weights = with_context(weights, config.text.context_length, config.text.kept_positions)
     params, text = dict(weights.params), weights.params.get("text", {})
-    if "positional_embedding" in text:
-        positions = np.asarray(text["positional_embedding"])
-        if before.has_class_token and config.text.has_class_token:  # the last is the class token's
-            positions = np.concatenate([positions[:length], positions[-1:]])
-        positions = positions[: config.text.num_positions]
+    if "text" in towers and "positional_embedding" in text:  # without those of a class token
+        positions = text["positional_embedding"][: config.text.num_positions]
         params = params | {"text": text | {"positional_embedding": positions}}
     if len(set(towers)) < 2:
         tower_of = {"visual": "image", "batch_stats": "image", "text": "text"}

@@ -50,6 +50,10 @@ def manifest(weights: Weights) -> dict[str, Any]:
     newer |= {"max_patches": None, "patch_size": None}
     # At their defaults, entries that older folders lack are left out.
     pixels = {key: values[f] for f, key in _PREPROCESS.items() if values[f] != newer.get(f)}
+    stretch: dict[str, Any] = {}
+    if text.stretched_from is not None:
+        stretch["text_positions_stretched_from"] = text.stretched_from
+        stretch["text_positions_kept"] = text.kept_positions
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -67,6 +71,7 @@ def manifest(weights: Weights) -> dict[str, Any]:
         "padding_id": tokenizer.pad_id,
         "padding_side": tokenizer.pad_side,
         "cut": tokenizer.cut,
+        **stretch,
         **pixels,
         "embed_dim": config.embed_dim,
     }

@@ -12,10 +12,11 @@ from clip_jax.convert.on_demand import Parameter, loaded
 from clip_jax.convert.state_dict import flatten, unflatten
 from clip_jax.convert.tensor_files import Tensors
 from clip_jax.data.images import Preprocess
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, naming
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIPConfig, Params, Vision, l2_normalize, parameters
 from clip_jax.models.lora import LoRAConfig
+from clip_jax.models.tower import TowerConfig
 from clip_jax.optim import Tower
 from clip_jax.storage.files import AnyPath
 
@@ -210,10 +211,33 @@ def with_input(
     resized = replace(weights, config=config, preprocess=preprocess)
     params = flatten(weights.params)
     fitted = vision.fit(params, weights.config.vision)
-    _check_fit(fitted, config)
+    _check_fit(fitted, config, vision, f"image_size={image_size}")
     if fitted is params:
         return resized
     return replace(resized, params=unflatten(fitted), adapters=None, read_sharded=None)
+
+
+def with_context(weights: Weights, context_length: int | None, kept_positions: int = 20) -> Weights:
+    """Return the model for texts of at most `context_length` tokens; None: the same model.
+
+    Positions of texts are cut, or stretched as in Long-CLIP: the first `kept_positions` stay, so
+    that texts of up to one token more keep their embeddings. Raises InputError, which names the
+    weights, if the embeddings depend on the padding.
+    """
+    before = weights.config.text
+    if context_length is None or context_length == before.context_length:
+        return weights
+    with naming(weights.path):
+        if weights.only_tower == "image":
+            raise InputError(f"context_length={context_length} needs a text tower; omit it.")
+        text = before.with_context_length(context_length, kept_positions)
+    longer = replace(weights, config=replace(weights.config, text=text))
+    params = flatten(weights.params)
+    fitted = text.fit(params, before)
+    _check_fit(fitted, longer.config, text, f"context_length={context_length}")
+    if fitted is params:
+        return longer
+    return replace(longer, params=unflatten(fitted), adapters=None, read_sharded=None)
 
 
 def cut_to(weights: Weights, dim: int | None, path: str | AnyPath) -> Weights:
@@ -269,15 +293,15 @@ def _first_channels(x: Any, dim: int) -> Parameter:
     return Parameter((*x.shape[:-1], dim), lambda index: np.asarray(x)[..., :dim][index])
 
 
-def _check_fit(params: dict[str, Any], config: CLIPConfig) -> None:
-    """Raise InputError unless parameters have the shapes of the model's."""
+def _check_fit(params: dict[str, Any], config: CLIPConfig, tower: TowerConfig, size: str) -> None:
+    """Raise InputError, which names the size, unless parameters have the shapes of the model's."""
     for path, box in parameters(config).items():
         if path in params and params[path].shape != box.value.shape:
-            tower = type(config.vision).__name__
+            kind = type(tower).__name__
             raise InputError(
-                f"image_size={config.vision.image_size}: {path} has shape {params[path].shape}, "
-                f"and a {tower} for such images needs {box.value.shape}. Omit it, or define "
-                f"{tower}.fit, which fits parameters to another size."
+                f"{size}: {path} has shape {params[path].shape}, and a {kind} of that size needs "
+                f"{box.value.shape}. Omit it, or define {kind}.fit, which fits parameters to "
+                "another size."
             )
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from jaxtyping import Int32
 
-from clip_jax.data import sources
+from clip_jax.data import further, sources
 from clip_jax.data.augment import AugmentConfig, augment, replay
 from clip_jax.data.batch_plan import BatchPlan
 from clip_jax.data.digits import DigitsConfig
@@ -34,7 +34,14 @@ from clip_jax.data.sources.shards import listed
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models.images import ImageSpec
-from clip_jax.models.inputs import ImageInput, Input, LabelInput, StoredInput, TextInput
+from clip_jax.models.inputs import (
+    FurtherTexts,
+    ImageInput,
+    Input,
+    LabelInput,
+    StoredInput,
+    TextInput,
+)
 from clip_jax.storage import files
 
 _MAX_REPLACEMENTS = 1000  # attempts for one position; beyond that the source is broken
@@ -126,6 +133,9 @@ def build(
     for name, x in loader.texts.items():
         of_input = make_tokenizer(x.text), x.text.context_length
         tokenizers[name] = functools.partial(_tokenized, *of_input)
+    for name, x in loader.further.items():
+        of_input = make_tokenizer(x.text), x.text.context_length
+        tokenizers[name] = functools.partial(_tokenized_each, *of_input)
     return Pipeline(config, loader, tokenizers, plan=plan, process=process)
 
 
@@ -133,6 +143,14 @@ def _tokenized(
     tokenizer: Tokenize, context_length: int, texts: Sequence[str]
 ) -> Int32[np.ndarray, "B L"]:
     return tokenizer(texts, context_length, True)
+
+
+def _tokenized_each(
+    tokenizer: Tokenize, context_length: int, texts: Sequence[Sequence[str]]
+) -> Int32[np.ndarray, "B T L"]:
+    """Tokenize as many texts of each sample."""
+    rows = tokenizer([text for several in texts for text in several], context_length, True)
+    return rows.reshape(len(texts), -1, context_length)
 
 
 def open_source(
@@ -317,6 +335,7 @@ class _Loader:
         each = self._inputs.items()
         self._specs = {name: x.spec for name, x in each if isinstance(x, ImageInput)}
         self.texts = {name: x for name, x in each if isinstance(x, TextInput)}
+        self.further = {name: x for name, x in each if isinstance(x, FurtherTexts)}
         self.stored = {name: x for name, x in each if isinstance(x, StoredInput)}
         self._labels = {name: x for name, x in each if isinstance(x, LabelInput)}
         self.reads_stored = config.crop == "stored"
@@ -325,7 +344,7 @@ class _Loader:
         for x in self._labels.values():
             classes_of(self.source, x.classes)  # raises InputError
         self._reads_more = self.reads_stored or self._reads_synthetic or bool(self._labels)
-        self._reads_more |= bool(self.stored)
+        self._reads_more |= bool(self.stored) or bool(self.further)
         if any(x.of == "image" for x in self.stored.values()) and not self.reads_stored:
             raise InputError(
                 "stored embeddings of images belong to the crops that are stored with them, and "
@@ -333,6 +352,11 @@ class _Loader:
                 "prepare --reinforce wrote"
             )
         is_stored = [isinstance(member, sources.StoredSource) for member in self.members]
+        if self.further and not all(is_stored):
+            raise InputError(
+                "several texts of an image need a source whose captions are stored, and the "
+                "bundled digits draw theirs: set --data.source, or captions=true in the objective"
+            )
         if self._reads_more and not all(is_stored):
             raise InputError(
                 "synthetic captions and stored augmentations need data that clip-jax prepare "
@@ -360,7 +384,8 @@ class _Loader:
             here = None if offset else fetched
             key = here.key if isinstance(here, sources.AnyRecord) else self.source.key(candidate)
             try:
-                return Sample(*self._load(candidate, spec, here, rng), position, key, skipped)
+                loaded = self._load(candidate, spec, here, rng, position)
+                return Sample(*loaded, position, key, skipped)
             except sources.SampleError as error:
                 skipped.append({"position": position, "key": key, "reason": str(error)})
         raise InputError(
@@ -374,16 +399,20 @@ class _Loader:
         spec: ImageSpec,
         fetched: sources.AnyRecord | sources.SampleError | None,
         rng: np.random.Generator,
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+        position: int,
+    ) -> tuple[dict[str, Any], dict[str, str | list[str]]]:
         if isinstance(fetched, sources.SampleError):
             raise fetched
         more, arrays = None, {}
+        several: list[str] = []
         if self._reads_more:
             is_stored = isinstance(fetched, sources.StoredRecord)
             item = fetched if is_stored else cast(sources.StoredSource, self.source).record(record)
             more = item.more() or Reinforcement()
             image = b"" if "image" in self.stored else item.image()
-            caption, synthetic, arrays = self._drawn(item.captions(), more, rng)
+            several = item.captions()
+            caption, synthetic, arrays = self._drawn(several, more, rng)
+            several = [*several, *more.synthetic]
             arrays |= {name: np.array([item.label], np.int32) for name in self._labels}
         else:
             image, caption = fetched.load(rng) if fetched else self.source.load(record, rng)
@@ -397,7 +426,14 @@ class _Loader:
                 raise sources.SampleError(
                     f"caption is not text: {error.reason} at {error.start}"
                 ) from error
-        captions = {name: synthetic if x.synthetic else caption for name, x in self.texts.items()}
+        captions: dict[str, str | list[str]] = {"text": caption}
+        captions |= {name: synthetic if x.synthetic else caption for name, x in self.texts.items()}
+        for name, x in self.further.items():
+            # Numbers of their own, so that the image is that of a run without further texts.
+            numbers = np.random.Philox(key=[self._config.seed, position]).jumped()
+            texts = further.draw(x, caption, several, np.random.Generator(numbers))
+            arrays[x.counter(name)] = np.array([len(texts)], np.int32)
+            captions[name] = texts + [caption] * (x.count - len(texts))
         specs = ({} if "image" in self.stored else {"image": spec}) | self._specs
         distinct = list(dict.fromkeys(specs.values()))
         number = arrays.pop("number", 0)
@@ -407,7 +443,7 @@ class _Loader:
             raise sources.SampleError(str(error)) from error
         packed = {shape: shape.pack(x[None]) for shape, x in zip(distinct, views, strict=True)}
         images = {name: packed[shape] for name, shape in specs.items()}
-        return images | arrays, captions | {"text": caption}
+        return images | arrays, captions
 
     def _views(
         self,

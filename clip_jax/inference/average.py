@@ -32,6 +32,7 @@ from clip_jax.storage.files import AnyPath
 _FREE = (
     *("file", "dtype", "remat", "unroll", "attention", "patch_dropout", "layer_scale", "mlp_ratio"),
     *("init_logit_scale", "init_logit_bias", "image_mean", "image_std", "rules"),
+    *("kept_positions", "stretched_from"),
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -19,12 +20,13 @@ from clip_jax.losses.same_caption import caption_ids as number_captions
 from clip_jax.losses.streamed import Route, streamed
 from clip_jax.losses.sums import NEAR, Statistics, Sums, common_sums, maxima, with_ties
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.inputs import Input, LabelInput, TextInput
+from clip_jax.models.inputs import CountInput, FurtherTexts, Input, LabelInput, TextInput
 
 Form = Literal["auto", "dense", "blocked", "ring"]
-Captions = Literal["true", "synthetic", "both"]
+Captions = Literal["true", "synthetic", "both", "all", "parts"]
 TEXTS = {"true": {"text": "text"}, "synthetic": {"synthetic": "text:synthetic"}}
 TEXTS["both"] = TEXTS["true"] | TEXTS["synthetic"]
+TEXTS["all"] = TEXTS["parts"] = {"text": "text", "further": "text:further"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,9 @@ class Contrastive(Term):
     the number of valid pairs. If a row may have any number of positive pairs, `positives` counts
     them, and `hits` counts those that reach `top`. What a loss does not use, XLA removes.
 
+    If texts have weights, as several texts of an image have, `text_weights` is the sum of those of
+    the positive pairs; `sums.weighted` applies them. A class that does so sets `takes_several`.
+
     The terms of an objective have different names, so a subclass has its own `name`. As an
     example, the loss of a margin m to the hardest negative (VSE++, Faghri et al. 2018,
     arXiv:1707.05612, equation 6) is
@@ -70,11 +75,18 @@ class Contrastive(Term):
 
     name: ClassVar[str] = "contrastive"
     needs_bias: ClassVar[bool] = False  # whether the loss takes the model's logit_bias
+    takes_several: ClassVar[bool] = False  # whether it is defined for several texts of an image
     teachers: ClassVar[tuple[Any, ...]] = ()  # models whose similarities are targets
 
     # Captions that images are compared with. both: the sum of a loss with true and a loss with
-    # synthetic captions; metrics are those of the true ones.
+    # synthetic captions; metrics are those of the true ones. all: the drawn caption and other
+    # captions of the image, true and synthetic, in one loss with several positives per image.
+    # parts: the drawn caption and parts of it, one or more sentences each, likewise.
     captions: Captions = "true"
+    # Texts of an image with captions=all and parts, the drawn caption included: others are drawn in
+    # each step. An image may have fewer.
+    texts_per_image: int = 5
+    sentences_per_part: int = 1  # Most adjacent sentences in a part, with captions=parts.
     form: Form = "auto"  # Form of the computation; all give the same loss, auto chooses by size.
     block_size: int = 512  # Number of texts compared at once by the forms blocked and ring.
     budget_mib: int = 256  # MiB that auto allows for logits (dense) or embeddings (blocked).
@@ -94,6 +106,8 @@ class Contrastive(Term):
             weight="[0, inf)",
             block_size="[1, inf)",
             budget_mib="[0, inf)",
+            texts_per_image="[2, inf)",
+            sentences_per_part="[1, inf)",
             widths="[1, inf)",
             width_weights="[0, inf)",
         )
@@ -116,8 +130,20 @@ class Contrastive(Term):
         """The embeddings of synthetic captions, if the loss compares them."""
         return tuple(name for name in self.texts.values() if name != "text")
 
+    @property
+    def has_several(self) -> bool:
+        """Whether an image has several texts, which are positives in one loss."""
+        return self.captions in ("all", "parts")
+
     def check(self, model: CLIPConfig) -> None:
-        """Raise InputError if the loss takes a bias or a width that the model does not have."""
+        """Raise InputError if the loss takes a bias or a width that the model does not have, or
+        several texts of an image that it does not define."""
+        if self.has_several and not self.takes_several:
+            raise InputError(
+                f"{type(self).__name__}.captions={self.captions} needs a loss with several "
+                "positives per image, such as SoftmaxConfig or SigmoidConfig: choose true, "
+                "synthetic or both, or let your class set takes_several (see Contrastive)."
+            )
         _check_widths(self, model.embed_dim)
         if self.needs_bias and model.init_logit_bias is None:
             raise InputError(
@@ -128,6 +154,10 @@ class Contrastive(Term):
     def reads(self, model: CLIPConfig) -> dict[str, Input]:
         """Return the synthetic captions and the classes, if the loss compares them."""
         inputs: dict[str, Input] = {"class": LabelInput()} if self.mask_same_class else {}
+        if self.has_several:
+            sentences = self.sentences_per_part if self.captions == "parts" else None
+            further = FurtherTexts(model.text, self.texts_per_image - 1, sentences)
+            return inputs | {"further": further, further.counter("further"): CountInput()}
         return inputs | {
             name: TextInput(model.text, synthetic=True) for name in self.texts if name != "text"
         }
@@ -156,6 +186,8 @@ class Contrastive(Term):
     def loss(self, x: Context) -> Result:
         """Compute the loss of the global batch."""
         scale, results = jnp.exp(x.params["logit_scale"]), []
+        if self.has_several:
+            return self._of_several(x, scale)
         for name, output in self.texts.items():
             teachers = [
                 (x.outputs[f"teacher{i}_image"], x.outputs[f"teacher{i}_{name}"])
@@ -178,6 +210,36 @@ class Contrastive(Term):
         (loss, metrics), *others = results
         return sum((value for value, _ in others), start=loss), metrics
 
+    def _of_several(self, x: Context, scale: Float[Array, ""]) -> Result:
+        """Compute the loss with several texts of each image, whose weights add up to 1."""
+        text, further = x.outputs["text"], x.outputs["text:further"]
+        batch, count = further.shape[0], further.shape[1] + 1
+
+        def in_rows(a: Array, b: Array) -> Array:
+            return rearrange(jnp.concatenate([a[:, None], b], 1), "B T ... -> (B T) ...")
+
+        number = x.inputs["further_count"][:, None] + 1
+        weights = jnp.where(jnp.arange(count) < number, 1 / number, 0)
+        masks = None
+        if self.mask_same_caption:
+            ids = number_captions(in_rows(x.inputs["text"], x.inputs["further"]))
+            masks = ids.reshape(batch, count), ids
+        if self.mask_same_class:
+            masks = x.inputs["class"], jnp.repeat(x.inputs["class"], count)
+        index = jnp.arange(batch)
+        return contrastive_loss(
+            self,
+            x.outputs["image"],
+            in_rows(text, further),
+            scale,
+            x.params.get("logit_bias"),
+            ids=(index, jnp.repeat(index, count)),
+            text_weights=weights.reshape(-1),
+            caption_ids=masks,
+            mesh=x.mesh,
+            axes=x.axes.rows,
+        )
+
     def macs(self, model: CLIPConfig, batch_size: int, locked: Sequence[str]) -> int:
         """Count similarities and their two gradients, less one per locked tower, and teachers'.
 
@@ -185,12 +247,14 @@ class Contrastive(Term):
         """
         trained = model.embed_dim * (3 - len(set(locked)))
         width = trained + sum(x.embed_dim for x in self.teachers)
-        return batch_size * batch_size * width * len(self.texts)
+        texts = self.texts_per_image if self.has_several else len(self.texts)
+        return batch_size * batch_size * width * texts
 
     def chosen_form(self, model: CLIPConfig, batch_size: int, shards: int) -> Form:
         """Return the form that is used, with `auto` resolved."""
         widths = [x.embed_dim + self.needs_bias for x in self.teachers]
-        return choose_form(self, batch_size, model.embed_dim, shards, widths)
+        texts = batch_size * (self.texts_per_image if self.has_several else 1)
+        return choose_form(self, batch_size, model.embed_dim, shards, widths, texts)
 
 
 def contrastive_loss(
@@ -203,21 +267,26 @@ def contrastive_loss(
     ids: tuple[Int[Array, " B"], Int[Array, " C"]] | None = None,
     teachers: Sequence[tuple[Float[Array, "B _"], Float[Array, "C _"]]] = (),
     inputs: tuple[Mapping[str, Array], Mapping[str, Array]] = ({}, {}),
-    caption_ids: Int[Array, " B"] | None = None,
+    caption_ids: Int[Array, " B"] | tuple[Int[Array, "B ..."], Int[Array, " C"]] | None = None,
+    text_weights: Float[Array, " C"] | None = None,
     mesh: Mesh | None = None,
     axes: tuple[str, ...] = (),
 ) -> Result:
     """Compute loss and metrics of L2-normalised embeddings; pair i is row i of both.
 
     With `ids` of images and texts, those of the same id are positive pairs instead: each image may
-    have several texts, each text several images, and C may differ from B.
+    have several texts, each text several images, and C may differ from B. Then `text_weights` may
+    give factors for the losses of texts: the texts' part of a softmax loss is Σ weight · loss / B,
+    and a sigmoid loss is the sum over all pairs of weight · loss, over B. Texts of weight 0 take no
+    part, so that rows of an image with fewer texts may be empty.
 
     Embeddings are global arrays whose first dim is sharded over the mesh axes `axes` (none: one
     device). `logit_scale` is the factor itself, not its logarithm. The softmax ignores
     `logit_bias`, which cancels in it; the sigmoid needs it. `teachers` has the embeddings of
     images and texts by each teacher, as in `Side`, and `inputs` more arrays of each image and each
     text, such as weights, which the loss finds in `Pairs`; they get no gradient. `caption_ids` (see
-    `same_caption`) or the classes are required by a mask and ignored without. Metrics:
+    `same_caption`) or the classes are required by a mask and ignored without; they may be a pair:
+    those of images, [B] or [B, K] with one for each caption of an image, and of texts. Metrics:
     `image_to_text_accuracy` and `text_to_image_accuracy`, top 1 in the batch, where k-fold ties
     count 1/k.
 
@@ -241,33 +310,26 @@ def contrastive_loss(
             f"{type(config).__name__} has {len(config.teachers)} teachers, but got the embeddings "
             f"of {len(teachers)}."
         )
+    if text_weights is not None and ids is None:
+        raise ValueError("text_weights need ids of images and texts, but got None.")
     if config.mask_same_caption and caption_ids is None:
         raise ValueError("mask_same_caption=True needs caption_ids, but got None.")
-    if mesh is not None and (unknown := [axis for axis in axes if axis not in mesh.shape]):
-        raise InputError(
-            f"axes={axes!r}: the mesh has no axis {', '.join(map(repr, unknown))}; its axes are "
-            f"{', '.join(mesh.axis_names)}."
-        )
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
-    for size in (len(image_features), len(text_features)):
-        if size % shards:
-            raise InputError(
-                f"A batch of {size} does not divide into {shards} shards (mesh axes {axes}): "
-                "change batch_size or the mesh."
-            )
+    shards = _shards((len(image_features), len(text_features)), mesh, axes)
     index = jnp.arange(len(image_features))
     image_ids, text_ids = ids or (index, index)
-    masks = caption_ids if config.mask_same_caption or config.mask_same_class else None
+    masks = caption_ids if isinstance(caption_ids, tuple) else (caption_ids, caption_ids)
+    if not (config.mask_same_caption or config.mask_same_class):
+        masks = (None, None)
     of_images, of_texts = (
         tuple(jax.lax.stop_gradient(pair[i]) for pair in teachers) for i in (0, 1)
     )
-    image = Side(image_features, image_ids, masks, of_images, inputs[0])
-    text = Side(text_features, text_ids, masks, of_texts, inputs[1])
+    image = Side(image_features, image_ids, masks[0], of_images, inputs[0])
+    text = Side(text_features, text_ids, masks[1], of_texts, inputs[1], text_weights)
     mesh = mesh if shards > 1 else None
     widths = [x.shape[1] for x in of_texts]
-    batch = max(len(image_features), len(text_features))
-    form = choose_form(config, batch, image_features.shape[1], shards, widths)
-    loss = _pair_loss(config, one_to_one=ids is None)
+    sizes = len(image_features), image_features.shape[1]
+    form = choose_form(config, *sizes, shards, widths, texts=len(text_features))
+    loss = _pair_loss(config, one_to_one=ids is None, weighted=text_weights is not None)
     if form == "dense":
         return dense(loss, image, text, logit_scale, logit_bias, mesh, axes)
     ring = 1 if form == "blocked" or mesh is None else devices_per_slice(mesh, axes)
@@ -275,11 +337,29 @@ def contrastive_loss(
     return streamed(loss, image, text, logit_scale, logit_bias, mesh, route)
 
 
-def _pair_loss(config: Contrastive, one_to_one: bool) -> PairLoss:
+def _shards(sizes: tuple[int, int], mesh: Mesh | None, axes: tuple[str, ...]) -> int:
+    """Return the number of shards of a batch. Raises InputError unless they divide its sizes."""
+    if mesh is not None and (unknown := [axis for axis in axes if axis not in mesh.shape]):
+        raise InputError(
+            f"axes={axes!r}: the mesh has no axis {', '.join(map(repr, unknown))}; its axes are "
+            f"{', '.join(mesh.axis_names)}."
+        )
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+    for size in sizes:
+        if size % shards:
+            raise InputError(
+                f"A batch of {size} does not divide into {shards} shards (mesh axes {axes}): "
+                "change batch_size or the mesh."
+            )
+    return shards
+
+
+def _pair_loss(config: Contrastive, one_to_one: bool, weighted: bool) -> PairLoss:
     """Return the functions of a loss, whose closed gradient is that of one text for each image."""
 
     def sums(scale: Array, bias: Array) -> Sums:
-        common, further = common_sums(scale, one_to_one), config.sums(scale, bias)
+        common = common_sums(scale, one_to_one, weighted=weighted)
+        further = config.sums(scale, bias)
         if taken := sorted(common.keys() & further.keys()):
             raise InputError(
                 f"{type(config).__name__}.sums defines {', '.join(taken)}, which every contrastive "
@@ -292,7 +372,7 @@ def _pair_loss(config: Contrastive, one_to_one: bool) -> PairLoss:
                     f"{type(config).__name__}.sums: {name} is relative to {top!r}, which is no "
                     f"maximum; these are {', '.join(tops)}."
                 )
-        at_widths = with_ties(common_sums(scale, one_to_one, NEAR) | further)
+        at_widths = with_ties(common_sums(scale, one_to_one, NEAR, weighted) | further)
         return with_ties(common | further) | of_widths(at_widths, config.widths)
 
     def losses(image: Statistics, text: Statistics, scale: Array, bias: Array) -> Any:
@@ -343,18 +423,27 @@ def _check_widths(config: Contrastive, embed_dim: int) -> None:
 
 
 def choose_form(
-    config: Contrastive, batch: int, embed_dim: int, shards: int, teachers: Sequence[int] = ()
+    config: Contrastive,
+    batch: int,
+    embed_dim: int,
+    shards: int,
+    teachers: Sequence[int] = (),
+    texts: int | None = None,
 ) -> Form:
-    """Resolve `auto`: dense if a device's logits fit the budget, blocked if embeddings do, with
-    those of prefixes, and of teachers of the given widths."""
+    """Resolve `auto`: dense if a device's logits fit the budget, blocked if the texts' embeddings
+    do, with those of prefixes, and of teachers of the given widths.
+
+    `texts` is the number of texts in the batch, by default that of images.
+    """
+    texts = texts or batch
     budget = config.budget_mib * 2**20 / 4  # float32s
     if config.form != "auto":
         return config.form
     matrices = 1 + len(config.widths) + len(teachers)
-    if batch**2 // shards * matrices <= budget:
+    if batch * texts // shards * matrices <= budget:
         return "dense"
     width = embed_dim + sum(teachers)
-    return "blocked" if batch * width <= budget or shards == 1 else "ring"
+    return "blocked" if texts * width <= budget or shards == 1 else "ring"
 
 
 def devices_per_slice(mesh: Mesh, axes: tuple[str, ...]) -> int:

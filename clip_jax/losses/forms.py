@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from clip_jax.losses.objective import Result
 from clip_jax.losses.pairs import Pairs, Precision, Side, compare
 from clip_jax.losses.prefixes import at_width
-from clip_jax.losses.sums import NEAR, Statistics, Sums, accuracy, evaluate, summarise
+from clip_jax.losses.sums import NEAR, Statistics, Sums, accuracy, evaluate, summarise, weighted
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class PairLoss:
         metrics = {}
         for width in (None, *self.widths):
             of_width, distance = ("", 0.0) if width is None else (f"_{width}", NEAR)
-            for name, side in (("image_to_text", image), ("text_to_image", text)):
-                correct = accuracy(at_width(side, width), distance)
-                metrics[f"{name}_accuracy{of_width}"] = correct.mean()
+            of_image, of_text = at_width(image, width), at_width(text, width)
+            of_images, of_texts = accuracy(of_image, distance), accuracy(of_text, distance)
+            of_texts = weighted(of_texts, of_text, len(of_images))
+            metrics[f"image_to_text_accuracy{of_width}"] = of_images.mean()
+            metrics[f"text_to_image_accuracy{of_width}"] = of_texts.mean()
         return self.value(image, text, scale, bias), jax.lax.stop_gradient(metrics)
 
 
@@ -77,8 +79,9 @@ def dense(
     else:
         rows: Any = P(axes)
         all_texts: Any = P()
-        of_text = Side(rows, all_texts, all_texts, teachers=rows, inputs=all_texts)
-        of_pairs = Pairs(*[rows] * len(Pairs._fields))._replace(text=all_texts)
+        of_text = Side(*[all_texts] * len(Side._fields))._replace(features=rows, teachers=rows)
+        of_pairs = Pairs(*[rows] * len(Pairs._fields))
+        of_pairs = of_pairs._replace(text=all_texts, text_weight=all_texts)
         compare = jax.shard_map(local, mesh=mesh, in_specs=(rows, of_text), out_specs=of_pairs)
         pairs = compare(image, text)
     sums = loss.sums(scale, bias)

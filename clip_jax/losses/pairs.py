@@ -1,6 +1,8 @@
 """A block of the similarity matrix of images and texts, and what it is computed from."""
 
+import functools
 import itertools
+import operator
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -27,6 +29,7 @@ class Pairs(NamedTuple):
     prefixes: tuple[Float[Array, "R C"], ...] = ()
     image: Mapping[str, Array] = {}  # `Side.inputs` of the rows, [R, ...]
     text: Mapping[str, Array] = {}  # `Side.inputs` of the columns, [C, ...]
+    text_weight: Float[Array, " C"] | None = None  # `Side.weight` of the columns
 
 
 class Side(NamedTuple):
@@ -34,11 +37,14 @@ class Side(NamedTuple):
 
     features: Float[Array, "B E"]
     ids: Int[Array, " B"]  # an image and a text of the same id are a positive pair
-    caption_ids: Int[Array, " B"] | None  # if set, other pairs with the same id are masked
+    # If set, other pairs with the same id are masked. An image may have those of several captions.
+    caption_ids: Int[Array, " B"] | Int[Array, "B K"] | None
     # Embeddings of the teachers, of any widths. The images' are multiplied by the teacher's scale,
     # and a bias is one more channel (1 for texts), so that logits are one product.
     teachers: tuple[Float[Array, "B _"], ...] = ()
     inputs: Mapping[str, Array] = {}  # more of each image or text, [B, ...], such as its weight
+    # Of texts: factors on their losses. A text of weight 0 takes no part. None: 1 each.
+    weight: Float[Array, " B"] | None = None
 
 
 def compare(
@@ -52,11 +58,17 @@ def compare(
     )
     valid = jnp.ones_like(positive)
     if image.caption_ids is not None and text.caption_ids is not None:
-        valid = positive | (image.caption_ids[:, None] != text.caption_ids[None, :])
+        of_image = image.caption_ids.reshape(len(image.ids), -1)
+        is_other = (of_image[:, i, None] != text.caption_ids for i in range(of_image.shape[1]))
+        valid = positive | functools.reduce(operator.and_, is_other)
+    if text.weight is not None:
+        positive, valid = (x & (text.weight > 0) for x in (positive, valid))
+    if image.caption_ids is not None or text.weight is not None:
         cosine = jnp.where(valid, cosine, MASKED)
         teachers = tuple(jnp.where(valid, x, MASKED) for x in teachers)
         prefixes = [jnp.where(valid, x, MASKED) for x in prefixes]
-    return Pairs(cosine, positive, valid, teachers, tuple(prefixes), image.inputs, text.inputs)
+    pairs = Pairs(cosine, positive, valid, teachers, tuple(prefixes), image.inputs, text.inputs)
+    return pairs._replace(text_weight=text.weight)
 
 
 def _cosines(

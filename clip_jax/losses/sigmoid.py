@@ -19,6 +19,7 @@ class SigmoidConfig(Contrastive):
     """Sigmoid loss (SigLIP): binary cross-entropy of all B² pairs, over B; needs a logit bias."""
 
     needs_bias: ClassVar[bool] = True
+    takes_several: ClassVar[bool] = True
 
     label_smoothing: float = 0.0  # Label smoothing s: the targets 1 and 0 become 1 − s/2 and s/2.
 
@@ -32,7 +33,8 @@ class SigmoidConfig(Contrastive):
         def losses(pairs: Pairs) -> Float[Array, "R C"]:
             logits = scale * pairs.cosine + bias
             signed = jnp.where(pairs.positive, logits, -logits)
-            return jax.nn.softplus(-signed) + self.label_smoothing / 2 * signed
+            losses = jax.nn.softplus(-signed) + self.label_smoothing / 2 * signed
+            return losses if pairs.text_weight is None else losses * pairs.text_weight
 
         return {"losses": SumOf(losses)}
 

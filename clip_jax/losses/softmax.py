@@ -1,7 +1,7 @@
 """InfoNCE: softmax over the global batch, both ways (Radford et al. 2021, figure 3)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ from jaxtyping import Array, Float
 from clip_jax.errors import check_ranges
 from clip_jax.losses.contrastive import Contrastive
 from clip_jax.losses.pairs import Pairs
-from clip_jax.losses.sums import Statistics, SumOf, Sums
+from clip_jax.losses.sums import Statistics, SumOf, Sums, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig(Contrastive):
     """InfoNCE (CLIP): cross-entropy of images among all texts and of texts among all images."""
+
+    takes_several: ClassVar[bool] = True
 
     label_smoothing: float = 0.0  # Share of the target that is spread over all unmasked pairs.
 
@@ -33,7 +35,7 @@ class SoftmaxConfig(Contrastive):
         """Return the loss of each pair, or halves of those of each image and each text."""
         of_image, of_text = self._cross_entropy(image, scale), self._cross_entropy(text, scale)
         if "positives" in image:
-            return of_image / 2, of_text / 2
+            return of_image / 2, weighted(of_text, text, len(of_image)) / 2
         return (of_image + of_text) / 2
 
     def _cross_entropy(self, x: Statistics, scale: Float[Array, ""]) -> Float[Array, " B"]:
@@ -43,7 +45,8 @@ class SoftmaxConfig(Contrastive):
             positive /= jnp.maximum(x["positives"], 1)
         loss = scale * (x["top"] - positive) + jnp.log(x["exp_sum"])
         if self.label_smoothing:
-            loss += self.label_smoothing * scale * (positive - x["cosines"] / x["count"])
+            mean = x["cosines"] / jnp.maximum(x["count"], 1)
+            loss += self.label_smoothing * scale * (positive - mean)
         return jnp.where(x["positives"] > 0, loss, 0) if "positives" in x else loss
 
     def gradient(

@@ -137,7 +137,9 @@ class ExpSum(Sum):
 Sums = dict[str, Max | Sum]
 
 
-def common_sums(scale: Float[Array, ""], one_to_one: bool, distance: float = 0.0) -> Sums:
+def common_sums(
+    scale: Float[Array, ""], one_to_one: bool, distance: float = 0.0, weighted: bool = False
+) -> Sums:
     """Return the statistics that every loss has besides its own; see `Contrastive`.
 
     Pairs tie for the largest cosine if they are equal to it, up to a relative `distance`.
@@ -155,7 +157,17 @@ def common_sums(scale: Float[Array, ""], one_to_one: bool, distance: float = 0.0
     if one_to_one:
         return sums
     hits = Ties("top", among="positive", distance=distance)
-    return sums | {"positives": Count("positive"), "hits": hits}
+    sums |= {"positives": Count("positive"), "hits": hits}
+    return sums | ({"text_weights": SumOf(_text_weight, "positive")} if weighted else {})
+
+
+def weighted(values: Float[Array, " C"], text: Statistics, images: int) -> Float[Array, " C"]:
+    """Multiply values of texts by their weights, if they have any (`Side.weight`), so that the mean
+    of the result is Σ weight · value / `images`."""
+    if "text_weights" not in text:
+        return values
+    weights = text["text_weights"] / jnp.maximum(text["positives"], 1)  # one for each positive pair
+    return values * weights * (len(values) / images)
 
 
 def accuracy(x: Statistics, distance: float = 0.0) -> Float[Array, " B"]:
@@ -239,6 +251,11 @@ def merge_all(sums: Sums, x: Statistics) -> Statistics:
     tops = {name: x[name].max(0) for name in maxima(sums)}
     x = rebase(sums, x, tops)
     return tops | {name: jax.tree.map(lambda a: a.sum(0), x[name]) for name in totals(sums)}
+
+
+def _text_weight(pairs: Pairs) -> Float[Array, "R C"]:
+    assert pairs.text_weight is not None
+    return jnp.broadcast_to(pairs.text_weight, pairs.cosine.shape)
 
 
 def _cosine(pairs: Pairs) -> Float[Array, "R C"]:

@@ -1,6 +1,7 @@
 """CLIP as pure functions of a nested dict of parameters (paper, figure 3)."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -268,7 +269,7 @@ class CLIP:
         self,
         params: Params,
         images: dict[str, Images],
-        texts: dict[str, Int[Array, "B L"]],
+        texts: dict[str, Int[Array, "B *T L"]],
         needs: Sequence[str] = (),
         keys: Key[Array, " B"] | None = None,
         train: bool = False,
@@ -474,10 +475,13 @@ def _outputs(
         if name != "image":
             out[f"image:{name}"] = _embedded(towers, pixels[name], train=train)
     if others:  # in one pass; the texts of a pair stay on its device
-        rows = rearrange(jnp.stack([*others.values()], 1), "B T L -> (B T) L")
+        several = [x if x.ndim == 3 else x[:, None] for x in others.values()]
+        rows = rearrange(jnp.concatenate(several, 1), "B T L -> (B T) L")
         embeddings = towers.text(rows) if by_length is None else by_length(towers.text, rows)
-        parts = rearrange(embeddings, "(B T) E -> T B E", T=len(others))
-        out |= zip(others, parts, strict=True)
+        ends = list(itertools.accumulate(x.shape[1] for x in several))
+        parts = jnp.split(rearrange(embeddings, "(B T) E -> B T E", T=ends[-1]), ends[:-1], 1)
+        for (name, x), y in zip(others.items(), parts, strict=True):
+            out[name] = y if x.ndim == 3 else y[:, 0]
     return out
 
 

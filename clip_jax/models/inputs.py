@@ -56,6 +56,33 @@ class TextInput(Input):
 
 
 @dataclass(frozen=True)
+class FurtherTexts(Input):
+    """Token ids of further texts of the sample, int32 [B, count, L]: other captions of the image,
+    or parts of the caption. Rows without a text repeat the caption; see `CountInput`."""
+
+    text: TextConfig  # tokenizer and context length
+    count: int
+    sentences: int | None  # most adjacent sentences in a part of the caption; None: other captions
+
+    @staticmethod
+    def counter(name: str) -> str:
+        """Return the name of the number of texts, `CountInput`, of the input of this name."""
+        return f"{name}_count"
+
+    def shapes(self, batch_size: int) -> jax.ShapeDtypeStruct:
+        shape = (batch_size, self.count, self.text.context_length)
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@dataclass(frozen=True)
+class CountInput(Input):
+    """The number of further texts that the sample has, at most `FurtherTexts.count`, int32 [B]."""
+
+    def shapes(self, batch_size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+
+
+@dataclass(frozen=True)
 class StoredInput(Input):
     """Embeddings that are stored with the sample, of all teachers side by side, [B, Σ widths].
 

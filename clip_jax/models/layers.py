@@ -60,7 +60,7 @@ SIZES = {
     "context_length": "[2, 65536]", "num_positions": "[1, 131072]", "token_types": "[1, 65536]",
     "first_position": "[0, 65536]", "vocab_size": "[1, 4194304]", "eos_token_id": "[0, 4194303]",
     "begin_id": "[0, 4194303]", "end_id": "[0, 4194303]", "pad_id": "[0, 4194303]",
-    "zeroed_id": "[0, 4194303]",
+    "zeroed_id": "[0, 4194303]", "kept_positions": "[0, 65536]", "stretched_from": "[2, 65536]",
     "unroll": "[1, 1024]", "rank": "[1, 32768]",
 }  # fmt: skip
 Init = Callable[..., Array]

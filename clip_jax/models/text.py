@@ -89,12 +89,12 @@ class TextConfig(TextTowerConfig):
         """Whether a text's embedding depends on the id and the amount of its padding."""
         return not self.masks_padding and (not self.causal or self.pool not in ("argmax", "eos"))
 
-    def used_tokens(self, tokens: Int[Any, "B L"]) -> Int[Any, " B"]:
+    def used_tokens(self, tokens: Int[Any, "*B L"]) -> Int[Any, "*B"]:
         if self.masks_padding:
             return super().used_tokens(tokens)
         return self.end_of_text(tokens) + 1
 
-    def end_of_text(self, tokens: Int[Any, "B L"]) -> Int[Any, " B"]:
+    def end_of_text(self, tokens: Int[Any, "*B L"]) -> Int[Any, "*B"]:
         """Return the position of the token that is pooled, with pool=argmax or eos."""
         is_argmax = self.pool == "argmax"  # OpenAI's rule for the end of text
         return (tokens if is_argmax else tokens == self.eos_token_id).argmax(axis=-1)

@@ -62,6 +62,10 @@ class TipsTextConfig(TextConfig):
     def token_scale(self) -> float:
         return self.width**0.5
 
+    @property
+    def positions_path(self) -> str | None:
+        return None
+
     def fixed_positions(self) -> Float[np.ndarray, "L D"]:
         """Return sines, then cosines, of wavelengths from 2π to 20,000π."""
         half = self.width // 2

@@ -16,6 +16,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
+from scipy.interpolate import make_interp_spline
 
 from clip_jax.errors import InputError
 from clip_jax.models import layers
@@ -24,6 +25,7 @@ from clip_jax.models.layers import Layout, Operations, Remat
 from clip_jax.parts import Part
 
 AnyTower = TypeVar("AnyTower", bound="ImageTowerConfig")
+AnyTextTower = TypeVar("AnyTextTower", bound="TextTowerConfig")
 Arrays = dict[str, Any]  # path in the model's parameters, such as visual/proj → array
 Cleaning = Literal["none", "lower", "whitespace", "punctuation", "canonicalize", "clip"]
 
@@ -292,12 +294,23 @@ class TextTowerConfig(TowerConfig, Part):
     context_length: int = 77  # Maximum tokens per text, begin and end of text included.
     vocab_size: int = 49_408  # Number of token ids; the default is that of CLIP's BPE.
     tokenizer: TokenizerConfig = TokenizerConfig()
+    # First positions that stay as they are where those of weights with a shorter context are
+    # stretched to this one (Long-CLIP, arXiv:2403.15378). 0: all are interpolated.
+    kept_positions: int = 20
+    # Context length from which positions were stretched, a record that a run and `convert` write.
+    # None: they were not.
+    stretched_from: int | None = None
 
     # Settings of some towers, fixed for all others.
     masks_padding = False  # whether padding, on the right, is neither attended to nor pooled
     # Whether the embedding is the state of a learned token after the text's.
     has_class_token = False
     writes_captions = False  # whether it is a `TextTransformer` that caption decoders can extend
+
+    @property
+    def positions_path(self) -> str | None:
+        """Path of position embeddings in the model's parameters; None: there are none."""
+        return "text/positional_embedding"
 
     def module(self, **options: Any) -> nn.Module:
         """Return the Flax module with `embed_dim`, `dtype`, `remat`, `unroll` and `layout`."""
@@ -312,10 +325,10 @@ class TextTowerConfig(TowerConfig, Part):
         """Whether a text's embedding depends on the id and the amount of its padding."""
         return not self.masks_padding
 
-    def used_tokens(self, tokens: Int[Any, "B L"]) -> Int[Any, " B"]:
+    def used_tokens(self, tokens: Int[Any, "*B L"]) -> Int[Any, "*B"]:
         """Return the number of first tokens on which each text's embedding depends, NumPy's for
         NumPy's; only for towers that do not see padding."""
-        ends = np.arange(1, tokens.shape[1] + 1)
+        ends = np.arange(1, tokens.shape[-1] + 1)
         return ((tokens != self.tokenizer.pad_id) * ends).max(-1).clip(1)
 
     @property
@@ -335,6 +348,49 @@ class TextTowerConfig(TowerConfig, Part):
     def num_positions(self) -> int:
         """Rows of the table of position embeddings."""
         return self.context_length + self.has_class_token
+
+    def with_context_length(
+        self: AnyTextTower, context_length: int, kept_positions: int = 20
+    ) -> AnyTextTower:
+        """Return the tower for texts of at most `context_length` tokens; see `fit`.
+
+        Raises InputError if a text's embedding depends on its padding, since each length would need
+        a training of its own, or if the positions cannot be stretched.
+        """
+        before = self.context_length
+        if context_length == before:
+            return self
+        if self.sees_padding and not self.has_class_token:
+            raise InputError(
+                f"context_length={context_length} does not fit a text tower whose embeddings "
+                f"depend on the padding (pool={self.pool!r}): it was trained with texts padded to "
+                f"{before} tokens, and short texts would get other embeddings. Keep {before}."
+            )
+        after = replace(self, context_length=context_length)
+        if self.positions_path is None or after.num_positions <= self.num_positions:
+            return after
+        if not 0 <= kept_positions <= before - 2:
+            raise InputError(
+                f"kept_positions={kept_positions} must be from 0 to {before - 2}, so that two of "
+                f"the {before} positions can be stretched to context_length={context_length}."
+            )
+        return replace(after, kept_positions=kept_positions, stretched_from=before)
+
+    def fit(self, params: Arrays, before: "TextTowerConfig") -> Arrays:
+        """Return the model's parameters for this tower, from those of the same with another context
+        length.
+
+        Position embeddings are cut, or stretched (`stretched`) after the first `kept_positions`. A
+        class token keeps its own.
+        """
+        path = self.positions_path
+        if path not in params or self.num_positions == before.num_positions:
+            return params
+        table = np.asarray(params[path])
+        texts, last = np.split(table, [before.context_length])
+        if self.context_length > before.context_length:
+            texts = stretched(texts, self.context_length, self.kept_positions)
+        return params | {path: np.concatenate([texts[: self.context_length], last])}
 
     @property
     def end_of_text_id(self) -> int:
@@ -357,3 +413,15 @@ class TextTowerConfig(TowerConfig, Part):
         """The id after each text; in CLIP's vocabulary the last."""
         is_clip = self.tokenizer.file == "clip"
         return self.end_of_text_id if is_clip else self.tokenizer.end_id
+
+
+def stretched(table: Float[np.ndarray, "L D"], length: int, kept: int) -> Float[np.ndarray, "l D"]:
+    """Stretch position embeddings to `length` rows as Long-CLIP does (arXiv:2403.15378, 3.1).
+
+    The first `kept` rows stay. The others are linear interpolations between rows of the table, at
+    distances of (L − kept) / (length − kept), beginning with row `kept` itself. Rows after the last
+    of the table are extrapolated from its last two. With `kept` 0, all rows are interpolated.
+    """
+    steps = np.arange(length - kept) * (len(table) - kept) / (length - kept)
+    values = make_interp_spline(np.arange(len(table)), table.astype(np.float64), k=1)(kept + steps)
+    return np.concatenate([table[:kept], values.astype(table.dtype)])

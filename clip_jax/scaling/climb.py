@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax import flops, parts, processes
-from clip_jax.config_files import with_order
+from clip_jax.config_files import as_begun
 from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.scaling import jobs
 from clip_jax.scaling.grid import Point, grid, is_done
@@ -183,7 +183,7 @@ def _job(point: Point, group: processes.Position) -> Job:
     workdir = point.workdir
     remote = files.is_remote(workdir)
     directory = files.beside(workdir, "ladder") if remote else Path(workdir)
-    config = with_order(point.config, workdir)  # an earlier start's order
+    config = as_begun(point.config, workdir)  # an earlier start's order
     values = to_dict(config)
     content = json.dumps(values, indent=1)
     for path in dict.fromkeys(x / "config.json" for x in (workdir, directory)):  # one on a disk

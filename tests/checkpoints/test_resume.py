@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from clip_jax.checkpoints.resume import branch_point, check_resumable, differences
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
-from clip_jax.config_files import complete, load_config, of_run, with_order
+from clip_jax.config_files import as_begun, complete, load_config, of_run
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig, MixtureSource, PhaseConfig
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig
@@ -58,16 +58,27 @@ def test_a_run_of_the_version_before_resumes(name, tmp_path):
 def test_the_order_that_a_run_began_with_is_kept(order, other, tmp_path):
     """Also where the data have moved since."""
     config = Config()
-    assert with_order(config, tmp_path).data.order == "auto"
+    assert as_begun(config, tmp_path).data.order == "auto"
     before = to_dict(config)
     before["data"]["order"] = order
     (tmp_path / "config.json").write_text(json.dumps(before))
-    resumed = with_order(config, tmp_path)
+    resumed = as_begun(config, tmp_path)
     assert resumed.data.order == order
     resume(tmp_path, resumed)
     changed = replace(config, data=replace(config.data, order=other))
     with pytest.raises(InputError, match=f"data.order: {order} in .*, {other} given"):
         resume(tmp_path, changed)
+
+
+def test_the_record_of_stretched_positions_is_that_of_the_run(tmp_path):
+    """A resumed run does not read the weights that it began with."""
+    config = Config()
+    before = to_dict(config)
+    before["model"]["text"] |= {"stretched_from": 30, "kept_positions": 7}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    resumed = as_begun(config, tmp_path)
+    assert to_dict(resumed) == before
+    resume(tmp_path, config)  # a ladder's point, which has no record
 
 
 def test_a_resumed_run_has_the_same_config_but_may_be_longer_if_its_schedule_has_no_end(tmp_path):

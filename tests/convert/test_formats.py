@@ -603,6 +603,6 @@ def test_a_tower_that_pools_the_last_position_keeps_its_length(tmp_path, siglip,
     assert "logit_bias" in starting_params(read_weights(tmp_path), siglip.config)
     assert capsys.readouterr().err == ""
     shorter = replace(config, text=replace(config.text, context_length=5))
-    with pytest.raises(InputError, match=r"context_length=5 does not fit .* last of 6 positions"):
+    with pytest.raises(InputError, match=r"context_length=5 does not .* padded to 6 tokens"):
         starting_params(read_weights(tmp_path), shorter)
     assert set(starting_params(read_weights(tmp_path), shorter, ["image"])) == {"visual"}

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from clip_jax.cli.commands import main
+from clip_jax.convert.conversion import ConvertConfig
 from clip_jax.convert.formats import read_weights, write_weights
-from clip_jax.convert.weights import Head, Weights, cut_to, read_all, with_input
+from clip_jax.convert.weights import Head, Weights, cut_to, read_all, with_context, with_input
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, l2_normalize
 from clip_jax.models.images import Images, NaFlex, Square
+from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from tests.conftest import COCA, FAMILIES, TINY, parameters, write_run
+from tests.conftest import COCA, FAMILIES, MAMMUT, TINY, parameters, write_run
 from tests.convert.conftest import assert_same, make_weights
 
 
@@ -95,6 +97,91 @@ def test_a_tower_without_positions_takes_another_size():
     larger = with_input(weights, image_size=32)
     assert larger.config.vision.image_size == larger.preprocess.image_size == 32
     assert larger.params is weights.params
+
+
+def numbered(config: Any) -> Weights:
+    """A model whose text positions are their numbers from 0."""
+    table = np.arange(config.text.num_positions, dtype=np.float32)[:, None]
+    params = {"text": {"positional_embedding": np.repeat(table, config.text.width, 1)}}
+    return Weights(config=config, params=params, path="M")
+
+
+def positions(weights: Weights) -> np.ndarray:
+    return weights.params["text"]["positional_embedding"][:, 0]
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8])
+@pytest.mark.parametrize("config", [TINY, COCA], ids=["clip", "coca"])
+def test_positions_of_texts_are_stretched_and_cut(config, kept):
+    """A class token, behind the text, keeps its own. The last position is beyond the table's."""
+    weights = numbered(config)  # 10 tokens
+    longer = with_context(weights, 17, kept)
+    expected = np.arange(17) * 1.0
+    expected[kept:] = kept + np.arange(17 - kept) * (10 - kept) / (17 - kept)
+    assert expected[-1] > 9
+    last = [10] if config is COCA else []
+    np.testing.assert_allclose(positions(longer), [*expected, *last], rtol=1e-6)
+    assert (longer.config.text.kept_positions, longer.config.text.stretched_from) == (kept, 10)
+    shorter = with_context(longer, 3)
+    np.testing.assert_array_equal(positions(shorter), [*positions(longer)[:3], *last])
+    assert shorter.config.text == replace(longer.config.text, context_length=3)  # with the record
+    assert with_context(weights, None) is with_context(weights, 10) is weights
+
+
+@pytest.mark.parametrize("name", ["tips", "xlm_roberta"])
+def test_positions_that_a_tower_has_already_are_not_stretched(name):
+    weights = Weights(config=FAMILIES[name], params={"text": {}})
+    longer = with_context(weights, 12)
+    assert longer.params is weights.params
+    assert longer.config.text == replace(FAMILIES[name].text, context_length=12)
+
+
+class OwnPositions(TextConfig):
+    """Somebody's own text tower, whose positions are not ours."""
+
+    positions_path: Any = None
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "kept", "message"),
+    [
+        (make_weights("siglip").config, 64, 4, "M: context_length=64 does not fit a text tower"),
+        (MAMMUT, 5, 4, r"depend on the padding \(pool='mean'\).* texts padded to 10 tokens"),
+        (TINY, 20, 9, "M: kept_positions=9 must be from 0 to 8, so that two of the 10 positions"),
+        (FAMILIES["xlm_roberta"], 13, 4, "and at most 12 tokens"),
+        (TINY, 100_000, 4, "text.context_length=100000 must be at least 2 and at most 65536"),
+        (
+            replace(TINY, text=OwnPositions(**vars(TINY.text))),
+            *(20, 4, r"context_length=20: text/positional_embedding has shape \(10, 32\), and a"),
+        ),
+    ],
+    ids=["siglip", "mammut", "kept", "bert", "longest", "own"],
+)
+def test_other_lengths_of_texts_that_are_impossible_are_errors(config, length, kept, message):
+    with pytest.raises(InputError, match=message):
+        with_context(numbered(config), length, kept)
+
+
+def test_convert_changes_the_length_of_texts(tmp_path, capsys):
+    workdir, *_ = write_run(TINY, tmp_path / "run")
+    longer = [str(workdir), str(tmp_path / "new"), "--to", "clip-jax", "--context-length", "20"]
+    assert main(["convert", *longer]) == 2  # 20 positions are kept, of 10
+    assert "kept_positions=20 must be from 0 to 8" in capsys.readouterr().err
+    assert main(["convert", *longer, "--kept-positions", "4"]) == 0
+    expected = with_context(read_weights(workdir), 20, 4)
+    assert_same(read_weights(tmp_path / "new"), read_all(expected))
+    card = (tmp_path / "new/README.md").read_text()
+    for row in ("context_length | 20", "text_positions_stretched_from | 10"):
+        assert f"| {row} |" in card
+    assert "| text_positions_kept | 4 |" in card
+    with pytest.raises(InputError, match="kept_positions=-1 must be at least 0"):
+        ConvertConfig(source=workdir, destination=tmp_path, to="clip-jax", kept_positions=-1)
+
+
+def test_a_tower_without_texts_has_no_length_of_texts():
+    weights = replace(make_weights("vit"), only_tower="image")
+    with pytest.raises(InputError, match="context_length=20 needs a text tower; omit it"):
+        with_context(weights, 20)
 
 
 def test_tokens_are_read_for_naflex_models_alone(tmp_path):

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import json
 import threading
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from clip_jax.data import digits as digits_module
 from clip_jax.data.augment import Augmentation, AugmentConfig, replay
 from clip_jax.data.digits import DigitsSource
+from clip_jax.data.further import parts
 from clip_jax.data.order import batches
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig
 from clip_jax.data.pipeline import DataConfig
@@ -21,9 +23,17 @@ from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.array_record import ArrayRecordConfig, encode_example
 from clip_jax.data.sources.image_folder import FolderConfig
 from clip_jax.data.sources.tar import TarConfig
+from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
 from clip_jax.models.images import NaFlex, Square
-from clip_jax.models.inputs import ImageInput, LabelInput, StoredInput, TextInput
+from clip_jax.models.inputs import (
+    CountInput,
+    FurtherTexts,
+    ImageInput,
+    LabelInput,
+    StoredInput,
+    TextInput,
+)
 from clip_jax.models.text import TextConfig
 from tests.data import conftest as made
 from tests.data.conftest import assert_same, digits, join, of_processes, open_pipeline, take
@@ -404,8 +414,68 @@ def test_a_sample_whose_embeddings_do_not_fit_is_a_bad_one(first, reason, order,
         np.testing.assert_array_equal(one.inputs["stored_image"], np.tile(ROW, (12, 1)))
 
 
+def several(tmp_path, captions):
+    """A table with these lists of captions."""
+    pairs = made.make_pairs(len(captions))
+    made.table(tmp_path, pairs)
+    rows = [{"image": x[0], "caption": y} for x, y in zip(pairs, captions, strict=True)]
+    (tmp_path / "several.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return TableConfig(path=str(tmp_path / "several.jsonl"))
+
+
+@pytest.mark.parametrize("sentences", [None, 2])
+def test_further_texts_are_other_captions_of_the_image_or_parts_of_the_one_drawn(
+    sentences, tmp_path
+):
+    """One to five captions of as many sentences, of which up to three are further texts. Images and
+    captions are those of a run without further texts, on any number of processes."""
+    captions = [
+        [" ".join(f"{'abcde'[k]} {i} {j}." for k in range(1 + i % 5)) for j in range(1 + i % 5)]
+        for i in range(20)
+    ]
+    config = DataConfig(source=several(tmp_path, captions))
+    inputs = {"further": FurtherTexts(TEXT, 3, sentences), "further_count": CountInput()}
+    batches_read = take(config, 4, inputs=inputs)
+    halves = [take(config, 4, process=(i, 2), inputs=inputs) for i in (0, 1)]
+    for batch, *read in zip(batches_read, *halves, strict=True):
+        for name, x in batch.inputs.items():
+            np.testing.assert_array_equal(x, np.concatenate([half.inputs[name] for half in read]))
+    plain = take(config, 4)
+    ids = {tuple(made.TOKENIZER([x], 16, True)[0]): x for rows in captions for x in rows}
+    counts = set()
+    for batch, alone in zip(batches_read, plain, strict=True):
+        np.testing.assert_array_equal(batch.text, alone.text)
+        np.testing.assert_array_equal(batch.image, alone.image)
+        rows = batch.inputs["further"], batch.inputs["further_count"]
+        assert rows[0].shape == (12, 3, 16)
+        for key, text, texts, count in zip(batch.keys, batch.text, *rows, strict=True):
+            caption = ids[tuple(text)]
+            of_image = captions[int(key.rpartition(":")[2].partition(".")[0])]
+            wanted = [x for x in of_image if x != caption]
+            if sentences:
+                wanted = parts(caption, sentences)
+            assert count == min(3, len(wanted))
+            allowed = {tuple(made.TOKENIZER([x], 16, True)[0]) for x in wanted}
+            drawn = {tuple(x) for x in texts[:count]}
+            assert drawn <= allowed
+            assert len(drawn) == count
+            np.testing.assert_array_equal(texts[count:], np.tile(text, (3 - count, 1)))
+            counts.add(int(count))
+    assert counts == {0, 1, 2, 3} if sentences is None else counts >= {0, 2, 3}
+
+
+def test_synthetic_captions_are_further_texts_too(tmp_path):
+    source, _ = reinforced(tmp_path)  # two captions, three synthetic ones
+    inputs = {"further": FurtherTexts(TEXT, 9, None), "further_count": CountInput()}
+    read = take(DataConfig(source=source), 1, inputs=inputs)[0]
+    assert set(read.inputs["further_count"]) == {4}
+
+
 def test_what_a_source_cannot_give_is_refused(tmp_path):
     source, _ = reinforced(tmp_path)
+    inputs = {"further": FurtherTexts(TEXT, 9, None), "further_count": CountInput()}
+    with pytest.raises(InputError, match="several texts of an image need a source whose captions"):
+        take(digits(), 1, inputs=inputs)
     for config, inputs, message in (
         (digits(crop="stored"), {}, "need data that clip-jax prepare wrote"),
         (digits(synthetic_ratio=0.5), {}, "need data that clip-jax prepare wrote"),

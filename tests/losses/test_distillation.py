@@ -349,12 +349,13 @@ def test_terms_that_cannot_work_are_refused() -> None:
         DistillationConfig(**options).check(TINY)
 
     biased = replace(TINY, init_logit_bias=-10.0)
-    unknown = LiveTeacher(weights="runs/l14")
+    unknown, stored = LiveTeacher(weights="runs/l14"), StoredTeacher(embed_dim=8)
     for options, message in (
         ({}, "teachers is empty"),
         ({"teachers": (unknown,)}, "'runs/l14' is unknown: set LiveTeacher.model"),
         ({"teachers": (StoredTeacher(embed_dim=8),), "similarity": "sigmoid"}, "init_logit_bias"),
         ({"similarity_weight": -1.0}, "similarity_weight=-1.0"),
+        ({"teachers": (stored,), "captions": "all"}, "captions=all needs a loss with several posi"),
         (
             {"teachers": (StoredTeacher(embed_dim=8),), "similarity_weight": 0.0},
             "similarity_weight and features_weight are both 0",
@@ -364,7 +365,6 @@ def test_terms_that_cannot_work_are_refused() -> None:
             check(**options)
     with pytest.raises(InputError, match="embed_dim=0"):
         StoredTeacher(embed_dim=0)
-    stored = StoredTeacher(embed_dim=8)
     features = {"similarity_weight": 0.0, "features_weight": 1.0}
     for teacher, more, works in (
         (LIVE, {}, False),

@@ -47,6 +47,8 @@ def test_auto_takes_dense_then_blocked_then_ring() -> None:
     ):
         assert choose_form(config, batch, 512, devices) == form
     assert choose_form(SigmoidConfig(form="ring"), 8, 8, 1) == "ring"
+    assert choose_form(config, 4096, 512, 1, texts=4 * 4096) == "dense"
+    assert choose_form(config, 4096, 512, 1, texts=5 * 4096) == "blocked"
     of_widths = SoftmaxConfig(budget_mib=256, widths=(8, 64))  # each has a matrix of its own
     assert choose_form(of_widths, 4096, 512, 1) == "dense"
     assert choose_form(of_widths, 8192, 512, 1) == "blocked"

@@ -110,6 +110,13 @@ def test_sigmoids_in_a_ring_accumulated_on_a_mesh_are_those_of_the_one_big_batch
     assert max(map(math.prod, passed)) <= 2 * 32  # embeddings of a device's two rows
 
 
+def test_several_texts_of_an_image_accumulated_on_a_mesh_are_those_of_the_one_big_batch():
+    """A CoCa, whose decoder writes the first text of an image alone; images have one to three."""
+    several = SoftmaxConfig(captions="all", texts_per_image=3, form="ring")
+    step = functools.partial(compiled, COCA, objective=(several, CaptionConfig()))
+    check_equal(step()(), step(mesh="8", accumulation=2)())
+
+
 def gradients(config, mesh, objective=()):
     """Return the outputs of `encode`, BatchNorm statistics, and gradients of a weighted sum of the
     outputs."""

@@ -63,7 +63,7 @@ class Sample:
     """One sample of a batch."""
 
     arrays: dict[str, Any]  # the image and further inputs by name, each a batch of one
-    captions: dict[str, str]  # by the name of the input
+    captions: dict[str, str | list[str]]  # one or several, by the name of the input
     position: int
     key: str
     skipped: list[dict[str, Any]]
@@ -85,7 +85,7 @@ class Load(Protocol):
 
 
 # Texts to token ids, by the name of the input.
-Tokenizers = Mapping[str, Callable[[Sequence[str]], Int32[np.ndarray, "B L"]]]
+Tokenizers = Mapping[str, Callable[[Sequence[Any]], Int32[np.ndarray, "B *T L"]]]
 
 
 @dataclass(frozen=True)
