@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,37 +56,45 @@ Find = Callable[[Float[np.ndarray, " E"], int], Nearest]
 
 def nearest(blocks: Iterable[Block], query: Float[np.ndarray, " E"], count: int) -> Nearest:
     """Return the rows with the largest products with `query`; ties go to earlier rows."""
-    rows, similarities = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-    start, worst = 0, -np.inf
+    best, start = _nothing(), 0
     for block in blocks:
-        products = block.products(query)
-        worst = max(worst, _worst(products, count))
-        good = np.flatnonzero(products >= worst - _ROUNDING)
-        rows.append(start + good)
-        similarities.append(_rounded(block.vectors(good), query))
+        good = _candidates(block.products(query), best, count, _ROUNDING)
+        of_block = start + good, _rounded(block.vectors(good), query)
+        best = _merged([best, of_block], count)
         start += len(block)
-    return _ranked(np.concatenate(rows), np.concatenate(similarities), count)
+    return best
 
 
 def nearest_signs(
     blocks: Iterable[Block], query: Float[np.ndarray, " E"], count: int
 ) -> Int[np.ndarray, " k"]:
     """Return the rows whose signs have the largest products with `query`."""
-    rows, similarities = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-    start, worst, tables = 0, -np.inf, stored.sign_tables(query)
+    best, start, tables = _nothing(), 0, stored.sign_tables(query)
     for block in blocks:
         products = block.sign_products(tables)
-        worst = max(worst, _worst(products, count))
-        good = np.flatnonzero(products >= worst)
-        rows.append(start + good)
-        similarities.append(products[good])
+        good = _candidates(products, best, count, 0)
+        best = _merged([best, (start + good, products[good])], count)
         start += len(block)
-    return _ranked(np.concatenate(rows), np.concatenate(similarities), count)[0]
+    return best[0]
 
 
-def _worst(products: Float[np.ndarray, " B"], count: int) -> float:
-    """Return the smallest of the `count` largest products."""
-    return float(np.partition(products, -count)[-count]) if len(products) >= count else -np.inf
+def _nothing() -> Nearest:
+    return np.empty(0, np.int64), np.empty(0, np.float32)
+
+
+def _candidates(
+    products: Float[np.ndarray, " B"], best: Nearest, count: int, rounding: float
+) -> Int[np.ndarray, " n"]:
+    """Return the rows of a block that may be among the `count` best of all blocks."""
+    worst = best[1][-1] if len(best[1]) == count else -np.inf
+    if len(products) > count:
+        worst = max(worst, np.partition(products, -count)[-count])
+    return np.flatnonzero(products >= worst - rounding)
+
+
+def _merged(results: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> Nearest:
+    rows, similarities = map(np.concatenate, zip(*results, strict=True))
+    return _ranked(rows, similarities, count)
 
 
 def _rounded(
