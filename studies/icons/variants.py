@@ -42,6 +42,7 @@ SEEDS = (0, 1, 2)
 AT_THE_END = 1_000_000  # steps between evaluations; the last step is always evaluated
 COOL_DOWN = 0.25  # of a run's steps
 LAST = (0.8, 0.85, 0.9, 0.95)  # of a run's steps: checkpoints to average with the last one
+WIDTHS = (32, 64)  # of embeddings, besides the complete ones
 SMALL_SHARE = 0.5  # of the FLOPs at the small resolution
 
 LABELS = {
@@ -54,6 +55,7 @@ LABELS = {
     "adamw": "AdamW instead of Muon, learning rate 1e-3",
     "distilled": "distillation",
     "decoder": "caption decoder",
+    "widths": "losses of the first 32 and 64 channels, too (Matryoshka)",
     "locked_image": "image tower of `base`, locked; the text tower is trained",
     "locked_text": "text tower of `base`, locked; the image tower is trained",
     "locked_teacher": "image tower of the released model, locked",
@@ -134,6 +136,7 @@ def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
             SigmoidConfig(mask_same_caption=True), init_logit_scale=10.0, init_logit_bias=-10.0
         ),
         "unmasked": with_objective(SoftmaxConfig()),
+        "widths": with_objective(replace(softmax, widths=WIDTHS)),
         "decoder": with_objective(
             softmax,
             CaptionConfig(weight=1.0),

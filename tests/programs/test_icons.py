@@ -181,6 +181,14 @@ def test_variants_are_compared_with_the_fixed_setting(prepared):
     assert output.endswith(again)
     assert [path.read_bytes() for path in files] == before
 
+    train(prepared, "variants/widths-seed0", *last)
+    output = run(STUDY / "at_widths.py", "runs/variants", "results", folder=prepared)
+    rows = table(prepared / "results/at_widths.csv")
+    assert [(row["variant"], row["width"]) for row in rows] == [
+        (name, width) for name in ("base", "widths") for width in ("32", "64", "128")
+    ]
+    assert f"| 128 | zero-shot top-1 | {base['classes/acc1']:.1%} |" in output
+
 
 def write(path: Path, rows: list[dict[str, object]]) -> None:
     with path.open("w", newline="") as file:
