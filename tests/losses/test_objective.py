@@ -90,7 +90,8 @@ def test_a_metric_of_several_terms_has_their_names_and_none_is_overwritten() -> 
 def test_the_names_of_the_steps_own_metrics_are_known_to_the_objective() -> None:
     """A term's metric of another name of the step would be overwritten."""
     optim = replace(OPTIM, skip_norm_ratio=10.0)
-    recipe = Recipe(model=TINY, optim=optim, steps=10, batch_size=16)
+    lengths = TextLengths(tokens=(4, 8), shares=(0.5, 0.5))
+    recipe = Recipe(model=TINY, optim=optim, steps=10, batch_size=16, text_lengths=lengths)
     run = Program(recipe, make_mesh(MeshConfig(), jax.devices()[:1]))
     _, metrics = jax.eval_shape(run.step, run.state, run.batch)
     of_term = {"image_to_text_accuracy", "text_to_image_accuracy"}
