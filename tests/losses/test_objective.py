@@ -22,6 +22,7 @@ from clip_jax.losses import (
 )
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.lora import LoRAConfig, draw
+from clip_jax.models.text_lengths import TextLengths
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe, State, context
 from tests.conftest import COCA, OPTIM, TINY, by_path
