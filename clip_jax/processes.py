@@ -87,7 +87,8 @@ def start(config: ProcessesConfig) -> None:
 
     Cloud TPU, GKE and Slurm (in a step of several tasks) are detected. Elsewhere set the variables
     CLIP_JAX_COORDINATOR (host:port of process 0), CLIP_JAX_PROCESS_COUNT, CLIP_JAX_PROCESS_INDEX,
-    as `launch/local.py` does. Raises InputError if only some of the three are set.
+    as `launch/local.py` does. Raises InputError if only some of the three are set, or if JAX has
+    computed already.
     """
     _set_flags()
     explicit = {name: os.environ.get(name, "") for name in _EXPLICIT}
@@ -102,11 +103,22 @@ def start(config: ProcessesConfig) -> None:
                 f"the environment has {variables} without {' and '.join(missing)}; set all or none."
             )
         address, count, index = explicit.values()
-        jax.distributed.initialize(
-            address, int(count), int(index), cluster_detection_method="deactivate", **timeouts
-        )
+        _connect(address, int(count), int(index), cluster_detection_method="deactivate", **timeouts)
     elif _surrounded():
-        jax.distributed.initialize(**timeouts)
+        _connect(**timeouts)
+
+
+def _connect(*args: Any, **options: Any) -> None:
+    try:
+        jax.distributed.initialize(*args, **options)
+    except RuntimeError as error:
+        if "before any JAX calls" not in str(error):
+            raise
+        raise InputError(
+            "JAX has computed before the run's processes are connected. Leave out computation from "
+            "the config file and from modules of --import, such as clip_jax.load; "
+            "--init-architecture takes the architecture of trained weights."
+        ) from error
 
 
 def compiler_options(platform: str) -> dict[str, str | bool]:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from clip_jax import processes, sharding
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import DataConfig
+from clip_jax.errors import InputError
 from clip_jax.processes import (
     CPU_FLAGS,
     GPU_OPTIONS,
@@ -74,6 +75,18 @@ def test_processes_connect_where_there_are_several(environment, address, method,
     timeouts = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": 60}
     expected = [] if address is None else [mock.call(*address, **method, **timeouts)]
     assert initialize.mock_calls == expected
+
+
+def test_computation_before_processes_are_connected_is_one_message():
+    says = "jax.distributed.initialize() must be called before any JAX calls that"
+    error = RuntimeError(says)
+    with (
+        mock.patch.dict(os.environ, ADDRESS),
+        mock.patch.object(processes, "_set_flags", autospec=True),
+        mock.patch.object(jax.distributed, "initialize", autospec=True, side_effect=error),
+        pytest.raises(InputError, match=r"JAX has computed before .* Leave out computation"),
+    ):
+        processes.start(ProcessesConfig())
 
 
 @pytest.mark.parametrize(
