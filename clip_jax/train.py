@@ -156,6 +156,7 @@ class Run:
 def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: WeightFiles) -> Run:
     """Build all parts of the run, with its initial or restored state. See `train`."""
     check_patches(requested, workdir)
+    check_groups(requested)
     timers = Timers()
     processes.keep_compiled(requested.compilation_cache, workdir)
     mesh = sharding.make_mesh(requested.mesh)
@@ -308,6 +309,20 @@ def check_patches(config: Config, workdir: epath.Path) -> None:
         raise InputError(
             f"model.vision.image_size={size} is not a multiple of model.vision.patch_size={patch}: "
             f"the last {rest} pixels would be ignored. Set the size to {size - rest + patch}."
+        )
+
+
+def check_groups(config: Config) -> None:
+    """Raise InputError for texts in groups by length on several processes of CPUs.
+
+    One such run ended since processes took part in different collectives (Gloo) within the
+    conditional. Its cause is not known; smaller runs of the same kind passed.
+    """
+    several = jax.process_count() > 1 and jax.default_backend() == "cpu"
+    if config.text_lengths is not None and several:
+        raise InputError(
+            "text_lengths is not possible on several processes with CPUs, whose collectives may "
+            "differ within it: set text_lengths to None, or train on TPUs, GPUs or one process."
         )
 
 

@@ -45,6 +45,7 @@ from clip_jax.losses import DistillationConfig, LiveTeacher
 from clip_jax.metrics.reports import Reports
 from clip_jax.metrics.timers import Goodput, Timers
 from clip_jax.models.lora import LoRAConfig
+from clip_jax.models.text_lengths import TextLengths
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.processes import ProcessesConfig
 from clip_jax.sharding import make_mesh
@@ -57,6 +58,7 @@ from clip_jax.train import (
     agree,
     branch,
     check_data,
+    check_groups,
     check_patches,
     check_processes_agree,
     open_data,
@@ -295,6 +297,16 @@ def test_a_run_of_longer_texts_than_its_weights_records_what_it_stretched(
     again = tiny(model=longer, init_from=str(workdir), evals=(), steps=1)
     train(again, tmp_path / "again")  # not stretched again: the record is that of its weights
     assert read_run_config(tmp_path / "again")["model"]["text"] == text_of_run
+
+
+def test_groups_by_length_are_refused_on_several_processes_of_cpus():
+    config = tiny(text_lengths=TextLengths(tokens=(4, 8), shares=(0.5, 0.5)))
+    with (
+        mock.patch.object(jax, "process_count", autospec=True, return_value=2),
+        pytest.raises(InputError, match="text_lengths is not possible on several processes"),
+    ):
+        check_groups(config)
+    check_groups(config)
 
 
 def test_a_branch_begins_without_training_time(tmp_path):
