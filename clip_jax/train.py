@@ -156,7 +156,6 @@ class Run:
 def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: WeightFiles) -> Run:
     """Build all parts of the run, with its initial or restored state. See `train`."""
     check_patches(requested, workdir)
-    check_groups(requested)
     timers = Timers()
     processes.keep_compiled(requested.compilation_cache, workdir)
     mesh = sharding.make_mesh(requested.mesh)
@@ -280,11 +279,32 @@ def introduce(run: Run, messages: Sequence[str]) -> None:
             f"text positions are those of {text.stretched_from} tokens, stretched after the first "
             f"{text.kept_positions}"
         )
+    if warning := warn_of_loops(config, mesh):
+        reports.line(warning)
     if (warmup := config.optim.warmup_steps) >= config.steps:
         reports.line(
             f"the learning rate does not reach its peak: --optim.warmup-steps is {warmup}, but the "
             f"run has {config.steps} steps; lower it, or train longer."
         )
+
+
+def warn_of_loops(config: Config, mesh: Mesh) -> str | None:
+    """Return a warning for several processes of CPUs that divide parameters, if layers are a loop.
+
+    XLA for CPUs (jax 0.10.2 and 0.12) starts a loop's collectives beside those outside of it, in
+    an order of each device's own; Gloo then mixes their data, or ends the run. Devices of one
+    process, GPUs and TPUs are not affected.
+    """
+    vision, text = config.model.vision, config.model.text
+    depth = max(getattr(vision, "depth", 1), text.depth)
+    divided = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+    is_affected = jax.process_count() > 1 and jax.default_backend() == "cpu" and divided
+    if not is_affected or config.model.unroll >= depth:
+        return None
+    return (
+        "several processes of CPUs can mix up the data of a loop over layers: results may be wrong, "
+        f"or the run may end. Set --model.unroll {depth}, or --mesh.fsdp 1 --mesh.tensor 1."
+    )
 
 
 def programs_of(config: Config, program: Program) -> dict[BatchKind, Program]:
@@ -309,20 +329,6 @@ def check_patches(config: Config, workdir: epath.Path) -> None:
         raise InputError(
             f"model.vision.image_size={size} is not a multiple of model.vision.patch_size={patch}: "
             f"the last {rest} pixels would be ignored. Set the size to {size - rest + patch}."
-        )
-
-
-def check_groups(config: Config) -> None:
-    """Raise InputError for texts in groups by length on several processes of CPUs.
-
-    One such run ended since processes took part in different collectives (Gloo) within the
-    conditional. Its cause is not known; smaller runs of the same kind passed.
-    """
-    several = jax.process_count() > 1 and jax.default_backend() == "cpu"
-    if config.text_lengths is not None and several:
-        raise InputError(
-            "text_lengths is not possible on several processes with CPUs, whose collectives may "
-            "differ within it: set text_lengths to None, or train on TPUs, GPUs or one process."
         )
 
 

@@ -45,10 +45,9 @@ from clip_jax.losses import DistillationConfig, LiveTeacher
 from clip_jax.metrics.reports import Reports
 from clip_jax.metrics.timers import Goodput, Timers
 from clip_jax.models.lora import LoRAConfig
-from clip_jax.models.text_lengths import TextLengths
 from clip_jax.optim import Constant, CoolDown, OptimConfig
 from clip_jax.processes import ProcessesConfig
-from clip_jax.sharding import make_mesh
+from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program
 from clip_jax.train import (
     Diverged,
@@ -58,12 +57,12 @@ from clip_jax.train import (
     agree,
     branch,
     check_data,
-    check_groups,
     check_patches,
     check_processes_agree,
     open_data,
     set_up,
     train,
+    warn_of_loops,
 )
 from tests.clock import HandClock
 from tests.conftest import (
@@ -299,14 +298,16 @@ def test_a_run_of_longer_texts_than_its_weights_records_what_it_stretched(
     assert read_run_config(tmp_path / "again")["model"]["text"] == text_of_run
 
 
-def test_groups_by_length_are_refused_on_several_processes_of_cpus():
-    config = tiny(text_lengths=TextLengths(tokens=(4, 8), shares=(0.5, 0.5)))
-    with (
-        mock.patch.object(jax, "process_count", autospec=True, return_value=2),
-        pytest.raises(InputError, match="text_lengths is not possible on several processes"),
-    ):
-        check_groups(config)
-    check_groups(config)
+def test_a_loop_over_layers_is_warned_of_where_its_collectives_may_mix():
+    config = tiny()
+    depth = max(config.model.vision.depth, config.model.text.depth)
+    divided = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    assert warn_of_loops(config, divided) is None
+    with mock.patch.object(jax, "process_count", autospec=True, return_value=2):
+        assert f"--model.unroll {depth}" in (warn_of_loops(config, divided) or "")
+        assert warn_of_loops(config, make_mesh(MeshConfig(), jax.devices()[:2])) is None
+        unrolled = dataclasses.replace(config.model, unroll=depth)
+        assert warn_of_loops(dataclasses.replace(config, model=unrolled), divided) is None
 
 
 def test_a_branch_begins_without_training_time(tmp_path):
