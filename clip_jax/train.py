@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from clip_jax import parts, processes, sharding
 from clip_jax.checkpoints.claim import Claim, count_start
@@ -302,8 +303,8 @@ def warn_of_loops(config: Config, mesh: Mesh) -> str | None:
     if not is_affected or config.model.unroll >= depth:
         return None
     return (
-        "several processes of CPUs can mix up the data of a loop over layers: results may be wrong, "
-        f"or the run may end. Set --model.unroll {depth}, or --mesh.fsdp 1 --mesh.tensor 1."
+        "several processes of CPUs can mix up the data of a loop over layers: results may be "
+        f"wrong, or the run may end. Set --model.unroll {depth}, or --mesh.fsdp 1 --mesh.tensor 1."
     )
 
 

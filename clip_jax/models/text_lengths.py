@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
-from scipy import stats
 
 from clip_jax.errors import InputError, check_ranges
 
@@ -63,6 +62,8 @@ class TextLengths:
           groups: number of groups.
           overflow: probability that the texts of one device do not fit their groups, about.
         """
+        from scipy import stats  # its import takes half a second
+
         lengths = [*range(8, context_length, 8), context_length]
         shares = (1 + (used[:, None] > lengths).sum(0)) / (1 + len(used))
         # Texts that exceed each length, with as many more as a device may have.

@@ -16,7 +16,6 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
-from scipy.interpolate import make_interp_spline
 
 from clip_jax.errors import InputError
 from clip_jax.models import layers
@@ -423,5 +422,8 @@ def stretched(table: Float[np.ndarray, "L D"], length: int, kept: int) -> Float[
     of the table are extrapolated from its last two. With `kept` 0, all rows are interpolated.
     """
     steps = np.arange(length - kept) * (len(table) - kept) / (length - kept)
-    values = make_interp_spline(np.arange(len(table)), table.astype(np.float64), k=1)(kept + steps)
+    below = np.minimum(kept + steps.astype(int), len(table) - 2)
+    above = (kept + steps - below)[:, None]  # more than 1 after the last row of the table
+    exact = table.astype(np.float64)
+    values = (1 - above) * exact[below] + above * exact[below + 1]
     return np.concatenate([table[:kept], values.astype(table.dtype)])
