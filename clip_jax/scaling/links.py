@@ -73,8 +73,8 @@ def link_of(name: LinkName, error: Float[np.ndarray, " n"], chance: float = 0.0)
 def starts_at_chance(error: Float[np.ndarray, " n"], chance: float = 0.0) -> bool:
     """Return whether the lowest score of a table is near chance.
 
-    There, the error hardly moves: relative steps of the error are a score's share of those of its
-    odds. So a power law of the error describes no such table.
+    There the error is almost 1 and hardly changes, while the odds change by factors. So a power law
+    of the error cannot describe such a table.
     """
     return float(1 - chance - error.max()) < NEAR_CHANCE * (1 - chance)
 
