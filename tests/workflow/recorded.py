@@ -1,8 +1,9 @@
 """The command line, noting which samples each process trains on.
 
 TROUBLE=1:5:raise makes process 1 fail when it has read the batch of step 5. It may also `hang`
-there, until its watchdog comes after that of process 0, or say so and wait: to be killed (`kill`),
-for an `interrupt`, or until JAX has shown it the `notice` that a process will be preempted.
+there, until its watchdog comes after that of process 0, or say so and wait: to be killed (`kill`,
+when the checkpoint that is being saved is complete), for an `interrupt`, or until JAX has shown it
+the `notice` that a process will be preempted.
 """
 
 import functools
@@ -19,6 +20,7 @@ import jax
 from jax._src import distributed
 
 from clip_jax import processes
+from clip_jax.checkpoints.manager import Checkpoints
 from clip_jax.cli.commands import main
 from clip_jax.data.pipeline import Batch, Pipeline
 from tests.clock import HandClock
@@ -40,6 +42,8 @@ def recorded(self: Pipeline, start_step: int = 0, *others: Any) -> Generator[Bat
 
 
 def trouble(what: str) -> None:
+    if what == "kill":
+        MANAGERS[-1].wait()
     print(f"trouble: {what}", flush=True)
     if what == "raise":
         raise RuntimeError("the disk of this host is on fire")
@@ -48,6 +52,11 @@ def trouble(what: str) -> None:
     if what in ("hang", "kill", "interrupt"):
         CLOCK.advance(HOURS if what == "hang" else 0)
         threading.Event().wait()
+
+
+def saving(self: Checkpoints, *args: Any) -> None:
+    MANAGERS.append(self)
+    SAVE(self, *args)
 
 
 def leaving(code: int, seconds: float = 10) -> int:
@@ -61,7 +70,8 @@ def coordinator() -> Any:
     return distributed.global_state.client
 
 
-PLAIN, LEAVE = Pipeline.batches, processes.leave
+PLAIN, SAVE, LEAVE = Pipeline.batches, Checkpoints.save, processes.leave
+MANAGERS: list[Checkpoints] = []  # that have saved
 CLOCK, HOURS = HandClock(), 36_000
 # Keys of JAX's coordination service that are waited for; the first is its own.
 KEYS = {"notice": "RECEIVED_PREEMPTION_NOTICE", "hang": "the first process leaves"}
@@ -69,6 +79,7 @@ KEYS = {"notice": "RECEIVED_PREEMPTION_NOTICE", "hang": "the first process leave
 if __name__ == "__main__":
     with (
         mock.patch.object(Pipeline, "batches", autospec=True, side_effect=recorded),
+        mock.patch.object(Checkpoints, "save", autospec=True, side_effect=saving),
         mock.patch.object(processes, "leave", autospec=True, side_effect=leaving),
         mock.patch.object(
             processes, "Watchdog", functools.partial(processes.Watchdog, clock=CLOCK)
