@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -226,9 +227,12 @@ def _run(model: CLIP, params: Params, images: Images, tokens: Array) -> dict[str
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Return ‖a − b‖/‖b‖, in float64."""
+    """Return ‖a − b‖/‖b‖, in float64; 0 if a equals b, also if both are zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    difference, norm = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
+    if difference == 0:  # the first logits of a caption decoder whose head is zero
+        return 0.0
+    return difference / norm if norm else math.inf
 
 
 def features_difference(changed: Weights, weights: Weights) -> float:

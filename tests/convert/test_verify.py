@@ -4,6 +4,7 @@ tests/reference/test_verify.py has the comparisons with each library.
 """
 
 import importlib.util
+import math
 from dataclasses import replace
 from unittest import mock
 
@@ -13,7 +14,13 @@ import pytest
 from clip_jax.cli.commands import main
 from clip_jax.convert import verify
 from clip_jax.convert.formats import write_weights
-from clip_jax.convert.verify import TEXTS, Reference, Verification, Verifications
+from clip_jax.convert.verify import (
+    TEXTS,
+    Reference,
+    Verification,
+    Verifications,
+    relative_difference,
+)
 from clip_jax.data.tokenizers import make_tokenizer
 from tests.convert.conftest import make_weights
 
@@ -51,6 +58,14 @@ def test_a_report_has_each_comparison_and_what_was_not_compared():
         "not compared             result: no library",
         "not compared             source: pixels: none",
     ]
+
+
+def test_relative_differences_of_zeros():
+    zero, one = np.zeros(3), np.ones(3)
+    assert relative_difference(zero, zero) == 0
+    assert relative_difference(one, zero) == math.inf
+    assert relative_difference(2 * one, one) == 1
+    assert math.isnan(relative_difference(zero, np.full(3, np.nan)))
 
 
 def test_padding_that_a_model_does_not_see_may_differ():
