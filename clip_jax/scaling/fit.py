@@ -32,9 +32,16 @@ from clip_jax.scaling.fit_result import (
     WithoutOutliers,
     summary,
 )
-from clip_jax.scaling.forecast import OF_COMPUTE, OF_SIZES, Laws, default_form, fit_laws
+from clip_jax.scaling.forecast import (
+    OF_COMPUTE,
+    OF_SIZES,
+    Laws,
+    default_form,
+    fit_laws,
+    fitted_guesses,
+)
 from clip_jax.scaling.laws import BINS, Additive, Batched, Law, PowerLaw, Runs, Saturating, pareto
-from clip_jax.scaling.links import ERROR, LinkName, link_of, starts_at_chance
+from clip_jax.scaling.links import ERROR, Link, LinkName, link_of, starts_at_chance
 from clip_jax.scaling.run_table import MOST_FLOPS, RunTable, Selection, is_score, text
 from clip_jax.scaling.uncertainty import Fit, Form, Prediction, Procedure, fit_law, middle, sizes_of
 from clip_jax.scaling.validation import Candidate, validate
@@ -88,15 +95,20 @@ class FitConfig(Selection):
     # E∞ + A(C+B)^−α. broken: a power law whose exponent changes once. additive: E∞ + A·N^−a +
     # B·D^−b. interaction: additive + G·N^−a·D^−b. repeated: additive, for several epochs over the
     # samples in column unique_samples. batched: additive, with a best batch size, for batch sizes
-    # in global_batch. None: the form that predicts dearer runs from cheaper ones best.
+    # in global_batch; if these are five or more, their exponents are fitted, too. None: the form
+    # that predicts dearer runs from cheaper ones best.
     form: Form | None = None
-    # Scale of a score's error that the law describes. error: 1 − score. odds: error / score.
+    # Scale of the error that the law describes. error: 1 − score, or the loss. odds: error / score.
     # log_score: −log(score). A saturating law of the odds is a sigmoid in log compute. None: the
     # scale that predicts dearer runs from cheaper ones best. If the runs are too few to say, it is
-    # odds for scores that start near chance, and else error.
+    # odds for runs that start near chance, and else error. The two others need a score or `chance`.
     link: LinkName | None = None
-    # Number of classes of the metric, whose chance level is 1 / classes, for the scales odds and
-    # log_score. None: a chance level of 0.
+    # Value of the metric for random guesses, for the scales odds and log_score. Of a score, such as
+    # 0.01 for 100 classes: both are those of (score − chance) / (1 − chance). Of a loss, such as
+    # 6.93, the logarithm of 1,024 pairs: those of 1 − loss / chance. fitted: the value with which
+    # the law comes closest to the runs. None: 0 for a score, and no such scale for a loss.
+    chance: float | Literal["fitted"] | None = None
+    # Number of classes of the metric, as a shorter way to set `chance` to 1 / classes.
     classes: int | None = None
     # Quantity that C is, for the forms power and saturating. hours is the column seconds/total. The
     # others are columns: training_flops includes a teacher's, student_flops does not.
@@ -136,17 +148,32 @@ class FitConfig(Selection):
             evaluated="[2, inf)",
             classes="[2, inf)",
         )
-        if self.link not in (None, "error") and not self.is_score:
-            raise InputError(
-                f"link={self.link} needs a score, but {self.metric} is an error; remove link, or "
-                "set metric_is=score."
-            )
+        self._check_chance()
         if self.compare and (self.predict or self.sensitivity or self.hold_out or self.plot):
             raise InputError(
                 "compare fits several laws; remove it, or hold_out, predict, sensitivity and plot."
             )
         if self.procedure == "laion" and self.against != "compute":
             raise InputError(f"procedure=laion needs --against compute, not {self.against}.")
+
+    def _check_chance(self) -> None:
+        known = self.chance is not None or self.classes is not None
+        if self.chance is not None and self.classes is not None:
+            raise InputError(f"chance={self.chance} and classes={self.classes}: set one of them.")
+        if known and self.link == "error":
+            raise InputError("link=error has no chance level; remove link, or chance and classes.")
+        if self.classes is not None and not self.is_score:
+            raise InputError(
+                f"classes={self.classes} needs a score, but {self.metric} is an error; set chance "
+                "to the error of random guesses instead."
+            )
+        if self.link not in (None, "error") and not self.is_score and not known:
+            raise InputError(
+                f"link={self.link} needs a score, but {self.metric} is an error; set chance to the "
+                "error of random guesses, remove link, or set metric_is=score."
+            )
+        if self.chance not in (None, "fitted"):
+            check_ranges(self, chance="[0, 1)" if self.is_score else "(0, inf)")
 
     @property
     def is_score(self) -> bool:
@@ -186,16 +213,47 @@ class FitConfig(Selection):
             forms = (default,)
         elif not forms:
             forms = OF_SIZES if default == "additive" else OF_COMPUTE
-        chance = 1 / self.classes if self.classes else 0.0
-        error = np.concatenate([runs.error for runs in tables])
         links: tuple[LinkName, ...] = ("error",)
+        error = np.concatenate([runs.error for runs in tables])
+        guesses = self._guesses(tables, default)
         if self.link:
             links = (self.link,)
-        elif self.procedure == "all" and self.is_score:
-            near = starts_at_chance(error, chance)
+        elif self.procedure == "all" and guesses:
+            near = starts_at_chance(error, guesses)
             links = ("odds", "error", "log_score") if near else ("error", "odds", "log_score")
         ordered = sorted(forms, key=lambda form: form != default)
-        return [Candidate(form, link_of(name, error, chance)) for form in ordered for name in links]
+        return [
+            Candidate(form, link_of(name, error, guesses or 1.0))
+            for form in ordered
+            for name in links
+        ]
+
+    def _guesses(self, tables: Sequence[Runs], form: Form) -> float | None:
+        """Return the error of random guesses; None: there are no scales that need it."""
+        if self.link == "error" or self.procedure != "all":
+            return None
+        if self.chance == "fitted":
+            if any((runs.error <= 0).any() for runs in tables):
+                return 1.0  # which `fit_law` refuses
+            name = self.link or "odds"
+            return float(np.mean([fitted_guesses(form, name, x, self.is_score) for x in tables]))
+        if self.is_score:
+            return 1 - (self.chance or (1 / self.classes if self.classes else 0.0))
+        if self.chance is None:
+            return None
+        lowest = min(float(runs.error.min()) for runs in tables)
+        if lowest >= self.chance:
+            raise InputError(
+                f"chance={self.chance:g} is not above any value of {self.metric}, of which the "
+                f"lowest is {lowest:.4g}; set it to the error of random guesses."
+            )
+        return self.chance
+
+    def chance_of(self, link: Link) -> float | None:
+        """Return the value of the metric for random guesses; None: the scale has none."""
+        if link.name == "error":
+            return None
+        return 1 - link.guesses if self.is_score else link.guesses
 
     def fit(self, runs: Runs, family: int = 0, candidates: Sequence[Candidate] = ()) -> Laws:
         """Fit runs; each family has its own bootstrap seed, so that they are independent."""
@@ -296,6 +354,7 @@ def fit(table: RunTable, config: FitConfig) -> FitResult:
         metric=config.metric,
         form=laws.candidates[0].form,
         link=laws.candidates[0].link.name,
+        chance=config.chance_of(laws.candidates[0].link),
         procedure=config.procedure,
         compute_unit=AXES[config.against][1],
         laws={"": _law(fitted, config)},
@@ -627,6 +686,7 @@ def _fit_families(table: RunTable, config: FitConfig, column: str) -> FitResult:
         metric=config.metric,
         form=candidate.form,
         link=candidate.link.name,
+        chance=config.chance_of(candidate.link),
         procedure=config.procedure,
         compute_unit=AXES[config.against][1],
         laws={name: _law(fitted, config) for name, fitted in families.items()},

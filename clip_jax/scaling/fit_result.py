@@ -322,6 +322,7 @@ class FitResult:
     metric: str
     form: str
     link: LinkName  # scale of the error that the laws describe
+    chance: float | None  # metric of random guesses on this scale; None: the scale has none
     procedure: str
     compute_unit: str
     laws: Mapping[str, LawResult]  # by family; with `compare=None`, one by the name ""
@@ -358,6 +359,7 @@ class FitResult:
             "metric": self.metric,
             "form": self.form,
             "link": self.link,
+            "chance": self.chance,
             "procedure": self.procedure,
             "compute_unit": self.compute_unit,
             "warnings": list(self.warnings),
@@ -391,6 +393,8 @@ class FitResult:
 def describe(result: FitResult) -> str:
     """Format the result of `fit` as text."""
     title = f"{result.metric}: {describe_law(result.form, result.link)}"
+    if result.chance:
+        title += f" with chance at {result.chance:.4g}"
     unit = f"; C in {result.compute_unit}"
     lines = []
     if result.compare:

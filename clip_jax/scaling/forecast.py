@@ -11,12 +11,14 @@ from jaxtyping import Float
 from clip_jax.errors import InputError
 from clip_jax.scaling import validation
 from clip_jax.scaling.laws import Additive, Batched, Runs
-from clip_jax.scaling.links import LEAST, from_margins, margins
-from clip_jax.scaling.uncertainty import Fit, Form, Prediction, fit_law
+from clip_jax.scaling.links import LEAST, LinkName, from_margins, link_of, margins
+from clip_jax.scaling.uncertainty import Fit, Form, Prediction, averaged, fit_law
 from clip_jax.scaling.validation import Candidate, Validation
 
 OF_COMPUTE: tuple[Form, ...] = ("power", "saturating", "broken")
 OF_SIZES: tuple[Form, ...] = ("additive", "interaction", "power", "saturating")
+LEVELS = 31  # of chance, that are tried at once
+MOST_CHANCE = 1.5  # highest level of chance that is tried, as a multiple of the lowest score
 POINTS = 7  # of different size or samples, which the additive law needs to be the default
 MOST_DIGITS = 6  # after the decimal point, of tables that round their metric
 EXACTLY = 1e-9  # share of a number by which rounding of floats may change it
@@ -114,6 +116,38 @@ def default_form(tables: Sequence[Runs]) -> Form:
         if not three or len(points) < POINTS:
             return "power"
     return "additive"
+
+
+def fitted_guesses(form: Form, name: LinkName, runs: Runs, is_score: bool) -> float:
+    """Return the error of random guesses with which a law comes closest to runs.
+
+    How close it comes is the sum of squared differences of margins, which does not depend on the
+    scale of the law. Levels of chance are searched on a grid, and then between its best level's
+    neighbours. Scores: from 0 to 1.5 times the lowest. Losses: from the highest to 11 times that.
+    """
+    points = averaged(runs).runs
+    highest = float(points.error.max())
+    least = None
+    if is_score:
+        lowest = float((1 - points.error).min())
+        least = max(lowest / 2, LEAST)
+        levels = 1 - np.linspace(0, MOST_CHANCE * lowest, LEVELS)
+    else:
+        levels = highest * (1 + np.geomspace(1e-3, 10, LEVELS))
+    measured = margins(points.error, least)
+    for _ in range(2):
+        links = [link_of(name, points.error, level) for level in levels.tolist()]
+        values = np.stack([np.asarray(link.of(points.error)) for link in links])
+        law = Candidate(form, links[0]).kind.fitted(points, values, np.ones_like(values))
+        with np.errstate(all="ignore"):
+            fitted = points.under(law.map(lambda x: x[:, None]))
+            pairs = zip(links, np.asarray(fitted), strict=True)
+            predicted = margins(np.stack([np.asarray(x.error(y)) for x, y in pairs]), least)
+        off = np.square(predicted - measured).sum(1)
+        best = int(np.nanargmin(off))
+        result = float(levels[best])
+        levels = np.linspace(levels[max(best - 1, 0)], levels[min(best + 1, LEVELS - 1)], LEVELS)
+    return result
 
 
 def fit_laws(

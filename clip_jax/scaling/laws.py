@@ -25,8 +25,12 @@ TRAINING_FLOPS = 6e9  # per forward GMAC: 2 FLOPs per multiply-add × 3 for both
 EXPONENTS = np.geomspace(0.01, 3.0, 24)  # first grid for an exponent
 STEEP = np.array([3.0])  # the exponent of a quantity with one or two values
 FADES = np.geomspace(0.1, 1_000, 12)  # first grid for Repeated.fade, in epochs
+HALF = np.array([0.5])  # the exponents of Batched in theory
+OF_BATCH = np.geomspace(0.1, 2.0, 5)  # first grid for these exponents
+BATCHES = 5  # batch sizes that determine them
 SAME = 1e-3  # smallest offset, as a share of the smallest compute
 CELLS = np.linspace(-1, 1, 5)  # refined grid, in steps of the previous one
+FEW_CELLS = CELLS[::2]  # of four exponents or more, whose grid would be too large
 ROUNDS = 11  # each halves the step, to 2⁻¹¹ of the first grid's
 RIDGE = 1e-12  # keeps a matrix invertible if two terms coincide
 DIVISIONS = 400  # sizes of which the best one is chosen
@@ -91,8 +95,9 @@ class Law:
     """
 
     COEFFICIENTS: ClassVar[tuple[str, ...]] = ()  # parameters that multiply the terms
-    # For each parameter, the quantities of which runs must have three values.
+    # For each parameter, the quantities of which runs must have three values, or another number.
     NEEDS: ClassVar[Mapping[str, tuple[Quantity, ...]]] = {}
+    VALUES: ClassVar[Mapping[str, int]] = {}  # other numbers than three, by parameter
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -315,23 +320,34 @@ class Repeated(Additive):
 
 @dataclass(frozen=True)
 class Batched(Additive):
-    """The additive law + negatives·batch^−½ + steps·(batch / D)^½, which has a best batch size.
+    """The additive law + negatives·batch^−n + steps·(batch / D)^s, which has a best batch size.
 
     A contrastive loss gains from the negatives of a larger batch: optimization errs by
     O(batch^−½) for too few of them (Yuan et al. 2022, arXiv:2202.12387, theorem 1). It loses from
-    fewer steps, D / batch, as stochastic gradients do: O(steps^−½). The best batch size is
-    negatives / steps · √D. The third quantity is the batch size; None: the best one.
+    fewer steps, D / batch, as stochastic gradients do: O(steps^−½). So both exponents are ½, unless
+    runs have five batch sizes, which determine them. The best batch size is
+    (n·negatives / (s·steps) · D^s)^(1 / (n + s)). The third quantity is the batch size; None: the
+    best one.
     """
 
     COEFFICIENTS = (*Additive.COEFFICIENTS, "negatives", "steps")
-    NEEDS: ClassVar = {**Additive.NEEDS, "negatives": ("third",), "steps": ("third",)}
+    NEEDS: ClassVar = {
+        **Additive.NEEDS,
+        **dict.fromkeys(("negatives", "steps", "negatives_alpha", "steps_alpha"), ("third",)),
+    }
+    VALUES: ClassVar = {"negatives_alpha": BATCHES, "steps_alpha": BATCHES}
     negatives: Numbers
     steps: Numbers
+    negatives_alpha: Numbers = 0.5
+    steps_alpha: Numbers = 0.5
 
     def best_batch(self, samples: Numbers) -> Numbers:
         """Return the batch size with the lowest error, inf or 0 if only one term counts."""
+        gain = np.asarray(self.negatives) * self.negatives_alpha
+        loss = np.asarray(self.steps) * self.steps_alpha
         with np.errstate(divide="ignore", invalid="ignore"):
-            best = np.asarray(self.negatives) / self.steps * np.sqrt(samples)
+            ratio = gain / loss * np.asarray(samples) ** self.steps_alpha
+            best = ratio ** (1 / (self.negatives_alpha + self.steps_alpha))
         return np.nan_to_num(best, nan=1.0, posinf=np.inf)
 
     def batch_to_use(self, samples: Numbers) -> Numbers:
@@ -342,11 +358,22 @@ class Batched(Additive):
         rest = size**-self.size_alpha, samples**-self.samples_alpha, 1.0
         if third is None:
             third = self.batch_to_use(samples)
-        return *rest, third**-0.5, (third / samples) ** 0.5
+        return *rest, third**-self.negatives_alpha, (third / samples) ** self.steps_alpha
 
     @classmethod
     def grid(cls, runs: Runs) -> tuple[np.ndarray, ...]:
-        return cls.exponents(runs, every=2)
+        if cls.has_batches(runs):
+            return *cls.exponents(runs, every=3), OF_BATCH, OF_BATCH
+        return *cls.exponents(runs, every=2), HALF, HALF
+
+    @classmethod
+    def has_batches(cls, runs: Runs) -> bool:
+        """Return whether runs have batch sizes enough to determine both exponents."""
+        return runs.third is not None and runs.values("third") >= BATCHES
+
+    @classmethod
+    def free(cls, runs: Runs) -> int:
+        return super().free(runs) - (0 if cls.has_batches(runs) else 2)
 
     def optimum(self, compute: Numbers, sizes: tuple[float, float]) -> Optimum:
         """Divide compute such that the error is lowest, each at its best batch size."""
@@ -382,7 +409,9 @@ def search(
     increasing positive values of each exponent, evenly spaced in log. Returns the exponents and
     the K coefficients of each table.
     """
-    at_once = max(AT_ONCE // (len(CELLS) ** len(grid) * weights.shape[1]), 1)
+    axes = sum(len(x) > 1 for x in grid)
+    of_axis = CELLS if axes < 4 else FEW_CELLS
+    at_once = max(AT_ONCE // (len(of_axis) ** axes * weights.shape[1]), 1)
     error = np.broadcast_to(error, weights.shape)
     if len(weights) > at_once:
         pieces = [
@@ -401,7 +430,7 @@ def search(
 
     low, high = np.log([[x[0] for x in grid], [x[-1] for x in grid]])
     step = np.log([x[1] / x[0] if len(x) > 1 else 1.0 for x in grid])
-    steps = np.meshgrid(*[CELLS if len(x) > 1 else [0.0] for x in grid], indexing="ij")
+    steps = np.meshgrid(*[of_axis if len(x) > 1 else [0.0] for x in grid], indexing="ij")
     cells = np.stack(steps, axis=-1).reshape(-1, len(grid))
     every = np.arange(len(weights))
     root = np.sqrt(weights)
@@ -424,6 +453,12 @@ def search(
 def fit_one(kind: type[Law], runs: Runs, weights: Float[np.ndarray, " n"]) -> Law:
     """Fit one table: by the search of `kind`, and from there to all digits by SciPy."""
     law = kind.fitted(runs, runs.error[None], weights[None]).map(lambda x: x[0])
+    return fit_near(law, runs, weights)
+
+
+def fit_near(law: Law, runs: Runs, weights: Float[np.ndarray, " n"]) -> Law:
+    """Fit one table to all digits, from a law that is close."""
+    kind = type(law)
     if not kind.COEFFICIENTS:
         return law  # a straight line in log-log, which is exact
     bounds = np.log([[x[0], x[-1]] for x in kind.grid(runs)])

@@ -1,9 +1,12 @@
 """Scales on which laws describe the error of a score.
 
-A law of the error itself cannot describe scores that start at chance, since an error cannot exceed
-one. The odds of an error and the negative logarithm of a score have no such bound. Every law can be
-fitted on each scale; in generalized linear models these are link functions (McCullagh and Nelder
-1989, section 2.2). A saturating law of the odds is a sigmoid in log compute.
+A law of the error itself cannot describe scores that start at chance, since an error hardly exceeds
+that of random guesses. The odds of an error and the negative logarithm of a score have no such
+bound. Every law can be fitted on each scale; in generalized linear models these are link functions
+(McCullagh and Nelder 1989, section 2.2). A saturating law of the odds is a sigmoid in log compute.
+
+A contrastive loss starts at chance, too: random guesses among n pairs have log n. On these scales
+the loss over that of random guesses is treated as an error.
 """
 
 from dataclasses import dataclass
@@ -23,60 +26,60 @@ class Link:
     """An increasing function of the error, which a law describes."""
 
     name: LinkName = "error"
-    chance: float = 0.0  # score of random guesses
-    least: float = LEAST  # scores above chance are at least this
+    guesses: float = 1.0  # error of random guesses
+    least: float = LEAST  # errors are less than that of random guesses by at least this
 
-    def above_chance(self, error: Numbers) -> Numbers:
-        """Return by how much scores exceed chance."""
-        return np.maximum(1 - self.chance - np.asarray(error), self.least)
+    def better(self, error: Numbers) -> Numbers:
+        """Return by how much errors are less than that of random guesses."""
+        return np.maximum(self.guesses - np.asarray(error), self.least)
 
     def of(self, error: Numbers) -> Numbers:
         """Return the values that the law describes; all are positive."""
         if self.name == "error":
             return error
-        above = self.above_chance(error)
+        better = self.better(error)
         if self.name == "odds":
-            return (1 - self.chance - above) / above
-        return -np.log(above / (1 - self.chance))
+            return (self.guesses - better) / better
+        return -np.log(better / self.guesses)
 
     def error(self, value: Numbers) -> Numbers:
         """Return the errors of values, the inverse of `of`."""
         if self.name == "error":
             return value
         if self.name == "odds":
-            return (1 - self.chance) / (1 + 1 / np.maximum(value, 1e-300))
-        return -(1 - self.chance) * np.expm1(-np.asarray(value))
+            return self.guesses / (1 + 1 / np.maximum(value, 1e-300))
+        return -self.guesses * np.expm1(-np.asarray(value))
 
     def slope(self, error: Numbers) -> Numbers:
         """Return d log(value) / d error."""
         if self.name == "error":
             return 1 / np.asarray(error)
-        above = self.above_chance(error)
+        better = self.better(error)
         if self.name == "odds":
-            return 1 / above + 1 / (1 - self.chance - above)
-        return 1 / (above * self.of(error))
+            return 1 / better + 1 / (self.guesses - better)
+        return 1 / (better * self.of(error))
 
 
 ERROR = Link()
 
 
-def link_of(name: LinkName, error: Float[np.ndarray, " n"], chance: float = 0.0) -> Link:
-    """Return a link for a table; scores at chance count as half of the smallest score above it."""
+def link_of(name: LinkName, error: Float[np.ndarray, " n"], guesses: float = 1.0) -> Link:
+    """Return a link for a table; runs at chance count as half as far from it as the nearest one."""
     if name == "error":
         return ERROR
-    above = 1 - chance - error
-    positive = above[above > 0]
+    better = guesses - error
+    positive = better[better > 0]
     least = float(positive.min()) / 2 if len(positive) else LEAST
-    return Link(name, chance, max(least, LEAST))
+    return Link(name, guesses, max(least, LEAST))
 
 
-def starts_at_chance(error: Float[np.ndarray, " n"], chance: float = 0.0) -> bool:
-    """Return whether the lowest score of a table is near chance.
+def starts_at_chance(error: Float[np.ndarray, " n"], guesses: float = 1.0) -> bool:
+    """Return whether the highest error of a table is near that of random guesses.
 
-    There the error is almost 1 and hardly changes, while the odds change by factors. So a power law
-    of the error cannot describe such a table.
+    There the error hardly changes, while the odds change by factors. So a power law of the error
+    cannot describe such a table.
     """
-    return float(1 - chance - error.max()) < NEAR_CHANCE * (1 - chance)
+    return float(guesses - error.max()) < NEAR_CHANCE * guesses
 
 
 def margins(error: Numbers, least: float | None) -> Numbers:

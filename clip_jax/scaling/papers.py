@@ -25,6 +25,8 @@ SYMBOLS = {  # of the parameters, as in the documentation's table of laws
     "fade": "R",
     "negatives": "G",
     "steps": "S",
+    "negatives_alpha": "n",
+    "steps_alpha": "s",
 }
 ENDINGS = ("_runs.csv", "_points.csv", "_curve.csv", ".tex")
 

@@ -79,7 +79,7 @@ def figure(
         top.set_xlabel("training FLOPs (3 × forward)")
         upper.set_ylabel(plain(error_label))
         upper.tick_params(labelbottom=False)
-        page.suptitle(plain(title), fontsize="medium")
+        page.suptitle(plain(title), x=0.01, ha="left", fontsize="medium")  # beside the legend
         entries = upper.get_legend_handles_labels()
         page.legend(*entries, loc="outside right upper", handletextpad=0.6)
         page.canvas  # noqa: B018 - creates the canvas of a figure without pyplot

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from clip_jax.scaling.laws import Law, Numbers, Runs, faces, inverses, linearised, nonnegative
 
-CELLS = {1: 61, 2: 25, 3: 13}  # per axis, by the number of axes
+CELLS = {1: 61, 2: 25, 3: 13, 4: 9}  # per axis, by the number of axes
 MARGIN = 1.3  # half the width of the first grid, in widths of the region if it were an ellipsoid
 DOUBLINGS = 12  # of one side of the grid, while the region reaches it
 ROUNDING = 1e-11  # of squares, as a share of their total

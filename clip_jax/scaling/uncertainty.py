@@ -39,6 +39,7 @@ TAIL = (1 - LEVEL) / 2
 FEW = 8  # points of which one may be an outlier
 MISFIT = 2.0  # distance of points from a law, in standard deviations of a run, for a warning
 EXACT = 1e-3  # residuals of log E below which no law is worth a warning
+FEW_DRAWS = 200  # of a law whose draws are fitted one by one
 REJECT = 0.01  # probability of a false warning, of each test
 NEEDED: dict[str, str] = {
     "size": "model sizes",
@@ -150,8 +151,13 @@ class Fit:
         scatter = self.noise * np.sqrt(self.freedom / rng.chisquare(self.freedom, draws))
         normal = rng.standard_normal((draws, len(points.error))) / np.sqrt(self.weights)
         error = points.under(self.law) * np.exp(np.clip(scatter[:, None] * normal, -100, 100))
-        weights = np.broadcast_to(self.weights, error.shape)
-        drawn = type(self.law).fitted(points, error, weights)
+        kind = type(self.law)
+        if isinstance(self.law, Batched) and self.law.has_batches(points):
+            # A search of four exponents for each draw would take most of a minute.
+            tables = (points._replace(error=x) for x in error[:FEW_DRAWS])
+            each = [laws.fit_near(self.law, x, self.weights).parameters for x in tables]
+            return kind(**{name: np.array([x[name] for x in each]) for name in kind.names()})
+        drawn = kind.fitted(points, error, np.broadcast_to(self.weights, error.shape))
         # With three points, one line in thousands is too steep for a float.
         held = np.isfinite([*drawn.parameters.values()]).all(axis=0)
         return drawn.map(lambda x: x[held])
@@ -234,12 +240,15 @@ class Fit:
     def lacking(self, parameter: str) -> str:
         """Return which runs would determine a parameter; empty if these do.
 
-        They do if they have three values of every quantity that it depends on, and if its interval
-        ends before the bounds of the search, such as an irreducible error of zero.
+        They do if they have three values of every quantity that it depends on (or `Law.VALUES`),
+        and if its interval ends before the bounds of the search, such as an irreducible error of
+        zero.
         """
         needs = self.law.NEEDS[parameter]
-        if few := [name for name in needs if self.fitted.values(name) < 3]:
-            return "runs of at least three " + " and ".join(NEEDED[name] for name in few)
+        least = self.law.VALUES.get(parameter, 3)
+        if few := [name for name in needs if self.fitted.values(name) < least]:
+            number = {3: "three", 5: "five"}[least]
+            return f"runs of at least {number} " + " and ".join(NEEDED[name] for name in few)
         if self.interval(parameter).open:
             return f"a wider range of {' and '.join(NEEDED[name] for name in needs)}, or less noise"
         return ""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from clip_jax.scaling import plots
 from clip_jax.scaling.fit import PUBLISHED, FitCommand, FitConfig, fit, fit_file
 from clip_jax.scaling.fit_result import Answer, FitResult, Variant, describe
 from clip_jax.scaling.forecast import OF_COMPUTE
-from clip_jax.scaling.run_table import RunTable, read
+from clip_jax.scaling.run_table import RunTable, number, read
 from clip_jax.serialize import to_json
 from tests.scaling.conftest import POINTS
 from tests.scaling.known import KNOWN, measured, table_of
@@ -128,6 +129,53 @@ def test_few_scores_from_chance_have_a_law_of_their_odds(scale: float, link: str
     config = FitConfig(metric="acc1", draws=100)
     assert fit(table, config).link == link
     assert fit(table, replace(config, procedure="frontier")).link == "error"
+
+
+def table_at_chance(metric: str, guesses: float, value: Callable[[float], float]) -> RunTable:
+    """Runs whose errors are those of an additive law of the odds, with chance at `guesses`."""
+    runs = measured(KNOWN["additive"], 0, 0.0, 3, 4)
+    odds = 3 * (runs.size / runs.size.min()) ** -0.3
+    odds += 20 * (runs.samples / runs.samples.min()) ** -0.5
+    values = [value(error) for error in (guesses * odds / (1 + odds)).tolist()]
+    rows = zip(table_of(runs).rows, values, strict=True)
+    return RunTable([{**row, metric: x} for row, x in rows])
+
+
+@pytest.mark.parametrize(
+    ("metric", "chance", "guesses", "value"),
+    [("acc1", 0.1, 0.9, lambda error: 1 - error), ("info_nce", 6.93, 6.93, float)],
+)
+def test_chance_is_given_or_fitted_for_scores_and_losses(metric, chance, guesses, value):
+    table = table_at_chance(metric, guesses, value)
+    largest = max(table.rows, key=lambda row: number(row, "samples_seen"))
+    name = f"{largest['arch']}@{largest['samples_seen']}"
+    config = FitConfig(metric=metric, form="additive", draws=100, predict=(name,))
+    plain = fit(table, config)
+    assert plain.chance in (None, 0.0)
+    for stated in (chance, "fitted"):
+        fitted = fit(table, replace(config, link="odds", chance=stated))
+        assert fitted.chance == pytest.approx(chance, rel=0.01)
+        assert f"of the odds with chance at {fitted.chance:.4g}" in describe(fitted)
+        answer: Any = fitted.predictions[name].answer.metric
+        assert answer.value == pytest.approx(number(largest, metric), rel=1e-3)
+    # Without a scale, validation chooses it.
+    assert fit(table, replace(config, chance=chance)).link == "odds"
+
+
+def test_a_chance_that_cannot_be_is_one_message():
+    for changes, message in [
+        ({"chance": 0.1, "classes": 10}, "set one of them"),
+        ({"chance": 0.1, "link": "error"}, "link=error has no chance level"),
+        ({"chance": 1.0}, "chance"),
+        ({"metric": "info_nce", "classes": 10}, "set chance to the error of random guesses"),
+        ({"metric": "info_nce", "link": "odds"}, "set chance to the error of random guesses"),
+        ({"metric": "info_nce", "chance": 0.0}, "chance"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            FitConfig(**changes)
+    table = table_at_chance("info_nce", 6.93, float)
+    with pytest.raises(InputError, match="chance=1 is not above any value of info_nce"):
+        fit(table, FitConfig(metric="info_nce", chance=1.0))
 
 
 def test_families_are_compared_from_one_table():

@@ -12,7 +12,7 @@ from clip_jax.errors import InputError
 from clip_jax.scaling import uncertainty
 from clip_jax.scaling.laws import Law, Runs
 from clip_jax.scaling.uncertainty import Form, averaged, fit_law, middle, sizes_of
-from tests.scaling.known import KNOWN, NOISE, measured
+from tests.scaling.known import KNOWN, NOISE, law, measured
 
 
 def line(seed: int = 0, noise: float = NOISE, count: int = 12) -> Runs:
@@ -44,6 +44,34 @@ def test_best_sizes_are_looked_for_up_to_ten_times_beyond_the_runs():
 # ------------------------------------------------------------------ intervals
 
 
+def test_five_batch_sizes_determine_their_exponents():
+    truth = law("batched", 0.5, 0.3, 1.0, 40.0, 0.1, 1.0, 30.0, 0.3, 0.7)
+    batches = np.geomspace(256, 65_536, 5)
+    axes = np.meshgrid(np.geomspace(3, 300, 3), np.geomspace(1e6, 1e9, 4), batches)
+    size, samples, batch = (x.ravel() for x in axes)
+    runs = Runs(size, samples, np.ones_like(size), batch)
+    exact = runs._replace(error=runs.under(truth))
+    fitted: Any = fit_law("batched", exact)
+    for name, value in truth.parameters.items():
+        assert fitted.law.parameters[name] == pytest.approx(value, rel=1e-3)
+    scatter = np.random.default_rng(1).standard_normal(len(size))
+    fitted = fit_law("batched", exact._replace(error=exact.error * np.exp(0.02 * scatter)))
+    for name in ("negatives_alpha", "steps_alpha", "negatives"):
+        low, high, _ = fitted.interval(name)
+        assert low < truth.parameters[name] < high < 3 * low
+        assert not fitted.lacking(name)
+    drawn: Any = fitted.drawn
+    low, high = middle(drawn.best_batch(1e8))
+    # Where the law has its lowest error, by a search.
+    searched = np.geomspace(1e3, 3e4, 1_000)
+    best = searched[truth(30.0, 1e8, searched).argmin()]
+    assert low < best < high < 1.5 * low
+    fewer = fit_law("batched", exact.where(batch < 60_000))
+    assert fewer.law.parameters["steps_alpha"] == 0.5
+    assert fewer.lacking("steps_alpha").startswith("runs of at least five batch sizes")
+    assert not fewer.lacking("steps")
+
+
 def test_a_straight_lines_intervals_are_the_textbooks():
     """Student's t: of the slope, the line's height and a new run, beyond the data as well."""
     fitted: Any = fit_law("power", line(), draws=20_000)
@@ -72,9 +100,11 @@ def test_draws_have_the_covariance_of_the_jacobian(form: Form):
     runs = measured(KNOWN[form], noise=0.01)
     fitted = fit_law(form, runs, draws=100)
     kind, values = type(fitted.law), numbers(fitted.law)
+    names = [name for name in kind.names() if name not in kind.VALUES]  # others need more runs
 
     def log(_: None, *relative: float) -> np.ndarray:
-        return np.asarray(np.log(fitted.fitted.under(kind(*(values * relative)))))
+        law = kind(**dict(zip(names, values * relative, strict=True)))
+        return np.asarray(np.log(fitted.fitted.under(law)))
 
     target, sigma = np.log(fitted.fitted.error), fitted.noise / np.sqrt(fitted.weights)
     _, covariance = curve_fit(
@@ -91,7 +121,7 @@ def test_draws_of_equal_seeds_are_equal():
 
 
 def numbers(law: Law) -> np.ndarray:
-    return np.array([*law.parameters.values()])
+    return np.array([x for name, x in law.parameters.items() if name not in law.VALUES])
 
 
 def test_lines_steeper_than_any_float_are_not_drawn():
