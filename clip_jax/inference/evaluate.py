@@ -42,8 +42,9 @@ class EvaluateConfig(SuiteConfig):
     dtype: DType | None = None  # Data type of the computation. None: a run's own, else float32.
     # Patches per image of a NaFlex model (sequence length). None: the model's own.
     tokens: int | None = None
-    # Number of first channels of embeddings, for a model trained for it (Matryoshka). None: all.
-    dim: int | None = None
+    # Number of first channels of embeddings, for a model trained for it (Matryoshka). Several: the
+    # model is evaluated with each, and results are DIM/NAME. Empty: all channels.
+    dim: tuple[int, ...] = ()
     mesh: sharding.MeshConfig = field(default_factory=sharding.MeshConfig)
     output: AnyPath | None = None  # Folder for result.json, tables and pictures. None: print only.
     # Model to compare with: adds its results, original/NAME, and differences, change/NAME.
@@ -55,12 +56,15 @@ class EvaluateConfig(SuiteConfig):
         check_ranges(self, tokens="[1, inf)", dim="[1, inf)")
         if self.watch and self.beside is not None:
             raise InputError("watch evaluates the checkpoints of one run; omit --beside.")
+        if self.watch and len(self.dim) > 1:
+            raise InputError(f"watch evaluates one width, not dim={self.dim}; choose one.")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float | int]:
     """Return metrics by name, as in a run's `result.json`; data sets have `DATASET/METRIC`.
 
-    Results of a NaFlex model also have `tokens`, its sequence length. Data sets of the suite that
+    Results of a NaFlex model also have `tokens`, its sequence length, and those of several widths
+    begin with `DIM/`. Data sets of the suite that
     are missing or unreadable, and tasks for which a data set lacks a split, are skipped with a
     message on standard error. Raises InputError if nothing is left, or if files have another
     layout. `output` is written after each data set. In a multi-process run, all processes call
@@ -69,14 +73,30 @@ def evaluate(config: EvaluateConfig) -> dict[str, float | int]:
     files.check_destination(config.output, "--output")
     run = config_of_run(config.model)
     evaluators, output = Evaluators(config, run), config.output
-    values = evaluators.run(open_encoder(config, run), output)
+    values = _at_each_width(config, run, evaluators, output)
     if config.beside is not None:
-        encoder = open_encoder(replace(config, model=config.beside), run)
-        other = evaluators.run(encoder, output and output / "original")
+        beside = replace(config, model=config.beside)
+        other = _at_each_width(beside, run, evaluators, output and output / "original")
         change = {f"change/{name}": values[name] - x for name, x in other.items() if name in values}
         values |= {f"original/{name}": x for name, x in other.items()} | change
         if output and processes.is_lead():
             files.write_whole(output / "result.json", json.dumps(values, indent=1))
+    return values
+
+
+def _at_each_width(
+    config: EvaluateConfig, run: Config | None, evaluators: "Evaluators", output: AnyPath | None
+) -> dict[str, float | int]:
+    """Evaluate a model; if `dim` has several widths, with each, into a folder of its own."""
+    if len(config.dim) < 2:
+        return evaluators.run(open_encoder(config, run), output)
+    values = {}
+    for dim in sorted(config.dim, reverse=True):  # a width that the model lacks fails at once
+        encoder = open_encoder(replace(config, dim=(dim,)), run)
+        of_width = evaluators.run(encoder, output and output / str(dim))
+        values |= {f"{dim}/{name}": x for name, x in of_width.items()}
+    if output and processes.is_lead():
+        files.write_whole(output / "result.json", json.dumps(values, indent=1))
     return values
 
 
@@ -130,7 +150,8 @@ def open_encoder(config: EvaluateConfig, run: Config | None) -> Encoder:
     """Load the model to the mesh, sharded as in training."""
     mesh = sharding.make_mesh(config.mesh)
     dtype = config.dtype or (run.model.dtype if run else "float32")
-    model = load_on_mesh(config.model, mesh, dtype=dtype, tokens=config.tokens, dim=config.dim)
+    dim = config.dim[0] if config.dim else None
+    model = load_on_mesh(config.model, mesh, dtype=dtype, tokens=config.tokens, dim=dim)
     return model.encoder(mesh, config.model.name)
 
 

@@ -163,6 +163,18 @@ def test_the_digits_take_every_task(evaluate):
     assert {"digits/acc1", "digits/templates/gain", "digits/neighbours/acc1"} <= values.keys()
 
 
+def test_several_widths_are_evaluated_in_one_command(evaluate, tmp_path):
+    few = ["--dataset", "digits", "--images", 100, "--tasks", "zero-shot", "neighbours"]
+    values, _ = evaluate(*few, "--dim", 4, 8, "--output", tmp_path)
+    each = {dim: evaluate(*few, "--dim", dim)[0] for dim in (4, 8)}
+    assert values == {f"{dim}/{name}": x for dim, row in each.items() for name, x in row.items()}
+    assert each[4] != each[8]
+    assert json.loads((tmp_path / "result.json").read_text()) == values
+    assert json.loads((tmp_path / "8/result.json").read_text()) == each[8]
+    with pytest.raises(InputError, match="watch evaluates one width"):
+        EvaluateConfig(model=tmp_path, watch=True, dim=(4, 8))
+
+
 def test_a_model_without_evaluators_has_those_of_a_run_on_digits(evaluate, model, tmp_path):
     """One name, one number: the same images as in training."""
     values, _ = evaluate("--output", tmp_path)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 
 from clip_jax.losses import SoftmaxConfig, contrastive_loss
@@ -13,7 +14,7 @@ WIDTH, SCALE = 32, 20.0
 
 
 class Embeddings(torch.nn.Module):
-    """A model whose embeddings are its inputs."""
+    """A module whose embeddings are its inputs."""
 
     def forward(self, features):
         return {"sentence_embedding": features["embedding"]}
@@ -26,7 +27,8 @@ def test_value_and_gradients_are_those_of_sentence_transformers() -> None:
     draw = np.random.default_rng(0).normal
     image = draw(size=(24, WIDTH)).astype(np.float32)
     text = image + draw(size=image.shape).astype(np.float32)
-    model, directions = Embeddings(), ("query_to_doc", "doc_to_query")
+    model = SentenceTransformer(modules=[Embeddings()], device="cpu")
+    directions = ("query_to_doc", "doc_to_query")
     ranking = losses.MultipleNegativesRankingLoss(
         model, scale=SCALE, directions=directions, partition_mode="per_direction"
     )
