@@ -31,10 +31,11 @@ from clip_jax.display import say, table
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics.reports import bucket_rates, peak_memory
 from clip_jax.models.images import NaFlex, valid_patches
+from clip_jax.models.text_lengths import TextLengths
 from clip_jax.pods import compile as pod
 from clip_jax.pods.plan import BOUNDS
 from clip_jax.pods.topology import Topology
-from clip_jax.step import Inputs, Program
+from clip_jax.step import Inputs, Program, check_lengths
 from clip_jax.storage import bucket
 from clip_jax.storage.json_files import read_json
 
@@ -50,17 +51,20 @@ class InputBench(Config):
 
     seconds: float = 5.0  # Seconds measured, once for the single stages, once for the pipeline.
     warmup: float = 2.0  # Seconds that the pipeline runs before it is measured.
+    # Devices that share a batch in training (data times fsdp), for the proposed text lengths.
+    devices: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, seconds="(0, inf)", warmup="[0, inf)")
+        check_ranges(self, seconds="(0, inf)", warmup="[0, inf)", devices="[1, inf)")
 
 
 def measure_input(config: InputBench) -> dict[str, Any]:
     """Measure samples/s of each stage in one thread and of the whole pipeline; name the bottleneck.
 
     For each stage, `stages` has samples/s and the share of time spent computing (the rest is
-    waiting for a disk or a bucket).
+    waiting for a disk or a bucket). `texts` has the tokens that the captions need, and the groups
+    by length (`text_lengths`) that would save most of their padding, if the config allows these.
     """
     config = with_weights(config)
     data = config.data
@@ -73,7 +77,7 @@ def measure_input(config: InputBench) -> dict[str, Any]:
         inputs=config.recipe.reads(),
     )
     say(f"stages, one thread, {config.seconds:g} s ...")
-    stages = _stages(config, pipeline.order, tokenizer)
+    stages, used = _stages(config, pipeline.order, tokenizer)
     say(f"pipeline, {data.workers} workers of {data.threads} threads, {config.seconds:g} s ...")
     return {
         **_pipeline(config, pipeline),
@@ -82,12 +86,18 @@ def measure_input(config: InputBench) -> dict[str, Any]:
         "threads": data.threads,
         "cores": len(os.sched_getaffinity(0)),
         "stages": stages,
+        **({"texts": _texts(config, used)} if len(used) else {}),
         "limit": min(stages, key=lambda name: stages[name]["samples_per_second"]),
     }
 
 
-def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, dict[str, float]]:
-    """Run each stage on the same samples, one after the other, in this thread."""
+def _stages(
+    config: InputBench, order: str, tokenize: Tokenizer
+) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+    """Run each stage on the same samples, one after the other, in this thread.
+
+    Returns their measurements, and the number of tokens that each caption needs.
+    """
     data, spec = config.data, config.model.vision.image_spec
     length = config.model.text.context_length
     source = open_source(data.source, spec.side)
@@ -107,6 +117,7 @@ def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, di
             cpu[name] += CLOCK.thread_cpu() - start_cpu
 
     number, count = 0, 0
+    used = [np.zeros(0, int)]
     while sum(wall.values()) < config.seconds or not count:
         captions = []
         for _ in range(min(config.batch_size, _WARM)):
@@ -125,7 +136,8 @@ def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, di
                 continue
             captions.append(caption)
         if captions and config.stored != "text":
-            timed("tokenize", tokenize, captions, length, True)
+            tokens = timed("tokenize", tokenize, captions, length, True)
+            used.append(np.asarray(config.model.text.used_tokens(tokens)))
         if number <= _WARM:  # files are opened and tables read at the first use
             wall.clear()
             cpu.clear()
@@ -135,10 +147,28 @@ def _stages(config: InputBench, order: str, tokenize: Tokenizer) -> dict[str, di
             raise InputError(
                 f"none of {number} samples of data.source could be read; check its path and files."
             )
-    return {
+    stages = {
         name: {"samples_per_second": count / wall[name], "computing": cpu[name] / wall[name]}
         for name in wall
     }
+    return stages, np.concatenate(used)
+
+
+def _texts(config: InputBench, used: np.ndarray) -> dict[str, Any]:
+    """Describe the lengths of captions, and propose groups for them."""
+    context = config.model.text.context_length
+    result: dict[str, Any] = {
+        "mean_tokens": float(used.mean()),
+        "most_tokens": int(used.max()),
+        "context_length": context,
+    }
+    texts = max(config.batch_size // (config.accumulation * config.devices), 1)
+    lengths = TextLengths.propose(used, texts=texts, context_length=context)
+    with contextlib.suppress(InputError):  # of models and losses without groups
+        check_lengths(config.recipe, lengths)
+        result["text_lengths"] = {"tokens": lengths.tokens, "shares": lengths.shares}
+        result["padded_tokens"] = lengths.mean(lambda length: length)
+    return result
 
 
 Read = Callable[[np.random.Generator], tuple[Any, str]]
@@ -212,6 +242,8 @@ def describe_input(result: dict[str, Any]) -> str:
         lines.append(f"{name:<18}{stage['samples_per_second']:>10,.0f}  {stage['computing']:.0%}")
     if "padding" in result:
         lines.append(f"padding: {result['padding']:.1%} of all patches")
+    if "texts" in result:
+        lines.append(_of_texts(result["texts"]))
     if "bucket_requests_per_second" in result:
         lines.append(_of_bucket(result))
     lines += [
@@ -221,6 +253,15 @@ def describe_input(result: dict[str, Any]) -> str:
         f"limit: {result['limit']}; {_advice(result)}",
     ]
     return "\n".join(lines)
+
+
+def _of_texts(texts: dict[str, Any]) -> str:
+    line = f"texts: {texts['mean_tokens']:.1f} tokens on average, at most {texts['most_tokens']}, "
+    line += f"padded to {texts['context_length']}"
+    if groups := texts.get("text_lengths"):
+        lengths = TextLengths(**{name: tuple(values) for name, values in groups.items()})
+        line += f"; to {texts['padded_tokens']} on average with text_lengths={lengths}"
+    return line
 
 
 def _of_bucket(result: dict[str, Any]) -> str:

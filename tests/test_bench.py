@@ -66,6 +66,11 @@ def test_input_says_how_long_each_stage_takes_and_what_limits(tmp_path, capsys):
     assert list(result["stages"]) == ["read", "decode and crop", "augment", "tokenize"]
     assert result["limit"] == "decode and crop"
     assert all(0 < s["computing"] < 1.1 for s in result["stages"].values())
+    texts = result["texts"]
+    assert (texts["mean_tokens"], texts["most_tokens"], texts["context_length"]) == (4, 4, 77)
+    assert texts["text_lengths"]["tokens"][0] == 8
+    assert 8 <= texts["padded_tokens"] < 77
+    assert "with text_lengths=TextLengths(tokens=(8, " in describe_input(result)
     result["cores"] = 1_000
     with mock.patch.dict(bench.BENCHES, input=(InputBench, lambda _: result, describe_input)):
         assert main(command) == 0
