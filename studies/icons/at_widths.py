@@ -17,7 +17,7 @@ import numpy as np
 import tables
 from scipy import stats
 from variants import WIDTHS
-from what_helps import ACCURACY, command
+from what_helps import ACCURACY, command, is_finished
 
 from clip_jax import load_config
 
@@ -31,9 +31,10 @@ NAMES = ("base", "widths")
 
 def main(root: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    rows = [
-        row for name in NAMES for folder in sorted(root.glob(f"{name}-seed*")) for row in of(folder)
-    ]
+    finished = [[x for x in sorted(root.glob(f"{name}-seed*")) if is_finished(x)] for name in NAMES]
+    seeds = set.intersection(*({x.name.rpartition("-")[2] for x in runs} for runs in finished))
+    runs = [run for of_name in finished for run in of_name if run.name.rpartition("-")[2] in seeds]
+    rows = [row for run in runs for row in of(run)]
     tables.write(output / "at_widths.csv", rows)
     table = markdown(rows)
     (output / "at_widths.md").write_text(table, encoding="utf-8")
@@ -42,14 +43,12 @@ def main(root: Path, output: Path) -> None:
 
 def of(run: Path) -> Iterable[dict[str, Any]]:
     """Yield a row for each width of a finished run."""
-    if not (run / "result.json").exists():
-        return
     name, _, seed = run.name.rpartition("-seed")
+    folder = run.parent.with_name("at_widths") / run.name
+    if not (folder / "result.json").exists():
+        command("evaluate", run, "--dim", *WIDTHS, "--output", folder)
     for width in WIDTHS:
-        folder = run.parent.with_name("at_widths") / f"{run.name}-{width}"
-        if not (folder / "result.json").exists():
-            command("evaluate", run, "--dim", width, "--output", folder)
-        yield {"variant": name, "seed": int(seed), "width": width} | results(folder)
+        yield {"variant": name, "seed": int(seed), "width": width} | results(folder / str(width))
     complete = load_config(run / "config.json").model.embed_dim
     yield {"variant": name, "seed": int(seed), "width": complete} | results(run)
 

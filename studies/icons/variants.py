@@ -3,13 +3,13 @@
     clip-jax scale ladder studies/icons/variants.py --jobs 2
     python studies/icons/what_helps.py runs/variants studies/icons/results
 
-Hardware: two CPU cores, about three hours; each run has one core. The same command resumes.
+Hardware: two CPU cores, five to six hours; each run has one core. The same command resumes.
 Recipe: base.py; three seeds. A variant whose step costs fewer FLOPs takes more steps: as many as
 the FLOPs of a run of base.py pay for, by `Config.flops_after`.
 Notes: With `ICONS_TEACHER=RUN`, a run or a model folder, there are also `distilled` and
 `locked_teacher`. The forward passes of the teacher and of locked towers are counted, their own
 training is not. The FLOPs of an optimizer's update are not counted; Muon's cost more time than
-AdamW's.
+AdamW's. Learning rates were chosen for `base`, and for AdamW with the first seed.
 """
 
 import os
@@ -31,6 +31,7 @@ from clip_jax.losses import (
     SigmoidConfig,
     SoftmaxConfig,
 )
+from clip_jax.models.cappa import CapPaConfig
 from clip_jax.models.decoder import CoCaConfig
 from clip_jax.optim import AdamW, Constant, CoolDown, Cosine
 from clip_jax.optim.wrappers import Tower
@@ -44,15 +45,24 @@ COOL_DOWN = 0.25  # of a run's steps
 LAST = (0.8, 0.85, 0.9, 0.95)  # of a run's steps: checkpoints to average with the last one
 WIDTHS = (32, 64)  # of embeddings, besides the complete ones
 SMALL_SHARE = 0.5  # of the FLOPs at the small resolution
+RATES = {  # of AdamW besides 1e-3, and their seeds; 5e-4 is the best with the first seed
+    "2.5e-4": SEEDS[:1],
+    "5e-4": SEEDS,
+    "2e-3": SEEDS[:1],
+    "4e-3": SEEDS[:1],
+}
 
 LABELS = {
     "base": "base: softmax, Muon, words of style",
     "sigmoid": "sigmoid instead of softmax",
+    "sigmoid_causal": "sigmoid, and captions token by token",
+    "sigmoid_parallel": "sigmoid, and captions, half of them in parallel (SigLIP 2)",
     "unmasked": "equal captions are negatives",
     "no_style": "captions without words of style",
     "dropout": "patch dropout 0.5",
     "small_first": "16 pixels for half of the FLOPs",
     "adamw": "AdamW instead of Muon, learning rate 1e-3",
+    **{f"adamw_{rate}": f"the same, learning rate {rate}" for rate in RATES},
     "distilled": "distillation",
     "decoder": "caption decoder",
     "widths": "losses of the first 32 and 64 channels, too (Matryoshka)",
@@ -129,12 +139,21 @@ def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
     def with_optim(**changes) -> Config:
         return replace(base, optim=replace(optim, **changes))
 
+    def with_captions(*terms, parallel: float, **changes) -> Config:
+        decoder = CapPaConfig(
+            width=text.width, depth=text.depth // 2, num_heads=text.num_heads, parallel=parallel
+        )
+        return with_objective(*terms, CaptionConfig(weight=1.0), decoder=decoder, **changes)
+
     softmax = SoftmaxConfig(mask_same_caption=True)
+    sigmoid = SigmoidConfig(mask_same_caption=True)
+    of_sigmoid = {"init_logit_scale": 10.0, "init_logit_bias": -10.0}
     table = {
         "base": base,
-        "sigmoid": with_objective(
-            SigmoidConfig(mask_same_caption=True), init_logit_scale=10.0, init_logit_bias=-10.0
-        ),
+        "sigmoid": with_objective(sigmoid, **of_sigmoid),
+        "sigmoid_causal": with_captions(sigmoid, parallel=0.0, **of_sigmoid),
+        "sigmoid_parallel": with_captions(sigmoid, parallel=0.5, **of_sigmoid),
+        "cappa": with_captions(parallel=0.75, vision=replace(vision, pool="mean")),
         "unmasked": with_objective(SoftmaxConfig()),
         "widths": with_objective(replace(softmax, widths=WIDTHS)),
         "decoder": with_objective(
@@ -153,6 +172,9 @@ def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
         "constant": with_optim(schedule=Constant()),
         "average": with_optim(ema_decay=0.99),
     }
+    for rate, seeds in RATES.items():
+        if base.seed in seeds:
+            table[f"adamw_{rate}"] = with_optim(optimizer=AdamW(), learning_rate=float(rate))
     if teacher:
         architecture = clip_jax.load(teacher).clip.config
         live = LiveTeacher(weights=teacher, model=architecture, dtype="float32")

@@ -90,14 +90,13 @@ def rows_by_set(run: Run) -> Iterable[dict[str, Any]]:
 def finished(folder: Path) -> Iterable[Run]:
     """Yield a run, if it is finished, and the average of its checkpoints."""
     variant, _, seed = folder.name.rpartition("-seed")
-    if variant not in LABELS or not (folder / "result.json").exists():
+    if variant not in LABELS or not is_finished(folder):
         return
     result = json.loads((folder / "result.json").read_text())
     cost = cost_of(folder)
     if first := FIRST.get(variant):
         before = cost_of(folder.with_name(f"{first}-seed{seed}"))
         cost = {name: before[name] + value for name, value in cost.items()}
-    cost["pairs_per_second"] = round(cost["pairs"] / cost["step_seconds"], 1)
     yield run_of(variant, seed, cost, result, folder / "evals")
     if name := AVERAGED.get(variant):
         averaged = folder.parent.with_name("averaged") / folder.name
@@ -107,16 +106,19 @@ def finished(folder: Path) -> Iterable[Run]:
         yield run_of(name, seed, cost, result, averaged / "evals/original")
 
 
+def is_finished(folder: Path) -> bool:
+    """Return whether a run has trained to its end, and was evaluated there."""
+    path = folder / "result.json"
+    return path.exists() and ACCURACY in json.loads(path.read_text())
+
+
 def cost_of(folder: Path) -> dict[str, float]:
     """Return what the steps of a run took; FLOPs are counted by the package."""
     config = load_config(folder / "config.json")
-    result = json.loads((folder / "result.json").read_text())
     return {
         "steps": config.steps,
         "pairs": config.samples_after(config.steps),
         "training_flops": config.flops_after(config.steps),
-        "step_seconds": round(result["seconds/steps"], 1),
-        "total_seconds": round(result["seconds/total"], 1),
     }
 
 
@@ -126,11 +128,12 @@ def run_of(
     cost: Mapping[str, float],
     result: Mapping[str, float],
     evaluations: Path,
+    images: str = IMAGES,
 ) -> Run:
     row = {"variant": variant, "seed": seed, **cost} | {name: result[name] for name in METRICS}
-    images = read(evaluations / IMAGES)
-    names = sorted({set_of(image) for image in images})
-    number, correct = by_set(images, "acc1")
+    rows = read(evaluations / images)
+    names = sorted({set_of(image) for image in rows})
+    number, correct = by_set(rows, "acc1")
     counts = zip(np.bincount(number).tolist(), np.bincount(number, correct), strict=True)
     sets = {name: (icons, round(right)) for name, (icons, right) in zip(names, counts, strict=True)}
     return Run(variant, int(seed), row, sets)
@@ -155,7 +158,7 @@ def compare(group: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
     of_base = {run.seed: run for run in base}
     pairs = [(run, of_base[run.seed]) for run in group if run.seed in of_base]
     row: dict[str, Any] = {"variant": group[0].variant, "seeds": len(pairs)}
-    for name in ("steps", "pairs", "training_flops", "pairs_per_second", *METRICS):
+    for name in ("steps", "pairs", "training_flops", *METRICS):
         row[name] = float(np.mean([float(run.row[name]) for run, _ in pairs]))
     if group is base:
         return row
@@ -193,18 +196,18 @@ def accuracy_interval(pairs: Sequence[tuple[Run, Run]]) -> tuple[float, float]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| variant | pairs | top-1 | difference (points) | test loss | difference | pairs/s |",
+        "| variant | seeds | pairs | top-1 | difference (points) | test loss | difference |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = (
             LABELS[row["variant"]],
+            str(row["seeds"]),
             f"{row['pairs'] / 1e3:.0f}K",
             f"{row[ACCURACY]:.1%}",
             difference(row, "accuracy", 100, 1),
             f"{row[LOSS]:.3f}",
             difference(row, "loss", 1, 3),
-            f"{row['pairs_per_second']:.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -230,7 +233,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.plot(100 * row["accuracy_difference"], i, "o", color="tab:blue")
     axes.axvline(0, color="gray", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [LABELS[row["variant"]] for row in rows])
-    axes.set_xlabel("difference from base in zero-shot top-1 (points, 95% interval)")
+    figure.supxlabel(
+        "difference from base in zero-shot top-1 (points, 95% interval)", fontsize="medium"
+    )
     figure.savefig(path, metadata={"Date": None})
 
 
