@@ -26,9 +26,9 @@ from dataclasses import replace
 from typing import Literal, NamedTuple, cast
 
 from clip_jax.losses import SoftmaxConfig
-from clip_jax.losses.objective import reads
+from clip_jax.losses.objective import active, needs, needs_text, reads
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.decoder import CoCaConfig
+from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
 from clip_jax.models.layers import Operations
 from clip_jax.models.lora import adapted
 from clip_jax.models.outputs import output
@@ -67,8 +67,9 @@ def of_step(config: StepConfig) -> Flops:
         locked += tuple(tower for tower, name in TOWERS.items() if name not in has)
     if config.stored is not None and config.stored not in locked:
         locked += (config.stored,)
-    macs = sum(term.macs(config.model, config.batch_size, locked) for term in config.objective)
-    teachers = [model for term in config.objective for model in term.frozen().values()]
+    objective = active(config.objective)
+    macs = sum(term.macs(config.model, config.batch_size, locked) for term in objective)
+    teachers = [model for term in objective for model in term.frozen().values()]
     each = [(forward(x.config), x.texts) for x in teachers]
     teacher = config.batch_size * sum(of.image + texts * of.text for of, texts in each)
     count = functools.partial(
@@ -82,23 +83,23 @@ def of_step(config: StepConfig) -> Flops:
             return count(replace(config.model, text=text)).text
 
         towers = towers._replace(text=config.text_lengths.mean(text_at))
-    names = dict.fromkeys(name for term in config.objective for name in term.needs)
-    needs = [*map(output, names)]
-    embedded = [x for x in needs if x.is_embedding and x.input != x.tower]
-    inputs = reads(config.objective, config.model)
-    number = {"image": 1, "text": 1}
+    embedded = [x for x in map(output, needs(objective)) if x.is_embedding and x.input != x.tower]
+    inputs = reads(objective, config.model)
+    number = {"image": 1, "text": int(needs_text(objective, config.model))}
     for x in embedded:
         number[x.tower] += getattr(inputs.get(x.input), "count", 1)
     images, texts = number["image"], number["text"]
     towers = towers._replace(image=towers.image * images, text=towers.text * texts)
     if config.stored is not None:
         towers = towers._replace(**{config.stored: 0})
+    if "caption_states" not in needs(objective):
+        towers = towers._replace(decoder=0)
     return towers._replace(loss=2 * macs, teacher=teacher)
 
 
 def forward(config: CLIPConfig, convention: Convention = "matmul") -> Flops:
     """Count the forward pass of one image-text pair, with all patches."""
-    if convention != "laion" or config.decoder is None:
+    if convention != "laion" or not isinstance(config.decoder, CoCaConfig | MaMMUTConfig):
         return Flops(*(_weigh(counts, convention) for counts in _count(config)))
     image, text, written = _count(config, training=True, locked=("image",))  # with all patches
     words = config.text
@@ -163,10 +164,11 @@ def _count(
     if decoder is None:
         return image, text.operations(config.embed_dim, tokens), Operations()
     seen = vision.caption_tokens(training=is_dropped)
+    read = decoder.num_labels(text) if training else tokens
     return (
         image,
         decoder.text_operations(text, config.embed_dim, tokens),
-        decoder.operations(text, tokens - training, seen, config.image_token_width),
+        decoder.operations(text, read, seen, config.image_token_width),
     )
 
 

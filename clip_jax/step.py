@@ -49,6 +49,7 @@ from clip_jax.sharding import AnyMesh
 
 FrozenParams = dict[str, dict[str, Params]]  # by the names of the term and of its model
 BASE = "lora", "base"  # the names of the frozen weights that adapters change
+CAPTIONS = 1  # folded into a pair's key, for its caption
 LOCKED = "locked", "towers"  # the names of the locked towers' weights
 
 
@@ -134,7 +135,7 @@ class Recipe(StepConfig):
     def reads(self) -> dict[str, Input]:
         """Return what the input pipeline makes of each sample besides, or instead of, its image and
         text: the inputs of the objective's terms, and the embeddings of a stored tower."""
-        inputs = terms.reads(self.objective, self.model)
+        inputs = terms.reads(terms.active(self.objective), self.model)
         if self.stored is not None:
             inputs[self.stored] = StoredInput(self.stored, (self.model.embed_dim,))
         return inputs
@@ -143,6 +144,12 @@ class Recipe(StepConfig):
     def drops_patches(self) -> bool:
         """Whether the step drops patches, by a random key of each image."""
         return self.model.vision.patch_dropout > 0 and self.stored != "image"
+
+    @property
+    def predicts_in_parallel(self) -> bool:
+        """Whether the step predicts some captions in parallel, by a random key of each pair."""
+        decoder = self.model.decoder
+        return decoder is not None and decoder.parallel > 0
 
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
         """Build the optimizer of everything that is trained."""
@@ -367,7 +374,7 @@ def shapes(recipe: Recipe, mesh: AnyMesh) -> tuple[State, Inputs]:
         "image": recipe.model.vision.image_spec.shapes(recipe.batch_size),
         "text": jax.ShapeDtypeStruct((recipe.batch_size, length), jnp.int32),
     }
-    if recipe.drops_patches:
+    if recipe.drops_patches or recipe.predicts_in_parallel:
         batch["row"] = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
     for name, x in recipe.reads().items():
         batch[name] = x.shapes(recipe.batch_size)
@@ -417,10 +424,10 @@ def encode(
     """Encode a chunk; return the outputs that the objective keeps, with L2-normalised embeddings,
     and the new BatchNorm statistics.
 
-    With `key`, patches are dropped. Which ones depends on a pair's `row` in the global batch, not
-    on the mesh or the number of chunks. BatchNorm computes with the batch's statistics if `train`.
-    The inputs of the `stored` tower are its embeddings. With `lengths`, texts are embedded by
-    groups, which they must fit.
+    With `key`, patches are dropped and captions predicted in parallel. Which ones depends on a
+    pair's `row` in the global batch, not on the mesh or the number of chunks. BatchNorm computes
+    with the batch's statistics if `train`. The inputs of the `stored` tower are its embeddings.
+    With `lengths`, texts are embedded by groups, which they must fit.
     """
     locked = tuple(tower for tower in locked if tower != stored)
     frozen = {TOWERS[tower]: jax.lax.stop_gradient(x.params[TOWERS[tower]]) for tower in locked}
@@ -430,9 +437,12 @@ def encode(
         name: x.model.normalize(inputs[name]) for name in embedded(objective, "image", stored)
     }
     texts = {name: inputs[name] for name in embedded(objective, "text", stored)}
-    keys = None
-    if key is not None and "image" not in locked:
+    keys = caption_keys = None
+    if key is not None:
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(constrain(inputs["row"]))
+        decoder = x.model.config.decoder
+        if decoder is not None and decoder.parallel > 0:
+            caption_keys = jax.vmap(lambda key: jax.random.fold_in(key, CAPTIONS))(keys)
     # A locked tower runs as in inference: all patches, BatchNorm's running statistics.
     trains_image = train and "image" not in locked
 
@@ -443,7 +453,14 @@ def encode(
         return lengths.embed(tower, tokens, used, sharding.batch_shards(x.mesh))
 
     outputs, batch_stats = x.model.outputs(
-        x.params, images, texts, needs, keys, trains_image, by_length
+        x.params,
+        images,
+        texts,
+        needs,
+        None if "image" in locked else keys,
+        trains_image,
+        by_length,
+        caption_keys,
     )
     if stored is not None:
         outputs[stored] = inputs[stored]
@@ -481,7 +498,7 @@ def gradients(state: State, inputs: Inputs, *, recipe: Recipe, mesh: Mesh) -> Gr
     trainable, batch_stats = split_batch_stats(state.params)
     towers = {name: tree for name, tree in trainable.items() if isinstance(tree, dict)}
     scalars = scalars_of(state.params)
-    if recipe.drops_patches:
+    if recipe.drops_patches or recipe.predicts_in_parallel:
         # Threefry, whatever the default: it gives the same keys under vmap.
         key = jax.random.fold_in(jax.random.key(recipe.seed, impl="threefry2x32"), state.step)
     context_of = functools.partial(context, CLIP(recipe.model), mesh, state)
@@ -532,6 +549,17 @@ def scalars_of(params: Params) -> Params:
     return {name: x for name, x in params.items() if not isinstance(x, dict)}
 
 
+def without_idle(updates: Params, paths: tuple[str, ...]) -> Params:
+    """Set updates to 0 below some paths: without a gradient, weight decay would still move them."""
+
+    def unless_idle(path: tuple[Any, ...], x: Array) -> Array:
+        names = [each.key for each in path]
+        is_idle = any(names[: len(idle)] == idle for idle in (each.split("/") for each in paths))
+        return jnp.zeros_like(x) if is_idle else x
+
+    return jax.tree_util.tree_map_with_path(unless_idle, updates) if paths else updates
+
+
 def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tuple[State, Metrics]:
     """Take one training step: encode, compute the objective and its gradients, update."""
     objective, optim, metrics = recipe.objective, recipe.optim, {}
@@ -545,6 +573,7 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
     updates, opt_state = recipe.optimizer().update(
         grads, state.opt_state, trainable, learning_rate=batch["learning_rate"]
     )
+    updates = without_idle(cast(Params, updates), terms.idle(objective, recipe.model))
     trainable = cast(Params, optax.apply_updates(trainable, updates))
     trainable = capped(trainable, optim.max_logit_scale)
     carried = {}

@@ -18,7 +18,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig, Text
-from clip_jax.models.decoder import DecoderConfig
+from clip_jax.models.decoders import DecoderConfig
 from clip_jax.models.text import Cleaning, TokenizerConfig
 from clip_jax.serialize import from_dict, to_dict
 

@@ -16,7 +16,8 @@ from clip_jax.data.tokenizers.clip_bpe import FULL_VOCAB_SIZE
 from clip_jax.errors import InputError
 from clip_jax.models.bert import BertConfig
 from clip_jax.models.clip import CLIPConfig, Text, Vision
-from clip_jax.models.decoder import CoCaConfig, DecoderConfig, MaMMUTConfig
+from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
+from clip_jax.models.decoders import DecoderConfig
 from clip_jax.models.layers import Activation
 from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
@@ -478,5 +479,10 @@ DECODERS = (MAMMUT, COCA)
 
 
 def decoder_family(decoder: DecoderConfig) -> DecoderFamily:
-    """Return the kind of a caption decoder."""
-    return next(family for family in DECODERS if family.fits(decoder))
+    """Return the kind of a caption decoder. Raises InputError if open_clip has none like it."""
+    for family in DECODERS:
+        if family.fits(decoder):
+            return family
+    raise InputError(
+        f"open_clip has no decoder like {type(decoder).__name__}; keep this project's model folder."
+    )

@@ -14,7 +14,9 @@ from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.reader import Outcome, Splits
 from clip_jax.evals.zero_shot import classification
 from clip_jax.losses import Axes, CaptionConfig, caption_loss
+from clip_jax.losses.caption import labels_of
 from clip_jax.models.clip import CLIP, Params
+from clip_jax.models.decoder import IGNORED
 from clip_jax.models.generation import GenerationConfig, generate
 from clip_jax.models.images import Images, ImageTokens
 
@@ -62,8 +64,8 @@ def captions(encoder: Encoder, images: Images, generation: GenerationConfig) -> 
 def loss_per_token(encoder: Encoder, images: Images, tokens: Int[np.ndarray, "B L"]) -> float:
     """Return the caption loss per token of pairs, the same ones on every process."""
     rows = encoder.compute(loss_of_text, images, tokens, mesh=encoder.mesh)
-    real = tokens[:, 1:] != encoder.model.config.text.tokenizer.pad_id
-    return float(rows.sum() / max(real.sum(), 1))
+    labels = np.asarray(labels_of(encoder.model, jnp.asarray(tokens)))
+    return float(rows.sum() / max((labels != IGNORED).sum(), 1))
 
 
 def write(
@@ -108,8 +110,9 @@ def _loss(
     return caption_loss(
         model.layout.constrain(states),
         params["decoder"]["vocab_projection"],
-        tokens[:, 1:],
-        pad_id=model.config.text.tokenizer.pad_id,
+        labels_of(model, tokens),
+        bias=params["decoder"].get("vocab_bias"),
+        pad_id=IGNORED,
         chunk_size=CaptionConfig().chunk_size,
         mesh=mesh,
         axes=_AXES,

@@ -16,6 +16,7 @@ from clip_jax.convert.weights import DType, Weights
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.export import onnx, patches, stablehlo
 from clip_jax.models.clip import CLIPConfig, l2_normalize
+from clip_jax.models.generation import begin_and_end
 from clip_jax.models.images import NaFlex
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
@@ -139,8 +140,9 @@ def verify(config: ExportConfig, weights: Weights, folder: Path) -> Verification
 def _use(config: ExportConfig, model: CLIPConfig) -> str:
     name, captions = config.output.name, ""
     if model.decoder is not None:
+        begin, end = begin_and_end(model.text, model.decoder.start)
         captions = (
-            f"It writes captions, which end with token id {model.text.end_id}: "
+            f"It writes captions, which begin with token id {begin} and end with {end}: "
             "`docs/how-to/export.md` of clip_jax has the loop.\n\n"
         )
     naflex = isinstance(model.vision.image_spec, NaFlex)

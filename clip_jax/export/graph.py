@@ -93,8 +93,9 @@ class Graph:
         return x if bias is None else self.op("Add", x, self.number(bias))
 
     def layer_norm(self, x: str, path: str, epsilon: float, layer: int | None = None) -> str:
-        scale, bias = (self.number(self.weight(f"{path}/{n}", layer)) for n in ("scale", "bias"))
-        return self.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
+        names = [name for name in ("scale", "bias") if self.has(f"{path}/{name}")]
+        arrays = (self.number(self.weight(f"{path}/{name}", layer)) for name in names)
+        return self.op("LayerNormalization", x, *arrays, axis=-1, epsilon=epsilon)
 
     def activation(self, x: str, kind: Activation) -> str:
         if kind in ("quick_gelu", "swiglu"):
@@ -107,8 +108,10 @@ class Graph:
     def dense(self, x: str, path: str, layer: int | None = None) -> str:
         """Add the linear map at a path, its kernel reshaped to a matrix."""
         kernel = self.weight(f"{path}/kernel", layer)
-        if path.endswith("in_proj") and not self.has(f"{path}/bias"):
-            return self.linear(x, kernel.reshape(len(kernel), -1))
+        if not self.has(f"{path}/bias"):
+            # The projection after heads maps all axes but the last, others map the first.
+            columns = kernel.shape[-1] if path.endswith("out_proj") else kernel[0].size
+            return self.linear(x, kernel.reshape(-1, columns))
         bias = self.weight(f"{path}/bias", layer)
         if path.endswith("in_proj") and len(bias) == 2:  # of queries and values
             bias = np.insert(bias, 1, 0, axis=0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.convert import image_processor, tokenizer_files
@@ -227,8 +228,9 @@ def outputs(
     (image,) = _run(folder / called.image, [called.image_output], pixels)
     (text,) = _run(folder / called.text, [called.text_output], ids)
     features = {"image_features": image, "text_features": text}
-    if called.captions:
-        begun = {called.ids: tokens[:, :-1].astype(called.ids_type)}
+    if called.captions and config.decoder is not None:
+        read = config.decoder.inputs(config.text, jnp.asarray(tokens))
+        begun = {called.ids: np.asarray(read, called.ids_type)}
         (features["caption_logits"],) = _run(folder / called.captions, ["logits"], pixels | begun)
     if called.clip:
         (features["logits"],) = _run(folder / called.clip, ["logits_per_image"], pixels | ids)

@@ -63,7 +63,7 @@ def write(weights: Weights, folder: Path, *, dtype: DType = "float32") -> None:
     ):
         import flatbuffers  # noqa: F401
     if weights.config.decoder is not None:
-        begin_and_end(weights.config.text)
+        begin_and_end(weights.config.text, weights.config.decoder.start)
     model_folder.write(weights, folder, dtype=dtype)
     if weights.config.text.tokenizer.file == "clip":
         write_clip_tokenizer(folder, weights.config.text, weights.config.text.sees_padding)
@@ -110,7 +110,7 @@ def _of_weights(function: Callable[..., Any], computed: str) -> Callable[..., An
 
 def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the functions for the first token and for each later token; see `write`."""
-    begin, _ = begin_and_end(model.config.text)
+    begin, _ = begin_and_end(model.config.text, model.needs_decoder().start)
     length = model.config.text.context_length
     empty = jax.eval_shape(lambda: model.empty_cache(1, length))
     # Keys and values, and how many of them are valid where images differ in it.
@@ -143,9 +143,9 @@ def caption_programs(model: CLIP) -> tuple[Callable[..., Any], Callable[..., Any
 def spoken(config: CLIPConfig, tokens: np.ndarray) -> np.ndarray:
     """Replace begin and padding in ids [B, L], to get ids that a decoder may have written."""
     text, few = config.text, tokens[:, :_STEPS].copy()
-    begin, end = begin_and_end(text)
-    few[few == text.tokenizer.pad_id] = end
-    few[:, 0] = begin
+    few[few == text.tokenizer.pad_id] = text.end_id
+    if text.begin_id is not None:
+        few[:, 0] = text.begin_id
     return few
 
 
@@ -169,10 +169,11 @@ def outputs(
             "text_features": read(TEXT_NAME)(tokens),
         }
         if config.decoder is not None:
-            words, following = spoken(config, tokens), read(NEXT_NAME)
+            words = config.decoder.inputs(config.text, jnp.asarray(spoken(config, tokens)))
+            following = read(NEXT_NAME)
             logits, state = read(FIRST_NAME)(inputs)
             steps = [logits]
-            for position in range(1, words.shape[1] - 1):
+            for position in range(1, words.shape[1]):
                 logits, state = following(state, words[:, position], np.int32(position))
                 steps.append(logits)
             results["caption_logits"] = jnp.stack(steps, axis=1)

@@ -197,7 +197,7 @@ class Model:
         """Return a caption for each image, given bytes or the output of `preprocess`, in batches.
 
         `seeds` replace `generation.seed`: an image's caption is the one of its own seed. Raises
-        InputError if the model has no decoder; CoCa and MaMMUT have one.
+        InputError if the model has no decoder; CoCa, MaMMUT and CapPa have one.
         """
         self.clip.needs_decoder()
         # The seed is an argument, so that another needs no compilation.

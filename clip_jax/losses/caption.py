@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import check_ranges
 from clip_jax.losses.objective import Axes, Context, Outputs, Result, Term
+from clip_jax.models.clip import CLIP
+from clip_jax.models.decoder import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class CaptionConfig(Term):
     """Caption loss (CoCa, MaMMUT): cross-entropy of the tokens that the decoder predicts."""
 
     name: ClassVar[str] = "caption"
+    uses_embeddings: ClassVar[bool] = False
 
     weight: float = 2.0  # Factor on this loss in the objective (CoCa: 2, MaMMUT: 1).
     chunk_size: int = 2_048  # Token positions per device whose logits are in memory at once.
@@ -39,22 +42,27 @@ class CaptionConfig(Term):
 
     def encode(self, x: Context) -> Outputs:
         """Return the loss of each row, summed over its tokens."""
-        kernel = x.params["decoder"]["vocab_projection"]
         rows = caption_loss(
             x.outputs["caption_states"],
-            kernel,
-            x.inputs["text"][:, 1:],
+            x.params["decoder"]["vocab_projection"],
+            labels_of(x.model, x.inputs["text"]),
+            bias=x.params["decoder"].get("vocab_bias"),
             mesh=x.mesh,
             axes=x.axes,
-            pad_id=x.model.config.text.tokenizer.pad_id,
+            pad_id=IGNORED,
             chunk_size=self.chunk_size,
         )
         return {"rows": rows}
 
     def loss(self, x: Context) -> Result:
         """Average over the tokens of the global batch."""
-        labels, pad_id = x.inputs["text"][:, 1:], x.model.config.text.tokenizer.pad_id
-        return x.outputs["rows"].sum() / count_labels(labels, pad_id), {}
+        labels = labels_of(x.model, x.inputs["text"])
+        return x.outputs["rows"].sum() / count_labels(labels, IGNORED), {}
+
+
+def labels_of(model: CLIP, tokens: Int[Array, "B L"]) -> Int[Array, "B l"]:
+    """Return the tokens that the decoder predicts; IGNORED for padding."""
+    return model.needs_decoder().labels(model.config.text, tokens)
 
 
 def caption_loss(
@@ -64,14 +72,15 @@ def caption_loss(
     *,
     pad_id: int,
     chunk_size: int,
+    bias: Float[Array, " V"] | None = None,
     mesh: Mesh | None = None,
     axes: Axes | None = None,
 ) -> Float[Array, " B"]:
     """Return each row's Σ −log p(label) over the positions whose label is no padding.
 
-    p is the softmax of `states · kernel`, in float32; matmuls are in the states' dtype. On a mesh
-    rows are sharded over `axes.rows`, and the kernel like its parameter. With a custom derivative,
-    memory is that of the logits of `chunk_size` positions and of one kernel.
+    p is the softmax of `states · kernel + bias`, in float32; matmuls are in the states' dtype. On a
+    mesh rows are sharded over `axes.rows`, and the kernel like its parameter. With a custom
+    derivative, memory is that of the logits of `chunk_size` positions and of one kernel.
     """
     options = {"pad_id": pad_id, "chunk": chunk_size}
     if mesh is None or axes is None:
@@ -84,39 +93,42 @@ def caption_loss(
         def gathered(kernel: Array, states: Array) -> Array:
             return lax.all_gather(kernel.astype(states.dtype), width, axis=0, tiled=True)
 
-        def local_forward(states: Array, kernel: Array, labels: Array) -> Any:
+        def local_forward(states: Array, kernel: Array, *more: Any) -> Any:
             return _forward(
-                states, gathered(kernel, states), labels, vocabulary=vocabulary, **options
-            )
-
-        def local_backward(states: Array, kernel: Array, *more: Array) -> Any:
-            d_states, d_kernel = _backward(
                 states, gathered(kernel, states), *more, vocabulary=vocabulary, **options
             )
-            return d_states, lax.psum_scatter(lax.psum(d_kernel, others), width, tiled=True)
 
-        rows, table = P(axes.rows), P(width, vocabulary)
+        def local_backward(states: Array, kernel: Array, *more: Any) -> Any:
+            d_states, d_kernel, d_bias = _backward(
+                states, gathered(kernel, states), *more, vocabulary=vocabulary, **options
+            )
+            d_kernel = lax.psum_scatter(lax.psum(d_kernel, others), width, tiled=True)
+            return d_states, d_kernel, jax.tree.map(lambda x: lax.psum(x, axes.rows), d_bias)
+
+        rows, table, words = P(axes.rows), P(width, vocabulary), P(vocabulary)
         shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-        inputs = (rows, table, rows)
+        inputs = (rows, table, words, rows)
         # As in `streamed`, the custom derivative is outside the shard_map.
         forward = jax.jit(shard(local_forward, in_specs=inputs, out_specs=(rows, rows)))
         backward = jax.jit(
-            shard(local_backward, in_specs=(*inputs, rows, rows), out_specs=(rows, table))
+            shard(local_backward, in_specs=(*inputs, rows, rows), out_specs=(rows, table, words))
         )
 
     @jax.custom_vjp
-    def loss(states: Array, kernel: Array, labels: Array) -> Array:
-        return forward(states, kernel, labels)[0]
+    def loss(states: Array, kernel: Array, bias: Array | None, labels: Array) -> Array:
+        return forward(states, kernel, bias, labels)[0]
 
-    def loss_fwd(states: Array, kernel: Array, labels: Array) -> tuple[Array, Any]:
-        value, normalizer = forward(states, kernel, labels)
-        return value, (states, kernel, labels, normalizer)
+    def loss_fwd(
+        states: Array, kernel: Array, bias: Array | None, labels: Array
+    ) -> tuple[Array, Any]:
+        value, normalizer = forward(states, kernel, bias, labels)
+        return value, (states, kernel, bias, labels, normalizer)
 
     def loss_bwd(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
         return *backward(*residuals, cotangent), None  # integers have no gradient
 
     loss.defvjp(loss_fwd, loss_bwd)
-    return loss(states, kernel, labels)
+    return loss(states, kernel, bias, labels)
 
 
 def count_labels(labels: Int[Array, "B L"], pad_id: int) -> Float[Array, ""]:
@@ -127,6 +139,7 @@ def count_labels(labels: Int[Array, "B L"], pad_id: int) -> Float[Array, ""]:
 def _forward(
     states: Float[Array, "B L D"],
     kernel: Float[Array, "D V"],
+    bias: Float[Array, " V"] | None,
     labels: Int[Array, "B L"],
     *,
     vocabulary: str | None,
@@ -141,7 +154,7 @@ def _forward(
 
     def visit(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         states, labels = chunk
-        logits = _logits(states, kernel)
+        logits = _logits(states, kernel, bias)
         top = logits.max(-1) if vocabulary is None else lax.pmax(logits.max(-1), vocabulary)
         total = jnp.exp(logits - top[:, None]).sum(-1)
         label = jnp.where(_is_label(labels, logits.shape[1], vocabulary), logits, 0).sum(-1)
@@ -157,6 +170,7 @@ def _forward(
 def _backward(
     states: Float[Array, "B L D"],
     kernel: Float[Array, "D V"],
+    bias: Float[Array, " V"] | None,
     labels: Int[Array, "B L"],
     normalizer: Float[Array, "B L"],
     d_rows: Float[Array, " B"],
@@ -164,30 +178,39 @@ def _backward(
     vocabulary: str | None,
     pad_id: int,
     chunk: int,
-) -> tuple[Float[Array, "B L D"], Float[Array, "D V"]]:
+) -> tuple[Float[Array, "B L D"], Float[Array, "D V"], Float[Array, " V"] | None]:
     weights = jnp.where(labels != pad_id, d_rows[:, None], 0)
-    d_kernel = jnp.zeros(kernel.shape, jnp.float32)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (kernel, bias))
     kernel = kernel.astype(states.dtype)
 
-    def visit(d_kernel: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+    def visit(
+        sums: tuple[Array, Array | None], chunk: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array | None], Array]:
+        d_kernel, d_bias = sums
         states, labels, normalizer, weights = chunk
-        logits = _logits(states, kernel)
+        logits = _logits(states, kernel, bias)
         d_logits = jnp.exp(logits - normalizer[:, None])
         d_logits -= _is_label(labels, logits.shape[1], vocabulary)
-        d_logits = (d_logits * weights[:, None]).astype(states.dtype)
+        d_logits = d_logits * weights[:, None]
+        if d_bias is not None:
+            d_bias += d_logits.sum(0)
+        d_logits = d_logits.astype(states.dtype)
         d_kernel += _product("ND,NV->DV", states, d_logits)
         d_states = _product("NV,DV->ND", d_logits, kernel)
         if vocabulary is not None:
             d_states = lax.psum(d_states, vocabulary)
-        return d_kernel, d_states.astype(states.dtype)
+        return (d_kernel, d_bias), d_states.astype(states.dtype)
 
     chunks = (states, labels, normalizer, weights)
-    d_kernel, d_states = _by_chunks(visit, d_kernel, chunks, chunk, pad_id)
-    return d_states, d_kernel
+    (d_kernel, d_bias), d_states = _by_chunks(visit, zeros, chunks, chunk, pad_id)
+    return d_states, d_kernel, d_bias
 
 
-def _logits(states: Float[Array, "N D"], kernel: Float[Array, "D V"]) -> Float[Array, "N V"]:
-    return _product("ND,DV->NV", states, kernel)
+def _logits(
+    states: Float[Array, "N D"], kernel: Float[Array, "D V"], bias: Float[Array, " V"] | None
+) -> Float[Array, "N V"]:
+    logits = _product("ND,DV->NV", states, kernel)
+    return logits if bias is None else logits + bias
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:

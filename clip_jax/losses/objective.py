@@ -76,7 +76,7 @@ class Term(Part):
     `needs` names outputs of the towers in addition to the L2-normalised embeddings `image` and
     `text`, [B, E], which every term has:
 
-    - `caption_states`: the decoder's states of all tokens but the last, [B, L − 1, D].
+    - `caption_states`: the decoder's states, [B, l, D], which predict `DecoderConfig.labels`.
     - `image_tokens:LAYER`, `text_tokens:LAYER`: states after a block, [B, L, D]; negative layers
       count from the end.
     - `image:INPUT`, `text:INPUT`: embeddings of further images or texts of the batch, by the name
@@ -84,8 +84,11 @@ class Term(Part):
     """
 
     name: ClassVar[str] = "term"  # for its metrics and state; unique within an objective
+    # Whether it reads the embeddings `image` and `text`. A step in which no term does, and none
+    # needs another output of the text tower, leaves that tower out.
+    uses_embeddings: ClassVar[bool] = True
 
-    weight: float = 1.0  # Factor on this term in the objective.
+    weight: float = 1.0  # Factor on this term in the objective. 0: it is not computed.
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -174,30 +177,53 @@ def fitting(objective: Objective, model: CLIPConfig) -> Objective:
     return tuple(term for term in objective if writes or "caption_states" not in term.needs)
 
 
+def active(objective: Objective) -> Objective:
+    """Return the terms with a weight; a step computes no others."""
+    return tuple(term for term in objective if term.weight)
+
+
 def needs(objective: Objective) -> tuple[str, ...]:
     """Return the outputs of the towers that the terms need besides the embeddings, each once.
 
     Their order is the same in every process, for each compiles the same program.
     """
-    return tuple(dict.fromkeys(name for term in objective for name in term.needs))
+    return tuple(dict.fromkeys(name for term in active(objective) for name in term.needs))
+
+
+def needs_text(objective: Objective, model: CLIPConfig) -> bool:
+    """Whether a step encodes texts: captions alone may be trained without the text tower."""
+    alone = model.decoder is not None and not model.decoder.extends_text
+    embeds = any(term.uses_embeddings for term in active(objective))
+    return not alone or embeds or any(output(name).tower == "text" for name in needs(objective))
+
+
+def idle(objective: Objective, model: CLIPConfig) -> tuple[str, ...]:
+    """Return the paths of what no term trains, since the weight of all that would is 0."""
+    paths = [term.name for term in objective if not term.weight]
+    if model.decoder is not None and "caption_states" not in needs(objective):
+        paths += model.decoder.own_paths
+    captions_train_text = model.decoder is not None and model.decoder.trains_text
+    if not needs_text(objective, model) and not captions_train_text:
+        paths.append("text")
+    return tuple(paths)
 
 
 def encode(objective: Objective, x: Context) -> Outputs:
     """Return the outputs of a chunk to keep: embeddings, and the results of the terms."""
     outputs = {name: y for name, y in x.outputs.items() if output(name).is_embedding}
-    for term in objective:
+    for term in active(objective):
         results = term.encode(_seen_by(term, x))
         outputs |= {f"{term.name}/{name}": y for name, y in results.items()}
     return outputs
 
 
 def total(objective: Objective, x: Context) -> Result:
-    """Return the weighted sum of the terms; with several, each adds a metric `NAME_loss`.
+    """Return the weighted sum of the terms; of several, each with a weight adds `NAME_loss`.
 
     Other metrics have the names that their terms give them, or `NAME/METRIC` if several terms have
     the metric.
     """
-    results = [(term, *term.loss(_seen_by(term, x))) for term in objective]
+    results = [(term, *term.loss(_seen_by(term, x))) for term in active(objective)]
     metrics = {}
     if len(objective) > 1:
         metrics = {f"{term.name}_loss": value for term, value, _ in results}
@@ -258,8 +284,9 @@ def init(objective: Objective, params: Params) -> dict[str, Any]:
 
 def update(objective: Objective, x: Context) -> dict[str, Any]:
     """Return the states of the terms for the next step, by name."""
-    carrying = [term for term in objective if term.name in x.carried]
-    return {term.name: term.update(_seen_by(term, x)) for term in carrying}
+    carrying = [term for term in active(objective) if term.name in x.carried]
+    updated = {term.name: term.update(_seen_by(term, x)) for term in carrying}
+    return x.carried | updated
 
 
 def _seen_by(term: Term, x: Context) -> Context:

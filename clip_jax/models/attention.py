@@ -19,7 +19,8 @@ QKV = Float[Array, "B L *SNK"]
 # KV cache: keys and values of T tokens.
 KV = tuple[Float[Array, "B N T K"], Float[Array, "B N T K"]]
 Lengths = Int[Array, " B"] | None  # real tokens of each row, padding follows; None: all
-Keys = Bool[Array, "B L"] | Lengths  # tokens that are attended to
+Mask = Bool[Array, "B L"] | Bool[Array, "B L L"]  # of keys, or of queries and keys
+Keys = Mask | Lengths  # tokens that are attended to
 
 
 class Rotation(NamedTuple):
@@ -83,7 +84,7 @@ def xla(
     heads: int,
     causal: bool = False,
     lengths: Lengths = None,
-    keys: Bool[Array, "B L"] | None = None,
+    keys: Mask | None = None,
 ) -> Float[Array, "B L *NK"]:
     """Compute attention by XLA, on any device; with `causal` tokens do not attend to later ones.
 
@@ -91,11 +92,16 @@ def xla(
     that are attended to, at any positions.
     """
     q, k, v = split_heads(qkv, heads)
-    mask = None if keys is None else keys[:, None, None, :]
+    mask = None if keys is None else _of_heads(keys)
     out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=lengths
     )
     return _like(out, qkv)
+
+
+def _of_heads(mask: Mask) -> Bool[Array, "B 1 #L L"]:
+    """Return a mask with axes for heads and queries."""
+    return mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
 
 
 def rotate(qkv: QKV, heads: int, rotation: Rotation, distance: int = 1) -> QKV:
@@ -185,7 +191,7 @@ def weights(
     scores = scores * q.shape[-1] ** -0.5
     if keys is not None:
         seen = keys if keys.ndim > 1 else jnp.arange(k.shape[1]) < keys[:, None]
-        scores = jnp.where(seen[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
+        scores = jnp.where(_of_heads(seen), scores, jnp.finfo(scores.dtype).min)
     return jax.nn.softmax(scores).mean(1)
 
 

@@ -20,7 +20,8 @@ from clip_jax.models.attention import Backend
 from clip_jax.models.bert import BertConfig
 from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
-from clip_jax.models.decoder import Caption, DecoderConfig
+from clip_jax.models.decoder import Caption
+from clip_jax.models.decoders import DecoderConfig
 from clip_jax.models.dino import DinoConfig
 from clip_jax.models.image_head import ImageHead, ImageHeadConfig
 from clip_jax.models.images import (
@@ -66,7 +67,8 @@ class CLIPConfig:
     embed_dim: int = 512  # Dimensions of the shared embedding space.
     vision: Vision = field(default_factory=ViTConfig)
     text: Text = field(default_factory=TextConfig)
-    decoder: DecoderConfig | None = None  # Caption decoder, CoCa's or MaMMUT's. None: no captions.
+    # Caption decoder: CoCa's, MaMMUT's or CapPa's. None: no captions.
+    decoder: DecoderConfig | None = None
     # Head of dino.txt on all tokens of the image tower, which is trained also if the tower is
     # locked. None: the embedding is the tower's own.
     image_head: ImageHeadConfig | None = None
@@ -208,7 +210,7 @@ class CLIP:
         images = {"image": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}
         texts = {"text": jnp.zeros((1, c.text.context_length), jnp.int32)}
         needs = () if c.decoder is None else ("caption_states",)
-        compute = functools.partial(_outputs, images, texts, needs, None, False, None)
+        compute = functools.partial(_outputs, images, texts, needs, None, False, None, None)
         variables = cast(Params, Towers(c).init(key, compute, method="run"))
         return variables.pop("params") | variables
 
@@ -255,9 +257,9 @@ class CLIP:
     def encode_text_and_write(
         self, params: Params, tokens: Int[Array, "B L"], image_tokens: ImageTokens
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
-        """Embed texts; return also the decoder's states of all tokens but the last.
+        """Embed texts; return also the decoder's states, which predict `DecoderConfig.labels`.
 
-        `vocabulary_logits` of these states are the logits of the next tokens.
+        `vocabulary_logits` of these states are the logits of the labels.
         """
         self.needs_decoder()
         features, states = self._run(
@@ -274,16 +276,19 @@ class CLIP:
         keys: Key[Array, " B"] | None = None,
         train: bool = False,
         by_length: ByLength | None = None,
+        caption_keys: Key[Array, " B"] | None = None,
     ) -> tuple[dict[str, Float[Array, "B ..."]], Params]:
         """Compute the model outputs that the terms of a loss need, by the names of `losses.Term`.
 
         `images` (normalised) and `texts` hold the batch as "image" and "text", and further inputs
         by their names. A tower without inputs is not computed. With `keys`, one per image, a ViT
-        applies patch dropout. `by_length(tower, tokens)` embeds texts by calls of the text tower.
+        applies patch dropout; with `caption_keys`, a decoder predicts some captions in parallel.
+        `by_length(tower, tokens)` embeds texts by calls of the text tower.
         Returns the outputs (embeddings are float32 and not normalised) and `batch_stats`, with
         `train` as updated by BatchNorm.
         """
-        compute = functools.partial(_outputs, images, texts, needs, keys, train, by_length)
+        options = (keys, train, by_length, caption_keys)
+        compute = functools.partial(_outputs, images, texts, needs, *options)
         out, updates = self._run(params, compute, mutable=["batch_stats"])
         embeddings = {
             name: x.astype(jnp.float32) for name, x in out.items() if output(name).is_embedding
@@ -317,12 +322,16 @@ class CLIP:
     ) -> Float[Array, "B L V"]:
         """Return the logits of every token id for states of the decoder."""
         kernel = params["decoder"]["vocab_projection"].astype(states.dtype)
-        return self.layout.einsum("BLD,DV->BLV", states, kernel).astype(jnp.float32)
+        logits = self.layout.einsum("BLD,DV->BLV", states, kernel).astype(jnp.float32)
+        bias = params["decoder"].get("vocab_bias")
+        return logits if bias is None else logits + bias
 
     def needs_decoder(self) -> DecoderConfig:
         """Return the decoder's configuration. Raises InputError if the model has none."""
         if self.config.decoder is None:
-            raise InputError("this model has no decoder for captions; use a CoCa or MaMMUT model.")
+            raise InputError(
+                "this model has no decoder for captions; use a CoCa, MaMMUT or CapPa model."
+            )
         return self.config.decoder
 
     def image_tokens(
@@ -437,6 +446,7 @@ def _outputs(
     keys: Array | None,
     train: bool,
     by_length: ByLength | None,
+    caption_keys: Array | None,
     towers: Towers,
 ) -> dict[str, Array]:
     """Compute the outputs of `CLIP.outputs`; each tower runs once for each of its inputs."""
@@ -461,7 +471,7 @@ def _outputs(
     if writes:
         decoder = towers.decoder
         out["text"], out["caption_states"] = decoder.embed_and_write(
-            towers.text, tokens, image_tokens
+            towers.text, tokens, image_tokens, caption_keys
         )
     elif tokens is not None and not of_text:
         others = {"text": tokens} | others

@@ -7,13 +7,13 @@ the text tower that belongs to it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import attention, layers
@@ -23,6 +23,7 @@ from clip_jax.models.layers import BlockConfig, DType, Einsum, Init, LayerNorm, 
 from clip_jax.models.text import TextConfig, TextTransformer
 from clip_jax.models.tower import TowerConfig
 
+IGNORED = -1  # label of positions that no loss counts
 # Keys and values of image tokens, and the numbers of valid ones if images differ in these.
 ImageKV = KV | tuple[*KV, Int[Array, " B"]]
 
@@ -41,6 +42,7 @@ class CrossAttention(nn.Module):
     in_proj: Init
     out_init: Init
     bias_init: Init = nn.initializers.zeros
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -53,9 +55,14 @@ class CrossAttention(nn.Module):
         """
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
-        q = Einsum("BLD,DNK->BLNK", (width, *heads), heads, self.in_proj, self.bias_init, name="q")(
-            x
-        )
+        q = Einsum(
+            "BLD,DNK->BLNK",
+            (width, *heads),
+            heads if self.use_bias else None,
+            self.in_proj,
+            self.bias_init,
+            name="q",
+        )(x)
         if kv is not None:
             keys, values, *length = kv
             seen = jnp.arange(keys.shape[2]) < length[0][:, None, None, None] if length else None
@@ -66,7 +73,7 @@ class CrossAttention(nn.Module):
             both = Einsum(
                 "BLD,DSNK->BLSNK",
                 (other.shape[-1], 2, *heads),
-                (2, *heads),
+                (2, *heads) if self.use_bias else None,
                 self.in_proj,
                 self.bias_init,
                 name="kv",
@@ -83,9 +90,9 @@ class CrossAttention(nn.Module):
             )
             kv = (both[:, :, 0].swapaxes(1, 2), both[:, :, 1].swapaxes(1, 2))
             kv = kv if length is None else (*kv, length)
-        return Einsum("BLNK,NKD->BLD", (*heads, width), (width,), self.out_init, name="out_proj")(
-            checkpoint_name(y.reshape(q.shape), "attended")
-        ), kv
+        out_bias = (width,) if self.use_bias else None
+        out = Einsum("BLNK,NKD->BLD", (*heads, width), out_bias, self.out_init, name="out_proj")
+        return out(checkpoint_name(y.reshape(q.shape), "attended")), kv
 
 
 class CrossBlock(nn.Module):
@@ -147,7 +154,7 @@ class Layer(nn.Module):
         return x, None if cache is None else Cache(tuple(caches), kv)
 
 
-def _cross_operations(
+def cross_operations(
     tokens: int, width: int, mlp_width: int, seen: int, image_width: int
 ) -> Operations:
     """Count the operations of a block with cross-attention to `seen` image tokens."""
@@ -163,8 +170,9 @@ def _vocabulary_operations(text: TextConfig, tokens: int) -> Operations:
     return Operations(macs=tokens * text.width * text.vocab_size, layer_norm=tokens * text.width)
 
 
-def _empty(text: TextConfig, heads: int, rows: int, length: int, dtype: DType) -> KV:
-    empty = jnp.zeros((rows, heads, length, text.width // heads), dtype)
+def empty_kv(width: int, heads: int, rows: int, length: int, dtype: DType) -> KV:
+    """Return keys and values of `length` tokens that are still to be computed."""
+    empty = jnp.zeros((rows, heads, length, width // heads), dtype)
     return empty, empty
 
 
@@ -175,16 +183,55 @@ class Caption(NamedTuple):
     decoder: list[Cache]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptionDecoderConfig(TowerConfig):
+    """What all caption decoders answer."""
+
+    # Settings of some decoders, fixed for all others.
+    parallel = 0.0  # probability of parallel prediction in training, by keys of the batch's rows
+    start: ClassVar[int | None] = (
+        None  # first input without a begin of text; None: there must be one
+    )
+    extends_text = False  # whether it continues the text tower's own pass, as CoCa does
+    trains_text = False  # whether captions train parameters of the text tower, too
+    own_paths: ClassVar[tuple[str, ...]] = ("decoder",)  # parameters that captions alone train
+
+    def check(self, text: TextConfig, image_width: int) -> None:
+        """Raise InputError unless the decoder fits the text tower and the image tokens."""
+
+    def labels(self, text: TextConfig, tokens: Int[Array, "B L"]) -> Int[Array, "B l"]:
+        """Return the tokens that the decoder's states predict; IGNORED for padding.
+
+        Where the end of text is also the padding, the first one counts.
+        """
+        labels = tokens[:, 1:]
+        is_padding = labels == text.tokenizer.pad_id
+        if text.end_id == text.tokenizer.pad_id:
+            is_padding &= jnp.cumsum(is_padding, axis=1) > 1
+        return jnp.where(is_padding, IGNORED, labels)
+
+    def inputs(self, text: TextConfig, tokens: Int[Array, "B L"]) -> Int[Array, "B l"]:
+        """Return the tokens from which `labels` are predicted, each from those up to its own."""
+        return tokens[:, :-1]
+
+    def num_labels(self, text: TextConfig) -> int:
+        """Return the length of `labels`."""
+        return text.context_length - 1
+
+
 # ------------------------------------------------------------------ CoCa
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoCaConfig(TowerConfig):
+class CoCaConfig(CaptionDecoderConfig):
     """CoCa's caption decoder: layers with cross-attention to the image after the text tower."""
 
     depth: int = 12  # Number of layers: each is a causal and a cross-attention block.
     num_heads: int = 8  # Number of attention heads.
     mlp_ratio: float = 4.0  # Width of the MLP divided by that of the text tower.
+
+    extends_text = True
+    trains_text = True
 
     def __post_init__(self) -> None:
         layers.check_sizes(self, "decoder.")
@@ -230,13 +277,13 @@ class CoCaConfig(TowerConfig):
         """Count the decoder's operations for one caption that attends to `seen` image tokens."""
         width, mlp_width = text.width, int(text.width * self.mlp_ratio)
         layer = layers.block_operations(tokens, width, mlp_width)
-        layer += _cross_operations(tokens, width, mlp_width, seen, image_width)
+        layer += cross_operations(tokens, width, mlp_width, seen, image_width)
         return self.depth * layer + _vocabulary_operations(text, tokens)
 
     def empty_cache(self, text: TextConfig, rows: int, length: int, dtype: DType) -> Caption:
         """Return an empty KV cache for `length` tokens of each row."""
-        layer = Cache((_empty(text, self.num_heads, rows, length, dtype),))
-        blocks = [_empty(text, text.num_heads, rows, length, dtype)] * text.depth
+        layer = Cache((empty_kv(text.width, self.num_heads, rows, length, dtype),))
+        blocks = [empty_kv(text.width, text.num_heads, rows, length, dtype)] * text.depth
         return Caption(blocks, [layer] * self.depth)
 
 
@@ -262,7 +309,11 @@ class CoCaDecoder(nn.Module):
         self.vocab_projection = self.param("vocab_projection", init, (width, self.text.vocab_size))
 
     def embed_and_write(
-        self, tower: TextTransformer, tokens: Int[Array, "B L"], image: ImageTokens
+        self,
+        tower: TextTransformer,
+        tokens: Int[Array, "B L"],
+        image: ImageTokens,
+        keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
         """Embed texts, and return the decoder's states of all their tokens but the last."""
         states, _ = tower.states(tokens)
@@ -288,8 +339,11 @@ class CoCaDecoder(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaMMUTConfig(TowerConfig):
+class MaMMUTConfig(CaptionDecoderConfig):
     """MaMMUT's caption decoder: the text tower itself, causal and with cross-attention."""
+
+    trains_text = True
+    own_paths = "decoder", "text/transformer/layers/cross"
 
     cross_every: int = 2  # Text blocks per cross-attention block, which follows the first.
     first_mlp: bool = True  # Whether text blocks before a cross-attention block have an MLP.
@@ -327,7 +381,7 @@ class MaMMUTConfig(TowerConfig):
 
     def operations(self, text: TextConfig, tokens: int, seen: int, image_width: int) -> Operations:
         """Count the decoder's operations for one caption that attends to `seen` image tokens."""
-        crossed = _cross_operations(tokens, text.width, text.mlp_width, seen, text.width)
+        crossed = cross_operations(tokens, text.width, text.mlp_width, seen, text.width)
         projected = Operations(macs=seen * image_width * text.width)
         blocks = self._blocks(text, tokens) + (text.depth // self.cross_every) * crossed
         return blocks + projected + _vocabulary_operations(text, tokens)
@@ -341,11 +395,10 @@ class MaMMUTConfig(TowerConfig):
 
     def empty_cache(self, text: TextConfig, rows: int, length: int, dtype: DType) -> Caption:
         """Return an empty KV cache for `length` tokens of each row."""
-        layer = Cache((_empty(text, text.num_heads, rows, length, dtype),) * self.cross_every)
+        layer = Cache(
+            (empty_kv(text.width, text.num_heads, rows, length, dtype),) * self.cross_every
+        )
         return Caption(None, [layer] * (text.depth // self.cross_every))
-
-
-DecoderConfig = CoCaConfig | MaMMUTConfig
 
 
 class MaMMUTDecoder(nn.Module):
@@ -363,7 +416,11 @@ class MaMMUTDecoder(nn.Module):
         self.vocab_projection = self.param("vocab_projection", init, (self.width, self.vocab_size))
 
     def embed_and_write(
-        self, tower: TextTransformer, tokens: Int[Array, "B L"], image: ImageTokens
+        self,
+        tower: TextTransformer,
+        tokens: Int[Array, "B L"],
+        image: ImageTokens,
+        keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B E"], Float[Array, "B l D"]]:
         """Embed texts, and return the decoder's states of all their tokens but the last."""
         return tower(tokens), self._run(tower, tokens[:, :-1], image)[0]

@@ -94,14 +94,26 @@ def generate(
     return _write(clip, params, image_tokens, config, choose)
 
 
-def begin_and_end(text: TextConfig) -> tuple[int, int]:
-    """Return the begin and end ids. Raises InputError if the tokenizer has none."""
-    if text.begin_id is None or text.end_id is None:
+def begin_and_end(text: TextConfig, start: int | None = None) -> tuple[int, int]:
+    """Return the first id of a caption and the last.
+
+    `start` is the decoder's own first id. Raises InputError if the tokenizer lacks one that is
+    needed.
+    """
+    begin = start if text.begin_id is None else text.begin_id
+    if begin is None or text.end_id is None:
         raise InputError(
             f"captions need begin and end ids, and text.tokenizer has begin_id={text.begin_id}, "
             f"end_id={text.end_id}; set both."
         )
-    return text.begin_id, text.end_id
+    return begin, text.end_id
+
+
+def _without_start(ids: Int[Array, "B L"], text: TextConfig) -> Int[Array, "B L"]:
+    """Remove the decoder's own first id from captions of a tokenizer without one."""
+    if text.begin_id is not None:
+        return ids
+    return jnp.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=text.tokenizer.pad_id)
 
 
 def _choose(
@@ -133,7 +145,7 @@ def _write(
 ) -> Int[Array, "B L"]:
     text, length = clip.config.text, cast(int, config.max_length)
     params = apart(params)
-    (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
+    (begin, end), pad = begin_and_end(text, clip.needs_decoder().start), text.tokenizer.pad_id
     rows = len(split_tokens(image_tokens)[0])
 
     def extend(ids: Array, logits: Array, position: Array, done: Array) -> tuple[Array, Array]:
@@ -158,7 +170,8 @@ def _write(
     logits, cache = clip.decode_next(params, ids[:, 0], image_tokens, cache, first)
     ids, done = extend(ids, logits, first, jnp.zeros(rows, bool))
     state = (ids, first + 1, done, cache)
-    return jax.lax.while_loop(lambda s: (s[1] < length - 1) & ~s[2].all(), body, state)[0]
+    ids = jax.lax.while_loop(lambda s: (s[1] < length - 1) & ~s[2].all(), body, state)[0]
+    return _without_start(ids, text)
 
 
 def _search(
@@ -167,7 +180,7 @@ def _search(
     """Run a beam search, which stops when no open beam can beat the best finished caption."""
     text, length, count = clip.config.text, cast(int, config.max_length), config.beams
     params = apart(params)
-    (begin, end), pad = begin_and_end(text), text.tokenizer.pad_id
+    (begin, end), pad = begin_and_end(text, clip.needs_decoder().start), text.tokenizer.pad_id
     images = len(split_tokens(image_tokens)[0])
 
     def extend(state: Any, logits: Array, cache: Caption) -> Any:
@@ -209,7 +222,8 @@ def _search(
     cache = clip.empty_cache(images * count, length)
     begun = clip.decode_next(params, ids[:, :, 0].ravel(), image_tokens, cache, first)
     start = (ids, first, scores, ids[:, 0], jnp.full(images, -jnp.inf), None)
-    return jax.lax.while_loop(goes_on, body, extend(start, *begun))[3]
+    ids = jax.lax.while_loop(goes_on, body, extend(start, *begun))[3]
+    return _without_start(ids, text)
 
 
 def _reorder(cache: Caption, rows: Int[Array, " R"]) -> Caption:

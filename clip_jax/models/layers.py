@@ -208,16 +208,18 @@ class LayerNorm(nn.Module):
     """LayerNorm, computed at least in float32 and returned in the input's dtype."""
 
     epsilon: float = 1e-5
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         scale = self.param("scale", named("-", nn.initializers.ones), (x.shape[-1],))
-        bias = self.param("bias", named("-", nn.initializers.zeros), (x.shape[-1],))
         x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         x32 = x32 - checkpoint_name(x32.mean(-1), "moments")[..., None]
         variance = checkpoint_name(jnp.square(x32).mean(-1), "moments")[..., None]
-        x32 = x32 * jax.lax.rsqrt(variance + self.epsilon)
-        return (x32 * scale + bias).astype(x.dtype)
+        x32 = x32 * jax.lax.rsqrt(variance + self.epsilon) * scale
+        if self.use_bias:
+            x32 = x32 + self.param("bias", named("-", nn.initializers.zeros), (x.shape[-1],))
+        return x32.astype(x.dtype)
 
 
 def mean(x: Float[Array, "B L D"], length: Int[Array, " B"] | None) -> Float[Array, "B D"]:
@@ -343,6 +345,7 @@ class Attention(nn.Module):
     norm: float | None = None  # epsilon of LayerNorm of the heads' output; None: no norm
     biases: Biases = "qkv"
     pair_distance: int = 1  # see `attention.rotate`
+    out_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -353,6 +356,8 @@ class Attention(nn.Module):
         position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], attention.KV | None]:
         """Attend to all tokens, to `keys` (a mask, or the first n), or to those in a KV cache.
+
+        A mask is that of each row's tokens [B, L], or of each of their queries, too [B, L, L].
 
         `keys` may instead be rotary positions, with which all tokens are attended to.
 
@@ -388,7 +393,7 @@ class Attention(nn.Module):
         x = Einsum(
             "BLNK,NKD->BLD",
             (*heads, width),
-            (width,),
+            (width,) if self.out_bias else None,
             self.init_fns.out_proj,
             flat=self.layout.whole_heads,
             name="out_proj",
@@ -403,6 +408,7 @@ class MLP(nn.Module):
     activation: Activation
     init_fns: BlockInit
     norm: float | None = None  # epsilon of LayerNorm after the activation; None: no norm
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -413,7 +419,7 @@ class MLP(nn.Module):
                 Einsum(
                     "...D,DF->...F",
                     (width, mlp_width),
-                    (mlp_width,),
+                    (mlp_width,) if self.use_bias else None,
                     self.init_fns.c_fc,
                     uniform(width**-0.5),
                     flat=True,
@@ -432,7 +438,7 @@ class MLP(nn.Module):
         return Einsum(
             "...F,FD->...D",
             (mlp_width, width),
-            (width,),
+            (width,) if self.use_bias else None,
             self.init_fns.c_proj,
             uniform(mlp_width**-0.5),
             flat=True,

@@ -26,21 +26,22 @@ def setting():
         labels[row, end:] = 0
     labels[3] = 0  # nothing to write
     states, kernel = rng.normal(size=(B, L, D)), rng.normal(size=(D, V))
-    return states, kernel, labels, rng.normal(size=B)
+    return states, kernel, rng.normal(size=V), labels, rng.normal(size=B)
 
 
 @functools.cache
 def reference():
     """Each row's loss, and the gradient of its weighted sum, in float64."""
-    states, kernel, labels, weights = setting()
-    logits = states @ kernel
+    states, kernel, bias, labels, weights = setting()
+    logits = states @ kernel + bias
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     real = labels != 0
     one_hot = np.eye(V)[labels]
     rows = -(np.log((shares * one_hot).sum(-1)) * real).sum(1)
     d_logits = (shares - one_hot) * real[..., None] * weights[:, None, None]
-    return rows, d_logits @ kernel.T, np.einsum("BLD,BLV->DV", states, d_logits)
+    d_kernel = np.einsum("BLD,BLV->DV", states, d_logits)
+    return rows, d_logits @ kernel.T, d_kernel, d_logits.sum((0, 1))
 
 
 @pytest.mark.parametrize(
@@ -48,27 +49,29 @@ def reference():
     [(1, None), (5, None), (B * L, None), (1_000, None), (3, "8"), (3, "2x2x2")],
 )
 def test_any_chunk_on_any_mesh_is_the_dense_loss_in_float64(chunk_size, mesh_name):
-    states, kernel, labels, weights = setting()
-    arrays = [jnp.asarray(x, jnp.float32) for x in (states, kernel)]
+    *arrays, labels, weights = setting()
+    arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
     labels, weights, options = jnp.asarray(labels), jnp.asarray(weights, jnp.float32), {}
     if mesh_name:
         mesh = make_mesh(MESHES[mesh_name])
         rows, table = NamedSharding(mesh, P(AXES.rows)), NamedSharding(mesh, P("fsdp", "tensor"))
-        arrays = [jax.device_put(arrays[0], rows), jax.device_put(arrays[1], table)]
+        words = NamedSharding(mesh, P("tensor"))
+        arrays = [*map(jax.device_put, arrays, (rows, table, words))]
         labels, options = jax.device_put(labels, rows), {"mesh": mesh, "axes": AXES}
 
-    def weighted(states, kernel):
-        rows = caption_loss(states, kernel, labels, pad_id=0, chunk_size=chunk_size, **options)
+    def weighted(states, kernel, bias):
+        sizes = {"pad_id": 0, "chunk_size": chunk_size}
+        rows = caption_loss(states, kernel, labels, bias=bias, **sizes, **options)
         return (weights * rows).sum(), rows
 
-    got = jax.jit(jax.grad(weighted, argnums=(0, 1), has_aux=True))(*arrays)
-    (d_states, d_kernel), rows = jax.device_get(got)
-    for a, b in zip((rows, d_states, d_kernel), reference(), strict=True):
+    got = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    gradients, rows = jax.device_get(got)
+    for a, b in zip((rows, *gradients), reference(), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
 def test_no_logits_of_all_positions_are_held_and_gradients_keep_their_dtypes():
-    states, kernel, labels, _ = map(jnp.asarray, setting())
+    states, kernel, _, labels, _ = map(jnp.asarray, setting())
     states, kernel = states.astype(jnp.bfloat16), kernel.astype(jnp.float32)
 
     def loss(states, kernel):

@@ -18,7 +18,7 @@ from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.sharding import path_name
-from tests.conftest import COCA, MAMMUT, RESNET, TINY, parameter_tree, parameters
+from tests.conftest import COCA, DECODERS, RESNET, TINY, parameter_tree, parameters
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -93,7 +93,7 @@ def test_gelu_in_bfloat16_errs_no_more_than_rounding():
 
 def test_the_trees_of_parameters_are_the_public_format():
     assert parameter_tree() == json.loads((GOLDEN / "parameter_tree.json").read_text())
-    decoders = {"coca": parameter_tree(COCA), "mammut": parameter_tree(MAMMUT)}
+    decoders = {name: parameter_tree(config) for name, config in DECODERS.items()}
     assert decoders == json.loads((GOLDEN / "decoder_trees.json").read_text())
 
 

@@ -8,7 +8,7 @@ import pytest
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig, Text, Vision
-from clip_jax.models.decoder import DecoderConfig
+from clip_jax.models.decoders import DecoderConfig
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.text import TokenizerConfig
 

@@ -1,0 +1,5 @@
+"""The caption decoders that a model may have."""
+
+from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
+
+DecoderConfig = CoCaConfig | MaMMUTConfig
