@@ -40,6 +40,7 @@ from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.image_folder import FolderConfig
 from clip_jax.losses import ClassifierConfig, DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.models.bert import BertConfig
+from clip_jax.models.cappa import CapPaConfig
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.clip import parameters as boxes
 from clip_jax.models.conv_stem import ConvStemConfig
@@ -266,6 +267,9 @@ MAMMUT = dataclasses.replace(
     text=dataclasses.replace(TINY.text, pool="mean", causal=False, projection=False, depth=4),
     decoder=MaMMUTConfig(cross_every=2, first_mlp=False),
 )
+
+CAPPA = dataclasses.replace(TINY, decoder=CapPaConfig(width=24, depth=2, num_heads=2))
+DECODERS = {"coca": COCA, "mammut": MAMMUT, "cappa": CAPPA}
 
 _VISION = {"image_size": 32, "width": 32, "depth": 2, "num_heads": 2}
 _TEXT = {"vocab_size": 520, "context_length": 10, "width": 32, "depth": 2, "num_heads": 2}

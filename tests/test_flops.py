@@ -16,6 +16,7 @@ from clip_jax.config import Config
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig
 from clip_jax.models import zoo
 from clip_jax.models.bert import BertConfig
+from clip_jax.models.cappa import CapPaConfig
 from clip_jax.models.clip import CLIP, CLIPConfig
 from clip_jax.models.conv_stem import ConvStemConfig
 from clip_jax.models.decoder import CoCaConfig
@@ -25,7 +26,7 @@ from clip_jax.models.text_lengths import TextLengths
 from clip_jax.models.vit import ViTConfig, choose_patches
 from clip_jax.optim import OptimConfig
 from clip_jax.step import StepConfig
-from tests.conftest import COCA, MAMMUT, RESNET, TINY
+from tests.conftest import CAPPA, COCA, MAMMUT, RESNET, TINY
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -79,6 +80,8 @@ def wide(config: CLIPConfig) -> CLIPConfig:
         vision = replace(vision, **size, pool_queries=16, pool_heads=6)
     if isinstance(decoder, CoCaConfig):
         decoder = replace(decoder, depth=3, num_heads=6)
+    elif isinstance(decoder, CapPaConfig):
+        decoder = replace(decoder, width=384, depth=3, num_heads=6)
     size = {"context_length": 24, "vocab_size": 64, "width": 384, "depth": 6, "num_heads": 6}
     text = replace(config.text, **size)
     return replace(config, embed_dim=384, vision=vision, text=text, decoder=decoder)
@@ -94,8 +97,15 @@ WIDE_RESNET = replace(RESNET, vision=replace(RESNET.vision, layers=(1, 2, 1, 1),
 
 @pytest.mark.parametrize(
     ("config", "locked"),
-    [(TINY, ()), (SIGLIP, ("image",)), (WIDE_RESNET, ("image",)), (COCA, ()), (MAMMUT, ())],
-    ids=["class token", "map pooling", "ResNet", "CoCa", "MaMMUT"],
+    [
+        (TINY, ()),
+        (SIGLIP, ("image",)),
+        (WIDE_RESNET, ("image",)),
+        (COCA, ()),
+        (MAMMUT, ()),
+        (CAPPA, ()),
+    ],
+    ids=["class token", "map pooling", "ResNet", "CoCa", "MaMMUT", "CapPa"],
 )
 def test_xla_counts_the_same_matmuls_in_an_unrolled_step(config, locked):
     # XLA counts the body of a scan once, so the scan must be unrolled.

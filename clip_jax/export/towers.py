@@ -17,6 +17,7 @@ from clip_jax import parts
 from clip_jax.errors import InputError
 from clip_jax.export.graph import Graph
 from clip_jax.export.patches import GRID, MASK
+from clip_jax.models.cappa import CapPaConfig
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.conv_stem import STEM, ConvStemConfig
 from clip_jax.models.convnext import ConvNeXtConfig
@@ -137,6 +138,8 @@ def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> s
     image, seen = _caption_tokens(vision, graph, graph.computed(pixels))
     length = graph.op("Shape", ids, start=1, end=2)
     mask = causal = _causal_mask(graph, text, length)
+    if isinstance(config.decoder, CapPaConfig):
+        return _cappa(graph, config.decoder, ids, causal, image, seen)
     x = _embedded(graph, text, ids, length)
     if isinstance(config.decoder, MaMMUTConfig):
         tower = "text"
@@ -150,6 +153,33 @@ def caption_logits(graph: Graph, config: CLIPConfig, pixels: str, ids: str) -> s
         x = _stack(graph, text, "text", x, mask)
     x = _norm(graph, text, f"{tower}/ln_final", _stack(graph, text, tower, x, causal, image, seen))
     return graph.exact(graph.linear(x, graph.weight("decoder/vocab_projection")))
+
+
+def _cappa(
+    graph: Graph, c: CapPaConfig, ids: str, causal: str, image: str, seen: str | None
+) -> str:
+    """Add a CapPa decoder of ids [B, L]; `causal` and `seen` are additive masks, see `_stack`."""
+    table = graph.number(graph.weight("decoder/token_embedding"), "decoder/token_embedding")
+    positions = graph.number(graph.weight("decoder/positional_embedding"))
+    length = graph.op("Shape", ids, start=1, end=2)
+    positions = graph.op("Slice", positions, graph.integers(0), length, graph.integers(0))
+    x = graph.op("Add", graph.op("Gather", table, ids, axis=0), positions)
+    block, path = c.block(Layout()), "decoder/transformer/layers"
+    for layer in range(c.depth):
+        y = graph.layer_norm(x, f"{path}/ln_1", block.epsilon, layer)
+        q, k, v = graph.heads(y, f"{path}/attn/in_proj", layer)
+        y = graph.attention(f"{path}/attn/out_proj", q, k, v, layer=layer, mask=causal)
+        x = graph.op("Add", x, y)
+        y = graph.layer_norm(x, f"{path}/ln_2", block.epsilon, layer)
+        (q,) = graph.heads(y, f"{path}/attn_cross/q", layer)
+        k, v = graph.heads(image, f"{path}/attn_cross/kv", layer)
+        y = graph.attention(f"{path}/attn_cross/out_proj", q, k, v, layer=layer, mask=seen)
+        x = graph.op("Add", x, y)
+        y = graph.layer_norm(x, f"{path}/ln_3", block.epsilon, layer)
+        x = graph.op("Add", x, _mlp(graph, block, y, path, layer))
+    x = graph.layer_norm(x, "decoder/ln_final", block.epsilon)
+    head = (graph.weight(f"decoder/vocab_{name}") for name in ("projection", "bias"))
+    return graph.exact(graph.linear(x, *head))
 
 
 def _at_full_length(graph: Graph, text: TextConfig, ids: str) -> str:

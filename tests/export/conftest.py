@@ -23,7 +23,7 @@ from clip_jax.models.images import Images, Patches, concatenate
 from clip_jax.models.text import TokenizerConfig
 from clip_jax.models.vit import ViTConfig
 from tests import conftest, vocabularies
-from tests.conftest import COCA, MAMMUT, RESNET, ROOT, TINY, batch, parameters
+from tests.conftest import CAPPA, COCA, MAMMUT, RESNET, ROOT, TINY, batch, parameters
 
 RULES = TokenizerConfig(file="", clean="punctuation", end_id=1, pad_id=1)
 
@@ -67,6 +67,7 @@ FAMILIES = {
         text=replace(COCA.text, correct_class_mask=False),
     ),
     "mammut": MAMMUT,
+    "cappa": CAPPA,
     "siglip": replace(
         SIGLIP,
         embed_dim=32,

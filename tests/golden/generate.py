@@ -17,9 +17,8 @@ from clip_jax.export import stablehlo
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe
 from tests.conftest import (
-    COCA,
+    DECODERS,
     GOLDEN_LOSS,
-    MAMMUT,
     OPTIM,
     TINY,
     batch,
@@ -58,7 +57,7 @@ if __name__ == "__main__":
     program = Program(recipe, make_mesh(MeshConfig(), jax.devices()[:1]))
     after, metrics = program.step(program.init(parameters(TINY)), program.put(batch(TINY)))
     step = sums_of_step(*jax.device_get((after.params, metrics)))
-    decoders = {"coca": parameter_tree(COCA), "mammut": parameter_tree(MAMMUT)}
+    decoders = {name: parameter_tree(config) for name, config in DECODERS.items()}
     golden = {"parameter_tree": parameter_tree(), "decoder_trees": decoders, "step": step}
     for name, value in golden.items():
         (HERE / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")

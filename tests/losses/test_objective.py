@@ -25,7 +25,7 @@ from clip_jax.models.lora import LoRAConfig, draw
 from clip_jax.models.text_lengths import TextLengths
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe, State, context
-from tests.conftest import COCA, OPTIM, TINY, by_path
+from tests.conftest import CAPPA, COCA, MAMMUT, OPTIM, TINY, by_path
 
 
 def test_each_term_sees_what_it_carries_itself() -> None:
@@ -51,6 +51,42 @@ def test_each_term_sees_what_it_carries_itself() -> None:
     state = State(jnp.zeros((), jnp.int32), {}, {}, begun)
     x = context(CLIP(TINY), make_mesh(MeshConfig(), jax.devices()[:1]), state, {}, {}, {})
     assert objective.update(both, x) == {"first": {"count": 10}, "second": {"count": 20}}
+
+
+def test_a_term_without_weight_is_not_computed_and_keeps_what_it_carries() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Costly(CaptionConfig):
+        def encode(self, x: Context):
+            raise AssertionError("computed")
+
+        loss = update = encode
+
+    terms = (SoftmaxConfig(), Costly(weight=0.0))
+    assert objective.needs(terms) == ()
+    features = jnp.eye(4, TINY.embed_dim)
+    state = State(jnp.zeros((), jnp.int32), {}, {}, {"caption": 3})
+    scalars = {"logit_scale": jnp.zeros(())}
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    x = context(CLIP(COCA), mesh, state, scalars, {}, {"image": features, "text": features})
+    x = replace(x, outputs=objective.encode(terms, x))
+    value, metrics = objective.total(terms, x)
+    alone, expected = objective.total(terms[:1], x)
+    assert value == alone
+    assert metrics == expected | {"contrastive_loss": alone}  # as in stages in which it has one
+    assert objective.update(terms, x) == {"caption": 3}
+
+
+def test_captions_alone_train_a_text_tower_that_a_decoder_or_a_term_needs() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class WithTexts(CaptionConfig):
+        @property
+        def needs(self):
+            return (*super().needs, "text_tokens:-1")
+
+    alone = (CaptionConfig(),)
+    idle = [objective.idle(alone, model) for model in (COCA, MAMMUT, CAPPA)]
+    assert idle == [(), (), ("text",)]
+    assert objective.idle((WithTexts(),), CAPPA) == ()
 
 
 @pytest.mark.usefixtures("unchecked_types")

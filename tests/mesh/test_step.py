@@ -20,8 +20,10 @@ from clip_jax.pods import hlo
 from clip_jax.pods.collectives import collectives
 from clip_jax.step import Program, State, context, encode, locked_of
 from tests.conftest import (
+    CAPPA,
     COCA,
     FAMILIES,
+    MAMMUT,
     NAFLEX_COCA,
     NAFLEX_SIGLIP,
     OPTIM,
@@ -108,6 +110,27 @@ def test_sigmoids_in_a_ring_accumulated_on_a_mesh_are_those_of_the_one_big_batch
     assert {x.kind for x in found} == {"all-reduce", "collective-permute"}
     passed = [dims for x in found if x.kind != "all-reduce" for _, dims in x.arrays]
     assert max(map(math.prod, passed)) <= 2 * 32  # embeddings of a device's two rows
+
+
+def test_captions_predicted_in_parallel_on_a_mesh_are_those_of_the_one_big_batch():
+    """SigLIP 2's two losses. Which captions are predicted in parallel depends on step and row."""
+    config = dataclasses.replace(CAPPA, init_logit_bias=-10.0)
+    objective = (SigmoidConfig(), CaptionConfig(weight=1.0))
+    step = functools.partial(compiled, config, objective=objective)
+    whole, layouts = step(accumulation=4), (("8", 1), ("4x2", 2), ("2x2x2", 4))
+    expected = whole()
+    for mesh, accumulation in layouts:
+        check_equal(expected, step(mesh=mesh, accumulation=accumulation)())
+    _, later = whole(whole.start(step=1))
+    assert abs(later["caption_loss"] - expected[1]["caption_loss"]) > 1e-3
+
+
+def test_captions_alone_train_mammuts_text_tower_and_not_the_one_beside_cappas_decoder():
+    for config, is_trained in ((MAMMUT, True), (CAPPA, False)):
+        after, _ = compiled(config, objective=(CaptionConfig(),))()
+        texts = (x["text"]["transformer"] for x in (after.params, parameters(config)))
+        pairs = zip(*map(jax.tree.leaves, texts), strict=True)
+        assert any(not np.array_equal(*pair) for pair in pairs) == is_trained
 
 
 def test_several_texts_of_an_image_accumulated_on_a_mesh_are_those_of_the_one_big_batch():

@@ -10,12 +10,23 @@ import pytest
 
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP
-from clip_jax.models.decoder import CoCaConfig, MaMMUTConfig
+from clip_jax.models.decoder import IGNORED, CoCaConfig, MaMMUTConfig
 from clip_jax.models.layers import apart
-from tests.conftest import COCA, MAMMUT, NAFLEX_COCA, RESNET, batch, decode_text, parameters
+from tests.conftest import (
+    CAPPA,
+    COCA,
+    MAMMUT,
+    NAFLEX_COCA,
+    RESNET,
+    batch,
+    decode_text,
+    parameters,
+)
 
 # The CoCa's images are padded.
-BOTH = pytest.mark.parametrize("config", [NAFLEX_COCA, MAMMUT], ids=["coca", "mammut"])
+EACH = pytest.mark.parametrize(
+    "config", [NAFLEX_COCA, MAMMUT, CAPPA], ids=["coca", "mammut", "cappa"]
+)
 
 
 @functools.cache
@@ -38,7 +49,7 @@ def assert_same_logits(got, expected):
     np.testing.assert_allclose(got, expected, rtol=0, atol=8 * unit)
 
 
-@BOTH
+@EACH
 def test_token_by_token_gives_the_same_logits_and_rows_may_share_an_image(config):
     """So all at once, too, a token sees none behind it."""
     model = CLIP(config)
@@ -53,7 +64,7 @@ def test_token_by_token_gives_the_same_logits_and_rows_may_share_an_image(config
     assert_same_logits(jnp.stack(logits, axis=1), jnp.repeat(expected, 2, axis=0))
 
 
-@BOTH
+@EACH
 def test_what_is_written_sees_the_image_and_the_embedding_does_not(config):
     model = CLIP(config)
     params, tokens, image_tokens, expected, decode = written(config)
@@ -78,3 +89,39 @@ def test_what_cannot_be_is_refused():
         replace(COCA, decoder=CoCaConfig(num_heads=5))
     with pytest.raises(InputError, match="vision transformer, not a ResNet"):
         replace(MAMMUT, vision=RESNET.vision)
+
+
+def test_a_share_of_captions_is_predicted_in_parallel():
+    """From the image alone: their states depend on no token; those of the others do."""
+    model, data = CLIP(CAPPA), batch(CAPPA)
+    params = jax.tree.map(jnp.asarray, parameters(CAPPA))
+    images = {"image": model.normalize(jnp.asarray(data["image"]))}
+    texts = jnp.asarray(data["text"])
+
+    @jax.jit
+    def states(texts, keys):
+        return model.outputs(
+            params, images, {"text": texts}, ("caption_states",), caption_keys=keys
+        )[0]["caption_states"]
+
+    keys = jax.random.split(jax.random.key(0), len(texts))
+    is_parallel = np.array(jax.vmap(jax.random.uniform)(keys)) < CAPPA.decoder.parallel
+    assert 0 < is_parallel.sum() < len(texts)
+    other = texts.at[:, 2].set(7)
+    for rows, chosen in ((keys, is_parallel), (None, np.zeros(len(texts), bool))):
+        changed = np.abs(states(texts, rows) - states(other, rows)).max(-1)
+        assert (changed[chosen] == 0).all()
+        assert (changed[~chosen][:, :2] == 0).all()  # of the tokens before
+        assert (changed[~chosen][:, 2:] > 0).all()
+
+
+def test_captions_without_a_begin_of_text_start_with_the_decoders_own_id():
+    tokenizer = replace(CAPPA.text.tokenizer, file="x.json", end_id=1, pad_id=1)
+    text = replace(CAPPA.text, tokenizer=tokenizer, pool="last")
+    tokens = jnp.array([[5, 6, 1, 1], [5, 6, 7, 8]])
+    labels = CAPPA.decoder.labels(text, tokens)
+    assert labels.tolist() == [[5, 6, 1, IGNORED], [5, 6, 7, 8]]  # the first end counts
+    assert CAPPA.decoder.inputs(text, tokens).tolist() == [[0, 5, 6, 1], [0, 5, 6, 7]]
+    begun = replace(text, tokenizer=replace(tokenizer, begin_id=2))
+    assert CAPPA.decoder.labels(begun, tokens).tolist() == [[6, 1, IGNORED], [6, 7, 8]]
+    assert COCA.decoder.labels(COCA.text, jnp.array([[2, 3, 4, 0]])).tolist() == [[3, 4, IGNORED]]

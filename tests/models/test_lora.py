@@ -16,6 +16,7 @@ from clip_jax.models import lora
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.lora import LoRAConfig
 from tests.conftest import (
+    CAPPA,
     MAMMUT,
     NAFLEX_COCA,
     NAFLEX_SIGLIP,
@@ -35,6 +36,7 @@ NAFLEX_POOL = dataclasses.replace(NAFLEX_COCA.vision, pool="map", patch_bias=Tru
 MODELS = {
     "CoCa": dataclasses.replace(NAFLEX_COCA, vision=NAFLEX_POOL),
     "MaMMUT": MAMMUT,
+    "CapPa": CAPPA,
     "ResNet": RESNET,
 }
 

@@ -26,6 +26,7 @@ from clip_jax.optim.wrappers import scale_layers
 from clip_jax.sharding import make_mesh
 from tests import conftest
 from tests.conftest import (
+    CAPPA,
     COCA,
     FAMILIES,
     MAMMUT,
@@ -133,6 +134,7 @@ MODELS = FAMILIES | {
     "resnet": RESNET,
     "coca": COCA,
     "mammut": MAMMUT,
+    "cappa": CAPPA,
     "naflex": NAFLEX_SIGLIP,
     "mixer": MIXER,
 }

@@ -3,21 +3,24 @@
 import json
 from dataclasses import replace
 
+import pytest
+
 from clip_jax.cli.commands import main
 from clip_jax.convert.formats import write_weights
 from clip_jax.convert.weights import Weights, default_preprocess
-from tests.conftest import COCA, parameters
+from tests.conftest import CAPPA, COCA, parameters
 
 
-def test_a_model_that_writes_captions(tmp_path, capsys):
-    config = replace(COCA, text=replace(COCA.text, context_length=40))  # leaves room for padding
+@pytest.mark.parametrize("config", [COCA, CAPPA], ids=["CoCa", "CapPa"])
+def test_a_model_that_writes_captions(tmp_path, capsys, config):
+    config = replace(config, text=replace(config.text, context_length=40))  # room for padding
     weights = Weights(
         config=config, params=parameters(config), preprocess=default_preprocess(config)
     )
-    write_weights(weights, tmp_path / "coca", "clip-jax")
+    write_weights(weights, tmp_path / "model", "clip-jax")
 
     def exported(folder, *flags):
-        paths = str(tmp_path / "coca"), str(tmp_path / folder)
+        paths = str(tmp_path / "model"), str(tmp_path / folder)
         assert main(["export", *paths, *flags, "--verify", "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
@@ -29,4 +32,5 @@ def test_a_model_that_writes_captions(tmp_path, capsys):
     # The text tower attends to padding, so users of the program must pad texts as the model does.
     values = exported("program", "--format", "stablehlo")
     assert values["caption_logits"] <= values["max_relative_difference"] <= values["bound"] == 1e-5
-    assert "end with token id 519" in (tmp_path / "program/README.md").read_text()
+    begin_and_end = "begin with token id 518 and end with 519"
+    assert begin_and_end in (tmp_path / "program/README.md").read_text()

@@ -11,7 +11,7 @@ import numpy as np
 
 from clip_jax.models.clip import CLIP
 from clip_jax.models.generation import GenerationConfig, generate
-from tests.conftest import COCA, batch, decode_text, parameters
+from tests.conftest import CAPPA, COCA, batch, decode_text, parameters
 
 # One block each, since XLA compiles every block separately.
 SMALL = replace(COCA, text=replace(COCA.text, depth=1), decoder=replace(COCA.decoder, depth=1))
@@ -47,6 +47,32 @@ def test_greedy_takes_the_best_token_of_the_uncached_decoder():
         ids[:, place + 1] = np.where(done, PAD, chosen)
         done |= np.isin(ids[:, place + 1], [PAD, END])
     np.testing.assert_array_equal(got, ids[:, :length])
+
+
+def test_captions_of_a_tokenizer_without_a_begin_start_with_the_decoders_own_id():
+    """The start is no part of the captions, which have one token less."""
+    tokenizer = replace(CAPPA.text.tokenizer, file="words.json", end_id=END, pad_id=PAD)
+    text = replace(CAPPA.text, tokenizer=tokenizer, pool="last", depth=1)
+    config = replace(CAPPA, text=text, decoder=replace(CAPPA.decoder, depth=1))
+    model, params, image_tokens, decode = model_and_images(config)
+    length = 6
+    ids, done = np.zeros((8, text.context_length), np.int32), np.zeros(8, bool)
+    for place in range(length - 1):
+        logits = np.array(decode(params, ids, image_tokens)[:, place])
+        if place == 0:
+            logits[:, END] = -np.inf  # no empty caption
+        chosen = np.full(8, END) if place == length - 2 else logits.argmax(1)
+        ids[:, place] = np.where(done, PAD, chosen)
+        done |= np.isin(ids[:, place], [PAD, END])
+    limits = {"max_length": length, "min_length": 2}
+    got = write(model, params, image_tokens, GenerationConfig(**limits))
+    np.testing.assert_array_equal(got, ids[:, :length])
+    beams = write(model, params, image_tokens, GenerationConfig(method="beams", **limits))
+    ends = (beams == END).argmax(1)
+    assert (ends > 0).all()
+    for row, end in zip(beams, ends, strict=True):
+        assert not np.isin(row[:end], [PAD, END]).any()
+        assert (row[end + 1 :] == PAD).all()
 
 
 def test_beams_find_the_best_of_all_captions():
