@@ -8,13 +8,13 @@ resume.
 
 import functools
 import itertools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from clip_jax import flops
 from clip_jax.checkpoints.resume import branch_point
 from clip_jax.checkpoints.retention import CheckpointConfig
-from clip_jax.data.batch_plan import BatchKind, BatchPlan, Lengths, doubling
+from clip_jax.data.batch_plan import BatchKind, BatchPlan, Lengths, doubling, in_stages
 from clip_jax.data.images import Preprocess
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.errors import InputError, check_ranges
@@ -31,6 +31,21 @@ from clip_jax.step import Recipe, StepConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Settings that a run has from a share of its learning-rate schedule on."""
+
+    begin: float  # Share of the learning-rate schedule before the stage.
+    # Weight of each term of the objective; what no term trains keeps its values. None: that of the
+    # objective.
+    weights: tuple[float, ...] | None = None
+    # Sequence length of a NaFlex model. None: model.vision.max_patches, or lengths.
+    max_patches: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "stages.", begin="[0, 1)", weights="[0, inf)", max_patches="[1, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(StepConfig):
     """Settings of a training run."""
 
@@ -39,6 +54,9 @@ class Config(StepConfig):
     double_batch_at: tuple[int, ...] = ()
     # Sequence lengths of a NaFlex model in training. None: model.vision.max_patches throughout.
     lengths: Lengths | None = None
+    # Parts of the run, which differ in the losses' weights or in the images' size. Before the first
+    # one, the run has the config's own settings.
+    stages: tuple[StageConfig, ...] = ()
     # Parent run and step, as RUN@STEP: continues from that state and data position, under another
     # schedule or length. init_from stays that of the parent run. None: no branch.
     branch_from: str | None = None
@@ -100,6 +118,8 @@ class Config(StepConfig):
                     "--lengths."
                 )
             self.lengths.check(self.batch_size, vision.max_patches, self.accumulation)
+        if self.stages:
+            self._check_stages()
         if self.branch_from is not None:
             _, step = branch_point(self.branch_from)
             if step >= self.steps:
@@ -128,6 +148,52 @@ class Config(StepConfig):
         if self.profile_steps is not None:
             profile_range(self.profile_steps)
 
+    def _check_stages(self) -> None:
+        """Raise InputError unless the stages follow each other and fit objective and model."""
+        begins, first = [stage.begin for stage in self.stages], self.first_steps
+        if any(a >= b for a, b in itertools.pairwise((*first, self.steps))):
+            raise InputError(
+                f"stages.*.begin={begins} must increase, and each stage have a step: they begin at "
+                f"{list(first)} of {self.steps} steps. Change them, or --steps."
+            )
+        terms = [term.name for term in self.objective]
+        for number, stage in enumerate(self.stages):
+            weights = stage.weights
+            if weights is not None and (len(weights) != len(terms) or not any(weights)):
+                raise InputError(
+                    f"stages.{number}.weights={weights} must have a weight for each term of the "
+                    f"objective ({', '.join(terms)}), at least one of them not 0."
+                )
+            if stage.max_patches and (self.lengths or self.model.vision.max_patches is None):
+                raise InputError(
+                    f"stages.{number}.max_patches={stage.max_patches} needs a NaFlex model and no "
+                    "lengths: set --model.vision.max-patches, or remove one of them."
+                )
+
+    @functools.cached_property
+    def _all_stages(self) -> tuple[StageConfig, ...]:
+        """All stages, of which the first begins at step 0."""
+        begins = bool(self.stages) and not self.stages[0].begin
+        return self.stages if begins else (StageConfig(begin=0.0), *self.stages)
+
+    @functools.cached_property
+    def first_steps(self) -> tuple[int, ...]:
+        """The number of steps before each stage."""
+        end = self.schedule_step(self.steps)
+        at = [stage.begin * end for stage in self._all_stages]
+        if self.lengths is not None:
+            at = [self.lengths.step_at(step, self.steps) for step in at]
+        return tuple(map(round, at))
+
+    def stages_before(self, step: int) -> dict[int, StageConfig]:
+        """Return the stages that begin before `step`, by the number of steps before each."""
+        stages = zip(self.first_steps, self._all_stages, strict=True)
+        return {first: replace(stage, begin=0.0) for first, stage in stages if 0 < first < step}
+
+    def stage_of(self, kind: BatchKind) -> StageConfig:
+        """Return the stage of one kind of batches."""
+        return self._all_stages[(kind.stage or 1) - 1]
+
     @property
     def end(self) -> int:
         """The step at which the run stops."""
@@ -135,16 +201,22 @@ class Config(StepConfig):
 
     @functools.cached_property
     def batches(self) -> BatchPlan:
-        """The size and image shape of every batch of the run."""
+        """The size, the image shape and the stage of every batch of the run."""
         vision = self.model.vision
-        if self.lengths is None:
-            return doubling(self.batch_size, vision.image_spec, self.double_batch_at)
 
         def spec_of(patches: int | None) -> ImageSpec:
             return vision.with_max_patches(patches).image_spec
 
-        patches, seed = vision.num_patches, self.data.seed
-        return self.lengths.plan(self.batch_size, patches, spec_of, self.steps, seed)
+        if self.lengths is None:
+            plan = doubling(self.batch_size, vision.image_spec, self.double_batch_at)
+        else:
+            patches, seed = vision.num_patches, self.data.seed
+            plan = self.lengths.plan(self.batch_size, patches, spec_of, self.steps, seed)
+        if not self.stages:
+            return plan
+        own = [stage.max_patches for stage in self._all_stages]
+        images = [None if patches is None else spec_of(patches) for patches in own]
+        return in_stages(plan, self.first_steps, images)
 
     def samples_after(self, steps: int) -> int:
         """Return the number of image-text pairs in the first `steps` updates."""
@@ -166,14 +238,22 @@ class Config(StepConfig):
 
     def recipe_of(self, kind: BatchKind) -> Recipe:
         """Return the recipe of the updates that take one kind of batches."""
-        return self._recipe(batch_size=kind.pairs, model=kind.model_of(self.model))
+        weights = self.stage_of(kind).weights or [term.weight for term in self.objective]
+        return self._recipe(
+            batch_size=kind.pairs,
+            model=kind.model_of(self.model),
+            objective=tuple(
+                replace(term, weight=weight)
+                for term, weight in zip(self.objective, weights, strict=True)
+            ),
+        )
 
     def _recipe(self, **changes: Any) -> Recipe:
         settings: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(StepConfig)}
         settings["steps"] = round(self.schedule_step(self.steps))
         return Recipe(**(settings | changes))
 
-    def variants(self) -> list[tuple[int, Recipe]]:
-        """Return the number of steps and the recipe of each kind of batch in the run."""
+    def variants(self) -> list[tuple[BatchKind, int, Recipe]]:
+        """Return each kind of batch in the run, with the number of its steps and its recipe."""
         counts = self.batches.counts(0, self.steps)
-        return [(steps, self.recipe_of(kind)) for kind, steps in counts.items()]
+        return [(kind, steps, self.recipe_of(kind)) for kind, steps in counts.items()]

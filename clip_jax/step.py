@@ -222,6 +222,19 @@ class Program:
             return state
         return replace(state, frozen=jax.tree.map(put, self.state.frozen, frozen))
 
+    def begin(self, state: State, names: list[str]) -> State:
+        """Initialise again what some terms carry, from the current parameters."""
+        trainable, _ = split_batch_stats(state.params)
+        of_terms = {name: self.state.carried[name] for name in names}
+
+        def init(trainable: Params) -> dict[str, Any]:
+            carried = terms.init(self.recipe.objective, trainable)
+            return {name: carried[name] for name in names}
+
+        shardings = jax.tree.map(lambda x: x.sharding, of_terms)
+        begun = jax.jit(init, out_shardings=shardings)(trainable)
+        return replace(state, carried=state.carried | begun)
+
     def compile(self) -> None:
         """Compile the step now; it then takes only states and batches that are on the mesh."""
         self.step = self.step.lower(self.state, self.batch).compile()

@@ -47,12 +47,13 @@ from clip_jax.inference.starting import (
     stored_tower,
 )
 from clip_jax.losses import ClassifierConfig
+from clip_jax.losses.objective import active
 from clip_jax.metrics.profiler import Profiler
 from clip_jax.metrics.reports import Reports
 from clip_jax.metrics.timers import Timers
 from clip_jax.models.clip import Params, count
 from clip_jax.models.images import valid_patches
-from clip_jax.optim.wrappers import averaged
+from clip_jax.optim.wrappers import averaged, with_new_norms
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.step import LOCKED, FrozenParams, Program, State, locked_of
 from clip_jax.storage import files
@@ -177,7 +178,8 @@ def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: W
     differs = check_earlier(config, workdir, parent, pipeline)
     if processes.is_lead():
         vocabulary.keep(config.model.text.tokenizer, str(workdir))
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    also = sorted({*config.checkpoint.also, *filter(None, config.first_steps)})  # to branch from
+    checkpoints = Checkpoints(workdir / "checkpoints", replace(config.checkpoint, also=tuple(also)))
     start = checkpoints.latest_step() or (parent.step if parent else 0)
     agree(config, workdir, pipeline, evaluations, start)
     watchdog = processes.Watchdog(
@@ -257,8 +259,24 @@ def check_earlier(
         return []
     before = complete(read_run_config(parent.workdir))
     differs = check_branch(parent.workdir, before, now, config.samples_after(parent.step))
+    if config.stages or before.get("stages"):
+        check_stages(config, from_dict(Config, before), parent)
     check_data(parent.workdir, pipeline)
     return differs
+
+
+def check_stages(config: Config, before: Config, parent: Parent) -> None:
+    """Raise InputError unless a branch has the stages that its parent run began before it."""
+    stages, begun = config.stages_before(parent.step), before.stages_before(parent.step)
+    if stages != begun:
+        end = config.schedule_step(config.steps)
+        shares = [float(f"{config.schedule_step(step) / end:.6g}") for step in begun]
+        raise InputError(
+            f"stages: a branch at step {parent.step} of {parent.workdir} must have the stages that "
+            f"this run began before it, after the steps {list(begun)}, with the same weights and "
+            f"lengths; its own begin after {list(stages)}. Of its {config.steps} steps, these are "
+            f"the shares {shares} for stages.*.begin."
+        )
 
 
 def introduce(run: Run, messages: Sequence[str]) -> None:
@@ -310,11 +328,14 @@ def warn_of_loops(config: Config, mesh: Mesh) -> str | None:
 
 def programs_of(config: Config, program: Program) -> dict[BatchKind, Program]:
     """Return the program of every kind of batch; `program` is that of the config's own recipe."""
-    recipes = {kind: config.recipe_of(kind) for kind in config.batches.kinds}
-    return {
-        kind: program if recipe == config.recipe else Program(recipe, program.mesh)
-        for kind, recipe in recipes.items()
-    }
+    programs = [program]  # kinds of several stages may have the same recipe
+    by_kind: dict[BatchKind, Program] = {}
+    for kind in config.batches.kinds:
+        recipe = config.recipe_of(kind)
+        same = [each for each in programs if each.recipe == recipe]
+        by_kind[kind] = same[0] if same else Program(recipe, program.mesh)
+        programs.append(by_kind[kind])
+    return by_kind
 
 
 def has_begun(config: Config, workdir: epath.Path) -> bool:
@@ -486,12 +507,14 @@ def loop(run: Run) -> None:
         reports.begin()
         described = [f"{kind.describe()}: {n:,} steps" for kind, n in kinds.items()]
         with reports.compiling(described if len(kinds) > 1 else ()):
-            for kind in kinds:  # before the first step: one that does not fit fails now
-                run.programs[kind].compile()
+            for program in dict.fromkeys(run.programs[kind] for kind in kinds):
+                program.compile()  # before the first step: one that does not fit fails now
                 run.watchdog.beat()
             processes.wait_for_all("compiled", config.processes.watchdog_minutes)
         for step in range(run.start + 1, config.end + 1):
             run.profiler.before(step)
+            if step - 1 in config.first_steps:
+                begin_stage(run, step - 1)
             kind = config.batches.at(step - 1)
             program = run.programs[kind]
             with timers.measure("input"):
@@ -524,6 +547,24 @@ def loop(run: Run) -> None:
                     f"stopped by SIGTERM at step {step}, which is saved in {run.workdir}; run the "
                     "same command again to resume."
                 )
+
+
+def begin_stage(run: Run, step: int) -> None:
+    """Report the stage that begins after `step`, and initialise what depends on its losses."""
+    config = run.config
+    if not config.stages:
+        return
+    kind = config.batches.at(step)
+    recipes = [config.recipe_of(each) for each in (config.batches.at(max(step - 1, 0)), kind)]
+    before, now = ({x.name for x in active(recipe.objective)} for recipe in recipes)
+    if begun := sorted((now - before) & run.state.carried.keys()):
+        run.state = run.programs[kind].begin(run.state, begun)
+    if recipes[0].objective != recipes[1].objective:
+        run.state = replace(run.state, opt_state=with_new_norms(run.state.opt_state))
+    weights = ", ".join(f"{term.name} {term.weight:g}" for term in recipes[1].objective)
+    run.reports.line(
+        f"stage {kind.stage} of {len(config.first_steps)} begins after step {step}: {weights}"
+    )
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:

@@ -4,8 +4,9 @@ import contextlib
 
 import pytest
 
-from clip_jax.config import Config
-from clip_jax.data.batch_plan import TokenBudget
+from clip_jax import flops
+from clip_jax.config import Config, StageConfig
+from clip_jax.data.batch_plan import SigLIP2Lengths, TokenBudget
 from clip_jax.errors import InputError
 from clip_jax.evals.digits import DigitsEvalConfig
 from clip_jax.evals.held_out_pairs import PairsEvalConfig
@@ -49,6 +50,56 @@ def test_two_evaluators_with_the_same_metrics_are_refused(evals, both):
     else:
         with pytest.raises(InputError, match=rf"evals\.0 and evals\.\d both measure {both}"):
             Config(evals=evals)
+
+
+TWO = {"model": COCA, "objective": (SoftmaxConfig(), CaptionConfig(weight=0.0)), "steps": 10}
+SIZES, LENGTHS = TokenBudget(patches=(4, 12), multiple=8), SigLIP2Lengths(patches=(4, 12))
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "says"),
+    [
+        ([(0.5, (1, 1), None)], {}, None),
+        ([(0.0, (0, 1), None), (0.5, (1, 1), None)], {}, None),
+        ([(0.5, None, 12)], {"model": NAFLEX, "objective": (SoftmaxConfig(),)}, None),
+        ([(1.0, None, None)], {}, r"stages\.begin=1.0"),
+        ([(0.5, (1,), None)], {}, r"stages\.0\.weights=\(1,\) must .* \(contrastive, caption\)"),
+        ([(0.2, (1, 1), None), (0.5, (0, 0), None)], {}, r"stages\.1\.weights=.* not 0"),
+        ([(0.5, None, None), (0.2, None, None)], {}, r"begin=\[0.5, 0.2\] must increase"),
+        ([(0.5, None, None), (0.51, None, None)], {}, r"they begin at \[0, 5, 5\] of 10 steps"),
+        ([(0.5, None, 12)], {}, r"stages\.0\.max_patches=12 needs a NaFlex model"),
+        (
+            [(0.5, None, 12)],
+            {"model": NAFLEX, "objective": (SoftmaxConfig(),), "lengths": SIZES},
+            r"max_patches=12 needs a NaFlex model and no lengths",
+        ),
+    ],
+)
+def test_stages_follow_each_other_and_fit(stages, changes, says):
+    names = "begin", "weights", "max_patches"
+    with pytest.raises(InputError, match=says) if says else contextlib.nullcontext():
+        made = tuple(StageConfig(**dict(zip(names, x, strict=True))) for x in stages)
+        config = Config(**{**TWO, **changes}, stages=made)
+        assert [config.batches.at(step).stage for step in (0, 4, 5, 9)] == [1, 1, 2, 2]
+        assert config.batches.at(9).max_patches == stages[-1][2]
+        recipe = config.recipe_of(config.batches.at(9))
+        weights = made[-1].weights or [term.weight for term in config.objective]
+        assert [term.weight for term in recipe.objective] == [*weights]
+
+
+def test_a_stage_begins_at_its_share_of_a_stretched_schedule():
+    stages = tuple(StageConfig(begin=begin) for begin in (0.5, 0.8, 0.9, 0.95))
+    config = Config(model=NAFLEX, steps=1_275, batch_size=16, stages=stages, lengths=LENGTHS)
+    assert config.first_steps == (0, 500, 800, 900, 1_088)
+    assert config.schedule_step(1_088) == pytest.approx(950, abs=0.2)
+
+
+def test_flops_of_a_stage_leave_out_what_it_does_not_compute():
+    stages = (StageConfig(begin=0.5, weights=(1, 1)),)
+    config = Config(**TWO, stages=stages)
+    first, second = config.flops_after(1), config.flops_after(6) - config.flops_after(5)
+    written = flops.of_step(config.recipe_of(config.batches.at(9))).decoder
+    assert second - first == written > 0
 
 
 LIVE = DistillationConfig(teachers=(LiveTeacher(weights="x", model=TINY),))

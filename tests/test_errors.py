@@ -61,6 +61,7 @@ GIVEN = {
     "PhaseConfig.from_sample": 0,
     "PhaseConfig.weights": (1.0,),
     "DataConfig.crop_scale": (0.9, 1.0),
+    "StageConfig.begin": 0.5,
 }
 
 
@@ -120,6 +121,9 @@ ZERO = names(
     GenerationConfig="seed length_penalty",
     Preprocess="fill",
     CaptionConfig="weight",
+    CapPaConfig="parallel",
+    StageConfig="begin weights",
+    FitCommand="chance",
     TextConfig="eos_token_id kept_positions",
     SoftmaxConfig="weight budget_mib label_smoothing",
     SigmoidConfig="weight budget_mib label_smoothing",

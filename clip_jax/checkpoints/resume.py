@@ -30,6 +30,7 @@ RESUMABLE = (
 BRANCHABLE = (
     *("steps", "optim.schedule", "optim.final_learning_rate", "branch_from"),
     "double_batch_at",  # later than the branch: the number of pairs seen there is checked
+    *("lengths", "stages", "objective.*.weight"),
 )
 _ENDLESS = ("Constant", "InverseSqrt")  # schedules that do not depend on the run's last step
 
@@ -39,10 +40,11 @@ def check_resumable(
 ) -> None:
     """Raise InputError unless the run in `workdir` may resume with the config `now`.
 
-    Without a run there, `before` is empty. A run may become longer if its schedule has no end.
+    Without a run there, `before` is empty. A run may become longer if its schedule has no end, and
+    no stage that begins at a share of it.
     """
     is_longer = before.get("steps", math.inf) <= now["steps"]
-    is_endless = now["optim"]["schedule"]["type"] in _ENDLESS
+    is_endless = now["optim"]["schedule"]["type"] in _ENDLESS and not now["stages"]
     allowed = (*RESUMABLE, "steps") if is_longer and is_endless else RESUMABLE
     if now.get("lora") or now.get("stored"):
         allowed += ("init_from",)  # checkpoints have the weights' hash

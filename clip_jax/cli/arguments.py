@@ -212,7 +212,7 @@ def read_run(kind: Any, args: Sequence[str], command: Callable, verb: str, **def
         raise InputError(f"{verb} needs a config file, as in: clip-jax {verb} configs/digits.py")
     default = load_config(path or _EXAMPLE)
     about = "\n  ".join((_COMPONENTS, *_choices(Config)))
-    values = kind(**vars(default), **defaults)
+    values = kind(**{name: getattr(default, name) for name in of_run}, **defaults)
     takes_json = "--json" not in args and verb != "train"
     config = _CONFIG if path else f"{_CONFIG} Defaults below: those of the config {_EXAMPLE}."
     return parse(kind, rest, f"{verb} CONFIG", command, values, about, (), takes_json, config)

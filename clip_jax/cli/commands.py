@@ -68,8 +68,9 @@ def train(args: Sequence[str]) -> int:
     path = Path(arguments.leading(args)[0] if arguments.leading(args) else "CONFIG")
     # The config.json of a run resumes that run.
     workdir = path.parent if path.name == "config.json" else Path("runs") / path.stem
-    values = dict(vars(arguments.read_run(Run, args, train, "train", workdir=str(workdir))))
-    workdir = values.pop("workdir")
+    run = arguments.read_run(Run, args, train, "train", workdir=str(workdir))
+    names = [field.name for field in dataclasses.fields(Config)]
+    config = Config(**{name: getattr(run, name) for name in names})
 
     from clip_jax import processes
     from clip_jax.train import Diverged, LostProcess, Preempted
@@ -77,8 +78,8 @@ def train(args: Sequence[str]) -> int:
 
     try:
         with processes.interruptible():
-            processes.start(values["processes"])
-            run_training(Config(**values), workdir)
+            processes.start(config.processes)
+            run_training(config, run.workdir)
     except (Diverged, LostProcess) as error:
         return _end(str(error), code=1)
     except Preempted as error:

@@ -1,4 +1,4 @@
-"""The kind of every batch of a run: its size, and the shape of its images.
+"""The kind of every batch of a run: its size, the shape of its images, and its stage.
 
 Kinds are functions of the config and the step alone, so all processes know them without
 communication, and a resumed run continues with the same batches.
@@ -33,6 +33,7 @@ class BatchKind(NamedTuple):
     pairs: int  # global batch size
     images: ImageSpec
     patch_size: int | None = None  # of the image tower, in pixels; None: the model's own
+    stage: int | None = None  # from 1, as in `Config.stage_of`; None: the run has no stages
 
     @property
     def max_patches(self) -> int | None:
@@ -47,14 +48,19 @@ class BatchKind(NamedTuple):
         return replace(model, vision=vision)
 
     def describe(self) -> str:
-        """Return such as "512 pairs of 256 patches"."""
+        """Return such as "512 pairs of 256 patches in stage 2"."""
         images = f"{self.max_patches} patches" if self.max_patches else "a fixed resolution"
         sizes = "" if self.patch_size is None else f" of {self.patch_size} pixels"
-        return f"{self.pairs:,} pairs of {images}{sizes}"
+        stage = "" if self.stage is None else f" in stage {self.stage}"
+        return f"{self.pairs:,} pairs of {images}{sizes}{stage}"
 
     def metrics(self) -> dict[str, int]:
         """Return what tells this kind from others in the metrics of a step."""
-        values = {"tokens": self.max_patches, "patch_size": self.patch_size}
+        values = {
+            "tokens": self.max_patches,
+            "patch_size": self.patch_size,
+            "stage": self.stage,
+        }
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -106,6 +112,25 @@ class BatchPlan:
         return {kind: int(n) for kind, n in zip(self.kinds, counts, strict=True) if n}
 
 
+def in_stages(
+    plan: BatchPlan, first_steps: Sequence[int], images: Sequence[ImageSpec | None]
+) -> BatchPlan:
+    """Return a plan with the stage of each batch.
+
+    `first_steps` of the stages increase from 0. `images` replaces the image shape in a stage, if it
+    is not None.
+    """
+    begin = np.union1d(plan.begin, first_steps)
+    kind = plan.kind[np.searchsorted(plan.begin, begin, "right") - 1]
+    stage = np.searchsorted(first_steps, begin, "right") - 1
+    both, index = np.unique(np.stack([stage, kind]), axis=1, return_inverse=True)
+    kinds = (
+        plan.kinds[kind]._replace(stage=stage + 1, images=images[stage] or plan.kinds[kind].images)
+        for stage, kind in both.T.tolist()
+    )
+    return BatchPlan(tuple(kinds), begin, index.ravel())
+
+
 def constant(batch_size: int, images: ImageSpec) -> BatchPlan:
     """Return a plan of equal batches."""
     return doubling(batch_size, images, ())
@@ -149,6 +174,11 @@ class SigLIP2Lengths:
         """Return the step of the learning-rate schedule that a step of the run has."""
         first = self.first_step(steps)
         return step if step < first else first + (step - first) / self.stretch
+
+    def step_at(self, schedule_step: float, steps: int) -> float:
+        """Return the step of the run that has a step of the learning-rate schedule."""
+        first = self.first_step(steps)
+        return min(schedule_step, first) + self.stretch * max(schedule_step - first, 0)
 
     def plan(
         self,
@@ -211,6 +241,10 @@ class TokenBudget:
     def schedule_step(self, step: float, steps: int) -> float:
         """Return the step of the learning-rate schedule, which is the run's."""
         return step
+
+    def step_at(self, schedule_step: float, steps: int) -> float:
+        """Return the step of the run, which is that of the learning-rate schedule."""
+        return schedule_step
 
     def plan(
         self,

@@ -165,6 +165,14 @@ def guard(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def with_new_norms(opt_state: Any) -> Any:
+    """Return an optimizer state whose guard has seen no gradient norm: another loss has others."""
+    if not isinstance(opt_state, GuardState):
+        return opt_state
+    none = jax.tree.map(jnp.zeros_like, (opt_state.usual_norm, opt_state.updates))
+    return opt_state._replace(usual_norm=none[0], updates=none[1])
+
+
 def unless_skipped(opt_states: tuple[Any, Any], new: Any, old: Any) -> Any:
     """Return `new`, or `old` if the update between the two optimizer states was skipped."""
     before, after = opt_states

@@ -135,6 +135,7 @@ class Plan:
     memory: Memory
     speed: Speed
     cost: Cost
+    stage: int | None = None  # of the run, from 1; None: it has no stages
     fit_compiles: int = 0  # compilations that --fit needed
     lengths: tuple["Plan", ...] = ()  # of each batch size and length, if the run has several
 
@@ -185,10 +186,16 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
         largest = config.batches.at(config.steps).pairs
         steps = -(-config.samples_after(config.steps) // largest)
         config = dataclasses.replace(config, batch_size=largest, steps=steps, double_batch_at=())
-    if config.fit and config.lengths:  # find the batch at which the longest sequences fit
-        longest = config.recipe_of(max(config.batches.kinds, key=lambda x: x.max_patches or 0))
+    if config.fit and (config.lengths or config.stages):  # the batch at which the costliest fit
+        recipes = [config.recipe_of(kind) for kind in config.batches.kinds]
+        costliest = max(recipes, key=lambda x: flops.of_step(x).total / x.batch_size)
         config = dataclasses.replace(
-            config, lengths=None, model=longest.model, batch_size=longest.batch_size
+            config,
+            lengths=None,
+            stages=(),
+            model=costliest.model,
+            objective=costliest.objective,
+            batch_size=costliest.batch_size,
         )
     compile_ = compile_ or pod.compiling(config.cache)
     first = fit(config, compile_) if config.fit else run(config, compile_)
@@ -196,14 +203,16 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
 
 
 def run(config: PlanConfig, compile_: Compile) -> Plan:
-    """Plan a run at each of its batch sizes and sequence lengths.
+    """Plan a run at each of its batch sizes and sequence lengths, in each of its stages.
 
     The result is the plan of the variant that takes the most memory, with the steps, hours and
     price of the whole run; `lengths` has all of them if there are several.
     """
     plans = [
-        assess(config, compile_(request(config, recipe)), recipe, steps)
-        for steps, recipe in config.variants()
+        dataclasses.replace(
+            assess(config, compile_(request(config, recipe)), recipe, steps), stage=kind.stage
+        )
+        for kind, steps, recipe in config.variants()
     ]
     if len(plans) == 1:
         return plans[0]

@@ -129,12 +129,13 @@ def compare(plans: Sequence[Plan]) -> str:
 
 
 def _lengths(plan: Plan) -> str:
-    """Format the plans of a run's batch sizes and sequence lengths, one row each."""
+    """Format the plans of a run's stages, batch sizes and sequence lengths, one row each."""
     rows = []
     for x in plan.lengths:
         seconds, bound = x.speed.step_seconds["bound"], {"bound": x.speed.mfus["bound"]}
         rows.append(
             (
+                x.stage or 1,
                 x.tokens,
                 f"{1 - x.speed.valid_share:.1%}",
                 f"{x.batch_size:,}",
@@ -148,6 +149,7 @@ def _lengths(plan: Plan) -> str:
             )
         )
     names = (
+        "stage",
         "tokens",
         "padded",
         "batch",

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clip_jax import flops, parts, processes
+from clip_jax import parts, processes
 from clip_jax.config_files import as_begun
 from clip_jax.errors import InputError, check_ranges, read_worker
 from clip_jax.scaling import jobs
@@ -217,7 +217,7 @@ def describe(points: Sequence[Point], done: set[str], ladder: LadderConfig) -> s
         )
     if ladder.branches:
         branches = [point.config for point in points if point.parent]
-        alone = sum(flops.of_step(config).total * config.steps for config in branches)
+        alone = sum(config.flops_after(config.steps) for config in branches)
         together = sum(point.training_flops for point in points)
         lines.append(
             f"{together:.2e} FLOPs for all points with parent runs, {alone:.2e} with separate "

@@ -116,7 +116,8 @@ def of_run(run: dict[str, Any], step: int) -> Row:
     source = run.get("data", {}).get("source", {})
     losses = [term["type"] for term in run.get("objective", [])]
     teachers = [x for term in config.objective for x in getattr(term, "teachers", ())]
-    taught = flops.of_step(config).teacher
+    kinds = config.batches.counts(0, step).items()
+    taught = sum(flops.of_step(config.recipe_of(kind)).teacher * n for kind, n in kinds)
     decoder = (run["model"].get("decoder") or {}).get("type", "").removesuffix("Config")
     schedule = run["optim"].get("schedule", {}).get("type", "Cosine")
     return {
@@ -125,7 +126,7 @@ def of_run(run: dict[str, Any], step: int) -> Row:
         "gmacs_per_sample": gmacs(model),
         "mparams": round(mparams(model), 6),
         "training_flops": spent,
-        "student_flops": spent - taught * config.samples_after(step) // config.batch_size,
+        "student_flops": spent - taught,
         "flops_spent": max(spent - parents, 0),  # without the parent run's
         "family": decoder or ("SigLIP" if "SigmoidConfig" in losses else "CLIP"),
         "data": source.get("path") or source.get("type", "").removesuffix("Config").lower(),

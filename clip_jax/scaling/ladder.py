@@ -198,8 +198,11 @@ class LadderConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, samples="[1, inf)", batch_sizes="[2, inf)", seeds="[0, 4294967295]")
-        if self.base.double_batch_at or self.base.lengths:
-            raise InputError("base.double_batch_at, lengths: points have one batch; remove both.")
+        if self.base.double_batch_at or self.base.lengths or self.base.stages:
+            raise InputError(
+                "base.double_batch_at, lengths, stages: all batches of a point are of one kind; "
+                "remove them."
+            )
         least = 0 if self.runs else 1
         _check_distinct("models", tuple(self.models), least)
         _check_distinct("samples", self.samples, least)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clip_jax.checkpoints.resume import branch_point, check_resumable, differences
 from clip_jax.checkpoints.run_config import read_run_config
-from clip_jax.config import Config
+from clip_jax.config import Config, StageConfig
 from clip_jax.config_files import as_begun, complete, load_config, of_run
 from clip_jax.data.order.mixture import MemberConfig, MixtureConfig, MixtureSource, PhaseConfig
 from clip_jax.data.pipeline import DataConfig
@@ -84,9 +84,11 @@ def test_the_record_of_stretched_positions_is_that_of_the_run(tmp_path):
 def test_a_resumed_run_has_the_same_config_but_may_be_longer_if_its_schedule_has_no_end(tmp_path):
     cosine, endless = Config(), Config(optim=OptimConfig(schedule=Constant()))
     other_loss = replace(cosine, objective=(SoftmaxConfig(mask_same_caption=True),))
+    staged = replace(endless, stages=(StageConfig(begin=0.5),))
     for before, now, message in (
         (endless, replace(endless, steps=9_999), "steps: 10000 in .*, 9999 given"),
         (cosine, replace(cosine, steps=10_001), "steps: 10000 in .*, 10001 given"),
+        (staged, replace(staged, steps=10_001), "steps: 10000 in .*, 10001 given"),
         (cosine, other_loss, r"objective\.0\.mask_same_caption: False in .*, True given"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(to_dict(before)))

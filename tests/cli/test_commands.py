@@ -102,6 +102,26 @@ def test_what_ended_a_run_is_its_exit_code(end, code, capsys, monkeypatch, tmp_p
     assert "why" in capsys.readouterr().err
 
 
+def test_a_config_with_stages_is_read_and_flags_override_it(monkeypatch, tmp_path):
+    """What a config computes from its fields, and keeps, is no setting."""
+    monkeypatch.chdir(tmp_path)
+    Path("staged.py").write_text(
+        "from dataclasses import replace\n"
+        "from clip_jax.config import StageConfig\n"
+        "from clip_jax.config_files import load_config\n"
+        "def get_config():\n"
+        "    return replace(load_config('digits'), stages=(StageConfig(begin=0.5),))\n"
+    )
+    with (
+        mock.patch("clip_jax.processes.start", autospec=True),
+        mock.patch("clip_jax.train.train", autospec=True) as trained,
+    ):
+        assert main(["train", "staged.py", "--steps", "20"]) == 0
+    config, workdir = trained.call_args.args
+    assert config.first_steps == (0, 10)
+    assert workdir == "runs/staged"
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [

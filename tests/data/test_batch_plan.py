@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_jax.data.batch_plan import BatchKind, SigLIP2Lengths, TokenBudget, doubling
+from clip_jax.data.batch_plan import BatchKind, SigLIP2Lengths, TokenBudget, doubling, in_stages
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.images import NaFlex, Square
@@ -39,13 +39,16 @@ BUDGET = st.builds(
 
 @st.composite
 def plans(draw):
-    """Draw a plan, and its number of steps."""
+    """Draw a plan, with stages or without, and its number of steps."""
     steps = draw(STEPS)
     if draw(st.booleans()):
         doubled_at = draw(st.sets(st.integers(1, steps), max_size=3).map(sorted))
-        return doubling(draw(st.sampled_from([1, 8, 12])), Square(16), doubled_at), steps
-    lengths = draw(SIGLIP2 | BUDGET)
-    return lengths.plan(32, 256, spec_of, steps, draw(SEEDS)), steps
+        plan = doubling(draw(st.sampled_from([1, 8, 12])), Square(16), doubled_at)
+    else:
+        plan = draw(SIGLIP2 | BUDGET).plan(32, 256, spec_of, steps, draw(SEEDS))
+    first_steps = [0, *draw(st.sets(st.integers(1, steps), max_size=3).map(sorted))]
+    images = [draw(st.sampled_from([None, Square(8)])) for _ in first_steps]
+    return (in_stages(plan, first_steps, images) if len(first_steps) > 1 else plan), steps
 
 
 @given(plans(), st.data())
@@ -63,6 +66,19 @@ def test_every_sum_and_position_agrees_with_the_batches_one_by_one(made, data):
     end = data.draw(st.integers(0, steps + 5))
     begin = data.draw(st.integers(0, end))
     assert plan.counts(begin, end) == Counter(kinds[begin:end])
+
+
+def test_a_stage_changes_the_kinds_and_not_the_numbers_of_pairs():
+    plan = doubling(4, Square(16), (3, 8))
+    staged = in_stages(plan, (0, 2, 8), (None, Square(8), None))
+    own, other = Square(16), Square(8)
+    expected = [(4, own, 1)] * 2 + [(4, other, 2)] + [(8, other, 2)] * 5 + [(16, own, 3)] * 3
+    got = [staged.at(step) for step in range(11)]
+    assert [(kind.pairs, kind.images, kind.stage) for kind in got] == expected
+    for step in range(12):
+        assert staged.samples_after(step) == plan.samples_after(step)
+    assert got[2].describe() == "4 pairs of a fixed resolution in stage 2"
+    assert got[2].metrics() == {"stage": 2}
 
 
 @given(st.sampled_from([1, 8, 12]), st.sets(st.integers(1, 40), max_size=4).map(sorted))

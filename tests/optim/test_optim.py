@@ -28,8 +28,8 @@ from clip_jax.optim import (
     make_optimizer,
     schedule,
 )
-from clip_jax.optim.wrappers import averaged, capped, scale_layers
-from tests.conftest import COCA, FAMILIES, MAMMUT, RESNET, TINY, by_path
+from clip_jax.optim.wrappers import averaged, capped, scale_layers, with_new_norms
+from tests.conftest import CAPPA, COCA, FAMILIES, MAMMUT, RESNET, TINY, by_path
 
 SCHEDULED = OptimConfig(learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
 PLAIN = {"learning_rate": 0.1, "warmup_steps": 0, "weight_decay": 0.0}
@@ -227,13 +227,13 @@ def test_what_is_before_the_first_layer_has_the_lowest_rate(name, path, layers):
 
 # Modules after the last layer, and before the first, of all towers.
 LAST = """attn_pool attnpool fc image_projection ln_final ln_post proj proj_bias projection_hidden
-    text_projection text_projection_bias vocab_projection"""
+    text_projection text_projection_bias vocab_bias vocab_projection"""
 FIRST = """bn1 bn2 bn3 class_embedding conv0 conv1 conv2 conv3 ln0 ln_pre positional_embedding
     registers token_embedding type_embedding"""
 
 
 def test_each_parameter_is_before_in_or_after_the_layers():
-    families = {"ResNet": RESNET, "CoCa": COCA, "MaMMUT": MAMMUT, **FAMILIES}
+    families = {"ResNet": RESNET, "CoCa": COCA, "MaMMUT": MAMMUT, "CapPa": CAPPA, **FAMILIES}
     for family, config in families.items():
         for path in parameters(config):
             tower, _, rest = path.partition("/")
@@ -308,3 +308,5 @@ def test_an_update_that_is_not_finite_or_unusual_is_skipped_and_counted(bad):
     updates, after = update(jax.tree.map(lambda x: 9 * x, ones), after, params)
     assert all((x != 0).all() for x in jax.tree.leaves(updates))
     assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 0)
+    _, anew = update(jax.tree.map(lambda x: bad * x, ones), with_new_norms(after), params)
+    assert int(anew.skipped) == (1 if np.isfinite(bad) else 2)  # of other losses, unusual or not

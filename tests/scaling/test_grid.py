@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from clip_jax import flops
+from clip_jax.config import StageConfig
 from clip_jax.errors import InputError
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig, StoredTeacher
 from clip_jax.optim import Constant, CoolDown, OptimConfig
@@ -64,6 +65,10 @@ def test_the_cool_down_is_a_share_of_each_run():
             "1 steps: .* none is left for the parent run",
         ),
         ({"sweep": SweepConfig(), "branches": BranchesConfig()}, "branches and sweep"),
+        (
+            {"base": replace(tiny_ladder().base, stages=(StageConfig(begin=0.5),))},
+            "stages: all batches of a point are of one kind",
+        ),
         ({"rules": RulesConfig(cool_down_share=0.2)}, "cool_down_share=0.2 needs .* not Cosine"),
     ],
 )
@@ -111,6 +116,15 @@ def test_a_teacher_is_a_column_whose_flops_count_or_not(tmp_path):
     assert rows[1]["training_flops"] == distilled.training_flops
     extra = rows[1]["training_flops"] - rows[1]["student_flops"]
     assert extra == 160 * flops.forward(wide).total
+
+    # A teacher that joins in the second of two stages.
+    late = replace(
+        distilled.config,
+        objective=(SoftmaxConfig(), replace(taught, weight=0.0)),
+        stages=(StageConfig(begin=0.5, weights=(1.0, 1.0)),),
+    )
+    row = collect.of_run(to_dict(late), 10)
+    assert row["training_flops"] - row["student_flops"] == 80 * flops.forward(wide).total
     branches = grid(replace(ladder, branches=BranchesConfig(share=0.4)), tmp_path)
     parents = [point.name for point in branches if not point.parent]
     assert parents == [f"{x}-parent-seed0" for x in ("w16", "w16+wide", "w32", "w32+wide")]
