@@ -27,7 +27,7 @@ PAGES = {
         (
             *("models.clip", "models.vit", "models.conv_stem", "models.rotary", "models.tips"),
             *("models.dino", "models.convnext", "models.resnet", "models.text", "models.tower"),
-            *("models.bert", "models.image_head", "models.decoder"),
+            *("models.bert", "models.image_head", "models.decoder", "models.cappa"),
         ),
     ),
     "data": (
