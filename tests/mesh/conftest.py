@@ -72,8 +72,9 @@ class Step:
         """Take one step; return the state and metrics, on the host."""
         values = batch(self.config, self.program.recipe.batch_size)
         labels = np.arange(len(values["text"])) % 3
-        texts = [np.roll(values["text"], i, 0) for i in (1, 2)]
-        further = {"further": np.stack(texts, 1), "further_count": np.int32(labels)}
+        texts = np.stack([np.roll(values["text"], i, 0) for i in (1, 2)], 1)
+        texts[:, :, 0] = 517, 518  # no two are equal: rounding would decide their accuracies
+        further = {"further": texts, "further_count": np.int32(labels)}
         inputs = self.program.put(values | {"label": labels} | further)
         return jax.device_get(self.compiled(state or self.start(), inputs))
 
