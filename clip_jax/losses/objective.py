@@ -193,8 +193,12 @@ def needs(objective: Objective) -> tuple[str, ...]:
 def needs_text(objective: Objective, model: CLIPConfig) -> bool:
     """Whether a step encodes texts: captions alone may be trained without the text tower."""
     alone = model.decoder is not None and not model.decoder.extends_text
-    embeds = any(term.uses_embeddings for term in active(objective))
-    return not alone or embeds or any(output(name).tower == "text" for name in needs(objective))
+    of_text = any(output(name).tower == "text" for name in needs(objective))
+    return not alone or _use_embeddings(objective) or of_text
+
+
+def _use_embeddings(objective: Objective) -> bool:
+    return any(term.uses_embeddings for term in active(objective))
 
 
 def idle(objective: Objective, model: CLIPConfig) -> tuple[str, ...]:
@@ -209,8 +213,13 @@ def idle(objective: Objective, model: CLIPConfig) -> tuple[str, ...]:
 
 
 def encode(objective: Objective, x: Context) -> Outputs:
-    """Return the outputs of a chunk to keep: embeddings, and the results of the terms."""
-    outputs = {name: y for name, y in x.outputs.items() if output(name).is_embedding}
+    """Return the outputs of a chunk to keep: embeddings, and the results of the terms.
+
+    Embeddings that no term uses are left out, so that the compiler leaves out what they cost.
+    """
+    names = {"image", "text"} if _use_embeddings(objective) else set()
+    names.update(name for name in needs(objective) if output(name).is_embedding)
+    outputs = {name: x.outputs[name] for name in x.outputs if name in names}
     for term in active(objective):
         results = term.encode(_seen_by(term, x))
         outputs |= {f"{term.name}/{name}": y for name, y in results.items()}
