@@ -129,9 +129,18 @@ def _is_overlapped(x: hlo.Instruction, visit: hlo.Visit) -> bool:
     return False
 
 
+# What a module's operations have in their names; a decoder runs its text tower within itself.
+_PARTS = {
+    "image tower": "/visual",
+    "text tower": "/text",
+    "caption decoder": "/decoder",
+    "loss": "jvp(",
+}
+
+
 def _part(source: str) -> str:
     direction = "backward" if "transpose(" in source else "forward"
-    for name, pattern in (("image tower", "/visual"), ("text tower", "/text"), ("loss", "jvp(")):
+    for name, pattern in _PARTS.items():
         if pattern in source:
             return f"{name}, {direction}"
     return "update" if source else "unnamed"  # added by the compiler

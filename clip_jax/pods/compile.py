@@ -29,7 +29,7 @@ from clip_jax import parts, processes, sharding
 from clip_jax.clock import CLOCK
 from clip_jax.display import say
 from clip_jax.errors import InputError
-from clip_jax.losses.objective import total
+from clip_jax.losses.objective import needs_text, total
 from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, path_name
 from clip_jax.models.tower import parts_of
@@ -219,13 +219,16 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
             raise
         measured = {"fits": False, "peak_bytes": needed}
     backends = attention_of(recipe.model, devices[0], sharding.shards_of_heads(mesh))
+    left_out = recipe.stored
+    if not needs_text(recipe.objective, recipe.model):
+        left_out = "text"
     loss = peak(compile_loss(program))  # last: its schedules have names of the step's
     return Facts(
         mesh=tuple(mesh.shape.values()),
         form=", ".join(filter(None, forms)),
         versions=", ".join(versions),
         compile_seconds=CLOCK.now() - start,
-        attention=tuple(x for x in backends if x[0] != recipe.stored),
+        attention=tuple(x for x in backends if x[0] != left_out),
         loss=loss,
         **held,
         **measured,

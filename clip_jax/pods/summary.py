@@ -33,9 +33,10 @@ def describe(plan: Plan) -> str:
     memory, gigabytes = plan.memory, plan.memory.bytes_per_device["total"] / 1e9
     slice_name = Topology.parse(plan.name).accelerator_type
     name = f"{plan.name} ({slice_name})" if slice_name else plan.name
+    form = f"{plan.form} loss, " if plan.form else ""  # a caption loss has one form
     lines = [
         f"{name}: {plan.devices} devices, mesh {mesh}, batch {plan.batch_size:,} "
-        f"({plan.rows} per shard), remat {plan.remat}, {plan.form} loss, {plan.versions}",
+        f"({plan.rows} per shard), remat {plan.remat}, {form}{plan.versions}",
         f"{'fits' if memory.fits else 'DOES NOT FIT'}: {gigabytes:.2f} GB of "
         f"{memory.hbm_bytes / 1e9:.1f} GB per device" + (SHARE if plan.is_gpu else ""),
     ]

@@ -20,6 +20,17 @@ def test_collectives_between_slices_are_read():
     assert reduced.received == gathered.received == 0
 
 
+def test_gradients_of_a_decoder_and_of_its_text_tower_are_two_parts():
+    decoder = "jit(step)/transpose(jvp(Towers.run))/decoder.embed_and_write/"
+    lines = [
+        f"  %r{i} = f32[8]{{0}} all-reduce(%a), replica_groups={{{{0,1}}}}, "
+        f'metadata={{op_name="{decoder}{source}"}}'
+        for i, source in enumerate(("text/mlp/dot_general", "decoder._run/mlp/dot_general"))
+    ]
+    found = collectives(module(*lines), {"data": 2})
+    assert {x.part for x in found} == {"text tower, backward", "caption decoder, backward"}
+
+
 def test_a_fused_sum_of_which_a_slice_is_kept_is_a_reduce_scatter():
     """As the TPU compiler writes it; a sum that is used whole stays an all-reduce."""
     text = """HloModule step

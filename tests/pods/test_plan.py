@@ -155,6 +155,9 @@ def test_times_bound_the_step_and_price_the_run():
     )
     assert (quick.speed.step_seconds["schedule_estimate"], quick.speed.unscheduled) == (None, {})
     assert "schedule estimate: not known" in describe(quick)
+    assert "remat none, dense loss, none\n" in describe(quick)
+    # A caption loss has one form only.
+    assert "remat none, none\n" in describe(dataclasses.replace(quick, form=""))
     assumed = assess(dataclasses.replace(CONFIG, mfu=1e-9), facts(planning.request(CONFIG)))
     assert (assumed.cost.mfu, assumed.cost.mfu_source) == (1e-9, "assumed")
     assert planned.cost.hours == pytest.approx(1_000 * seconds / 3600)
