@@ -92,6 +92,7 @@ ZERO = names(
     TokenizerConfig="begin_id end_id pad_id zeroed_id",
     ConvertConfig="kept_positions",
     SuiteEvalConfig="seed memory_mib",
+    SegmentationConfig="first_class ignored pictures",
     Config="seed",
     DataConfig="seed workers threads max_bad_share synthetic_ratio",
     DigitsConfig="split_seed",

@@ -152,14 +152,14 @@ class Preprocess:
 
     def pixels(self, image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
         """Return the pixels before normalisation, in a quarter of the bytes. Raises ImageError."""
-        with _opened(image) as opened:
+        with opened(image) as source:
             if self.rules in ("transformers", "torchvision"):
-                opened = _over_white(opened)
+                source = _over_white(source)
             elif self.rules == "tensorflow" or self.resize_mode == "naflex":
-                opened = opened.convert("RGB")
+                source = source.convert("RGB")
             if self.rules != "tensorflow":
-                return np.asarray(self._resize(opened).convert("RGB"))
-            bands = [np.asarray(self._resize(band.convert("F"))) for band in opened.split()]
+                return np.asarray(self._resize(source).convert("RGB"))
+            bands = [np.asarray(self._resize(band.convert("F"))) for band in source.split()]
             return np.rint(np.stack(bands, -1).clip(0, 255)).astype(np.uint8)
 
     def _resize(self, image: Image.Image) -> Image.Image:
@@ -200,13 +200,13 @@ def read_ahead(
 
 def decode(image: ImageLike) -> Image.Image:
     """Convert an image, encoded (bytes or path) or not, to RGB. Raises ImageError."""
-    with _opened(image) as opened:
-        return opened.convert("RGB")
+    with opened(image) as source:
+        return source.convert("RGB")
 
 
 def size_of(data: bytes) -> tuple[int, int]:
     """Return an encoded image's width and height without decoding it. Raises ImageError."""
-    with _opened(data, load=False) as image:
+    with opened(data, load=False) as image:
         return image.size
 
 
@@ -234,7 +234,7 @@ def read_crops(
     crops: list[UInt8[np.ndarray, "_H _W 3"]] = []
     decoded: dict[int, Image.Image] = {}  # by the factor of its reduction
     for spec in specs:
-        with _opened(data, load=False) as image:
+        with opened(data, load=False) as image:
             full = image.size
             factor = _reduce(image, spec, None if rng is None else scale) if scaled else 1
             if factor not in decoded:
@@ -397,7 +397,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(source: ImageLike, load: bool = True) -> Generator[Image.Image]:
+def opened(source: ImageLike, load: bool = True) -> Generator[Image.Image]:
     """Open an image for the block; any error in it becomes an ImageError."""
     with contextlib.ExitStack() as stack:
         try:

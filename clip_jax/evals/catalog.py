@@ -1,5 +1,5 @@
 """The data sets that --dataset accepts: the CLIP paper's (tables 9 and 11), each with its class
-names and metric; ARO and SugarCrepe; multilingual ones; the bundled digits; and one's own, as
+names and metric; ARO and SugarCrepe; multilingual ones; the bundled ones; and one's own, as
 KIND:PATH.
 
 Any other named data set is searched for under one root: CLIP_benchmark's WebDataset layout
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from clip_jax import processes
 from clip_jax.errors import InputError
-from clip_jax.evals import languages, prompts
+from clip_jax.evals import languages, masks, prompts
 from clip_jax.evals.compositions import open_aro, open_sugar_crepe
 from clip_jax.evals.datasets import (
     Data,
@@ -36,6 +36,7 @@ from clip_jax.evals.datasets import (
     open_webdataset,
     split_folder,
 )
+from clip_jax.evals.pasted_icons import open_pasted_icons
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath, matching
 
@@ -72,9 +73,9 @@ _CAPTIONS = {  # multilingual captions, and where to get them
     "crossmodal3600": "google.github.io/crossmodal-3600",
 }
 ROWS = {row.name: row for row in SUITE}
-_DIGITS = "digits"  # bundled
-_NAMES = (*ROWS, languages.BABEL, *_CAPTIONS, _DIGITS)
-_KINDS = ("folder", "webdataset", "languages")
+_DIGITS, _PASTED = "digits", "pasted_icons"  # bundled
+_NAMES = (*ROWS, languages.BABEL, *_CAPTIONS, _DIGITS, _PASTED)
+_KINDS = ("folder", "webdataset", "languages", "segments")
 
 
 def data_sets(
@@ -149,6 +150,8 @@ def _open_by_path(kind: str, path: AnyPath, name: str, codes: Sequence[str], spl
     if kind == "languages":
         _check_is_test(str(path), split)
         return languages.open_translated(path, codes)
+    if kind == "segments":
+        return masks.open_masks(path, split)
     part = split_folder(path, split)
     if part is None:
         raise Missing(f"{path} has no {split} split; put it in {path / split}.")
@@ -165,6 +168,8 @@ def _check_is_test(name: str, split: Split) -> None:
 def _open_named(name: str, root: AnyPath, codes: Sequence[str], split: Split) -> Data:
     if name == _DIGITS:
         return open_digits(split)
+    if name == _PASTED:
+        return open_pasted_icons(split)
     if name in ROWS:
         return open_data_set(ROWS[name], root, split)
     _check_is_test(name, split)

@@ -20,6 +20,7 @@ from clip_jax.evals import prompts
 from clip_jax.storage.files import AnyPath, escape, read_text
 
 Split = Literal["train", "validation", "test"]
+IGNORED = -1  # class of pixels that are not counted
 
 
 class Missing(Exception):
@@ -72,6 +73,15 @@ class Contrasted(_Items):
 
 
 @dataclass(frozen=True)
+class Segmented(_Items):
+    """Images with a mask each; the answer is the mask's integers [H, W], as they are in its file
+    (see `SegmentationConfig` for what they mean)."""
+
+    names: Sequence[str]
+    templates: Sequence[str] = ()  # empty: those of the protocol
+
+
+@dataclass(frozen=True)
 class Translated(_Items):
     """The same images in several languages. `answer_in(language, answer)` extracts a language's
     captions or class index from an image's answer; None if the language has none."""
@@ -82,7 +92,8 @@ class Translated(_Items):
     templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-Data = Labelled | Tagged | Captioned | Contrasted | Translated
+Compared = Labelled | Tagged | Captioned | Contrasted | Translated
+Data = Compared | Segmented
 OpenSplit = Callable[[Split], Data]
 
 

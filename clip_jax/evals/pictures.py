@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from clip_jax.display import plain
 from clip_jax.storage.files import AnyPath, write_whole
@@ -12,6 +12,7 @@ from clip_jax.storage.files import AnyPath, write_whole
 TILE = 1.42  # width of an image on a sheet in inches; 1.5 with the gap
 PAIRS = 4  # images beside their attention maps in a row of a sheet
 LINE = 19  # bold letters that fit below an image
+LEGEND = 12  # classes named below a segmentation, those with the most pixels
 
 
 def save(figure: Any, path: AnyPath, **options: Any) -> None:
@@ -103,6 +104,41 @@ def attention_sheet(
         axis.imshow(shares, cmap="inferno", **over)
         axis.set(xlim=(0, 2.05), ylim=(0, 1))
         axis.set_title(plain(line), y=0, pad=-13, fontsize=9)
+    save(figure, path)
+
+
+def segments_sheet(
+    path: AnyPath,
+    image: UInt8[np.ndarray, "H W C"],
+    predicted: Int[np.ndarray, "H W"],
+    truth: Int[np.ndarray, "H W"],
+    names: Sequence[str],
+) -> None:
+    """Draw an image, its predicted and its true classes (black where negative), and a legend."""
+    from matplotlib.colors import hsv_to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    number = np.arange(len(names))
+    # Hues of neighbours differ by the golden ratio of the circle, so that all are far apart.
+    hues = np.stack([number * 0.618 % 1, 0.9 - number % 3 * 0.2, 0.95 - number % 2 * 0.3], axis=1)
+    colors = np.concatenate([hsv_to_rgb(hues), np.zeros((1, 3))])  # −1 is the last
+    height, width = image.shape[:2]
+    figure = Figure((9, 3.3 * height / width + 0.9), dpi=100, layout="constrained")
+    for axis, drawn, title in zip(
+        figure.subplots(1, 3),
+        (image, colors[predicted], colors[truth]),
+        ("image", "predicted", "true"),
+        strict=True,
+    ):
+        axis.imshow(drawn, interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    both = np.concatenate([predicted[truth >= 0], truth[truth >= 0]])
+    present = np.argsort(-np.bincount(both, minlength=len(names)), kind="stable")[:LEGEND]
+    patches = [Patch(color=colors[i], label=plain(names[i])) for i in present if (both == i).any()]
+    if patches:
+        figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=8)
     save(figure, path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from clip_jax import processes, sharding
 from clip_jax.data.images import ImageError, Preprocess, read_ahead
@@ -107,6 +107,15 @@ class Embedded:
         return np.array(self.answers)
 
 
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Details of a segmentation."""
+
+    confusion: Int[np.ndarray, "C C"]  # pixels of each true class (rows) by predicted class
+    # Key, image, predicted and true classes (−1: ignored) of some images.
+    pictures: Sequence[tuple[str, UInt8[np.ndarray, "h w 3"], Any, Any]]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Results of one task on one data set: metrics, and details of a classification."""
@@ -121,6 +130,7 @@ class Outcome:
     # Top-1 accuracy of each template alone.
     of_template: dict[str, float] = field(default_factory=dict)
     by_language: dict[str, dict[str, float]] = field(default_factory=dict)
+    segments: Segments | None = None
 
 
 class Splits:
@@ -142,10 +152,14 @@ class Splits:
         def opened(split: Split) -> Data:
             data = open_split(split)
             if not data.count:
-                raise InputError(f"{name}: no images with a class or caption in its {split} split.")
+                raise InputError(
+                    f"{name}: no images with a class, mask or caption in its {split} split."
+                )
             if templates and isinstance(data, datasets.Translated) and data.names:
                 raise InputError("remove --templates: these classes have names in many languages.")
-            if templates and isinstance(data, datasets.Labelled | datasets.Tagged):
+            if templates and isinstance(
+                data, datasets.Labelled | datasets.Tagged | datasets.Segmented
+            ):
                 data = replace(data, templates=templates)
             return data if most is None else spread(data, most)
 

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from clip_jax.data.images import center_crop, complete, decode
 from clip_jax.display import plain, table
 from clip_jax.evals.catalog import OPENAI_MODELS, ROWS
 from clip_jax.evals.datasets import Data
-from clip_jax.evals.pictures import contact_sheet, save, with_probabilities
+from clip_jax.evals.pictures import contact_sheet, save, segments_sheet, with_probabilities
 from clip_jax.evals.ranks import standing
-from clip_jax.evals.reader import Outcome
+from clip_jax.evals.reader import Outcome, Segments
+from clip_jax.evals.segmentation import class_scores
 from clip_jax.storage.files import AnyPath, write_whole
 
 COLUMNS = (
@@ -38,7 +40,7 @@ Outcomes = Sequence[tuple[str, Outcome]]  # (data set, outcome) in the order of 
 def main_metric(name: str, outcome: Outcome) -> str:
     """Return the metric by which the CLIP paper reports a data set, also for probes."""
     wanted = ROWS[name].metric if name in ROWS else ""
-    usual = (x for x in outcome.values if x.endswith(("acc1", "image_retrieval_recall@5")))
+    usual = (x for x in outcome.values if x.endswith(("acc1", "image_retrieval_recall@5", "miou")))
     names = (wanted, f"linear_probe/{wanted}", *usual, *outcome.values)
     return next(metric for metric in names if metric in outcome.values)
 
@@ -118,12 +120,14 @@ def write(directory: AnyPath, outcomes: Outcomes, model: str, tokens: int | None
 
 def draw(directory: AnyPath, data: Data, outcome: Outcome, *, crop: bool = True) -> None:
     """Write a classification's `images.csv`, `classes.csv` (worst first), and its pictures
-    `confusion.png` and `errors.png`.
+    `confusion.png` and `errors.png`; of a segmentation, `classes.csv` and a picture of each image.
 
     Images are drawn as the model sees them: the central square of each, or without `crop` all.
     """
     from matplotlib.figure import Figure
 
+    if outcome.segments is not None:
+        _draw_segments(directory, outcome.segments, outcome.names)
     if outcome.logits is None or outcome.labels is None or outcome.indices is None:
         return
     names, labels, predicted = outcome.names, outcome.labels, outcome.logits.argmax(axis=1)
@@ -191,3 +195,15 @@ def draw(directory: AnyPath, data: Data, outcome: Outcome, *, crop: bool = True)
             right=[False] * len(wrong),
             title="Errors: three nearest classes (softmax), true class",
         )
+
+
+def _draw_segments(directory: AnyPath, segments: Segments, names: Sequence[str]) -> None:
+    right = np.diag(segments.confusion)
+    of_class = class_scores(segments.confusion)
+    accuracy = right / np.maximum(segments.confusion.sum(axis=1), 1)
+    order = np.argsort(of_class, kind="stable")  # classes without a pixel come last
+    rows = [(names[i], of_class[i], accuracy[i]) for i in order if not np.isnan(of_class[i])]
+    write_whole(directory / "classes.csv", _csv(("class", "iou", "accuracy"), rows))
+    for number, (key, *drawn) in enumerate(segments.pictures):
+        name = f"{number:03}_{PurePosixPath(key).stem}.png"
+        segments_sheet(directory / "segments" / name, *drawn, names)

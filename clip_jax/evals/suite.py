@@ -7,12 +7,13 @@ from typing import Literal
 
 from clip_jax import processes
 from clip_jax.errors import InputError, check_ranges
-from clip_jax.evals import captioning, linear_probe, prompts, results
+from clip_jax.evals import captioning, linear_probe, prompts, results, segmentation
 from clip_jax.evals.catalog import data_sets, names_of
-from clip_jax.evals.datasets import Missing, OpenSplit
+from clip_jax.evals.datasets import Missing, OpenSplit, Segmented
 from clip_jax.evals.evaluator import Encoder, EvaluatorConfig
 from clip_jax.evals.ranks import NotFinite
 from clip_jax.evals.reader import ImageCache, Outcome, Splits
+from clip_jax.evals.segmentation import SegmentationConfig
 from clip_jax.evals.zero_shot import zero_shot
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.storage.files import AnyPath
@@ -26,16 +27,18 @@ class SuiteConfig:
 
     # Data sets to evaluate: names from the CLIP paper; aro_relation, aro_attribution, sugar_crepe;
     # the multilingual babel_imagenet, xtd10, xtd200, flickr30k-200, crossmodal3600; the bundled
-    # digits; or your own, as folder:PATH (one folder per class, optionally below train/, val/ and
-    # test/), webdataset:PATH (tars in CLIP_benchmark's layout) or languages:PATH (captions in
-    # several languages). Empty: all that are in data_dir, but for multilingual ones.
+    # digits and, to be segmented, pasted_icons; or your own, as folder:PATH (one folder per class,
+    # optionally below train/, val/ and test/), webdataset:PATH (tars in CLIP_benchmark's layout),
+    # languages:PATH (captions in several languages) or segments:PATH (images/ and masks/). Empty:
+    # all that are in data_dir, but for multilingual ones.
     dataset: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()  # Language codes, as the data set writes them. Empty: all.
     data_dir: str = "data"  # Folder of the named data sets: a path or a bucket's URL.
-    # Tasks to run. zero-shot: classify by class names, or retrieve. captions: BLEU and CIDEr of
-    # generated captions. likelihood: classify by a decoder's probability of each class's first
-    # prompt. probe: logistic regression on features. few-shot: the same on --shots images per
-    # class. neighbours: vote of the nearest training images. The last three need a training split.
+    # Tasks to run. zero-shot: classify or segment by class names, or retrieve. captions: BLEU and
+    # CIDEr of generated captions. likelihood: classify by a decoder's probability of each class's
+    # first prompt. probe: logistic regression on features, of patches for masks. few-shot: the same
+    # on --shots images per class. neighbours: vote of the nearest training images. The last three
+    # need a training split.
     tasks: tuple[Task, ...] = ("zero-shot",)
     # File with one prompt template per line, {} for the class name. None: published templates.
     templates: Path | None = None
@@ -43,6 +46,8 @@ class SuiteConfig:
     shots: tuple[int, ...] = linear_probe.SHOTS  # Training images per class in the few-shot task.
     neighbours: int = 20  # Number of training images that vote in the neighbours task.
     generation: GenerationConfig = GenerationConfig()  # How captions are generated.
+    # How images with masks are segmented.
+    segmentation: SegmentationConfig = SegmentationConfig()
     # Random seed for few-shot samples, and for validation images of data sets without such a split.
     seed: int = 0
 
@@ -54,12 +59,25 @@ class SuiteConfig:
         )
 
 
+def _zero_shot(splits: Splits, config: SegmentationConfig) -> Outcome:
+    data = splits.open("test")
+    if isinstance(data, Segmented):
+        return segmentation.zero_shot(splits, config)
+    return zero_shot(data, splits.embedded("test"), splits.encoder)
+
+
+def _probe(splits: Splits, config: SegmentationConfig, seed: int) -> Outcome:
+    if isinstance(splits.open("test"), Segmented):
+        return segmentation.probe(splits, config, seed)
+    return linear_probe.probe(splits, seed)
+
+
 # Each runs on the splits of one data set, or raises Missing for data that it lacks.
 TASKS: dict[Task, Callable[[Splits, SuiteConfig], Outcome]] = {
-    "zero-shot": lambda s, _: zero_shot(s.open("test"), s.embedded("test"), s.encoder),
+    "zero-shot": lambda s, config: _zero_shot(s, config.segmentation),
     "captions": lambda s, config: captioning.describe(s, config.generation),
     "likelihood": lambda s, _: captioning.classify_by_likelihood(s),
-    "probe": lambda s, config: linear_probe.probe(s, config.seed),
+    "probe": lambda s, config: _probe(s, config.segmentation, config.seed),
     "few-shot": lambda s, config: linear_probe.few_shot(s, config.shots, config.seed),
     "neighbours": lambda s, config: linear_probe.neighbours(s, config.neighbours, config.seed),
 }

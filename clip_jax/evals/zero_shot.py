@@ -15,7 +15,7 @@ from clip_jax.display import Display
 from clip_jax.errors import InputError
 from clip_jax.evals import prompts
 from clip_jax.evals.compositions import composition
-from clip_jax.evals.datasets import Captioned, Contrasted, Data, Labelled, Tagged, Translated
+from clip_jax.evals.datasets import Captioned, Compared, Contrasted, Labelled, Tagged, Translated
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.evals.languages import average
 from clip_jax.evals.ranks import check_finite, cosines, standing, top_k_accuracy
@@ -23,7 +23,7 @@ from clip_jax.evals.reader import Embedded, Outcome
 from clip_jax.evals.retrieval import retrieval
 
 
-def zero_shot(data: Data, images: Embedded, encoder: Encoder) -> Outcome:
+def zero_shot(data: Compared, images: Embedded, encoder: Encoder) -> Outcome:
     """Run the zero-shot task of a data set: classify, tag, retrieve, or choose a caption."""
     match data:
         case Labelled():

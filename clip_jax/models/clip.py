@@ -352,6 +352,59 @@ class CLIP:
 
         return self._run(params, states).astype(jnp.float32)
 
+    def encode_patches(
+        self, params: Params, images: Images, *, values: bool = False
+    ) -> Float[Array, "B L e"]:
+        """Embed each patch of square images: what the pooling makes of its state alone.
+
+        Compare these with `for_patches` of text embeddings. With `values`, tokens attend in the
+        last block to themselves alone, so that each has its own value (MaskCLIP, arXiv:2112.01071).
+        Raises InputError for image towers without patches, and for `values` of a tower with one
+        block or with dino.txt's head.
+        """
+        vision, inputs = self.config.vision, as_dtype(images, self.config.dtype)
+        states = self._value_states(params, inputs) if values else None
+
+        def patches(towers: Towers) -> Array:
+            visual = _with_tokens(towers)
+            x = visual.tokens(inputs)[0] if states is None else states
+            if self.config.image_head is not None:
+                return towers.image_head(visual.ln_post(x), each=True)
+            extra = x.shape[1] - cast(ViTConfig, vision).num_patches
+            alone = rearrange(x[:, extra:], "B L D -> (B L) 1 D")
+            # Of equal tokens, every pooling is that of one of them.
+            pooled = visual.pool_and_tokens(jnp.repeat(alone, 1 + extra, axis=1))[0]
+            return rearrange(pooled, "(B L) E -> B L E", B=len(x))
+
+        return self._run(params, patches).astype(jnp.float32)
+
+    def for_patches(self, texts: Float[AnyArray, "B E"]) -> Float[AnyArray, "B e"]:
+        """Return the part of text embeddings that patches are compared with: of dino.txt's head,
+        which has the class token's half first, the second half."""
+        return texts if self.config.image_head is None else texts[:, texts.shape[1] // 2 :]
+
+    def _value_states(self, params: Params, inputs: Any) -> Float[Array, "B L D"]:
+        """Return the states after the last block, in which tokens attend to themselves alone."""
+        vision = self.config.vision
+        if not isinstance(vision, ViTConfig) or vision.depth < 2 or self.config.image_head:
+            raise InputError(
+                "values=True needs a vision transformer of at least two blocks without "
+                "model.image_head; use values=False, or another model."
+            )
+        visual = params["visual"]
+        stack = visual["transformer"]["resblocks"]
+        first, last = (
+            jax.tree.map(lambda x, part=part: x[part], stack) for part in (np.s_[:-1], -1)
+        )
+        shorter = replace(
+            self, config=replace(self.config, vision=replace(vision, depth=vision.depth - 1))
+        )
+        before = params | {"visual": visual | {"transformer": {"resblocks": first}}}
+        x = shorter._run(before, lambda towers: towers.visual.tokens(inputs)[0])
+        only_itself = jnp.broadcast_to(jnp.eye(x.shape[1], dtype=bool), (len(x), *x.shape[1:2] * 2))
+        block = layers.Block(vision.block(self.layout))
+        return block.apply({"params": last}, x, None, only_itself)[0]
+
     def patch_attention(self, params: Params, images: Images) -> Float[Array, "B L"]:
         """Return how much the embedding attends to each patch of a vision transformer.
 

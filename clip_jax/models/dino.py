@@ -85,15 +85,15 @@ class DinoConfig(ViTConfig):
     def resize_grid(self, grid: Float[np.ndarray, "N D"], side: int) -> Float[Any, "n D"]:
         if self.resizing == "antialiased":
             return super().resize_grid(grid, side)
-        weights = _weights(self.grid, side)
+        weights = bicubic_weights(self.grid, side)
         square = grid.reshape(self.grid, self.grid, -1)
         resized = np.einsum("ij,kl,jlD->ikD", weights, weights, square, optimize=True)
         return resized.reshape(side * side, -1)
 
 
-def _weights(count: int, size: int) -> Float[np.ndarray, "n N"]:
-    """Return the weights of `count` values in a row that is resized to `size`, by the kernel of
-    Keys (1981) over four neighbours; the first and the last value are repeated outside."""
+def bicubic_weights(count: int, size: int) -> Float[np.ndarray, "n N"]:
+    """Return the weights of `count` values in a row that is resized to `size`, as in PyTorch: by
+    the kernel of Keys (1981) over four neighbours; the end values are repeated outside."""
     at = (np.arange(size) + 0.5) * (count / size) - 0.5
     rows, weights = np.arange(size), np.zeros((size, count))
     for tap in range(-1, 3):

@@ -100,7 +100,8 @@ class ImageHead(nn.Module):
     layout: Layout = Layout()
 
     @nn.compact
-    def __call__(self, tokens: ImageTokens) -> Float[Array, "B E"]:
+    def __call__(self, tokens: ImageTokens, each: bool = False) -> Float[Array, "B ..."]:
+        """Embed images [B, E]; or `each` patch [B, L, E/2], by the half that is the patches'."""
         x, length = split_tokens(tokens)
         width, extra = self.vision.width, self.vision.extra_tokens
         block = self.config.block(self.vision, self.layout)
@@ -108,8 +109,11 @@ class ImageHead(nn.Module):
             block, self.config.depth, self.remat, self.unroll, name="transformer"
         )
         x = LayerNorm(block.epsilon, name="ln_post")(stack(x, length)[0])
-        patches = layers.mean(x[:, extra:], None if length is None else length - extra)
-        both = jnp.stack([x[:, 0], patches], axis=1)
+        if each:
+            both = x[:, extra:]
+        else:
+            patches = layers.mean(x[:, extra:], None if length is None else length - extra)
+            both = jnp.stack([x[:, 0], patches], axis=1)
         if self.embed_dim != 2 * width:
             both = Einsum(
                 "BLD,DE->BLE",
@@ -119,4 +123,4 @@ class ImageHead(nn.Module):
                 einsum=self.layout.einsum,
                 name="proj",
             )(both)
-        return both.reshape(both.shape[0], self.embed_dim)
+        return both if each else both.reshape(both.shape[0], self.embed_dim)

@@ -215,9 +215,7 @@ def test_what_cannot_be_probed_is_said(encoder):
 
     with pytest.raises(Missing, match="one class each"):
         probe.probe(Splits("flickr", captions, encoder))
-    with pytest.raises(
-        InputError, match="coco: no images with a class or caption in its test split"
-    ):
+    with pytest.raises(InputError, match="coco: no images with a class, mask or caption in its"):
         Splits("coco", lambda split: Captioned(0, [].__getitem__), encoder).embedded("test")
 
     def other_classes(split):
