@@ -41,6 +41,7 @@ PODS: list[tuple[str, str, dict[str, Any]]] = [  # config, topology, and what di
     ("clipa_l14", V5E, {}),
     ("coca_b32", V5E, {}),
     ("coca_l14", V5E, {}),
+    ("cappa_b16", V5E, {}),
     ("mammut_l14", V5E, {}),
     ("pe_core_l14", V5E, {}),
     ("eva02_l14", V5E, {}),
