@@ -4,8 +4,8 @@ r"""SigLIP 2 B/16 with its sigmoid loss, its caption decoder, and NaFlex images 
         --model.text.tokenizer.file gs://BUCKET/tokenizer.model
     clip-jax plan siglip2_b16_staged --topology v5e:16x16
 
-Hardware: one v5e-256 slice; 292 hours by the compiler's schedules (37% MFU), $90,000 at $1.20 per
-chip-hour. Batches of 784 patches take the most memory, 15.0 of 16 GB per chip, and 1.1 s a step.
+Hardware: one v5e-256 slice; 223 hours at an assumed 40% MFU, $68,600 at $1.20 per chip-hour.
+Compiled batches of 784 patches take the most memory, 15.0 of 16 GB per chip.
 Recipe: Tschannen et al. 2025 (SigLIP 2), sections 2.1, 2.2 and 2.4.2, and for everything else
 `siglip2_b16_naflex`. The decoder is CapPa's with half as many layers as the text tower; half of the
 captions are predicted in parallel; both losses have weight 1.

@@ -7,7 +7,7 @@ by XLA's cost model, and in the final schedules of a TPU.
 
 import math
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ MARKS = (
 # Opcodes that do not read their first operand, but update it in place or send it elsewhere.
 UNREAD = ("dynamic-update-slice", *KINDS)
 SLICES = ("dynamic-slice", "slice", "gather")
-# bf16 passes of the matrix unit per matmul, by the precision of its operands.
+# bf16 passes of the matrix unit per matmul, by the precision of its float32 operands.
 PASSES = {"default": 1, "high": 3, "highest": 6}
 KERNEL = "tpu_custom_call"
 _UNKNOWN = 2**62  # the compiler writes at least this for unknown cycles
@@ -161,9 +161,9 @@ def count_flops(
     operands = [operand.shapes[0] for operand in before if operand.shapes]
     if x.opcode == "dot":
         dims = numbers(search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes))
-        return _passes(x) * _product(x.shapes[0], operands[0], dims)
+        return _passes(x, operands) * _product(x.shapes[0], operands[0], dims)
     if x.opcode == "convolution":
-        return _passes(x) * _convolution(x, *operands[:2], x.shapes[0])
+        return _passes(x, operands) * _convolution(x, *operands[:2], x.shapes[0])
     return _custom_flops(x, operands) if x.opcode == "custom-call" else 0
 
 
@@ -192,7 +192,10 @@ def _custom_flops(x: Instruction, operands: list[Shape]) -> float | None:
     return 0
 
 
-def _passes(x: Instruction) -> int:
+def _passes(x: Instruction, operands: Sequence[Shape]) -> int:
+    """Count the passes; operands that are bf16 already need one at any precision."""
+    if "f32" not in [operand.dtype for operand in operands[:2]]:
+        return 1
     return PASSES[search(r"operand_precision=\{(\w+)", x.attributes) or "default"]
 
 

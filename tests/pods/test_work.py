@@ -152,6 +152,9 @@ ATTENTION = 'custom-call(%x, %y, %z), custom_call_target="__cudnn$fmhaSoftmax'
 PRODUCT = 2 * 128 * 8 * 77 * 77 * 64
 
 
+PRECISE = "{} dot(%x, %y), lhs_contracting_dims={{1}}, operand_precision={{highest,highest}}"
+
+
 @pytest.mark.parametrize(
     ("operands", "line", "flops"),
     [
@@ -168,6 +171,9 @@ PRODUCT = 2 * 128 * 8 * 77 * 77 * 64
             "rhs_reversal=0x1x1}, dim_labels=b0f12_i12o0->b012f",
             2 * 128 * 77 * 512 * 3 * 8 * 64,
         ),
+        # Only float32 operands take several passes.
+        (("f32[8,16]", "f32[16,4]"), PRECISE.format("f32[8,4]"), 6 * 2 * 8 * 16 * 4),
+        (("bf16[8,16]", "bf16[16,4]"), PRECISE.format("f32[8,4]"), 2 * 8 * 16 * 4),
         # cuDNN's gradients of a convolution cost what it does: of four outputs along a side of
         # eight the first sees two places, the others three.
         ((IMAGE, KERNEL), CONVOLUTION.format(OUTPUT, "Forward"), 2 * 2 * 11**2 * 4 * 6),
