@@ -5,7 +5,7 @@ r"""CapPa B/16: an image tower that learns from captions alone, most of them pre
     clip-jax plan cappa_b16 --topology v5e:16x16
 
 Hardware: one v5e-256 slice; 5.9 hours at an assumed 40% MFU, $1,800 at $1.20 per chip-hour. The
-compiled step takes 4.1 of 16 GB per chip, and by the compiler's schedules 56 ms, 41% MFU.
+compiled step takes 4.1 of 16 GB per chip, and by the compiler's schedules 49 ms, 47% MFU.
 Recipe: Tschannen et al. 2023 (CapPa, arXiv:2306.07915) and big_vision's config of it: ViT-B/16 at
 224 pixels, a decoder of 6 layers without biases, 64 text tokens, 0.75 of the captions predicted in
 parallel, batch size 8,192, 366,500 steps (3B samples). Adafactor with β2 of at most 0.999 and a

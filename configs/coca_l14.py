@@ -4,7 +4,7 @@
     clip-jax plan coca_l14 --topology v5e:16x16
 
 Hardware: one v5e-256 slice; five days (compiled, not run). It takes 12.6 of 16 GB per chip; MFU is
-at most 62% by the sequential bound.
+at most 71% by the sequential bound.
 Recipe: weight 1 for the contrastive loss and 2 for the caption loss (CoCa, section 4.1). The rest
 is the CLIP paper's, as in `vit_l14`.
 Expected: unknown; nobody has trained this config yet.

@@ -198,7 +198,9 @@ def needs_text(objective: Objective, model: CLIPConfig) -> bool:
 
 
 def _use_embeddings(objective: Objective) -> bool:
-    return any(term.uses_embeddings for term in active(objective))
+    """Whether a term uses the embeddings; without any term, they are all that is computed."""
+    terms = active(objective)
+    return not terms or any(term.uses_embeddings for term in terms)
 
 
 def idle(objective: Objective, model: CLIPConfig) -> tuple[str, ...]:
