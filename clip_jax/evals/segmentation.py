@@ -200,7 +200,7 @@ def _measure(
         skipped += [x.error for x in batch if x.error]
         images = [x for x in batch if not x.error]
         for image, features in _embedded(images, windows, embed):
-            if image.index % count != mine:
+            if _process_of(image.index, shown, count) != mine:
                 continue
             predicted = windows.predict(score(features), image)
             confusion += confusion_matrix(image.truth, predicted, len(confusion))
@@ -221,6 +221,11 @@ def _measure(
     values = {f"{config.protocol}/{name}": x for name, x in scores(confusion).items()}
     segments = Segments(confusion, pictures)
     return Outcome(task, values, skipped, classes.names, segments=segments)
+
+
+def _process_of(index: int, shown: set[int], processes: int) -> int:
+    """Return which process predicts an image: the first, which draws, if a picture is written."""
+    return 0 if index in shown else index % processes
 
 
 def _patches(

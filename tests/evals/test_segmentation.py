@@ -206,6 +206,11 @@ def test_a_model_without_patches_is_refused():
         Windows(encoder, SegmentationConfig())
 
 
+def test_the_first_process_predicts_what_it_draws_and_all_share_the_rest():
+    owners = [segmentation._process_of(i, {1, 2}, 3) for i in range(6)]
+    assert owners == [0, 0, 0, 0, 1, 2]
+
+
 def test_pasted_icons_are_the_same_each_time_and_differ_between_splits():
     train, test = open_pasted_icons("train"), open_pasted_icons("test")
     pixels, mask = train.load(3)
