@@ -5,10 +5,11 @@ Each takes a run's config with a few more fields and returns the object that `--
 
 import contextlib
 import functools
+import math
 import os
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from clip_jax.chips import find, peak_flops
 from clip_jax.clock import CLOCK
 from clip_jax.config import Config
 from clip_jax.config_files import with_weights
+from clip_jax.data import views
 from clip_jax.data.augment import augment
 from clip_jax.data.batch_plan import constant
 from clip_jax.data.images import ImageError, read_crops
@@ -31,6 +33,7 @@ from clip_jax.display import say, table
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.metrics.reports import bucket_rates, peak_memory
 from clip_jax.models.images import NaFlex, valid_patches
+from clip_jax.models.inputs import Input, ViewInput
 from clip_jax.models.text_lengths import TextLengths
 from clip_jax.pods import compile as pod
 from clip_jax.pods.plan import BOUNDS
@@ -74,7 +77,7 @@ def measure_input(config: InputBench) -> dict[str, Any]:
         constant(config.batch_size, config.model.vision.image_spec),
         tokenizer=tokenizer,
         context_length=config.model.text.context_length,
-        inputs=config.recipe.reads(),
+        inputs=_inputs(config),
     )
     say(f"stages, one thread, {config.seconds:g} s ...")
     stages, used = _stages(config, pipeline.order, tokenizer)
@@ -116,6 +119,8 @@ def _stages(
             wall[name] += CLOCK.now() - start
             cpu[name] += CLOCK.thread_cpu() - start_cpu
 
+    inputs = _inputs(config)
+    has_views = any(isinstance(x, ViewInput) for x in inputs.values())
     number, count = 0, 0
     used = [np.zeros(0, int)]
     while sum(wall.values()) < config.seconds or not count:
@@ -126,6 +131,10 @@ def _stages(
             crop_rng = rng if data.crop == "random" else None
             try:
                 image, caption = timed("read", read, rng)
+                if has_views:
+                    key, scaled = (data.seed, number), data.scaled_decode
+                    draw = functools.partial(views.draw, scaled=scaled)
+                    timed("views", draw, image, inputs, key)
                 if isinstance(image, bytes):
                     crop = functools.partial(read_crops, scaled=data.scaled_decode)
                     crop_args = (image, [spec], crop_rng, data.crop_scale)
@@ -152,6 +161,18 @@ def _stages(
         for name in wall
     }
     return stages, np.concatenate(used)
+
+
+def _inputs(config: InputBench) -> Mapping[str, Input]:
+    """Return what the pipeline makes besides images and texts, for the kind of batches that has
+    most of it."""
+
+    def size(inputs: Mapping[str, Input]) -> int:
+        arrays = jax.tree.leaves([x.shapes(1) for x in inputs.values()])
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+    of_kinds = (config.recipe_of(kind).reads() for kind in config.batches.kinds)
+    return max(of_kinds, key=size)
 
 
 def _texts(config: InputBench, used: np.ndarray) -> dict[str, Any]:

@@ -90,6 +90,10 @@ def of_step(config: StepConfig) -> Flops:
         number[x.tower] += getattr(inputs.get(x.input), "count", 1)
     images, texts = number["image"], number["text"]
     towers = towers._replace(image=towers.image * images, text=towers.text * texts)
+    passes = {name: of for term in objective for name, of in term.passes(config.model).items()}
+    for of in passes.values():
+        times = config.batch_size * (1 + BACKWARD * of.is_trained)
+        towers = towers._replace(image=towers.image + times * _weigh(of.operations))
     if config.stored is not None:
         towers = towers._replace(**{config.stored: 0})
     if "caption_states" not in needs(objective):

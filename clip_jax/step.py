@@ -108,6 +108,7 @@ class Recipe(StepConfig):
             raise InputError("Muon does not train adapters (lora): set another optim.optimizer.")
         if self.stored is not None:
             check_stored(self, self.stored)
+        check_parts(self, locked)
         if self.text_lengths is not None:
             check_lengths(self, self.text_lengths)
 
@@ -222,18 +223,14 @@ class Program:
             return state
         return replace(state, frozen=jax.tree.map(put, self.state.frozen, frozen))
 
-    def begin(self, state: State, names: list[str]) -> State:
-        """Initialise again what some terms carry, from the current parameters."""
+    def begin(self, state: State, before: Objective) -> State:
+        """Initialise again, from the current parameters, what belongs to terms that begin now:
+        that had no weight in the objective `before`."""
         trainable, _ = split_batch_stats(state.params)
-        of_terms = {name: self.state.carried[name] for name in names}
-
-        def init(trainable: Params) -> dict[str, Any]:
-            carried = terms.init(self.recipe.objective, trainable)
-            return {name: carried[name] for name in names}
-
-        shardings = jax.tree.map(lambda x: x.sharding, of_terms)
-        begun = jax.jit(init, out_shardings=shardings)(trainable)
-        return replace(state, carried=state.carried | begun)
+        begin = functools.partial(terms.begin, self.recipe.objective, before)
+        shardings = jax.tree.map(lambda x: x.sharding, self.state.carried)
+        carried = jax.jit(begin, out_shardings=shardings)(state.carried, trainable)
+        return replace(state, carried=carried)
 
     def compile(self) -> None:
         """Compile the step now; it then takes only states and batches that are on the mesh."""
@@ -289,6 +286,23 @@ def without(tower: Tower | None, params: dict[str, Any]) -> dict[str, Any]:
     """Return parameters, by name or by path, without those of a tower."""
     left_out = of_tower(tower, params)
     return {name: x for name, x in params.items() if name not in left_out}
+
+
+def check_parts(recipe: StepConfig, locked: set[str]) -> None:
+    """Raise InputError unless a run trains the parts of the model that terms need to be trained."""
+    passes = (x for term in recipe.objective for x in term.passes(recipe.model).values())
+    needed = {*terms.averages(recipe.objective)}
+    if any(x.is_trained for x in passes):
+        needed.add(TOWERS["image"])
+    if recipe.lora is None:
+        stored = {TOWERS[recipe.stored]} if recipe.stored is not None else set()
+        needed &= locked | stored
+    if needed:
+        raise InputError(
+            f"the objective ({', '.join(term.name for term in recipe.objective)}) needs "
+            f"{', '.join(map(repr, sorted(needed)))} to be trained, with all its weights: leave "
+            "out optim.locked, stored and lora, or the term that needs it."
+        )
 
 
 def check_stored(recipe: StepConfig, tower: Tower) -> None:
@@ -509,15 +523,15 @@ def gradients(state: State, inputs: Inputs, *, recipe: Recipe, mesh: Mesh) -> Gr
     """
     objective, vision, key = recipe.objective, recipe.model.vision, None
     trainable, batch_stats = split_batch_stats(state.params)
-    towers = {name: tree for name, tree in trainable.items() if isinstance(tree, dict)}
+    of_encode, of_loss = terms.split_params(objective, recipe.model, trainable)
     scalars = scalars_of(state.params)
     if recipe.drops_patches or recipe.predicts_in_parallel:
         # Threefry, whatever the default: it gives the same keys under vmap.
         key = jax.random.fold_in(jax.random.key(recipe.seed, impl="threefry2x32"), state.step)
     context_of = functools.partial(context, CLIP(recipe.model), mesh, state)
 
-    def encode_chunk(towers: Params, chunk: Inputs) -> tuple[Outputs, Params]:
-        params = recipe.complete(state, join_batch_stats(scalars | towers, batch_stats))
+    def encode_chunk(of_encode: Params, chunk: Inputs) -> tuple[Outputs, Params]:
+        params = recipe.complete(state, join_batch_stats(scalars | of_encode, batch_stats))
         return encode(
             context_of(params, chunk, {}),
             objective,
@@ -528,13 +542,19 @@ def gradients(state: State, inputs: Inputs, *, recipe: Recipe, mesh: Mesh) -> Gr
             lengths=recipe.text_lengths,
         )
 
-    def compare(scalars: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
-        params = scalars_of(base_of(state)) | scalars
+    def compare(of_loss: Params, outputs: Outputs) -> tuple[Float[Array, ""], Metrics]:
+        params = scalars_of(base_of(state)) | of_loss
         return terms.total(objective, context_of(params, inputs, outputs))
 
     group = vision.batch_norm_group
     return cached_value_and_grad(
-        encode_chunk, compare, towers, scalars, inputs, recipe.accumulation, group_size=group or 1
+        encode_chunk,
+        compare,
+        of_encode,
+        of_loss,
+        inputs,
+        recipe.accumulation,
+        group_size=group or 1,
     )
 
 
@@ -582,7 +602,7 @@ def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tu
         result = gradients(state, inputs, recipe=recipe, mesh=mesh)
     else:
         result, metrics = gradients_by_length(state, inputs, recipe=recipe, mesh=mesh)
-    grads = result.params | result.others
+    grads = terms.join_params(result.params, result.others)
     updates, opt_state = recipe.optimizer().update(
         grads, state.opt_state, trainable, learning_rate=batch["learning_rate"]
     )

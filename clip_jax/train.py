@@ -29,7 +29,7 @@ from clip_jax.checkpoints.resume import branch_point, check_branch, check_resuma
 from clip_jax.checkpoints.retention import Unusable, steps_in
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.config import Config
-from clip_jax.config_files import as_begun, complete, with_stretch, with_weights
+from clip_jax.config_files import as_begun, complete, of_run, with_stretch, with_weights
 from clip_jax.convert.weight_files import WeightFiles
 from clip_jax.convert.weights import Head, default_preprocess
 from clip_jax.data.batch_plan import BatchKind
@@ -46,8 +46,7 @@ from clip_jax.inference.starting import (
     initial_state,
     stored_tower,
 )
-from clip_jax.losses import ClassifierConfig
-from clip_jax.losses.objective import active
+from clip_jax.losses import ClassifierConfig, Objective
 from clip_jax.metrics.profiler import Profiler
 from clip_jax.metrics.reports import Reports
 from clip_jax.metrics.timers import Timers
@@ -186,6 +185,7 @@ def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: W
         config.processes.watchdog_minutes,
         f"Checkpoints in {workdir} are intact: run the same command again to resume.",
     )
+    begins = not checkpoints.latest_step()
     params = initial_params(config, weight_files, resumes=start > 0)
     frozen, hashes = frozen_weights(config, mesh, weight_files, params)
     if tower is not None:
@@ -197,7 +197,7 @@ def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: W
             write_locked(workdir, locked)
     else:
         with timers.measure("restore"), watchdog:
-            if parent and not checkpoints.latest_step():
+            if parent and begins:
                 begun = branch(config, program, parent, hashes)
                 frozen |= restore_locked(program, parent.workdir, begun.step, workdir)
                 record_branch(config, workdir, differs)
@@ -225,6 +225,10 @@ def set_up(requested: Config, workdir: epath.Path, claim: Claim, weight_files: W
         frozen=hashes,
         tower=tower.on_mesh(mesh) if tower and config.evals else {},
     )
+    if parent and begins:
+        before = of_run(read_run_config(parent.workdir))
+        kind = before.batches.at(max(parent.step - 1, 0))
+        begin_terms(run, begun.step, before.recipe_of(kind).objective)
     introduce(run, begun.messages)
     return run
 
@@ -357,8 +361,8 @@ def check_patches(config: Config, workdir: epath.Path) -> None:
 def open_data(config: Config, part: int, parts: int, tower: StoredTower | None = None) -> Pipeline:
     """Open this process's shard of the training data, `part` of `parts`, with the embeddings of the
     stored tower, if there is one."""
-    recipes = [config.recipe_of(kind) for kind in config.batches.kinds]
-    inputs = {name: x for recipe in recipes for name, x in recipe.reads().items()}
+    of_kinds = {kind: config.recipe_of(kind).reads() for kind in config.batches.kinds}
+    inputs = {name: x for of_kind in of_kinds.values() for name, x in of_kind.items()}
     if tower is not None:
         inputs[tower.name] = tower.reads
     return build(
@@ -368,6 +372,7 @@ def open_data(config: Config, part: int, parts: int, tower: StoredTower | None =
         context_length=config.model.text.context_length,
         process=(part, parts),
         inputs=inputs,
+        of_kinds=of_kinds,
     )
 
 
@@ -555,16 +560,20 @@ def begin_stage(run: Run, step: int) -> None:
     if not config.stages:
         return
     kind = config.batches.at(step)
-    recipes = [config.recipe_of(each) for each in (config.batches.at(max(step - 1, 0)), kind)]
-    before, now = ({x.name for x in active(recipe.objective)} for recipe in recipes)
-    if begun := sorted((now - before) & run.state.carried.keys()):
-        run.state = run.programs[kind].begin(run.state, begun)
-    if recipes[0].objective != recipes[1].objective:
-        run.state = replace(run.state, opt_state=with_new_norms(run.state.opt_state))
-    weights = ", ".join(f"{term.name} {term.weight:g}" for term in recipes[1].objective)
+    before = config.batches.at(max(step - 1, 0))
+    begin_terms(run, step, config.recipe_of(before).objective)
+    weights = ", ".join(f"{x.name} {x.weight:g}" for x in config.recipe_of(kind).objective)
     run.reports.line(
         f"stage {kind.stage} of {len(config.first_steps)} begins after step {step}: {weights}"
     )
+
+
+def begin_terms(run: Run, step: int, before: Objective) -> None:
+    """Initialise what depends on the losses after `step`, if these differ from those before."""
+    kind = run.config.batches.at(step)
+    if before != run.config.recipe_of(kind).objective:
+        run.state = run.programs[kind].begin(run.state, before)
+        run.state = replace(run.state, opt_state=with_new_norms(run.state.opt_state))
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:

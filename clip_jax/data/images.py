@@ -236,7 +236,8 @@ def read_crops(
     for spec in specs:
         with opened(data, load=False) as image:
             full = image.size
-            factor = _reduce(image, spec, None if rng is None else scale) if scaled else 1
+            factor = _reduction(full, spec, None if rng is None else scale) if scaled else 1
+            factor = _reduce(image, factor)
             if factor not in decoded:
                 decoded[factor] = image.convert("RGB")
         if not crops and rng is not None and scale is not None:
@@ -254,14 +255,53 @@ def read_crops(
     return crops
 
 
-def _reduce(image: Image.Image, spec: ImageSpec, scale: tuple[float, float] | None) -> int:
-    """Let a JPEG be decoded at 1/2, 1/4 or 1/8 size if crops of it suffice; return the factor."""
-    full = image.size
+class View(NamedTuple):
+    """A random crop of an image: its size, its share of the image's area, and its generator."""
+
+    spec: ImageSpec
+    area: tuple[float, float]  # smallest and largest share; (1, 1): the image as it is
+    rng: np.random.Generator
+
+
+def read_views(
+    image: ImageLike, views: Sequence[View], *, scaled: bool = True
+) -> list[UInt8[np.ndarray, "_H _W 3"]]:
+    """Decode an image once and crop it for each view, as `read_crops` with `scale` does.
+
+    With `scaled`, a JPEG is decoded at the size that the most detailed view needs. Raises
+    ImageError.
+    """
+    with opened(image, load=False) as source:
+        full = source.size
+        complete = [view.area == (1, 1) for view in views]
+        factors = [
+            _reduction(full, view.spec, None if is_complete else view.area)
+            for view, is_complete in zip(views, complete, strict=True)
+        ]
+        factor = _reduce(source, min(factors) if scaled else 1)
+        decoded = source.convert("RGB")
+    crops = []
+    for view, is_complete in zip(views, complete, strict=True):
+        box: Box = (0, 0, *full)
+        if not is_complete:
+            aspect = 1.0 if isinstance(view.spec, Square) else full[0] / full[1]
+            box = random_box(*full, view.rng, view.area, aspect)
+        crops.append(_resized_box(decoded, view.spec, box, factor))
+    return crops
+
+
+def _reduction(full: tuple[int, int], spec: ImageSpec, scale: tuple[float, float] | None) -> int:
+    """Return by what factor, at most 8, a decoded image may be smaller if crops of it suffice."""
     spare = min(side / fit for side, fit in zip(full, spec.fit(*full), strict=True))
     if scale is not None:  # of the smallest box
         smallest = math.sqrt(full[0] * full[1] * scale[0] / _FLATTEST)
         spare = min(*full, smallest) / spec.side
-    factor = next((f for f in (8, 4, 2) if spare >= f), 1)
+    return next((f for f in (8, 4, 2) if spare >= f), 1)
+
+
+def _reduce(image: Image.Image, factor: int) -> int:
+    """Let a JPEG be decoded at 1 / `factor` of its size; return the factor of any image."""
+    full = image.size
     if factor > 1:
         image.draft(None, (full[0] // factor, full[1] // factor))  # only JPEG's does anything
     # Sizes are rounded up: the last column of an odd image is half empty.

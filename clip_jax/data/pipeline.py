@@ -20,9 +20,9 @@ from typing import Any, Literal, cast
 import numpy as np
 from jaxtyping import Int32
 
-from clip_jax.data import further, sources
+from clip_jax.data import further, sources, views
 from clip_jax.data.augment import AugmentConfig, augment, replay
-from clip_jax.data.batch_plan import BatchPlan
+from clip_jax.data.batch_plan import BatchKind, BatchPlan
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.images import ImageError, fitted, read_crops
 from clip_jax.data.order.batches import Batch, GlobalPieces, Sample, StreamPieces, Tokenizers, join
@@ -108,12 +108,15 @@ def build(
     context_length: int,
     process: tuple[int, int] = (0, 1),
     inputs: Mapping[str, Input] | None = None,
+    of_kinds: Mapping[BatchKind, Mapping[str, Input]] | None = None,
 ) -> "Pipeline":
     """Open the source and build the pipeline of the plan's batches, which are global.
 
     `process` is (index, count) of this process. `inputs` are made of each sample besides its image
-    and text; stored embeddings by the name `image` or `text` replace these. Raises InputError if
-    the source cannot be read or lacks an input, or a batch not be divided among the processes.
+    and text; stored embeddings by the name `image` or `text` replace these. If only some kinds of
+    batches have views (`ViewInput` and `MaskInput`), `of_kinds` has the inputs of each. Raises
+    InputError if the source cannot be read or lacks an input, or a batch not be divided among the
+    processes.
     """
     _, processes = process
     if plan.unit < 1 or plan.unit % processes:
@@ -124,7 +127,8 @@ def build(
             f"{sizes} must be a positive multiple of the {processes} processes; change --batch-size"
         )
     side = max(kind.images.side for kind in plan.kinds)
-    loader = _Loader(config, side, process, inputs)
+    of_kinds = of_kinds or dict.fromkeys(plan.kinds, inputs or {})
+    loader = _Loader(config, side, process, inputs, of_kinds)
     for source, (name, x) in itertools.product(loader.members, loader.stored.items()):
         _check_stored(cast(sources.StoredSource, source), x, replaces=name in ("image", "text"))
     tokenizers = {}
@@ -328,6 +332,7 @@ class _Loader:
         side: int,
         process: tuple[int, int] = (0, 1),
         inputs: Mapping[str, Input] | None = None,
+        of_kinds: Mapping[BatchKind, Mapping[str, Input]] | None = None,
     ) -> None:
         source = self.source = open_source(config.source, side, process)
         self.members = source.members if isinstance(source, MixtureSource) else [source]
@@ -338,6 +343,7 @@ class _Loader:
         self.further = {name: x for name, x in each if isinstance(x, FurtherTexts)}
         self.stored = {name: x for name, x in each if isinstance(x, StoredInput)}
         self._labels = {name: x for name, x in each if isinstance(x, LabelInput)}
+        self._of_kinds = of_kinds or {}
         self.reads_stored = config.crop == "stored"
         needs_synthetic = any(x.is_synthetic for x in self._inputs.values())
         self._reads_synthetic = needs_synthetic or config.synthetic_ratio > 0
@@ -365,13 +371,13 @@ class _Loader:
 
     def __reduce__(self) -> Any:
         # Workers reopen the source: open files and mapped memory cannot be pickled.
-        return _Loader, (self._config, self._side, (0, 1), self._inputs)
+        return _Loader, (self._config, self._side, (0, 1), self._inputs, self._of_kinds)
 
     def __call__(
         self,
         position: int,
         record: int,
-        spec: ImageSpec,
+        kind: BatchKind,
         fetched: sources.AnyRecord | sources.SampleError | None = None,
     ) -> Sample:
         """Load the record, unless it was `fetched` already; if it is bad, the next good one."""
@@ -384,7 +390,7 @@ class _Loader:
             here = None if offset else fetched
             key = here.key if isinstance(here, sources.AnyRecord) else self.source.key(candidate)
             try:
-                loaded = self._load(candidate, spec, here, rng, position)
+                loaded = self._load(candidate, kind, here, rng, position)
                 return Sample(*loaded, position, key, skipped)
             except sources.SampleError as error:
                 skipped.append({"position": position, "key": key, "reason": str(error)})
@@ -396,7 +402,7 @@ class _Loader:
     def _load(
         self,
         record: int,
-        spec: ImageSpec,
+        kind: BatchKind,
         fetched: sources.AnyRecord | sources.SampleError | None,
         rng: np.random.Generator,
         position: int,
@@ -434,18 +440,22 @@ class _Loader:
             texts = further.draw(x, caption, several, np.random.Generator(numbers))
             arrays[x.counter(name)] = np.array([len(texts)], np.int32)
             captions[name] = texts + [caption] * (x.count - len(texts))
-        specs = ({} if "image" in self.stored else {"image": spec}) | self._specs
+        specs = ({} if "image" in self.stored else {"image": kind.images}) | self._specs
         distinct = list(dict.fromkeys(specs.values()))
         number = arrays.pop("number", 0)
+        seed, scaled = self._config.seed, self._config.scaled_decode
         try:
-            views = self._views(image, distinct, more, number, rng) if distinct else []
+            crops = self._crops(image, distinct, more, number, rng) if distinct else []
+            arrays |= views.draw(
+                image, self._of_kinds.get(kind, {}), (seed, position), scaled=scaled
+            )
         except ImageError as error:
             raise sources.SampleError(str(error)) from error
-        packed = {shape: shape.pack(x[None]) for shape, x in zip(distinct, views, strict=True)}
+        packed = {shape: shape.pack(x[None]) for shape, x in zip(distinct, crops, strict=True)}
         images = {name: packed[shape] for name, shape in specs.items()}
         return images | arrays, captions
 
-    def _views(
+    def _crops(
         self,
         image: Any,
         specs: Sequence[ImageSpec],

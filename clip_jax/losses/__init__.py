@@ -10,7 +10,7 @@ from clip_jax.losses.contrastive import (
     devices_per_slice,
 )
 from clip_jax.losses.distillation import DistillationConfig, LiveTeacher, StoredTeacher
-from clip_jax.losses.objective import Axes, Context, Frozen, Objective, Term
+from clip_jax.losses.objective import Axes, Context, Frozen, Objective, Parameter, Pass, Term
 from clip_jax.losses.same_caption import caption_ids
 from clip_jax.losses.sigmoid import SigmoidConfig
 from clip_jax.losses.softmax import SoftmaxConfig
@@ -28,6 +28,8 @@ __all__ = [
     "Frozen",
     "LiveTeacher",
     "Objective",
+    "Parameter",
+    "Pass",
     "SigmoidConfig",
     "SoftmaxConfig",
     "StoredTeacher",

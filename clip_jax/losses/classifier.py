@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from clip_jax.errors import check_ranges
-from clip_jax.losses.objective import Context, Outputs, Result, Term
+from clip_jax.losses.objective import Context, Outputs, Parameter, Result, Term
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.inputs import Input, LabelInput
 from clip_jax.models.templates import check_template
@@ -38,9 +38,9 @@ class ClassifierConfig(Term):
         """Return the label of each image."""
         return {"label": LabelInput(self.classes)}
 
-    def parameters(self, model: CLIPConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    def parameters(self, model: CLIPConfig) -> dict[str, Parameter]:
         """Return the vectors of the classes, [classes, E]."""
-        return {"kernel": ((len(self.classes), model.embed_dim), "- -")}
+        return {"kernel": Parameter((len(self.classes), model.embed_dim), "- -")}
 
     def encode(self, x: Context) -> Outputs:
         """Return the cosine of each image with each class, [B, classes]."""

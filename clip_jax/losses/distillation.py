@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.contrastive import Contrastive
-from clip_jax.losses.objective import Context, Frozen, Outputs, Result
+from clip_jax.losses.objective import Context, Frozen, Outputs, Parameter, Result
 from clip_jax.losses.pairs import Pairs
 from clip_jax.losses.sums import Block, Max, Statistics, Sum, SumOf, Sums
 from clip_jax.models.clip import CLIPConfig, l2_normalize
@@ -162,10 +162,10 @@ class DistillationConfig(Contrastive):
             if isinstance(x, LiveTeacher)
         }
 
-    def parameters(self, model: CLIPConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    def parameters(self, model: CLIPConfig) -> dict[str, Parameter]:
         """Return the linear maps from each tower's embeddings to each teacher's."""
         return {
-            f"teacher{i}_{tower}": ((model.embed_dim, x.embed_dim), "E -")
+            f"teacher{i}_{tower}": Parameter((model.embed_dim, x.embed_dim), "E -")
             for i, x in enumerate(self.teachers if self.features_weight else ())
             for tower in ("image", "text")
         }

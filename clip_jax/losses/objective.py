@@ -13,17 +13,20 @@ towers exist only while their chunk is encoded. So any term works with gradient 
 
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
 from clip_jax.models.inputs import Input
+from clip_jax.models.layers import Operations
 from clip_jax.models.outputs import output
 from clip_jax.parts import Part
 
@@ -37,6 +40,9 @@ OF_STEP = frozenset(
     {"loss", "grad_norm", "param_norm", "logit_scale", "learning_rate"}
     | {"skipped_updates", "skipped_in_a_row", "full_padding"}
 )
+
+
+AVERAGE = "moving_average"  # the averages' name among what a state carries
 
 
 class Axes(NamedTuple):
@@ -55,18 +61,43 @@ class Frozen(NamedTuple):
     texts: int = 1  # number of texts that it encodes with each image, for FLOPs
 
 
+class Parameter(NamedTuple):
+    """A trainable array of a term."""
+
+    shape: tuple[int, ...]
+    dims: str  # the names of its dimensions, as in `models.layers`
+    std: float | None = None  # of its first values, drawn from N(0, std²); None: 1 / √shape[0]
+    in_loss: bool = False  # whether `loss` takes it; else `encode` does
+
+
+class Pass(NamedTuple):
+    """A further pass of a tower over each sample in one step, for FLOPs."""
+
+    operations: Operations  # forward
+    is_trained: bool = True  # forward and backward; else forward alone, as by an average
+
+
 @dataclass(frozen=True)
 class Context:
     """The input of a term's functions: for one chunk in `encode`, else for the global batch."""
 
     model: CLIP  # with the mesh's layout; `replace(model, config=...)` is another model with it
-    params: Params  # in `loss` only those of no tower: `logit_scale`, `logit_bias`
+    # In `loss` only those of no tower, `logit_scale` and `logit_bias`, and `Parameter.in_loss`.
+    params: Params
     inputs: Inputs
     outputs: Outputs  # of the towers, and of the term's own `encode`
     mesh: Mesh
     axes: Axes
     frozen: Mapping[str, Params] = field(default_factory=dict)  # by the names of `frozen`
     carried: Any = None  # as `init` or the last `update` returned it
+    average: Params = field(default_factory=dict)  # see `Term.averages`
+    _results: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, name: Hashable, compute: Callable[[], Any]) -> Any:
+        """Return what a function computes, which is computed once for all terms that name it."""
+        if name not in self._results:
+            self._results[name] = compute()
+        return self._results[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +134,17 @@ class Term(Part):
         (`Context.inputs`)."""
         return {}
 
-    def parameters(self, model: CLIPConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return the shape of each trainable array of the term and the names of its dimensions.
+    def parameters(self, model: CLIPConfig) -> dict[str, Parameter]:
+        """Return the trainable arrays of the term by their paths in `params[NAME]`, such as `map`
+        or `head/kernel`. The last name decides about weight decay, as in a tower."""
+        return {}
 
-        They are drawn from N(0, 1 / first dimension), and are `params[NAME]` in `encode`.
+    def averages(self) -> dict[str, float]:
+        """Return the decay in (0, 1) of the moving average that the term needs of a part of the
+        parameters: of a tower, such as `visual`, or of its own by its name.
+
+        `Context.average` has them. Terms that name the same part share one average. It begins as
+        the parameters when the first of these terms does, and each step updates it once.
         """
         return {}
 
@@ -142,6 +180,11 @@ class Term(Part):
         and the decoder. `locked` towers take no gradient."""
         return 0
 
+    def passes(self, model: CLIPConfig) -> dict[str, Pass]:
+        """Return the passes of the image tower over each sample that `encode` makes itself, by
+        name. Terms share those of one name (`Context.once`)."""
+        return {}
+
     def chosen_form(self, model: CLIPConfig, batch_size: int, shards: int) -> str | None:
         """Return the form that is used on so many batch shards, if the term has several."""
         return None
@@ -162,6 +205,7 @@ def check(objective: Objective, model: CLIPConfig) -> None:
     for term in objective:
         term.check(model)
     reads(objective, model)
+    averages(objective)
     writes = any("caption_states" in term.needs for term in objective)
     if writes != (model.decoder is not None):
         wrong = "needs model.decoder" if writes else "does not train model.decoder"
@@ -191,10 +235,11 @@ def needs(objective: Objective) -> tuple[str, ...]:
 
 
 def needs_text(objective: Objective, model: CLIPConfig) -> bool:
-    """Whether a step encodes texts: captions alone may be trained without the text tower."""
-    alone = model.decoder is not None and not model.decoder.extends_text
+    """Whether a step encodes texts: captions alone may be trained without the text tower, and an
+    image tower may teach itself alone."""
+    of_decoder = model.decoder is not None and model.decoder.extends_text
     of_text = any(output(name).tower == "text" for name in needs(objective))
-    return not alone or _use_embeddings(objective) or of_text
+    return of_decoder or of_text or _use_embeddings(objective)
 
 
 def _use_embeddings(objective: Objective) -> bool:
@@ -258,7 +303,8 @@ def reads(objective: Objective, model: CLIPConfig) -> dict[str, Input]:
             if inputs.setdefault(name, x) != x:
                 raise InputError(
                     f"the objective's term {term.name!r} and an earlier one read different inputs, "
-                    f"both by the name {name!r}: rename one of them in the term's `reads`."
+                    f"both by the name {name!r}: {inputs[name]} and {x}. Set the same values in "
+                    "both terms; in a term of your own, rename the input in `reads`."
                 )
     return inputs
 
@@ -268,36 +314,102 @@ def draw(objective: Objective, model: CLIPConfig, key: Array) -> Params:
 
     Each term has a key of its name, so that no two draw equal numbers and none depends on others.
     """
-    drawn: Params = {}
+    drawn: dict[str, Array] = {}
     for term in objective:
         term_key = jax.random.fold_in(key, zlib.crc32(term.name.encode()))
-        for i, (name, (shape, _)) in enumerate(term.parameters(model).items()):
-            normal = jax.random.normal(jax.random.fold_in(term_key, i), shape)
-            drawn.setdefault(term.name, {})[name] = normal * shape[0] ** -0.5
-    return drawn
+        for i, (name, fields) in enumerate(term.parameters(model).items()):
+            x = Parameter(*fields)
+            std = x.shape[0] ** -0.5 if x.std is None else x.std
+            normal = jax.random.normal(jax.random.fold_in(term_key, i), x.shape)
+            drawn[f"{term.name}/{name}"] = normal * std
+    return unflatten_dict(drawn, sep="/")
 
 
 def dimensions(objective: Objective, model: CLIPConfig) -> dict[str, str]:
     """Return path → dimension names of all parameters, the model's and the terms'."""
-    of_terms = {
-        f"{term.name}/{name}": names
-        for term in objective
-        for name, (_, names) in term.parameters(model).items()
-    }
+    of_terms = {path: x.dims for path, x in _parameters(objective, model).items()}
     return model.dimensions() | of_terms
 
 
+def split_params(objective: Objective, model: CLIPConfig, params: Params) -> tuple[Params, Params]:
+    """Split parameters into those that `encode` takes and those that `loss` takes: of no tower, or
+    marked by their terms. `join_params` undoes it, also for gradients."""
+    marked = {path for path, x in _parameters(objective, model).items() if x.in_loss}
+    flat = flatten_dict(params, sep="/")
+    of_loss = {path: x for path, x in flat.items() if "/" not in path or path in marked}
+    others = {path: x for path, x in flat.items() if path not in of_loss}
+    return unflatten_dict(others, sep="/"), unflatten_dict(of_loss, sep="/")
+
+
+def join_params(of_encode: Params, of_loss: Params) -> Params:
+    """Join two trees of parameters that have no path in common."""
+    flat = flatten_dict(of_encode, sep="/") | flatten_dict(of_loss, sep="/")
+    return unflatten_dict(flat, sep="/")
+
+
+def _parameters(objective: Objective, model: CLIPConfig) -> dict[str, Parameter]:
+    return {
+        f"{term.name}/{name}": Parameter(*x)
+        for term in objective
+        for name, x in term.parameters(model).items()
+    }
+
+
+def averages(objective: Objective) -> dict[str, float]:
+    """Return the decays of the moving averages that terms need, by the parts of the parameters.
+
+    Raises InputError if two terms need different ones of the same part.
+    """
+    decays: dict[str, float] = {}
+    for term in objective:
+        for part, decay in term.averages().items():
+            if decays.setdefault(part, decay) != decay:
+                raise InputError(
+                    f"the objective's term {term.name!r} needs a moving average of {part!r} with "
+                    f"decay {decay:g}, and an earlier one with {decays[part]:g}; set the same one."
+                )
+    return decays
+
+
 def init(objective: Objective, params: Params) -> dict[str, Any]:
-    """Return the initial states of the terms that have one, by name."""
+    """Return what a state carries at first: the terms' own states by their names, and the moving
+    averages of parameters as `AVERAGE`; without those that are empty."""
     carried = {term.name: term.init(params) for term in objective}
+    carried[AVERAGE] = {part: jax.tree.map(jnp.copy, params[part]) for part in averages(objective)}
     return {name: tree for name, tree in carried.items() if tree}
 
 
+def begin(
+    objective: Objective, before: Objective, carried: dict[str, Any], params: Params
+) -> dict[str, Any]:
+    """Initialise again what belongs to terms that had no weight `before`, and to no others."""
+    ran = {term.name for term in active(before)}
+    begun = tuple(term for term in active(objective) if term.name not in ran)
+    fresh = init(objective, params)
+    own = {term.name: fresh[term.name] for term in begun if term.name in fresh}
+    kept = averages(active(before))
+    of_begun = {part: fresh[AVERAGE][part] for part in averages(begun) if part not in kept}
+    if of_begun:
+        own[AVERAGE] = carried[AVERAGE] | of_begun
+    return carried | own
+
+
 def update(objective: Objective, x: Context) -> dict[str, Any]:
-    """Return the states of the terms for the next step, by name."""
+    """Return what the next step's state carries, from the updated parameters."""
     carrying = [term for term in active(objective) if term.name in x.carried]
     updated = {term.name: term.update(_seen_by(term, x)) for term in carrying}
+    decays = averages(active(objective))
+    if decays:
+        moved = {
+            part: jax.tree.map(_moved(decay), x.carried[AVERAGE][part], x.params[part])
+            for part, decay in decays.items()
+        }
+        updated[AVERAGE] = x.carried[AVERAGE] | moved
     return x.carried | updated
+
+
+def _moved(decay: float) -> Callable[[Array, Array], Array]:
+    return lambda average, x: decay * average + (1 - decay) * x
 
 
 def _seen_by(term: Term, x: Context) -> Context:
@@ -305,4 +417,5 @@ def _seen_by(term: Term, x: Context) -> Context:
     prefix = f"{term.name}/"
     outputs = {name.removeprefix(prefix): y for name, y in x.outputs.items()}
     frozen, carried = x.frozen.get(term.name, {}), x.carried.get(term.name)
-    return replace(x, outputs=outputs, frozen=frozen, carried=carried)
+    average = x.carried.get(AVERAGE, {})
+    return replace(x, outputs=outputs, frozen=frozen, carried=carried, average=average)

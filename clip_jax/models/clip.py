@@ -43,7 +43,7 @@ from clip_jax.models.rotary import RotaryConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.tips import TipsConfig, TipsTextConfig
 from clip_jax.models.tower import TowerConfig
-from clip_jax.models.vit import ViTConfig
+from clip_jax.models.vit import Masked, ViTConfig
 
 Params = dict[str, Any]
 ByLength = Callable[[Callable[[Array], Array], Array], Array]
@@ -377,6 +377,44 @@ class CLIP:
             return rearrange(pooled, "(B L) E -> B L E", B=len(x))
 
         return self._run(params, patches).astype(jnp.float32)
+
+    def pooled_and_patches(
+        self, params: Params, images: Images, masked: Masked | None = None
+    ) -> tuple[Float[Array, "B E"], Float[Array, "B L D"]]:
+        """Embed normalised images; return also the states of their patches after `ln_post`.
+
+        `masked` patches are replaced by a token. Square images may have another size than the
+        model's: the position embeddings are resized as for a model of that size. States of patches
+        past an image's length are undefined.
+        """
+        side = None if isinstance(images, Patches) else images.shape[1]
+        model, params = self._resized(params, side)
+        inputs = as_dtype(images, self.config.dtype)
+
+        def both(towers: Towers) -> tuple[Array, Array]:
+            visual = _with_tokens(towers)
+            tokens, _ = visual.tokens(inputs, masked=masked)
+            states, _ = split_tokens(tokens)
+            extra = cast(ViTConfig, model.config.vision).extra_tokens
+            return visual.pool_and_tokens(tokens)[0], visual.ln_post(states[:, extra:])
+
+        pooled, patches = model._run(params, both)
+        return pooled.astype(jnp.float32), patches.astype(jnp.float32)
+
+    def _resized(self, params: Params, side: int | None) -> tuple["CLIP", Params]:
+        """Return the model and its parameters for square images of `side` pixels; None: as is."""
+        before = self.config.vision
+        if side in (None, before.image_size):
+            return self, params
+        vision = before.with_image_size(side)
+        model = replace(self, config=replace(self.config, vision=vision))
+        path = vision.positions_path
+        if path is None or vision.grid == before.grid:
+            return model, params
+        name = path.split("/")[-1]
+        first, grid = jnp.split(params["visual"][name], [vision.extra_positions])
+        table = jnp.concatenate([first, before.resize_grid(grid, vision.grid)])
+        return model, params | {"visual": params["visual"] | {name: table}}
 
     def for_patches(self, texts: Float[AnyArray, "B E"]) -> Float[AnyArray, "B e"]:
         """Return the part of text embeddings that patches are compared with: of dino.txt's head,

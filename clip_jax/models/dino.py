@@ -5,6 +5,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -82,12 +83,16 @@ class DinoConfig(ViTConfig):
         angles = np.tile(angles.reshape(self.num_patches, -1), 2)
         return tables(angles, self.extra_tokens, self.head_width // 2)
 
-    def resize_grid(self, grid: Float[np.ndarray, "N D"], side: int) -> Float[Any, "n D"]:
+    def resize_grid(self, grid: Float[Any, "N D"], side: int) -> Float[Any, "n D"]:
         if self.resizing == "antialiased":
             return super().resize_grid(grid, side)
         weights = bicubic_weights(self.grid, side)
         square = grid.reshape(self.grid, self.grid, -1)
-        resized = np.einsum("ij,kl,jlD->ikD", weights, weights, square, optimize=True)
+        if isinstance(grid, np.ndarray):
+            resized = np.einsum("ij,kl,jlD->ikD", weights, weights, square, optimize=True)
+        else:
+            weights = jnp.asarray(weights, square.dtype)
+            resized = jnp.einsum("ij,kl,jlD->ikD", weights, weights, square, precision="highest")
         return resized.reshape(side * side, -1)
 
 

@@ -201,6 +201,16 @@ def concatenate(batches: Sequence[Tree]) -> Tree:
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
 
 
+def stack(views: Sequence[Tree]) -> Tree:
+    """Join views of the same images, [B, ...] each, to [B, views, ...], in host memory."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays, 1), *views)
+
+
+def unstack(views: Tree) -> Tree:
+    """Return the views of images, [B, views, ...], as a batch [B · views, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), views)
+
+
 def zeros(spec: ImageSpec, batch_size: int) -> Images:
     """Return a batch of zeros in host memory."""
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), spec.shapes(batch_size))

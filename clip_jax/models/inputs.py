@@ -35,6 +35,43 @@ class ImageInput(Input):
 
 
 @dataclass(frozen=True)
+class ViewInput(Input):
+    """Views of the sample's image with crops and augmentations of their own, [B, count, ...]. All
+    views of an image come from one decode."""
+
+    spec: ImageSpec
+    count: int
+    area: tuple[float, float] = (1.0, 1.0)  # smallest and largest share of the image in a crop
+    # Probabilities of the augmentations, whose strengths are the defaults of `AugmentConfig`.
+    flip: float = 0.0
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+
+    def shapes(self, batch_size: int) -> Images:
+        def each(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch_size, self.count, *x.shape[1:]), x.dtype)
+
+        return jax.tree.map(each, self.spec.shapes(batch_size))
+
+
+@dataclass(frozen=True)
+class MaskInput(Input):
+    """The numbers of the patches that are masked in a view of the sample, int32 [B, most], drawn at
+    random, ascending. Images with fewer patches have fewer of them; the rest is −1."""
+
+    view: str  # the name of a `ViewInput` of one view
+    patches: int  # most patches of the view
+    ratio: float  # share of the patches that is masked
+
+    def count(self, patches: int) -> int:
+        """Return how many of so many patches are masked, at least one."""
+        return max(round(self.ratio * patches), 1)
+
+    def shapes(self, batch_size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, self.count(self.patches)), jnp.int32)
+
+
+@dataclass(frozen=True)
 class TextInput(Input):
     """Token ids of a caption of the sample, int32 [B, L]. Two inputs are equal if their ids are."""
 

@@ -247,7 +247,7 @@ class ImageTowerConfig(TowerConfig, Part):
         table = np.concatenate([first, resized.astype(table.dtype)])
         return params | {self.positions_path: table}
 
-    def resize_grid(self, grid: Float[np.ndarray, "N D"], side: int) -> Float[Any, "n D"]:
+    def resize_grid(self, grid: Float[Any, "N D"], side: int) -> Float[Any, "n D"]:
         """Resize a square grid of position embeddings to `side` rows and columns."""
         x = rearrange(jnp.asarray(grid), "(h w) D -> h w D", h=self.grid)
         x = jax.image.resize(x, (side, side, x.shape[-1]), self.resize_method)

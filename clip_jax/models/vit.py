@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from clip_jax.errors import InputError
 from clip_jax.models import attention, layers
@@ -27,6 +27,13 @@ from clip_jax.models.tower import Arrays, ImageTowerConfig
 
 AnyViT = TypeVar("AnyViT", bound="ViTConfig")
 Lengths = Int[Array, " B"] | None  # valid tokens of each image; None: all
+
+
+class Masked(NamedTuple):
+    """Patches that a learned token replaces."""
+
+    patches: Bool[Array, "B L"]
+    token: Float[Array, " D"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +207,7 @@ class ViTConfig(ImageTowerConfig):
             )
         return replace(self, image_size=image_size, max_patches=None)
 
-    def resize_grid(self, grid: Float[np.ndarray, "N D"], side: int) -> Float[Any, "n D"]:
+    def resize_grid(self, grid: Float[Any, "N D"], side: int) -> Float[Any, "n D"]:
         """Resize position embeddings; those of a NaFlex tower as it does for such an image."""
         if self.max_patches is None:
             return super().resize_grid(grid, side)
@@ -470,10 +477,12 @@ class ViT(nn.Module):
         collect: bool = False,
         keys: Key[Array, " B"] | None = None,
         train: bool = False,
+        masked: Masked | None = None,
     ) -> tuple[ImageTokens, Float[Array, "depth B L D"] | None]:
         """Return the last block's states, the class token's first; with `collect` every block's.
 
-        With `keys`, one for each image, patch dropout applies.
+        With `keys`, one for each image, patch dropout applies. With `masked`, some patches are
+        replaced before positions are added.
         """
         c = self.config
         c.image_spec.check(images)
@@ -493,6 +502,8 @@ class ViT(nn.Module):
                 images[:, :side, :side], "B (h P) (w Q) C -> B (h w) P Q C", P=patch, Q=patch
             )
         x = self.conv1(x) if isinstance(self.conv1, Einsum) else self.conv1(x, train)
+        if masked is not None:
+            x = jnp.where(masked.patches[:, :, None], masked.token.astype(x.dtype), x)
         if extra:
             tokens = [self.class_embedding[None]] if c.class_token else []
             tokens += [self.registers] if c.registers else []

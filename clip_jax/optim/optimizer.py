@@ -14,7 +14,7 @@ NO_DECAY = frozenset(
     # Gains, biases and scalars. OpenAI's code decays only tensors of two or more axes, so the
     # class token, a vector, is left out with them.
     {"scale", "bias", "gamma", "logit_scale", "logit_bias", "class_embedding"}
-    | {"text_projection_bias", "proj_bias"}
+    | {"text_projection_bias", "proj_bias", "mask_token"}
 )
 
 

@@ -29,7 +29,7 @@ from clip_jax import parts, processes, sharding
 from clip_jax.clock import CLOCK
 from clip_jax.display import say
 from clip_jax.errors import InputError
-from clip_jax.losses.objective import needs_text, total
+from clip_jax.losses.objective import needs_text, split_params, total
 from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, path_name
 from clip_jax.models.tower import parts_of
@@ -286,13 +286,12 @@ def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
 
 
 def compile_loss(program: Program) -> Any:
-    """Compile value and gradients of the objective alone, as a function of the scalar parameters,
-    the towers' outputs, the inputs and the state of the terms."""
+    """Compile value and gradients of the objective alone, as a function of the parameters that it
+    takes, the towers' outputs, the inputs and the state of the terms."""
     objective, model, mesh = program.recipe.objective, program.model, program.mesh
     state, rows = program.state, sharding.batch_sharding(mesh)
     inputs = {name: x for name, x in program.batch.items() if name != "learning_rate"}
-    params = base_of(state) | state.params
-    scalars = {name: x for name, x in params.items() if not isinstance(x, dict)}
+    _, taken = split_params(objective, model.config, base_of(state) | state.params)
     carried = State(None, None, None, state.carried, state.frozen)
 
     def encoded(state: State, inputs: Any) -> Any:
@@ -305,13 +304,13 @@ def compile_loss(program: Program) -> Any:
         jax.eval_shape(encoded, state, inputs),
     )
 
-    def value(scalars: Any, outputs: Any, inputs: Any, carried: State) -> Any:
-        return total(objective, context(model, mesh, carried, scalars, inputs, outputs))
+    def value(taken: Any, outputs: Any, inputs: Any, carried: State) -> Any:
+        return total(objective, context(model, mesh, carried, taken, inputs, outputs))
 
     gradient = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-    shardings = jax.tree.map(lambda x: x.sharding, (scalars, outputs))
+    shardings = jax.tree.map(lambda x: x.sharding, (taken, outputs))
     compiled = jax.jit(gradient, out_shardings=(sharding.replicated(mesh), shardings))
-    return compiled.lower(scalars, outputs, inputs, carried).compile()
+    return compiled.lower(taken, outputs, inputs, carried).compile()
 
 
 def peak(compiled: Any) -> int:

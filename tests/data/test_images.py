@@ -17,11 +17,13 @@ from clip_jax.data import images
 from clip_jax.data.images import (
     ImageError,
     Preprocess,
+    View,
     center_crop,
     complete,
     decode,
     read_ahead,
     read_crops,
+    read_views,
 )
 from clip_jax.models.images import NaFlex, Square
 
@@ -191,6 +193,29 @@ def test_each_resolution_is_decoded_at_the_fraction_that_it_needs(photo):
     for side, crop in zip(sides, together, strict=True):
         alone = read_crop(data, Square(side), np.random.default_rng(0), scale)
         np.testing.assert_array_equal(crop, alone)
+
+
+def test_views_are_boxes_of_the_image_which_is_decoded_once_for_the_most_detailed(photo):
+    data, rng = save(photo.resize((1200, 900)), "JPEG"), np.random.default_rng
+    views = [View(Square(64), (1, 1), rng(0)), View(Square(64), (0.25, 0.3), rng(1))]
+    with mock.patch.object(images, "opened", side_effect=images.opened) as opened:
+        complete, crop = read_views(data, views)
+    assert opened.call_count == 1
+    decoded = decode(data)
+    with Image.open(io.BytesIO(data)) as reduced:
+        reduced.draft(None, (300, 225))  # 64 pixels of the smaller crop are 1/4 of the image
+        half = reduced.convert("RGB")
+    assert half.size == (300, 225)
+    box = images.random_box(1200, 900, rng(1), (0.25, 0.3))
+    small = tuple(edge / 4 for edge in box)
+    how = Image.Resampling.BICUBIC
+    np.testing.assert_array_equal(complete, half.resize((64, 64), how, box=(0, 0, 300, 225)))
+    np.testing.assert_array_equal(crop, half.resize((64, 64), how, box=small))
+    views = [View(Square(64), (0.25, 0.3), rng(1))]
+    [exact] = read_views(data, views, scaled=False)
+    np.testing.assert_array_equal(exact, decoded.crop(box).resize((64, 64), how))
+    [of_array] = read_views(np.array(decoded), [View(Square(64), (0.25, 0.3), rng(1))])
+    np.testing.assert_array_equal(of_array, exact)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (1001, 701), (480, 640)])

@@ -1,15 +1,19 @@
 import contextlib
 import dataclasses
+import io
 import json
 import threading
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import grain
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from clip_jax.data import digits as digits_module
 from clip_jax.data.augment import Augmentation, AugmentConfig, replay
@@ -25,14 +29,16 @@ from clip_jax.data.sources.image_folder import FolderConfig
 from clip_jax.data.sources.tar import TarConfig
 from clip_jax.data.sources.text_table import TableConfig
 from clip_jax.errors import InputError
-from clip_jax.models.images import NaFlex, Square
+from clip_jax.models.images import NaFlex, Square, concatenate
 from clip_jax.models.inputs import (
     CountInput,
     FurtherTexts,
     ImageInput,
     LabelInput,
+    MaskInput,
     StoredInput,
     TextInput,
+    ViewInput,
 )
 from clip_jax.models.text import TextConfig
 from tests.data import conftest as made
@@ -256,6 +262,53 @@ def test_a_teacher_sees_the_same_crop_flip_and_colours_at_its_own_size(order, tm
     larger = np.concatenate([part.inputs["larger"] for part in parts])
     if order == "global":
         np.testing.assert_array_equal(larger, batch.inputs["larger"])
+
+
+VIEWS = {
+    "complete": ViewInput(Square(40), 1),
+    "crops": ViewInput(Square(8), 3, (0.1, 0.4), flip=0.5, color_jitter=0.8, grayscale=0.2),
+    "of_patches": ViewInput(NaFlex(12, 4), 1, (0.5, 1.0)),
+    "masked": MaskInput("complete", 25, 0.5),
+    "masked_of_patches": MaskInput("of_patches", 12, 0.5),
+}
+
+
+def test_views_have_crops_of_their_own_which_depend_on_seed_and_position_alone(tmp_path):
+    source = made.tar(tmp_path, made.make_pairs(24))
+    config = DataConfig(source=source, order="global")
+    [alone, _], [batch, later] = take(config, 2), take(config, 2, inputs=VIEWS)
+    assert_same([alone], [dataclasses.replace(batch, inputs={})])  # the image is as without views
+    assert batch.inputs["complete"].shape == (12, 1, 40, 40, 3)
+    crops = batch.inputs["crops"]
+    assert crops.shape == (12, 3, 8, 8, 3)
+    assert len(np.unique(crops.reshape(36, -1), axis=0)) == 36
+    patches = batch.inputs["of_patches"]
+    assert (patches.pixels.shape, patches.length.shape) == ((12, 1, 12, 48), (12, 1))
+    assert take(config, 2, inputs=dict(reversed(VIEWS.items())))[1].inputs.keys() == VIEWS.keys()
+    parts = [take(config, 1, process=(i, 2), inputs=VIEWS)[0].inputs for i in (0, 1)]
+    jax.tree.map(np.testing.assert_array_equal, concatenate(parts), batch.inputs)
+    [resumed] = take(config, 1, start=1, inputs={"crops": VIEWS["crops"]})
+    np.testing.assert_array_equal(resumed.inputs["crops"], later.inputs["crops"])
+
+
+def test_masks_have_their_share_of_the_patches_that_a_view_has(tmp_path):
+    pairs = []
+    for number, (name, image, text) in enumerate(made.make_pairs(12)):
+        file = io.BytesIO()
+        Image.open(io.BytesIO(image)).resize((20 + 5 * number, 20)).save(file, "PNG")
+        pairs.append((Path(name).with_suffix(".png").name, file.getvalue(), text))
+    [batch] = take(DataConfig(source=made.tar(tmp_path, tuple(pairs))), 1, inputs=VIEWS)
+    masked = batch.inputs["masked"]
+    assert masked.shape == (12, 12)
+    assert (np.diff(masked) > 0).all()
+    assert (masked.min(), masked.max()) == (0, 24)
+    lengths = batch.inputs["of_patches"].length[:, 0]
+    assert len({*lengths.tolist()}) > 1
+    for row, length in zip(batch.inputs["masked_of_patches"], lengths, strict=True):
+        count = round(length / 2)
+        assert (row[:count] >= 0).all()
+        assert (row[:count] < length).all()
+        assert (row[count:] == -1).all()
 
 
 def reinforced(folder, count=24):

@@ -19,6 +19,7 @@ from clip_jax.losses import (
     Context,
     DistillationConfig,
     LiveTeacher,
+    Parameter,
     StoredTeacher,
     contrastive,
     contrastive_loss,
@@ -254,8 +255,8 @@ def test_distances_of_embeddings_equal_the_definition(features: Any, widths: tup
     stored = {x: draw(size=(16, sum(widths))).astype(np.float32) for x in towers}
     student = {x: unit(draw(size=(16, EMBED))).astype(np.float32) for x in towers}
     shapes = term.parameters(TINY)
-    assert shapes["teacher0_text"] == ((16, 8), "E -")
-    maps = {x: draw(size=shape).astype(np.float32) for x, (shape, _) in shapes.items()}
+    assert shapes["teacher0_text"] == Parameter((16, 8), "E -")
+    maps = {name: draw(size=x.shape).astype(np.float32) for name, x in shapes.items()}
 
     def value(student: Any, maps: Any) -> Any:
         data = {f"stored_{x}": jnp.asarray(y) for x, y in stored.items()}

@@ -14,6 +14,7 @@ from clip_jax.losses import (
     CaptionConfig,
     Context,
     DistillationConfig,
+    Parameter,
     SigmoidConfig,
     SoftmaxConfig,
     StoredTeacher,
@@ -157,7 +158,7 @@ def test_each_term_draws_its_own_numbers_whatever_else_is_drawn() -> None:
         name: ClassVar[str] = "other"
 
         def parameters(self, model: CLIPConfig):
-            return {"a": ((96,), "-"), "b": ((96,), "-")}
+            return {"a": Parameter((96,), "-"), "b": Parameter((96,), "-")}
 
     @dataclass(frozen=True, kw_only=True)
     class More(Other):

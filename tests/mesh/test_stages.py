@@ -121,4 +121,4 @@ def test_what_a_term_carries_is_initialised_when_its_stage_begins():
     state = program.init(parameters(TINY))
     moved = replace(state, params=state.params | {"logit_scale": jnp.float32(3)})
     assert moved.carried["average"]["scale"] != 3
-    assert program.begin(moved, ["average"]).carried["average"]["scale"] == 3
+    assert program.begin(moved, (SoftmaxConfig(),)).carried["average"]["scale"] == 3

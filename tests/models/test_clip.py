@@ -16,7 +16,7 @@ from flax import linen as nn
 from clip_jax.models import layers
 from clip_jax.models.clip import CLIP, CLIPConfig, Params, l2_normalize
 from clip_jax.models.text import TextConfig
-from clip_jax.models.vit import ViTConfig
+from clip_jax.models.vit import Masked, ViTConfig
 from clip_jax.sharding import path_name
 from tests.conftest import COCA, DECODERS, RESNET, TINY, parameter_tree, parameters
 
@@ -201,6 +201,47 @@ def test_the_normed_class_token_is_the_feature_of_a_tower_that_ends_there(images
         features = run(ended, "encode_image", fewer, images)
         pooled = states[:, 0] @ params["visual"]["proj"]
         np.testing.assert_allclose(pooled, features, atol=1e-5)
+
+
+def test_pooled_and_patches_are_the_embedding_and_the_normed_states(images, params):
+    pooled, patches = run(CLIP(TINY), "pooled_and_patches", params, images)
+    np.testing.assert_allclose(pooled, run(CLIP(TINY), "encode_image", params, images), atol=1e-6)
+    states = run(CLIP(TINY), "image_tokens", params, images, norm=True)
+    np.testing.assert_allclose(patches, states[:, 1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [8, 24, 32])
+def test_images_of_another_size_are_those_of_the_model_fitted_to_it(side, params):
+    fitted = vision(image_size=side)
+    path = TINY.vision.positions_path
+    *_, name = path.split("/")
+    table = fitted.vision.fit({path: params["visual"][name]}, TINY.vision)[path]
+    images = jax.random.normal(jax.random.key(2), (2, side, side, 3))
+    got = run(CLIP(TINY), "pooled_and_patches", params, images)
+    params = params | {"visual": params["visual"] | {name: table}}
+    expected = run(CLIP(fitted), "pooled_and_patches", params, images)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, expected)
+
+
+def test_masked_patches_are_not_seen_and_their_positions_are(images, params):
+    """The states depend on the token, on where it is, and on the patches that are seen."""
+    token = np.random.default_rng(0).standard_normal(32).astype(np.float32)
+    patches = np.array([[True, False, False, True], [False, False, True, False]])
+
+    def states(images, patches=patches, token=token):
+        masked = Masked(jnp.asarray(patches), jnp.asarray(token))
+        return run(CLIP(TINY), "pooled_and_patches", params, images, masked)[1]
+
+    expected = states(images)
+    hidden = images.at[0, :8, :8].add(1.0).at[0, 8:, 8:].add(1.0).at[1, 8:, :8].add(1.0)
+    np.testing.assert_array_equal(states(hidden), expected)
+    for other in (
+        states(images.at[:, :8, 8:].add(1.0)),
+        states(images, token=2 * token),
+        states(images, patches=np.roll(patches, 1, axis=1)),
+    ):
+        assert (np.abs(other - expected).max((1, 2)) > 1e-2).all()
+    assert (expected[0, 0] != expected[0, 3]).any()
 
 
 def test_the_end_of_normed_text_tokens_is_the_feature_of_a_tower_that_ends_there(params):

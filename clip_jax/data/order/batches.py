@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from clip_jax.clock import CLOCK
-from clip_jax.data.batch_plan import BatchPlan
+from clip_jax.data.batch_plan import BatchKind, BatchPlan
 from clip_jax.data.order.blocks import StreamOrder, Streams
 from clip_jax.data.order.read_ahead import ReadAhead
 from clip_jax.data.sources import AnyRecord, SampleError, Source
-from clip_jax.models.images import Images, ImageSpec, concatenate
+from clip_jax.models.images import Images, concatenate
 from clip_jax.storage import bucket
 
 _PIECE = (8, 64)  # smallest and largest number of samples in a piece of a batch
@@ -79,7 +79,7 @@ class Load(Protocol):
         self,
         position: int,
         record: int,
-        spec: ImageSpec,
+        kind: BatchKind,
         fetched: AnyRecord | SampleError | None = None,
     ) -> Sample: ...
 
@@ -155,9 +155,7 @@ class GlobalPieces:
         # A process has consecutive rows of the batch, so rows do not depend on their number.
         first = self.plan.samples_after(step) + self.process[0] * (kind.pairs // self.process[1])
         first += (index * self.number + piece) * size
-        samples = [
-            self.load(at, int(self.order[at]), kind.images) for at in range(first, first + size)
-        ]
+        samples = [self.load(at, int(self.order[at]), kind) for at in range(first, first + size)]
         return _piece(samples, self.tokenizers, Reading(*bucket.requested()))
 
     def close(self) -> None:
@@ -206,7 +204,7 @@ class StreamPieces:
             except SampleError as error:
                 fetched = error
             waited += CLOCK.now() - start
-            samples.append(self.load(at, int(record), kind.images, fetched))
+            samples.append(self.load(at, int(record), kind, fetched))
         return _piece(samples, self.tokenizers, Reading(*bucket.requested(), used, waited))
 
     def _open(self, streams: Sequence[int]) -> ReadAhead:

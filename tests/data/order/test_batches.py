@@ -105,8 +105,8 @@ def test_pieces_of_all_processes_are_the_batch(made, sizes, start):
     plan, processes = made
     order = np.random.default_rng(0).permutation(1_200)
 
-    def load(position, record, spec):
-        assert spec == plan.at(step).images
+    def load(position, record, kind):
+        assert kind == plan.at(step)
         arrays = {"image": np.full((1, 1, 1, 1), record)}
         return batches.Sample(arrays, {"text": str(record)}, position, f"key {record}", [])
 

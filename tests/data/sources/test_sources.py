@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clip_jax.data.batch_plan import BatchKind
 from clip_jax.data.pipeline import DataConfig, _Loader
 from clip_jax.data.sources import BlockSource, SampleError, StoredSource
 from clip_jax.data.sources.any import (
@@ -260,7 +261,9 @@ def test_mutated_files(case, tmp_path):
         path.write_bytes(mutate(files[path], rng))
         try:
             load = _Loader(DataConfig(source=config), 16)
-            samples = [load(i, i % len(load.source), Square(16)) for i in range(len(pairs))]
+            samples = [
+                load(i, i % len(load.source), BatchKind(8, Square(16))) for i in range(len(pairs))
+            ]
         except InputError as error:
             messages.append(str(error))
         else:

@@ -38,7 +38,7 @@ def step(term: DistillationConfig, mesh: str = "1", accumulation: int = 1) -> tu
 
 def own_parameters() -> Any:
     draw = np.random.default_rng(5).normal
-    shapes = {name: shape for name, (shape, _) in TERM.parameters(SMALL).items()}
+    shapes = {name: x.shape for name, x in TERM.parameters(SMALL).items()}
     return {"distillation": {x: draw(size=shape).astype(np.float32) for x, shape in shapes.items()}}
 
 

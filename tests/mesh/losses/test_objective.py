@@ -15,7 +15,7 @@ import pytest
 
 from clip_jax import flops
 from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
-from clip_jax.losses import Context, Frozen, SoftmaxConfig, Term
+from clip_jax.losses import Context, Frozen, Parameter, SoftmaxConfig, Term
 from clip_jax.models.clip import CLIPConfig, l2_normalize
 from clip_jax.models.inputs import StoredInput, TextInput
 from clip_jax.pods import compile as pod
@@ -104,7 +104,7 @@ class StoredTerm(Term):
         }
 
     def parameters(self, model: CLIPConfig):
-        return {"map": ((model.embed_dim, model.embed_dim), "E -")}
+        return {"map": Parameter((model.embed_dim, model.embed_dim), "E -")}
 
     def encode(self, x: Context):
         return {"mapped": x.outputs["image"] @ x.params[self.name]["map"]}
@@ -225,7 +225,7 @@ def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
         "stored": 16 * 4 * (TINY.embed_dim + TINY.text.context_length),
     }
     entry = "batch" if term.name == "stored" else "terms"
-    arrays = sum(4 * math.prod(shape) for shape, _ in term.parameters(TINY).values())
+    arrays = sum(4 * math.prod(x.shape) for x in term.parameters(TINY).values())
     more = {entry: sizes[term.name], "parameters": arrays, "optimizer": 2 * arrays}
     more["frozen"] = sizes["teacher"] * (term.name == "teacher")
     assert held == without | {name: without[name] + size for name, size in more.items()}
