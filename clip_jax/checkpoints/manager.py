@@ -202,14 +202,21 @@ def restore_step(workdir: AnyPath, step: int, state: Any) -> Restored:
 
 
 def restore_params(
-    workdir: AnyPath, step: int, shapes: Params, shardings: Any = None, ema: bool = True
+    workdir: AnyPath,
+    step: int,
+    shapes: Params,
+    shardings: Any = None,
+    ema: bool = True,
+    teacher: tuple[str, ...] = (),
 ) -> Params:
     """Restore only the parameters of a checkpoint, whatever mesh they were trained on.
 
     With `shardings`, each device reads only its own shard. By default all go to the first device.
     `shapes` are those of the parameters to restore, of which the checkpoint may have more. If the
-    run averages its weights (optim.ema_decay), the average is returned unless `ema` is off. Raises
-    Unusable if the checkpoint is damaged.
+    run averages its weights (optim.ema_decay), the average is returned unless `ema` is off. With
+    `teacher`, the path of some towers' averages in the state, these are read instead, and the
+    others as trained. Raises Unusable if the checkpoint is damaged, and InputError if it has no
+    teacher.
     """
     if shardings is None:
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -222,8 +229,20 @@ def restore_params(
         locked = {name: x for name, x in shapes.items() if name not in saved.get("params", {})}
         rest = {name: x for name, x in shapes.items() if name not in locked}
         params = _read_params(_locked_folder(workdir), locked) if locked else {}
+        if teacher:
+            averages: Any = functools.reduce(lambda tree, x: tree.get(x, {}), teacher, saved)
+            averaged = {name: x for name, x in rest.items() if name in averages}
+            if not {"visual", "text"} & averages.keys():
+                raise InputError(
+                    f"{workdir} has no teacher: none of its losses averages a tower. Leave out "
+                    "teacher after the @."
+                )
+            if averaged:
+                params |= _read_params(folder, averaged, teacher)
+            rest = {name: x for name, x in rest.items() if name not in averaged}
         if rest:
-            params |= _read_params(folder, rest, _average_in(saved) if ema else ())
+            average = _average_in(saved) if ema and not teacher else ()
+            params |= _read_params(folder, rest, average)
     return params
 
 

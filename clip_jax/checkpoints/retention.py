@@ -6,6 +6,7 @@ every step it has finished. The run keeps the oldest steps that have no row yet.
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -27,6 +28,8 @@ from clip_jax.storage.json_files import content_of, parse, read_rows
 Results = Mapping[str, Any]  # of one step, by name
 
 WATCH = "evals/watch"  # in a run directory: the folder that its watcher claims
+TEACHER = "teacher"  # in RUN@teacher and RUN@20000:teacher
+_NAMED = re.compile(rf"best|\d+|{TEACHER}|(best|\d+):{TEACHER}")  # behind the @
 WATCHED = "evals/watch.jsonl"  # a row for every step that the watcher has finished
 
 
@@ -90,16 +93,23 @@ def steps_in(directory: epath.PathLike) -> list[int]:
 def split_name(path: AnyPath) -> tuple[AnyPath, str]:
     """Split RUN@20000 and RUN@best into the run and the part after the last @.
 
+    RUN@teacher and RUN@20000:teacher name the weights that a run's self-supervised losses average.
     A path that exists, or has no such suffix, is returned unchanged, with an empty part.
     """
     run, at, which = os.fspath(path).rpartition("@")
-    if not (at and run and (which == "best" or which.isdecimal())) or path.exists():
+    if not (at and run and _NAMED.fullmatch(which)) or path.exists():
         return path, ""
     return files.as_path(run), which
 
 
+def of_teacher(which: str) -> tuple[str, bool]:
+    """Split the part after the @ into that of the step, and whether it names the teacher."""
+    return which.removesuffix(TEACHER).removesuffix(":"), which.endswith(TEACHER)
+
+
 def named_step(workdir: AnyPath, which: str) -> int:
     """Return the step that the part after the @ names, the newest for ""; Unusable if missing."""
+    which, _ = of_teacher(which)
     steps = steps_in(workdir / "checkpoints")
     if not steps:
         raise Unusable(

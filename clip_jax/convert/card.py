@@ -6,6 +6,7 @@ A run's configuration and results are copied with its weights, as `training.json
 import json
 from typing import Any
 
+from clip_jax.checkpoints.retention import of_teacher, split_name
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert import model_folder, run
 from clip_jax.convert.state_dict import flatten
@@ -97,6 +98,7 @@ def card(name: str, weights: Weights, facts: dict[str, Any] | None, use: str) ->
     model = {
         "parameters": f"{count(weights.params):,}",
         "image tower": weights.config.vision.summary,
+        "weights": _of_teacher(weights.path),
         "image head": None if head is None else f"dino.txt's, {head.depth} blocks on all tokens",
         **model_folder.manifest(weights),
     }
@@ -115,6 +117,14 @@ def card(name: str, weights: Weights, facts: dict[str, Any] | None, use: str) ->
     licence = "" if weights.only_tower == "text" else weights.config.vision.licence
     texts = {"about": _ABOUT[weights.only_tower], "licence": licence and f" {licence}"}
     return _CARD.format(name=name, use=use, **tables, **texts)
+
+
+def _of_teacher(path: str) -> str | None:
+    """Return which weights a run's name means, if it names those of the teacher."""
+    _, which = split_name(files.as_path(path))
+    if not of_teacher(which)[1]:
+        return None
+    return "those of the teacher: the image tower is a moving average, the rest is as trained"
 
 
 def _table(rows: dict[str, Any]) -> str:

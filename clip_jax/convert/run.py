@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from clip_jax.checkpoints.manager import position_of, restore_params
-from clip_jax.checkpoints.retention import named_step
+from clip_jax.checkpoints.retention import named_step, of_teacher
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert.on_demand import read_together
 from clip_jax.convert.weights import (
@@ -40,11 +40,12 @@ def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
 
     Without `ema` they are not their average, if the run keeps one. Of a run that trains adapters,
     `params` are only these: see `weight_files.merged`. A run with a stored tower has no parameters
-    of it: see `weight_files.joined`.
+    of it: see `weight_files.joined`. `which` may name the teacher (`retention.of_teacher`).
     """
     config, step, key = read_config(workdir), named_step(workdir, which), jax.random.key(0)
     lora_config, heads, how = extras(workdir)
-    restore = functools.partial(restore_params, workdir, step, ema=ema)
+    teacher = ("carried", terms.AVERAGE) if of_teacher(which)[1] else ()
+    restore = functools.partial(restore_params, workdir, step, ema=ema, teacher=teacher)
     content = read_run_config(workdir)
     head = adapters = stored = None
     for term in heads:

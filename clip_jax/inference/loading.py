@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 from scipy import special
 
 from clip_jax import processes, sharding
-from clip_jax.checkpoints.retention import Unusable, named_step, split_name
+from clip_jax.checkpoints.retention import TEACHER, Unusable, named_step, of_teacher, split_name
 from clip_jax.convert import run
 from clip_jax.convert.conversion import check_free
 from clip_jax.convert.formats import Format, read_weights, write_weights
@@ -336,7 +336,8 @@ def open_alike(weight_files: WeightFiles, path: str | AnyPath) -> Weights:
     workdir, which = split_name(files.as_path(path))
     if run.is_run(workdir):
         step = processes.together(lambda: named_step(workdir, which), Unusable)
-        path = f"{workdir}@{processes.gather(step)[0]}"
+        _, teacher = of_teacher(which)
+        path = f"{workdir}@{processes.gather(step)[0]}" + f":{TEACHER}" * teacher
     return whole_model(weight_files.open(path))
 
 

@@ -10,13 +10,25 @@ from clip_jax.losses.contrastive import (
     devices_per_slice,
 )
 from clip_jax.losses.distillation import DistillationConfig, LiveTeacher, StoredTeacher
+from clip_jax.losses.koleo import KoLeoConfig
+from clip_jax.losses.masked_prediction import MaskedPredictionConfig
 from clip_jax.losses.objective import Axes, Context, Frozen, Objective, Parameter, Pass, Term
 from clip_jax.losses.same_caption import caption_ids
+from clip_jax.losses.self_distillation import SelfDistillationConfig
 from clip_jax.losses.sigmoid import SigmoidConfig
 from clip_jax.losses.softmax import SoftmaxConfig
 
 # The terms that a config file, config.json and the command line can name.
-TermConfig = SoftmaxConfig | SigmoidConfig | CaptionConfig | DistillationConfig | ClassifierConfig
+TermConfig = (
+    SoftmaxConfig
+    | SigmoidConfig
+    | CaptionConfig
+    | DistillationConfig
+    | ClassifierConfig
+    | SelfDistillationConfig
+    | MaskedPredictionConfig
+    | KoLeoConfig
+)
 
 __all__ = [
     "Axes",
@@ -26,10 +38,13 @@ __all__ = [
     "Contrastive",
     "DistillationConfig",
     "Frozen",
+    "KoLeoConfig",
     "LiveTeacher",
+    "MaskedPredictionConfig",
     "Objective",
     "Parameter",
     "Pass",
+    "SelfDistillationConfig",
     "SigmoidConfig",
     "SoftmaxConfig",
     "StoredTeacher",

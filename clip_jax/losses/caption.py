@@ -195,8 +195,8 @@ def _backward(
         if d_bias is not None:
             d_bias += d_logits.sum(0)
         d_logits = d_logits.astype(states.dtype)
-        d_kernel += _product("ND,NV->DV", states, d_logits)
-        d_states = _product("NV,DV->ND", d_logits, kernel)
+        d_kernel += product("ND,NV->DV", states, d_logits)
+        d_states = product("NV,DV->ND", d_logits, kernel)
         if vocabulary is not None:
             d_states = lax.psum(d_states, vocabulary)
         return (d_kernel, d_bias), d_states.astype(states.dtype)
@@ -209,11 +209,12 @@ def _backward(
 def _logits(
     states: Float[Array, "N D"], kernel: Float[Array, "D V"], bias: Float[Array, " V"] | None
 ) -> Float[Array, "N V"]:
-    logits = _product("ND,DV->NV", states, kernel)
+    logits = product("ND,DV->NV", states, kernel)
     return logits if bias is None else logits + bias
 
 
-def _product(equation: str, a: Array, b: Array) -> Array:
+def product(equation: str, a: Array, b: Array) -> Array:
+    """Multiply in the arguments' type, with sums in float32."""
     return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
