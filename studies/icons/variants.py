@@ -16,11 +16,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import clip_jax
-from clip_jax.config import Config
+from clip_jax.config import Config, StageConfig
 from clip_jax.config_files import load_config
 from clip_jax.data.sources import SourceConfig, StoredSource
 from clip_jax.data.sources.any import PathConfig
@@ -28,6 +29,8 @@ from clip_jax.losses import (
     CaptionConfig,
     DistillationConfig,
     LiveTeacher,
+    MaskedPredictionConfig,
+    SelfDistillationConfig,
     SigmoidConfig,
     SoftmaxConfig,
 )
@@ -45,6 +48,8 @@ COOL_DOWN = 0.25  # of a run's steps
 LAST = (0.8, 0.85, 0.9, 0.95)  # of a run's steps: checkpoints to average with the last one
 WIDTHS = (32, 64)  # of embeddings, besides the complete ones
 SMALL_SHARE = 0.5  # of the FLOPs at the small resolution
+HEAD: dict[str, Any] = {"hidden": 256, "bottleneck": 64, "prototypes": 1_024, "flip": 0.0}
+SELF_TAUGHT = 0.8  # share of the steps before self-supervised losses
 RATES = {  # of AdamW besides 1e-3, and their seeds; 5e-4 is the best with the first seed
     "2.5e-4": SEEDS[:1],
     "5e-4": SEEDS,
@@ -57,6 +62,9 @@ LABELS = {
     "sigmoid": "sigmoid instead of softmax",
     "sigmoid_causal": "sigmoid, and captions token by token",
     "sigmoid_parallel": "sigmoid, and captions, half of them in parallel (SigLIP 2)",
+    "sigmoid_crops": "sigmoid, and self-distillation from 80% of the steps",
+    "sigmoid_masked": "sigmoid, and masked prediction from 80% of the steps",
+    "sigmoid_both": "sigmoid, and both from 80% of the steps (SigLIP 2)",
     "unmasked": "equal captions are negatives",
     "no_style": "captions without words of style",
     "dropout": "patch dropout 0.5",
@@ -145,6 +153,15 @@ def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
         )
         return with_objective(*terms, CaptionConfig(weight=1.0), decoder=decoder, **changes)
 
+    def with_teacher(crops: float = 0.0, masked: float = 0.0) -> Config:
+        terms = (
+            sigmoid,
+            SelfDistillationConfig(weight=0.0, view_size=vision.image_size // 2, **HEAD),
+            MaskedPredictionConfig(weight=0.0, **HEAD),
+        )
+        stage = StageConfig(begin=SELF_TAUGHT, weights=(1.0, crops, masked))
+        return replace(with_objective(*terms, **of_sigmoid), stages=(stage,))
+
     softmax = SoftmaxConfig(mask_same_caption=True)
     sigmoid = SigmoidConfig(mask_same_caption=True)
     of_sigmoid = {"init_logit_scale": 10.0, "init_logit_bias": -10.0}
@@ -153,6 +170,9 @@ def variants(base: Config, teacher: str | None = None) -> Mapping[str, Config]:
         "sigmoid": with_objective(sigmoid, **of_sigmoid),
         "sigmoid_causal": with_captions(sigmoid, parallel=0.0, **of_sigmoid),
         "sigmoid_parallel": with_captions(sigmoid, parallel=0.5, **of_sigmoid),
+        "sigmoid_crops": with_teacher(crops=1.0),
+        "sigmoid_masked": with_teacher(masked=0.25),
+        "sigmoid_both": with_teacher(crops=1.0, masked=0.25),
         "cappa": with_captions(parallel=0.75, vision=replace(vision, pool="mean")),
         "unmasked": with_objective(SoftmaxConfig()),
         "widths": with_objective(replace(softmax, widths=WIDTHS)),
@@ -227,7 +247,7 @@ def small_first(base: Config, seed: int) -> dict[str, Config]:
 
 def of_equal_flops(config: Config, flops: float) -> Config:
     """Set the steps to as many as the FLOPs pay for."""
-    steps = round(flops / config.flops_after(1))
+    steps = round(flops / (config.flops_after(config.steps) / config.steps))
     optim = config.optim
     if isinstance(optim.schedule, CoolDown):
         schedule = replace(optim.schedule, steps=round(COOL_DOWN * steps))
