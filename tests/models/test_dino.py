@@ -88,13 +88,15 @@ def test_gradients_of_rotated_halves_go_back_by_the_same_angles():
 
 
 def test_constant_positions_stay_constant_at_any_size():
-    """The kernel's weights sum to 1; of the same size, it is the identity."""
+    """The kernel's weights sum to 1; of the same size, it is the identity. A step agrees."""
     grid = np.full((16, 3), 2.5, np.float32)
     for side in (2, 3, 4, 7):
         np.testing.assert_allclose(LEARNED.resize_grid(grid, side), np.full((side**2, 3), 2.5))
     rng = np.random.default_rng(0)
     grid = rng.normal(size=(16, 3))
     np.testing.assert_allclose(LEARNED.resize_grid(grid, 4), grid, atol=1e-12)
+    in_a_step = jax.jit(lambda grid: LEARNED.resize_grid(grid, 7))(jnp.float32(grid))
+    np.testing.assert_allclose(in_a_step, LEARNED.resize_grid(grid, 7), atol=1e-5)
 
 
 def test_settings_that_it_cannot_have_are_named():

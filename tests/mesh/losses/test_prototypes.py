@@ -26,7 +26,8 @@ SMALL: dict[str, Any] = {"hidden": 32, "bottleneck": 16, "prototypes": 64, "chun
 CROPS = SelfDistillationConfig(views=3, view_size=8, **SMALL)
 MASKED = MaskedPredictionConfig(**SMALL)
 BALANCED = tuple(replace(term, balance="sinkhorn") for term in (CROPS, MASKED))
-OF_HEADS = replace(MASKED, compared="all", teacher="student", warmup=3)
+WARM = {"teacher_temperature": (0.04, 0.07), "warmup": 3}
+OF_HEADS = replace(MASKED, compared="all", teacher="student", **WARM)
 
 
 def inputs(program: Program) -> dict[str, Any]:
