@@ -28,15 +28,7 @@ SEGMENTATION = {
     "pasted_icons/windows/miou": "mIoU, zero-shot",
     "pasted_icons/linear_probe/windows/miou": "mIoU, linear probe of patches",
 }
-PROTOCOL = ("--segmentation.background", "ignored", "--segmentation.patches", "10000")
-WINDOWS = (
-    "--segmentation.side",
-    "64",
-    "--segmentation.window",
-    "32",
-    "--segmentation.stride",
-    "16",
-)
+WINDOWS = {"background": "ignored", "side": 64, "window": 32, "stride": 16, "patches": 10_000}
 
 
 def main(root: Path, output: Path) -> None:
@@ -55,7 +47,8 @@ def segmented(run: Path) -> dict[str, Any]:
     folder = run.parent.with_name("dense") / run.name
     if not (folder / "result.json").exists():
         tasks = ("--dataset", "pasted_icons", "--tasks", "zero-shot", "probe")
-        command("evaluate", run, *tasks, *PROTOCOL, *WINDOWS, "--output", folder)
+        flags = (x for name, value in WINDOWS.items() for x in (f"--segmentation.{name}", value))
+        command("evaluate", run, *tasks, *flags, "--output", folder)
     results = {
         **json.loads((run / "result.json").read_text()),
         **json.loads((folder / "result.json").read_text()),
