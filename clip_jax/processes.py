@@ -32,6 +32,9 @@ TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    # Gather a weight before its matmul. With 32 shards, XLA would divide the matmul into one for
+    # each shard, whose few rows leave half of the matrix unit idle.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     # The tensor core goes on while a collective is under way.
     "xla_tpu_overlap_compute_collective_tc": "true",
     # Meant to sum the gradients of one layer, whatever their sizes, while the backward pass of the

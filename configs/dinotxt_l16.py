@@ -13,8 +13,7 @@ of 8% to 100% at 224 pixels, flips; 77 tokens of CLIP's BPE, text tower of width
 Expected: not known for this config, an example of its authors for other data. The paper reports
 81.6% ImageNet zero-shot top-1 for DINOv2 L/14 on its authors' own pairs.
 Notes: The head has no stochastic depth, for which the recipe has 0.3. The parameters and the
-optimizer state are sharded over eight chips, since a step compiled with them over all 32 takes five
-times as long. On fewer than eight devices, set `--mesh.fsdp` to their number.
+optimizer state are sharded over eight chips; on fewer devices, set `--mesh.fsdp` to their number.
 DINOv3's licence applies to the trained model.
 """
 
