@@ -22,6 +22,7 @@ from clip_jax.inference.evaluate import EvaluateConfig, evaluate
 from clip_jax.inference.loading import Model
 from clip_jax.models import zoo
 from clip_jax.models.clip import CLIP, CLIPConfig, Params
+from clip_jax.models.initial_key import initial_key
 from clip_jax.processes import ProcessesConfig
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage.files import AnyPath
@@ -50,7 +51,7 @@ def create_model(
     """
     architecture = zoo.get(config) if isinstance(config, str) else config
     if params is None:
-        params = jax.jit(CLIP(architecture).init)(jax.random.key(seed))
+        params = jax.jit(CLIP(architecture).init)(initial_key(seed))
     return Model(architecture, params, default_preprocess(architecture, preprocess))
 
 

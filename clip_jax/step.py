@@ -39,6 +39,7 @@ from clip_jax.models.clip import (
     l2_normalize,
     split_batch_stats,
 )
+from clip_jax.models.initial_key import initial_key
 from clip_jax.models.inputs import Input, StoredInput
 from clip_jax.models.lora import LoRAConfig
 from clip_jax.models.outputs import output
@@ -199,7 +200,7 @@ class Program:
 
     def draw(self, params: Params | None = None) -> State:
         """Initialise like `init`, without frozen models, and with locked towers in float32."""
-        return self._init(jax.random.key(self.recipe.seed), params=params)
+        return self._init(initial_key(self.recipe.seed), params=params)
 
     @property
     def locked(self) -> Params:
