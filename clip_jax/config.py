@@ -79,7 +79,7 @@ class Config(StepConfig):
     # Weights & Biases project to log the run to. None: no logging. Needs the extra `wandb`.
     wandb_project: str | None = None
     profile_steps: str | None = None  # Steps to trace for xprof, as FIRST:LAST (10:15); None: none.
-    # Folder for compiled programs; None: in the run directory, on CPUs no cache.
+    # Folder for compiled programs; None: in the run directory, on CPUs in the user's cache.
     compilation_cache: str | None = None
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.display import say
 from clip_jax.errors import InputError, check_ranges
+from clip_jax.storage import files
 
 # Compiler options beyond the defaults. Flags in the environment take precedence.
 TPU_OPTIONS = {
@@ -258,17 +259,22 @@ def wait_for_all(what: str, minutes: float) -> None:
     multihost.get_barrier_sync_fn()(key=what, timeout_ms=round(minutes * 60_000))
 
 
-def keep_compiled(folder: str | None, workdir: os.PathLike) -> None:
-    """Cache compiled programs in `folder`, by default in the run directory, for later starts.
+def keep_compiled(folder: str | None = None, workdir: os.PathLike | None = None) -> None:
+    """Cache compiled programs in `folder`, for later starts, which then compile nothing.
 
-    On a CPU there is no default, since programs run only on the machine that compiled them. JAX's
-    own variable JAX_COMPILATION_CACHE_DIR takes precedence. Call it before anything is compiled.
+    By default a run on TPUs or GPUs keeps its programs in the run directory, with which another
+    slice continues, and everything else in the user's cache, of which it uses at most 1 GiB. JAX
+    compiles anew for other versions, flags or instructions of a CPU. Its own variable
+    JAX_COMPILATION_CACHE_DIR takes precedence. Call it before anything is compiled.
     """
-    if jax.config.values["jax_compilation_cache_dir"] or (
-        folder is None and jax.default_backend() == "cpu"
-    ):
+    if jax.config.values["jax_compilation_cache_dir"]:
         return
-    folder = folder or f"{os.fspath(workdir)}/compilation_cache"
+    if folder is None and workdir is not None and jax.default_backend() != "cpu":
+        folder = f"{os.fspath(workdir)}/compilation_cache"
+    if folder is None:
+        folder = os.fspath(files.user_cache("compiled"))
+        jax.config.update("jax_compilation_cache_max_size", 2**30)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_compilation_cache_dir", folder)
 
 

@@ -298,3 +298,20 @@ def test_errors_of_collectives_mean_that_another_process_has_ended(message, coun
     error = jax.errors.JaxRuntimeError(message)
     with mock.patch.object(processes, "is_alone", autospec=True, return_value=count == 1):
         assert processes.has_lost_another(error) is expected
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
+    folder, size = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
+    names = (folder, size, "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update(folder, None)
+    try:
+        processes.keep_compiled(workdir=tmp_path / "run")  # on a CPU
+        assert jax.config.values[folder] == f"{tmp_path}/clip_jax/compiled"
+        assert jax.config.values[size] == 2**30
+        processes.keep_compiled(str(tmp_path / "other"))  # JAX has a folder already
+        assert jax.config.values[folder] == f"{tmp_path}/clip_jax/compiled"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

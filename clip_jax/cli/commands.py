@@ -489,6 +489,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench": bench,
     "completion": completion,
 }
+COMPUTING = {  # commands whose programs are cached for the next call; a run has a cache of its own
+    *("evaluate", "predict", "embed", "search", "demo", "serve"),
+    *("convert", "average", "export"),
+}
 
 
 def _print(values: Any, as_json: bool, text: str) -> int:
@@ -558,6 +562,10 @@ def _run(args: Sequence[str]) -> int:
         return _end(f"no command {args[0]!r}; choose from {', '.join(COMMANDS)}.{meant}", code=2)
     if sys.stderr.isatty() and not {"-h", "--help", "--help-all"} & set(args):
         say(f"starting {args[0]} ...")  # JAX takes seconds to import
+    if args[0] in COMPUTING:
+        from clip_jax import processes
+
+        processes.keep_compiled()
     return COMMANDS[args[0]](args[1:])
 
 

@@ -98,8 +98,7 @@ Compile = Callable[[Request], Facts]
 def compiling(folder: Path | None = None) -> Compile:
     """Return a compile function with a cache on disk, per code, users' parts, compilers and flags.
     The folder is by default in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = folder or home / "clip_jax/plan"
+    folder = folder or files.user_cache("plan")
     flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
     program = " ".join([processes.code_version(), parts.version(), *installed(*LIBRARIES), *flags])
 

@@ -355,6 +355,12 @@ def make_folder(path: str | os.PathLike[str]) -> None:
             os.makedirs(path, exist_ok=True)
 
 
+def user_cache(name: str) -> Path:
+    """Return the folder of that name in the user's cache, for what can be computed again."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "clip_jax" / name
+
+
 def beside(folder: AnyPath, name: str) -> Path:
     """Return a folder on disk for a cache of data derived from the files in `folder`.
 
@@ -362,9 +368,8 @@ def beside(folder: AnyPath, name: str) -> Path:
     """
     if not is_remote(folder):
         return Path(folder) / name
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(os.fspath(folder).encode()).hexdigest()
-    return home / "clip_jax" / name / digest[:24]
+    return user_cache(name) / digest[:24]
 
 
 def move_folder(source: AnyPath, target: AnyPath) -> None:
