@@ -38,7 +38,7 @@ from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import attention, zoo
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.resnet import ResNetConfig
-from clip_jax.models.short_attention import short, vmem_bytes
+from clip_jax.models.short_attention import MAX_LENGTH, short, vmem_bytes
 from clip_jax.optim import OptimConfig
 from clip_jax.pods import compile as pod
 from clip_jax.pods import schedule
@@ -63,7 +63,7 @@ def towers(config: CLIPConfig) -> set[tuple[int, int, int, bool]]:
     if not isinstance(vision, ResNetConfig):
         size = vision.width // vision.num_heads
         shapes.add((vision.num_patches + vision.extra_tokens, vision.num_heads, size, False))
-    return {shape for shape in shapes if shape[0] <= attention.MAX_LENGTH}
+    return {shape for shape in shapes if shape[0] <= MAX_LENGTH}
 
 
 def exact() -> None:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box, progress
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -84,6 +84,8 @@ class Display:
         self._total = total
         self._progress = None
         if sys.stderr.isatty() and not quiet:
+            from rich import progress
+
             self._progress = progress.Progress(
                 progress.TextColumn("[bold]{task.description}"),
                 progress.BarColumn(),

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from clip_jax.clock import CLOCK, Clock
 from clip_jax.display import say
@@ -229,6 +228,8 @@ def gather(value: Any) -> list[Any]:
     """Collect one JSON value from every process, in process order; all processes must call it."""
     if jax.process_count() == 1:
         return [value]
+    from jax.experimental import multihost_utils
+
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(data)))
     padded = np.zeros(sizes.max(), np.uint8)

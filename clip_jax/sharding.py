@@ -24,7 +24,6 @@ from clip_jax.errors import InputError, check_ranges
 from clip_jax.models import attention
 from clip_jax.models.clip import CLIPConfig, Params, path_name
 from clip_jax.models.layers import Layout
-from clip_jax.models.short_attention import short
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of the axis sizes alone
 AXES = ("data", "fsdp", "tensor")  # of a mesh, in the order of its devices
@@ -287,6 +286,8 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
             chosen = attention.choose(device, qkv.shape[1], local_heads, dim, qkv.dtype)
         match chosen:
             case "short":
+                from clip_jax.models.short_attention import short  # imports Pallas
+
                 attention.check_short(device, qkv.shape[1], local_heads, dim, qkv.dtype)
                 vmem = attention.vmem(device)
                 return short(qkv, lengths, local_heads, causal, split, interpret, vmem)

@@ -12,7 +12,7 @@ Expected: up to 36.45% ImageNet zero-shot top-1, of open_clip's RN50 trained on 
 is not published.
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.any import PathConfig

@@ -12,7 +12,7 @@ Notes: For photographs start from `pairs` (ViT-S/16), which takes the same
 `--data.source.templates`.
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.image_folder import FolderConfig

@@ -14,7 +14,7 @@ in both directions; `--model.text.correct-class-mask True` trains with the corre
 
 import dataclasses
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

@@ -16,7 +16,7 @@ the 30% of best CLIP score (L/14), the best of the paper's simple filters at thi
 
 import dataclasses
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.any import PathConfig

@@ -12,7 +12,7 @@ model learns later and generalises worse (94% seen, 76% unseen); 1e-3 is too slo
 of steps (94%, 90%).
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.pipeline import DataConfig

@@ -17,7 +17,7 @@ optimizer state are sharded over eight chips; on fewer devices, set `--mesh.fsdp
 DINOv3's licence applies to the trained model.
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.augment import AugmentConfig
 from clip_jax.data.images import Preprocess

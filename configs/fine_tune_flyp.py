@@ -15,7 +15,7 @@ that pre-training has seen (before: 99%), mean of 3 seeds.
 Notes: This loss leaves out the logit bias of SigLIP; `fine_tune_siglip` keeps it.
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.image_folder import FolderConfig

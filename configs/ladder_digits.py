@@ -15,7 +15,7 @@ plateau follows no law. At width 32, a learning rate of 2e-3 learns later than 1
 fitted to the three smaller counts, must predict each run of the largest.
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.digits import HELD_OUT_JITTER, DigitsConfig
 from clip_jax.data.pipeline import DataConfig

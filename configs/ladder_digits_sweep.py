@@ -10,7 +10,7 @@ widths is fitted to the optima of the three smaller widths and must predict that
 Learning rates are a factor of 2 apart, centred on the rule that the spec assumes.
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.digits import HELD_OUT_JITTER, DigitsConfig
 from clip_jax.data.pipeline import DataConfig

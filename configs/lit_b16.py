@@ -20,7 +20,7 @@ tower's forward pass is 81% of the FLOPs. Of a batch's two chunks, only texts ar
 
 import dataclasses
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

@@ -11,7 +11,7 @@ the largest batch size that fits.
 
 import dataclasses
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.any import PathConfig

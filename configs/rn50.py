@@ -15,7 +15,7 @@ Notes: BatchNorm's statistics are those of groups of 128 samples, a device's sha
 
 import dataclasses
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

@@ -11,7 +11,7 @@ Notes: Each batch has sequences of 36 or 64 patches, at about the same number of
 Without random crops, no shape is cut off.
 """
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.batch_plan import TokenBudget
 from clip_jax.data.pipeline import DataConfig

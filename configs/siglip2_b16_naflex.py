@@ -19,7 +19,7 @@ recomputed as in `siglip2_b16`, and 13 of 16 GB with `remat="attention"`.
 
 import dataclasses
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.batch_plan import SigLIP2Lengths
 from clip_jax.data.pipeline import DataConfig

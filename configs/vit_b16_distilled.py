@@ -17,7 +17,7 @@ stored embeddings (`clip-jax prepare --reinforce`), a step has 41% of the FLOPs.
 
 import dataclasses
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.augment import AugmentConfig
 from clip_jax.data.pipeline import DataConfig

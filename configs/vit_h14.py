@@ -12,7 +12,7 @@ Notes: Parameters and optimizer state are sharded over 8 chips.
 
 import dataclasses
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.tar import TarConfig

@@ -21,7 +21,7 @@ take 1.4 TB in float16. With two augmentations they take 0.3 TB.
 
 import dataclasses
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.any import PathConfig

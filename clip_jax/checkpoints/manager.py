@@ -6,29 +6,29 @@ import functools
 import itertools
 import json
 import logging
-import math
 import operator
 import traceback
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jaxtyping import Array, UInt32
+from jaxtyping import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
 from clip_jax import processes
 from clip_jax.checkpoints import orbax, retention
+from clip_jax.checkpoints.checksums import checksums
 from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.errors import InputError
 from clip_jax.models.clip import Params, path_name, split_batch_stats
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import read_json
+from clip_jax.storage.json_files import read_json, read_rows
 
 Position = dict[str, Any]  # samples seen and the like, by name
 
@@ -82,7 +82,7 @@ class Checkpoints:
                 save_decision_policy=policies.AnySavePolicy(due),
                 # Without it Orbax doesn't keep the results, by which the policy finds the best.
                 best_fn=config.value if config.best else None,
-                preservation_policy=retention.Retention(self._directory.parent, config),
+                preservation_policy=Retention(self._directory.parent, config),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -353,37 +353,50 @@ def _average_in(saved: Any) -> tuple[str, ...]:
     return ()
 
 
-# ---------------------------------------------------------------------------------- checksums
+class Retention(policies.PreservationPolicy):
+    """Keeps the newest checkpoints, the steps named, the best, and those a watcher has yet to read.
 
-
-@jax.jit
-def checksums(state: Any) -> dict[str, UInt32[Array, ""]]:
-    """Return a 32-bit checksum of every array of a tree, which changes if any one element does.
-
-    It is a sum of integers that depend on each element and its position. So it is the same on every
-    mesh, each device reads its own shard, and only sums are exchanged.
+    All processes must call it together.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {path_name(path): _sum(x) for path, x in leaves}
 
+    def __init__(self, workdir: AnyPath, config: CheckpointConfig) -> None:
+        self._workdir, self._config = workdir, config
+        rules = [policies.LatestN(config.keep), policies.CustomSteps(config.also)]
+        if config.best:
+            rules.append(
+                policies.BestN(
+                    get_metric_fn=config.value, n=1, keep_checkpoints_without_metrics=False
+                )
+            )
+        self._policy = policies.AnyPreservationPolicy(rules)
 
-def digest_of(params: Any) -> str:
-    """Return a hash of a tree of arrays by their checksums, the same on every mesh."""
-    sums = {name: int(x) for name, x in jax.device_get(checksums(params)).items()}
-    return f"{zlib.crc32(json.dumps(sums, sort_keys=True).encode()):08x}"
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [x.step for x in checkpoints]
+        unwatched, rows = processes.gather(self._look(steps) if processes.is_lead() else None)[0]
+        results: Sequence[retention.Results] = [x.metrics or {} for x in checkpoints]
+        if self._config.best_of == "watcher":
+            results = rows
+        infos: list[Any] = [
+            SimpleNamespace(
+                step=x.step, time=x.time, metrics=dict(row) if self._config.has_value(row) else None
+            )
+            for x, row in zip(checkpoints, results, strict=True)
+        ]
+        preserved = self._policy.should_preserve(infos, context=context)
+        return [
+            is_preserved or step in unwatched
+            for step, is_preserved in zip(steps, preserved, strict=True)
+        ]
 
+    def _look(self, steps: Sequence[int]) -> tuple[list[int], list[retention.Results]]:
+        """List the oldest steps that a watcher has yet to finish, and its rows of all steps.
 
-@jax.jit  # arrays of one shape share what is traced
-def _sum(x: Array) -> UInt32[Array, ""]:
-    width = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-    weight = jnp.uint32(1)  # odd, as every factor here: no change of one element is lost
-    for dim in range(x.ndim):
-        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
-        weight += index * jnp.uint32(2 * math.prod(x.shape[dim + 1 :]) % 2**32)
-    mixed = (bits ^ (bits >> 16)) * weight
-    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x846CA68B)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+        Both come from one read, so that a step without a row is always among the former.
+        """
+        rows = {row["step"]: row for row in read_rows(self._workdir / retention.WATCHED)}
+        unwatched = [x for x in sorted(steps) if x not in rows][: self._config.keep_unwatched]
+        is_watched = (self._workdir / retention.WATCH).exists()
+        return unwatched if is_watched else [], [rows.get(step, {}) for step in steps]
 
 
 class _PositionHandler(ocp.JsonCheckpointHandler):

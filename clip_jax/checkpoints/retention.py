@@ -1,4 +1,4 @@
-"""Find the checkpoints of a run, resolve RUN@20000 and RUN@best, and decide which ones to keep.
+"""Which checkpoints a run saves; find them, and resolve RUN@20000 and RUN@best.
 
 A watcher of the run (`clip-jax evaluate RUN --watch`) writes a row to `evals/watch.jsonl` for
 every step it has finished. The run keeps the oldest steps that have no row yet.
@@ -7,17 +7,12 @@ every step it has finished. The run keeps the oldest steps that have no row yet.
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Literal
 
-import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
-from clip_jax import processes
-from clip_jax.checkpoints import orbax
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.serialize import from_dict
@@ -73,19 +68,20 @@ class CheckpointConfig:
         return self.value(results) > -math.inf
 
 
-# --------------------------------------------------------------------------------- which there are
-
-
 def orbax_path(directory: epath.PathLike) -> epath.Path:
     """Return a folder as a path for Orbax; the first one on s3:// enables that in Orbax."""
     path = files.as_path(directory)
     if os.fspath(directory).startswith("s3://"):
+        from clip_jax.checkpoints import orbax
+
         orbax.enable()
     return epath.Path(path if files.is_remote(directory) else os.path.abspath(path))
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
     """List the steps whose checkpoints are complete, the newest last."""
+    import orbax.checkpoint as ocp  # 0.2 s, which commands without a run save
+
     names = ocp.path.step.standard_name_format().find_all(orbax_path(directory))
     return sorted(step.step for step in names)
 
@@ -145,52 +141,3 @@ def stored(directory: AnyPath, step: int) -> Results | None:
     """Return the results that Orbax saved with a checkpoint; {} if none, None if unreadable."""
     path = directory / str(step) / "metrics" / "metrics"
     return parse(content_of(path)) if path.exists() else {}
-
-
-# --------------------------------------------------------------------------------- which are kept
-
-
-class Retention(policies.PreservationPolicy):
-    """Keeps the newest checkpoints, the steps named, the best, and those a watcher has yet to read.
-
-    All processes must call it together.
-    """
-
-    def __init__(self, workdir: AnyPath, config: CheckpointConfig) -> None:
-        self._workdir, self._config = workdir, config
-        rules = [policies.LatestN(config.keep), policies.CustomSteps(config.also)]
-        if config.best:
-            rules.append(
-                policies.BestN(
-                    get_metric_fn=config.value, n=1, keep_checkpoints_without_metrics=False
-                )
-            )
-        self._policy = policies.AnyPreservationPolicy(rules)
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [x.step for x in checkpoints]
-        unwatched, rows = processes.gather(self._look(steps) if processes.is_lead() else None)[0]
-        results: Sequence[Results] = [x.metrics or {} for x in checkpoints]
-        if self._config.best_of == "watcher":
-            results = rows
-        infos: list[Any] = [
-            SimpleNamespace(
-                step=x.step, time=x.time, metrics=dict(row) if self._config.has_value(row) else None
-            )
-            for x, row in zip(checkpoints, results, strict=True)
-        ]
-        preserved = self._policy.should_preserve(infos, context=context)
-        return [
-            is_preserved or step in unwatched
-            for step, is_preserved in zip(steps, preserved, strict=True)
-        ]
-
-    def _look(self, steps: Sequence[int]) -> tuple[list[int], list[Results]]:
-        """List the oldest steps that a watcher has yet to finish, and its rows of all steps.
-
-        Both come from one read, so that a step without a row is always among the former.
-        """
-        rows = {row["step"]: row for row in read_rows(self._workdir / WATCHED)}
-        unwatched = [x for x in sorted(steps) if x not in rows][: self._config.keep_unwatched]
-        is_watched = (self._workdir / WATCH).exists()
-        return unwatched if is_watched else [], [rows.get(step, {}) for step in steps]

@@ -6,7 +6,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from clip_jax.checkpoints.manager import position_of, restore_params
 from clip_jax.checkpoints.retention import named_step, of_teacher
 from clip_jax.checkpoints.run_config import read_run_config
 from clip_jax.convert.on_demand import read_together
@@ -42,6 +41,8 @@ def read(workdir: AnyPath, which: str = "", ema: bool = True) -> Weights:
     `params` are only these: see `weight_files.merged`. A run with a stored tower has no parameters
     of it: see `weight_files.joined`. `which` may name the teacher (`retention.of_teacher`).
     """
+    from clip_jax.checkpoints.manager import position_of, restore_params  # imports Orbax
+
     config, step, key = read_config(workdir), named_step(workdir, which), jax.random.key(0)
     lora_config, heads, how = extras(workdir)
     teacher = ("carried", terms.AVERAGE) if of_teacher(which)[1] else ()

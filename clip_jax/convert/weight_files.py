@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import safetensors
 
-from clip_jax.checkpoints.manager import digest_of
+from clip_jax.checkpoints.checksums import digest_of
 from clip_jax.checkpoints.retention import split_name
 from clip_jax.convert import (
     big_vision,

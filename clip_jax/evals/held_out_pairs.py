@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import logsumexp
 
 from clip_jax.data.batch_plan import constant
 from clip_jax.data.digits import DigitsConfig
@@ -109,6 +108,8 @@ def info_nce(
     Features are unit vectors; `logit_scale` is the factor itself, not its logarithm. Pools are
     consecutive pairs; an incomplete last pool is left out, since fewer negatives are easier.
     """
+    from scipy.special import logsumexp  # its import takes 0.1 s
+
     losses = []
     for start in range(0, len(image_features) - pool + 1, pool):
         rows = slice(start, start + pool)

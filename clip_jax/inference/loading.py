@@ -9,10 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, UInt32
-from scipy import special
 
 from clip_jax import processes, sharding
 from clip_jax.checkpoints.retention import TEACHER, Unusable, named_step, of_teacher, split_name
@@ -141,6 +139,8 @@ class Model:
         It is the softmax of scaled cosines (CLIP paper, figure 3) or, for a model with a logit
         bias, the sigmoid for each text by itself (SigLIP paper, 3.2).
         """
+        from scipy import special
+
         logits = self.similarity(images, texts) * float(np.exp(self.params["logit_scale"]))
         if "logit_bias" in self.params:
             return special.expit(logits + float(self.params["logit_bias"]))
@@ -162,6 +162,8 @@ class Model:
         """Return the probability of each of `head.classes` for outputs of `encode_image`."""
         if self.head is None:
             raise InputError("the model has no classifier; give labels, or train ClassifierConfig.")
+        from scipy import special
+
         logits = unit(images) @ self.head.kernel.T
         return special.softmax(logits * float(np.exp(self.params["logit_scale"])), axis=1)
 
@@ -219,6 +221,8 @@ class Model:
         """
         path, params = files.as_path(folder), self.params
         if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
+            from jax.experimental import multihost_utils
+
             params = multihost_utils.process_allgather(params, tiled=True)
         weights = Weights(
             config=self.config,

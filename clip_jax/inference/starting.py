@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from clip_jax import sharding
-from clip_jax.checkpoints.manager import digest_of
+from clip_jax.checkpoints.checksums import digest_of
 from clip_jax.config import Config
 from clip_jax.convert.fitting import check_settings, check_shapes, starting_params
 from clip_jax.convert.weight_files import WeightFiles

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import chips
 from clip_jax.errors import InputError
-from clip_jax.models.short_attention import MAX_LENGTH, VMEM, vmem_bytes
 
 Backend = Literal["auto", "xla", "short", "splash", "cudnn"]
 # Queries, keys and values: [B, L, S·N·K], the output of the projection's matmul, or [B, L, S, N, K]
@@ -49,6 +48,8 @@ def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> 
     """
     platform = getattr(device, "platform", "cpu")  # a mesh of plain numbers, for planning, has none
     if platform == "tpu":
+        from clip_jax.models.short_attention import MAX_LENGTH, vmem_bytes  # imports Pallas
+
         size = vmem_bytes(length, heads, dim, jnp.dtype(dtype).itemsize, vmem(device))
         fits = length <= MAX_LENGTH and size <= vmem(device)
         if fits and dim % 8 == 0 and dim >= 64:  # true of every published model
@@ -62,6 +63,8 @@ def choose(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> 
 
 def vmem(device: Any) -> int:
     """Return the bytes of VMEM of a core; a device that interprets kernels has none to fill."""
+    from clip_jax.models.short_attention import VMEM
+
     if getattr(device, "platform", "cpu") != "tpu":
         return VMEM
     chip = chips.find(device.device_kind)
@@ -70,6 +73,8 @@ def vmem(device: Any) -> int:
 
 def check_short(device: Any, length: int, heads: int, dim: int, dtype: DTypeLike) -> None:
     """Raise InputError if a TPU has less VMEM than `short` needs."""
+    from clip_jax.models.short_attention import vmem_bytes
+
     size = vmem_bytes(length, heads, dim, jnp.dtype(dtype).itemsize, vmem(device))
     if getattr(device, "platform", "cpu") == "tpu" and size > vmem(device):
         raise InputError(

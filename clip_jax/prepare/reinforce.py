@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from clip_jax.checkpoints.manager import digest_of
+from clip_jax.checkpoints.checksums import digest_of
 from clip_jax.convert.formats import read_weights
 from clip_jax.data import reinforced
 from clip_jax.data.augment import Augmentation, center, draw, replay

@@ -13,7 +13,7 @@ contrastive loss among 1,024 icons with distinct names. `test/image_retrieval_re
 
 from pathlib import Path
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.config import Config
 from clip_jax.data.pipeline import DataConfig
 from clip_jax.data.sources.any import PathConfig

@@ -18,11 +18,11 @@ from orbax.checkpoint._src.path import temporary_paths
 
 from clip_jax import processes
 from clip_jax.checkpoints import manager, orbax
+from clip_jax.checkpoints.checksums import checksums
 from clip_jax.checkpoints.manager import (
     CheckpointConfig,
     Checkpoints,
     Damaged,
-    checksums,
     restore_params,
 )
 from clip_jax.checkpoints.retention import Unusable, steps_in

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from clip_jax import processes
+from clip_jax.checkpoints.manager import Retention
 from clip_jax.checkpoints.retention import (
     WATCH,
     WATCHED,
     CheckpointConfig,
-    Retention,
     named_step,
     split_name,
 )

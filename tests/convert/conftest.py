@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints, digest_of
+from clip_jax.checkpoints.checksums import digest_of
+from clip_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from clip_jax.config import Config
 from clip_jax.convert.fitting import starting_params
 from clip_jax.convert.formats import read_weights

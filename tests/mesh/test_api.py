@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import clip_jax
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.train import train
 from tests.conftest import losses, tiny_digits
 from tests.pages import ROOT

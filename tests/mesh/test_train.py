@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from clip_jax.checkpoints.manager import CheckpointConfig
+from clip_jax.checkpoints.retention import CheckpointConfig
 from clip_jax.errors import InputError
 from clip_jax.inference.loading import load
 from clip_jax.losses import DistillationConfig, LiveTeacher, SoftmaxConfig

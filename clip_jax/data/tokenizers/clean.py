@@ -4,7 +4,6 @@ import html
 import string
 from collections.abc import Callable
 
-import ftfy
 from tokenizers import normalizers
 
 from clip_jax.models.text import Cleaning
@@ -19,6 +18,8 @@ def repaired(text: str) -> str:
     # than all the rest takes. tests/reference compares both ways.
     if text.isascii() and text.isprintable() and "&" not in text:
         return text
+    import ftfy
+
     return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 

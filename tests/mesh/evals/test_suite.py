@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.checkpoints.manager import CheckpointConfig
-from clip_jax.checkpoints.retention import named_step, steps_in
+from clip_jax.checkpoints.retention import CheckpointConfig, named_step, steps_in
 from clip_jax.cli.commands import main
 from clip_jax.config import Config
 from clip_jax.errors import InputError
