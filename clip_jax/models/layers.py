@@ -287,6 +287,9 @@ class Einsum(nn.Module):
     # Merge the output's axes after rows and tokens: the compiler's layout of arrays of many axes is
     # not the one that attention kernels read.
     flat: bool = False
+    # The kernel is gathered from its shards as a matrix, whose rows are all its axes but the last.
+    # A TPU computes the product of patches and a kernel of many axes as a slower convolution.
+    as_matrix: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -302,8 +305,14 @@ class Einsum(nn.Module):
                 bias = jnp.insert(bias, 1, 0, axis=0)
         if self.flat and bias is not None:
             return adapt(self, x, affine(x, kernel, bias))
-        matrix = kernel.reshape(x.shape[-1], -1) if self.flat else kernel
-        y = x @ matrix if self.flat else self.einsum(self.equation, x, kernel)
+        if self.flat:
+            y = x @ kernel.reshape(x.shape[-1], -1)
+        elif self.as_matrix:
+            matrix = kernel.reshape(-1, kernel.shape[-1])
+            x = x.reshape(*x.shape[: x.ndim - kernel.ndim + 1], -1)
+            y = self.einsum("BLP,PD->BLD", x, matrix)
+        else:
+            y = self.einsum(self.equation, x, kernel)
         return adapt(self, x, y if bias is None else y + bias)
 
 

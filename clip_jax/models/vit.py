@@ -260,6 +260,7 @@ class ViTConfig(ImageTowerConfig):
             (self.width,) if self.patch_bias else None,
             uniform((patch * patch * 3) ** -0.5),
             einsum=layout.einsum,
+            as_matrix=True,
         )
 
     def rotation(self) -> tuple[np.ndarray, np.ndarray] | None:

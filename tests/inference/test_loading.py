@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import clip_jax
+from clip_jax.checkpoints import manager
 from clip_jax.cli.commands import main
 from clip_jax.convert import model_folder
-from clip_jax.convert import run as run_format
 from clip_jax.convert.conversion import ConvertConfig, convert
 from clip_jax.convert.fitting import starting_params
 from clip_jax.convert.formats import read_weights
@@ -67,7 +67,7 @@ def test_each_device_reads_its_part_of_a_run_alone(run, tmp_path, monkeypatch):
         assert_on_mesh(one, params, mesh)
     damaged = params | {"logit_scale": np.float32(np.inf)}
     with (
-        mock.patch.object(run_format, "restore_params", autospec=True, return_value=damaged),
+        mock.patch.object(manager, "restore_params", autospec=True, return_value=damaged),
         pytest.raises(ValueError, match="logit_scale has 1 values that are NaN or infinite"),
     ):
         load_on_mesh(workdir, mesh)
