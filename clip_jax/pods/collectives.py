@@ -62,9 +62,12 @@ def collectives(text: str, mesh: Mapping[str, int], slices: int = 1) -> list[Col
             arrays = _arrays(x, kind, visit.computation)
             if visit.name.startswith("all-reduce-scatter"):  # fused with the slice that follows
                 kind = "reduce-scatter"
-            if visit.fused:
-                # TPUs fuse a collective into several computations that hide it: count it once.
-                key = (hlo.search(r"channel_id=(\d+)", x.attributes), kind, arrays)
+            elif visit.fused:
+                # TPUs fuse a collective into several computations that hide it: count it once. Of
+                # layers without a loop, all have the same channel, but a chain each.
+                chain = hlo.search(r'chain_id="(\d+)"', x.attributes)
+                channel = hlo.search(r"channel_id=(\d+)", x.attributes)
+                key = (chain, "" if chain else channel, kind, arrays)
                 times = min(times, result[key].times) if key in result else times
             coordinates = zip(mesh, np.unravel_index(groups, tuple(mesh.values())), strict=True)
             axes = tuple(axis for axis, c in coordinates if (c != c[:, :1]).any())

@@ -51,6 +51,31 @@ metadata={op_name="jit(step)/transpose(jvp(visual))/c_fc"}
     assert total.received == 2 * shard.received == 2 * (64 * 128 * 2) * 3 // 4
 
 
+def test_layers_without_a_loop_have_collectives_of_one_channel():
+    """Equal collectives of one channel differ in their chain, or are a fusion each."""
+    layers = [
+        f"""%all-reduce-scatter.{i} (a: f32[8]) -> f32[4] {{
+  %a = f32[8]{{0}} parameter(0)
+  %sum = f32[8]{{0}} all-reduce(%a), channel_id=1, replica_groups={{{{0,1}}}}
+  ROOT %kept = f32[4]{{0}} dynamic-slice(%sum, %place), dynamic_slice_sizes={{4}}
+}}
+%async_collective_fusion.{i} (p: f32[4]) -> f32[8] {{
+  %p = f32[4]{{0}} parameter(0)
+  ROOT %g = f32[8]{{0}} all-gather(%p), channel_id=1, replica_groups={{{{0,1}}}}, \
+frontend_attributes={{chain_id="{i // 2}"}}
+}}"""
+        for i in range(4)
+    ]
+    calls = [
+        f"  %x{i}.{kind} = f32[4]{{0}} fusion(%a), kind=kCustom, calls=%{kind}.{i}"
+        for i in range(4)
+        for kind in ("all-reduce-scatter", "async_collective_fusion")
+    ]
+    text = "\n".join(["HloModule m", *layers, "ENTRY %main (a: f32[8]) -> f32[8] {", *calls, "}"])
+    kinds = [x.kind for x in collectives(text, {"data": 2})]
+    assert (kinds.count("reduce-scatter"), kinds.count("all-gather")) == (4, 2)
+
+
 ASYNC = """HloModule step
 %begin (p: f32[64]) -> (f32[64], f32[256]) {
   %p = f32[64]{0} parameter(0)
