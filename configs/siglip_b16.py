@@ -30,7 +30,7 @@ def get_config() -> Config:
     return Config(
         steps=274_658,
         batch_size=32_768,
-        model=dataclasses.replace(zoo.get("ViT-B-16-SigLIP"), remat="hidden"),
+        model=dataclasses.replace(zoo.get("ViT-B-16-SigLIP"), remat="hidden", unroll=12),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         objective=(SigmoidConfig(),),
         optim=OptimConfig(

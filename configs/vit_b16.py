@@ -30,7 +30,7 @@ def get_config() -> Config:
     return Config(
         steps=390_625,
         batch_size=32_768,
-        model=dataclasses.replace(zoo.get("ViT-B/16"), remat="hidden"),
+        model=dataclasses.replace(zoo.get("ViT-B/16"), remat="hidden", unroll=12),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=2_000),

@@ -82,7 +82,9 @@ class CLIPConfig:
     # residual: the same without the hidden state; attention: q, k, v and attention output; full:
     # none are saved.
     remat: Remat = "none"
-    unroll: int = 1  # Blocks per iteration of a tower's loop: more run faster and compile longer.
+    # Blocks per iteration of a tower's loop. As many as the tower has: no loop, with which B/16 and
+    # B/32 are faster on TPUs, and need less memory, but compile longer.
+    unroll: int = 1
     # Attention backend in training. auto: by device and sequence length; xla: any device; short and
     # splash: TPUs; cudnn: GPUs, bfloat16.
     attention: Backend = "auto"

@@ -583,7 +583,7 @@ class Transformer(nn.Module):
         if self.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.remat])
             # Inside a loop XLA cannot merge the recomputation away, so no barrier is needed.
-            block = nn.remat(block, prevent_cse=self.unroll > 1, policy=policy)
+            block = nn.remat(block, prevent_cse=self.unroll >= self.depth, policy=policy)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
