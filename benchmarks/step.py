@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,9 +93,15 @@ def print_towers(config: CLIPConfig, data: dict[str, np.ndarray]) -> None:
             print(f"{name} tower, {what}: {min(times[1:]):.3f} s", flush=True)
 
 
-def open_clip(config: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], float]:
+def ours_embedding(model: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], object]:
+    clip = CLIP(model)
+    params = jax.jit(clip.init)(jax.random.key(0))
+    encode, images = jax.jit(clip.encode_image), jax.device_put(np.float32(data["image"]) / 255)
+    return lambda: jax.block_until_ready(encode(params, images))
+
+
+def open_clip_model(config: CLIPConfig, device: str) -> Any:
     import open_clip
-    import torch
 
     vision, text = config.vision, config.text
     model = open_clip.CLIP(
@@ -113,7 +120,22 @@ def open_clip(config: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], f
             heads=text.num_heads,
             layers=text.depth,
         ),
-    ).train()
+    )
+    return model.to(device)
+
+
+def open_clip(
+    config: CLIPConfig,
+    data: dict[str, np.ndarray],
+    *,
+    device: str = "cpu",
+    autocast: bool = False,
+    compiled: bool = False,
+) -> Callable[[], float]:
+    import open_clip
+    import torch
+
+    model = open_clip_model(config, device).train()
     named = list(model.named_parameters())
     plain = [p for n, p in named if p.ndim < 2 or "ln" in n or "bias" in n or "logit_scale" in n]
     decayed = [p for _, p in named if not any(p is q for q in plain)]
@@ -125,19 +147,44 @@ def open_clip(config: CLIPConfig, data: dict[str, np.ndarray]) -> Callable[[], f
     )
     loss_fn = open_clip.ClipLoss()
     mean, std = (
-        torch.tensor(x) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        torch.tensor(x, device=device)
+        for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
-    pixels, text = torch.from_numpy(data["image"]), torch.from_numpy(data["text"]).long()
+    pixels = torch.from_numpy(data["image"]).to(device)
+    text = torch.from_numpy(data["text"]).long().to(device)
+    forward = torch.compile(model) if compiled else model
 
     def run() -> float:
         images = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-        loss = loss_fn(*model(images, text))
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = loss_fn(*forward(images, text))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         return loss.item()
+
+    return run
+
+
+def open_clip_embedding(
+    config: CLIPConfig,
+    data: dict[str, np.ndarray],
+    *,
+    device: str = "cpu",
+    autocast: bool = False,
+    compiled: bool = False,
+) -> Callable[[], object]:
+    import torch
+
+    model = open_clip_model(config, device).eval()
+    images = torch.from_numpy(np.float32(data["image"]) / 255).permute(0, 3, 1, 2).to(device)
+    encode = torch.compile(model.encode_image) if compiled else model.encode_image
+
+    def run() -> float:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
+            return encode(images).sum().item()  # waits for the device
 
     return run
 
