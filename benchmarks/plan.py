@@ -2,10 +2,11 @@
 
     python benchmarks/plan.py [CONFIG ...]
 
-The TPU compiler (extra `tpu`) compiles each config's training step. The script prints four tables:
-cost and step time (in BENCHMARKS.md), what bounds the step, what the estimate leaves out, and
-memory (in docs/explanation/performance.md). Compiled steps are cached, so that configs can be
-compiled one at a time; all of them take about two hours on one or two cores.
+The TPU compiler (extra `tpu`) compiles each config's training step. The script prints five tables:
+cost and step time (in BENCHMARKS.md), what bounds the step, what the estimate leaves out, memory
+(in docs/explanation/performance.md), and the errors of estimates without a compiler. Compiled steps
+are cached, so that configs can be compiled one at a time; all of them take about two hours on one
+or two cores.
 """
 
 import argparse
@@ -86,7 +87,19 @@ MEMORY = (
 )
 
 
-def make(name: str, topology: str, changes: dict[str, Any]) -> tuple[str, Plan]:
+ESTIMATES = (
+    "config",
+    "memory, GB per chip",
+    "error, %",
+    "overlapped bound, ms",
+    "error, %",
+    "error of the sequential time, %",
+    "time of the estimate, s",
+)
+
+
+def make(name: str, topology: str, changes: dict[str, Any]) -> tuple[str, Plan, Plan]:
+    """Return the label of a config, its plan, and its estimate."""
     config, label = load_config(ROOT / f"configs/{name}.py"), f"`{name}`"
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if batch := changes.get("batch_size"):  # for as many samples
@@ -100,14 +113,16 @@ def make(name: str, topology: str, changes: dict[str, Any]) -> tuple[str, Plan]:
         label += f", {architecture}, attention `xla`"
     price = PRICES[topology.partition(":")[0]]
     where = Topology.parse(topology)
-    return label, plan(PlanConfig(**values, topology=where, chip_hour_price=price))[0]
+    config = PlanConfig(**values, topology=where, chip_hour_price=price)
+    estimate = plan(dataclasses.replace(config, estimate=True))[0]
+    return label, plan(config)[0], estimate
 
 
 def milliseconds(x: float | None) -> str:
     return f"{1e3 * x:,.0f}" if x else ""
 
 
-def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
+def rows(label: str, x: Plan, estimate: Plan) -> tuple[tuple[str, ...], ...]:
     """Return a row of each table."""
     peak, parameters, optimizer = (
         x.memory.bytes_per_device[part] / 1e9 for part in ("total", "parameters", "optimizer")
@@ -154,6 +169,26 @@ def rows(label: str, x: Plan) -> tuple[tuple[str, ...], ...]:
             f"{parameters:.2f}",
             f"{optimizer:.2f}",
         ),
+        errors(label, x, estimate),
+    )
+
+
+def errors(label: str, x: Plan, estimate: Plan) -> tuple[str, ...]:
+    """Return a row with the estimate, and how far it is from the plan."""
+
+    def error(of: float | None, true: float | None) -> str:
+        return f"{100 * (of / true - 1):+.0f}" if of and true else ""
+
+    sizes = [y.memory.bytes_per_device["total"] for y in (estimate, x)]
+    times = [y.speed.step_seconds for y in (estimate, x)]
+    return (
+        label,
+        f"{sizes[0] / 1e9:.1f}",
+        error(*sizes),
+        milliseconds(times[0]["bound"]),
+        error(*(y["bound"] for y in times)),
+        error(*(y["sequential_bound"] for y in times)),
+        f"{estimate.compile_seconds:.1f}",
     )
 
 
@@ -168,7 +203,7 @@ def main() -> None:
         if not names or name in names:
             print(f"{name} on {topology} {changes or ''}", file=sys.stderr, flush=True)
             every.append(rows(*make(name, topology, changes)))
-    headers = (COST, BOUNDS, ESTIMATE, MEMORY)
+    headers = (COST, BOUNDS, ESTIMATE, MEMORY, ESTIMATES)
     for header, table in zip(headers, zip(*every, strict=True), strict=True):
         print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
         print(*(f"| {' | '.join(row)} |" for row in table), sep="\n")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from clip_jax.display import Display
@@ -96,9 +96,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """Return the mesh of devices that are not at hand. Raises InputError unless all are used."""
-    return AbstractMesh(mesh_sizes(config, devices), AXES)
+def abstract_mesh(
+    config: MeshConfig, devices: int, device: AbstractDevice | None = None
+) -> AbstractMesh:
+    """Return the mesh of devices that are not at hand, of the kind of `device`. Raises InputError
+    unless all are used."""
+    return AbstractMesh(mesh_sizes(config, devices), AXES, abstract_device=device)
 
 
 def batch_shards(mesh: AnyMesh) -> int:
@@ -266,7 +269,7 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
     specs = {1: axes[:1], 3: axes[:3], 4: axes[:2] + axes[3:], 5: axes}
     specs = {ndim: PartitionSpec(*names) for ndim, names in specs.items()}
     # An abstract mesh runs nothing.
-    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
+    device: Any = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
     interpret = device is not None and device.platform == "cpu"
 
     def split(kernel: Callable[..., Array], ndim: int) -> Callable[..., Array]:

@@ -6,6 +6,7 @@ starts a process of its own, `python -m clip_jax.pods.compile`.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,15 +32,26 @@ from clip_jax.display import say
 from clip_jax.errors import InputError
 from clip_jax.losses.objective import needs_text, split_params, total
 from clip_jax.models import attention
-from clip_jax.models.clip import CLIPConfig, path_name
+from clip_jax.models.clip import CLIP, CLIPConfig, path_name
 from clip_jax.models.tower import parts_of
 from clip_jax.pods import schedule
 from clip_jax.pods.collectives import Collective, collectives
+from clip_jax.pods.estimate import Reader, Shares
 from clip_jax.pods.topology import Topology
 from clip_jax.pods.work import Work, read
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.sharding import MeshConfig
-from clip_jax.step import Program, Recipe, State, base_of, context, encode
+from clip_jax.step import (
+    Inputs,
+    Program,
+    Recipe,
+    State,
+    base_of,
+    context,
+    encode,
+    shapes,
+    train_step,
+)
 from clip_jax.storage import files
 from clip_jax.storage.json_files import read_json
 
@@ -74,10 +86,11 @@ class Facts:
     terms: int = 0  # the objective's own arrays: teachers, averages
     frozen: int = 0  # its part of the terms: parameters of frozen models
     batch: int
-    loss: int  # peak of the loss, compiled alone
+    loss: int  # peak of the loss alone, estimated
     token_embedding: int = 0  # its part of the parameters
     token_embedding_optimizer: int = 0  # its part of the optimizer's state
     attention: tuple[tuple[str, str], ...] = ()  # tower and backend
+    is_estimate: bool = False  # of the traced step; nothing is compiled
     fits: bool  # the compiler accepts it; else there are no works and collectives
     peak_bytes: int
     works: tuple[Work, ...] = ()
@@ -95,9 +108,11 @@ class Facts:
 Compile = Callable[[Request], Facts]
 
 
-def compiling(folder: Path | None = None) -> Compile:
+def compiling(
+    folder: Path | None = None, announce: Callable[[Request], object] = lambda _: None
+) -> Compile:
     """Return a compile function with a cache on disk, per code, users' parts, compilers and flags.
-    The folder is by default in the user's cache."""
+    The folder is by default in the user's cache. `announce` is called before the compiler."""
     folder = folder or files.user_cache("plan")
     flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
     program = " ".join([processes.code_version(), parts.version(), *installed(*LIBRARIES), *flags])
@@ -108,6 +123,7 @@ def compiling(folder: Path | None = None) -> Compile:
         path = folder / f"{key}.json"
         if path.is_file():
             return from_dict(Facts, read_json(path, "facts", advice="Delete it.")["facts"])
+        announce(request)
         say(f"compiling for {request.topology} (takes a few minutes) ...")
         facts = compile_step(request)
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,22 +200,20 @@ def installed(*names: str) -> list[str]:
 
 
 def facts(request: Request, devices: list[jax.Device], folder: Path | None = None) -> Facts:
-    """Compile the step, and the loss alone, and read memory, collectives and work.
+    """Compile the step, and read memory, collectives and work. The memory of the loss is estimated.
 
     If the step does not fit, the TPU compiler reports only the memory needed; the GPU compiler
     compiles it anyway. `folder` has the schedules that the compiler wrote.
     """
-    recipe, mesh = request.recipe, sharding.make_mesh(request.mesh, devices)
+    recipe, topology, start = request.recipe, request.topology, CLOCK.now()
+    mesh = sharding.make_mesh(request.mesh, devices)
     program = Program(recipe, mesh)
     frozen = [x.config for term in recipe.objective for x in term.frozen().values()]
     parts = parts_of(x for model in (recipe.model, *frozen) for x in model.towers.values())
-    start = CLOCK.now()
-    held, shards = held_bytes(program.state, program.batch), sharding.batch_shards(mesh)
-    forms = [term.chosen_form(recipe.model, recipe.batch_size, shards) for term in recipe.objective]
-    topology = request.topology
     versions = installed("jax", *(TPU_COMPILER if topology.is_tpu else GPU_COMPILER))
     if topology.chip.compiled_as != topology.family:
         versions.append(f"compiled as {topology.compiled_as}")
+    known = _known(request, mesh, devices[0], program.state, program.batch)
     try:
         options = WITHOUT_A_CARD if devices[0].platform in ("gpu", "cuda") else {}
         lowered = program.step.lower(program.state, program.batch)
@@ -213,25 +227,64 @@ def facts(request: Request, devices: list[jax.Device], folder: Path | None = Non
             "collectives": tuple(collectives(text, mesh.shape, topology.islands)),
         }
     except jax.errors.JaxRuntimeError as error:
-        arguments = sum(held[name] for name in ("parameters", "optimizer", "terms", "batch"))
-        if (needed := needed_bytes(str(error), arguments)) is None:
+        if (needed := needed_bytes(str(error), _arguments(known))) is None:
             raise
         measured = {"fits": False, "peak_bytes": needed}
-    backends = attention_of(recipe.model, devices[0], sharding.shards_of_heads(mesh))
+    seconds = CLOCK.now() - start
+    return Facts(versions=", ".join(versions), compile_seconds=seconds, **known, **measured)
+
+
+def estimate(request: Request) -> Facts:
+    """Estimate what `compile_step` reports, in seconds and without a compiler (see `estimate`).
+    Collectives are left out."""
+    recipe, topology, start = request.recipe, request.topology, CLOCK.now()
+    device = topology.abstract_device
+    mesh: Any = sharding.abstract_mesh(request.mesh, topology.devices, device)
+    state, batch = shapes(recipe, mesh)
+    known = _known(request, mesh, device, state, batch)
+    reader = _reader(request, mesh, state)
+    step = jax.jit(functools.partial(train_step, recipe=recipe, mesh=mesh))
+    return Facts(
+        is_estimate=True,
+        versions=", ".join(["estimate without the compiler", *installed("jax")]),
+        fits=True,
+        peak_bytes=_arguments(known) + reader.read(step.trace(state, batch), updates=True),
+        works=tuple(reader.works),
+        compile_seconds=CLOCK.now() - start,
+        **known,
+    )
+
+
+def _known(
+    request: Request, mesh: sharding.AnyMesh, device: Any, state: State, batch: Inputs
+) -> dict[str, Any]:
+    """Return the facts for which no compiler is needed."""
+    recipe, shards = request.recipe, sharding.batch_shards(mesh)
+    forms = [term.chosen_form(recipe.model, recipe.batch_size, shards) for term in recipe.objective]
+    backends = attention_of(recipe.model, device, sharding.shards_of_heads(mesh))
     left_out = recipe.stored
     if not needs_text(recipe.objective, recipe.model):
         left_out = "text"
-    loss = peak(compile_loss(program))  # last: its schedules have names of the step's
-    return Facts(
-        mesh=tuple(mesh.shape.values()),
-        form=", ".join(filter(None, forms)),
-        versions=", ".join(versions),
-        compile_seconds=CLOCK.now() - start,
-        attention=tuple(x for x in backends if x[0] != left_out),
-        loss=loss,
-        **held,
-        **measured,
-    )
+    reader = _reader(request, mesh, state)
+    return {
+        "mesh": tuple(mesh.shape.values()),
+        "form": ", ".join(filter(None, forms)),
+        "attention": tuple(x for x in backends if x[0] != left_out),
+        "loss": reader.read(traced_loss(recipe, mesh, state, batch)),
+        **held_bytes(state, batch),
+    }
+
+
+def _reader(request: Request, mesh: sharding.AnyMesh, state: State) -> Reader:
+    """Return a reader of traced programs. Arrays of up to half the VMEM stay there."""
+    rows, chip = request.recipe.batch_size // request.recipe.accumulation, request.topology.chip
+    vmem = (chip.vmem_bytes or 0) * (chip.cores or 0) / chip.devices
+    return Reader(Shares(state, rows, mesh), vmem / 2)
+
+
+def _arguments(known: Mapping[str, Any]) -> int:
+    """Return the bytes of a step's arguments on one device."""
+    return sum(known[name] for name in ("parameters", "optimizer", "terms", "batch"))
 
 
 def attention_of(model: CLIPConfig, device: Any, shards: int) -> tuple[tuple[str, str], ...]:
@@ -284,19 +337,18 @@ def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
     }
 
 
-def compile_loss(program: Program) -> Any:
-    """Compile value and gradients of the objective alone, as a function of the parameters that it
+def traced_loss(recipe: Recipe, mesh: Any, state: State, batch: Inputs) -> Any:
+    """Trace value and gradients of the objective alone, as a function of the parameters that it
     takes, the towers' outputs, the inputs and the state of the terms."""
-    objective, model, mesh = program.recipe.objective, program.model, program.mesh
-    state, rows = program.state, sharding.batch_sharding(mesh)
-    inputs = {name: x for name, x in program.batch.items() if name != "learning_rate"}
+    objective, model, rows = recipe.objective, CLIP(recipe.model), sharding.batch_sharding(mesh)
+    inputs = {name: x for name, x in batch.items() if name != "learning_rate"}
     _, taken = split_params(objective, model.config, base_of(state) | state.params)
     carried = State(None, None, None, state.carried, state.frozen)
 
     def encoded(state: State, inputs: Any) -> Any:
-        params = program.recipe.complete(state, state.params)
+        params = recipe.complete(state, state.params)
         x = context(model, mesh, state, params, inputs, {})
-        return encode(x, objective, stored=program.recipe.stored)[0]
+        return encode(x, objective, stored=recipe.stored)[0]
 
     outputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
@@ -309,7 +361,7 @@ def compile_loss(program: Program) -> Any:
     gradient = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
     shardings = jax.tree.map(lambda x: x.sharding, (taken, outputs))
     compiled = jax.jit(gradient, out_shardings=(sharding.replicated(mesh), shardings))
-    return compiled.lower(taken, outputs, inputs, carried).compile()
+    return compiled.trace(taken, outputs, inputs, carried)
 
 
 def peak(compiled: Any) -> int:

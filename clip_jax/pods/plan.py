@@ -2,7 +2,7 @@
 
 The training step is compiled for the pod, which need not be at hand (`compile.py`). Memory and
 collectives are read from the result; times are bounds at the chips' peaks, and sums of schedules
-(`bounds.py`).
+(`bounds.py`). Before that, both are estimated from the traced step (`estimate.py`).
 """
 
 import dataclasses
@@ -65,6 +65,8 @@ class PlanConfig(Config):
     valid_share: float | None = None
     # Other pods or meshes to compare with, such as v5p:4x4x8 or v5e:16x16/fsdp=8,slices=2.
     compare: tuple[str, ...] = ()
+    # Estimate memory and bounds in seconds, without a compiler, and end there.
+    estimate: bool = False
     # Estimate the time by the compiler's schedules, too. For TPUs, compiling then takes 1.6 to 2.8
     # times as long.
     schedules: bool = True
@@ -135,6 +137,7 @@ class Plan:
     memory: Memory
     speed: Speed
     cost: Cost
+    is_estimate: bool = False  # nothing is compiled
     stage: int | None = None  # of the run, from 1; None: it has no stages
     fit_compiles: int = 0  # compilations that --fit needed
     lengths: tuple["Plan", ...] = ()  # of each batch size and length, if the run has several
@@ -197,9 +200,22 @@ def plan(config: PlanConfig, compile_: Compile | None = None) -> list[Plan]:
             objective=costliest.objective,
             batch_size=costliest.batch_size,
         )
-    compile_ = compile_ or pod.compiling(config.cache)
+    if config.estimate:
+        config, compile_ = dataclasses.replace(config, schedules=False), pod.estimate
+    compile_ = compile_ or pod.compiling(config.cache, announce)
     first = fit(config, compile_) if config.fit else run(config, compile_)
     return [first, *(run(_variant(config, text), compile_) for text in config.compare)]
+
+
+def announce(request: Request) -> None:
+    """Print the estimate of a step that is about to be compiled, in one line."""
+    topology = request.topology
+    facts = pod.estimate(request)
+    seconds = bounds.step_seconds(bounds.bounds(topology.chip.device, facts.works, ()))["bound"]
+    say(
+        f"estimate: about {facts.peak_bytes / 1e9:.1f} of {topology.usable_bytes / 1e9:.1f} GB, "
+        f"at least {1e3 * (seconds or 0):.3g} ms per step"
+    )
 
 
 def run(config: PlanConfig, compile_: Compile) -> Plan:
@@ -286,9 +302,10 @@ def assess(
         attention=dict(facts.attention),
         versions=facts.versions,
         compile_seconds=facts.compile_seconds,
+        is_estimate=facts.is_estimate,
         memory=memory,
         speed=speed,
-        cost=_cost(config, speed, steps, steps * recipe.batch_size),
+        cost=_cost(config, speed, steps, steps * recipe.batch_size, facts),
     )
 
 
@@ -315,6 +332,8 @@ def _speed(config: PlanConfig, facts: Facts, recipe: Recipe, *, fits: bool) -> S
     seconds, parts, times, unscheduled = {}, {}, dict.fromkeys(BOUNDS), {}
     if fits:
         seconds = bounds.bounds(device, facts.works, facts.collectives)
+        if facts.is_estimate:
+            seconds |= dict.fromkeys(("interconnect", "network"))
         parts = bounds.by_part(device, facts.works, facts.collectives)
         if config.schedules:
             unscheduled = bounds.unscheduled(device, facts.works)
@@ -341,12 +360,14 @@ def _speed(config: PlanConfig, facts: Facts, recipe: Recipe, *, fits: bool) -> S
     )
 
 
-def _cost(config: PlanConfig, speed: Speed, steps: int, pairs: int) -> Cost:
+def _cost(config: PlanConfig, speed: Speed, steps: int, pairs: int, facts: Facts) -> Cost:
     """Compute hours and price at the assumed MFU, or at the lowest bound or estimate if lower."""
     topology = config.topology
     mfus = {"assumed": config.mfu}
-    # XLA's cost model is left out: it is too high by far for operations of the vector unit.
-    mfus |= {BOUNDS[name][0]: x for name, x in speed.mfus.items() if x and name != "cost_model"}
+    # XLA's cost model is too high by far for operations of the vector unit, and without a compiler
+    # the sequential bound is not accurate.
+    left_out = ("cost_model", *["sequential_bound"] * facts.is_estimate)
+    mfus |= {BOUNDS[name][0]: x for name, x in speed.mfus.items() if x and name not in left_out}
     mfu, mfu_source = min((x, name) for name, x in mfus.items())
     peak_flops = topology.devices * topology.chip.device.peak_flops
     hours = steps * speed.model_flops_per_step / (peak_flops * mfu) / 3600

@@ -21,9 +21,13 @@ BLOCK_BYTES = 4 << 20  # bytes per request with shuffle blocks
 
 HOW = {
     **dict.fromkeys(("parameters", "optimizer", "terms", "batch"), "exact, from the shardings"),
-    "loss": "the loss compiled alone",
+    "loss": "estimated from the loss alone",
     "activations and workspace": "peak of the compiled step minus the above",
     "total": "peak of the compiled step",
+}
+ESTIMATED = {
+    "activations and workspace": "the estimate minus the above",
+    "total": "estimated from the traced step",
 }
 
 
@@ -40,6 +44,11 @@ def describe(plan: Plan) -> str:
         f"{'fits' if memory.fits else 'DOES NOT FIT'}: {gigabytes:.2f} GB of "
         f"{memory.hbm_bytes / 1e9:.1f} GB per device" + (SHARE if plan.is_gpu else ""),
     ]
+    if plan.is_estimate:
+        lines.append(
+            "Estimated without the compiler: collectives, and padding in memory, are left out. The "
+            "plan without --estimate is exact."
+        )
     if plan.fit_compiles:
         lines.append(
             f"Best setting ({plan.fit_compiles} compiles): --model.remat {plan.remat} "
@@ -71,6 +80,7 @@ def _speed(plan: Plan) -> Iterator[str]:
         )
     for bound, (label, sign) in BOUNDS.items():
         seconds, mfu = speed.step_seconds[bound], speed.mfus[bound]
+        sign = "≈" if plan.is_estimate else sign
         value = "not known"
         if seconds is not None and mfu is not None:
             value = f"{_time(seconds)}, MFU {sign} {mfu:.1%}"
@@ -176,13 +186,14 @@ def _percent(mfus: dict[str, float | None], share: float = 1.0) -> str:
 
 def _memory(plan: Plan) -> str:
     rows = []
+    sources = HOW | ESTIMATED if plan.is_estimate else HOW
     for name, size in plan.memory.bytes_per_device.items():
         label = f"optimizer, {plan.optimizer}" if name == "optimizer" else name
-        rows.append((label, HOW[name], _mib(size)))
+        rows.append((label, sources[name], _mib(size)))
         if size := plan.memory.token_embedding_bytes.get(name):
-            rows.append(("  of it, the token embedding", HOW[name], _mib(size)))
+            rows.append(("  of it, the token embedding", sources[name], _mib(size)))
         if name == "terms" and plan.memory.frozen_bytes:
-            rows.append(("  of it, frozen weights", HOW[name], _mib(plan.memory.frozen_bytes)))
+            rows.append(("  of it, frozen weights", sources[name], _mib(plan.memory.frozen_bytes)))
     return table(("memory per device", "source", "MiB"), rows, left=2)
 
 

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 
+from jax.sharding import AbstractDevice
+
 from clip_jax.chips import Chip, table
 from clip_jax.errors import InputError
 
@@ -105,6 +107,11 @@ class Topology:
     @property
     def chip(self) -> Chip:
         return families()[self.family]
+
+    @property
+    def abstract_device(self) -> AbstractDevice:
+        """Return a device of this kind, for which a program can be traced, but not compiled."""
+        return AbstractDevice(self.chip.device_kinds[0], None, self.chip.platform)
 
     @property
     def card(self) -> str:

@@ -236,9 +236,10 @@ def test_plan_counts_each_terms_memory_and_flops(term: Term) -> None:
     assert work - least == 2 * term.macs(TINY, 16, ()) + 16 * encoded.get(term.name, 0)
 
 
-def test_plan_compiles_the_loss_of_all_terms() -> None:
-    compiled = pod.compile_loss(on_one_device())
-    ((_, outputs, _, _), _) = compiled.args_info
-    assert pod.peak(compiled) > 0
+def test_plan_traces_the_loss_of_all_terms() -> None:
+    program = on_one_device()
+    traced = pod.traced_loss(program.recipe, program.mesh, program.state, program.batch)
+    ((_, outputs, _, _), _) = traced.args_info
+    assert pod.peak(traced.lower().compile()) > 0
     kinds = {"teacher/of_image", "teacher/of_text", "average/rows", "stored/mapped"}
     assert outputs.keys() > {"image", "text"} | kinds
