@@ -54,6 +54,7 @@ def run(made, kind, teachers, workdir):
         objective=(SoftmaxConfig(weight=0.25), DistillationConfig(weight=0.75, teachers=teachers)),
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=4),
         steps=STEPS,
+        seed=2,
         batch_size=16,
         report_every=1,
     )

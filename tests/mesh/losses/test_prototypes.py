@@ -50,11 +50,14 @@ def inputs(program: Program) -> dict[str, Any]:
     return data
 
 
+SEED = 2  # of heads whose gradients are large beside rounding; those of a few seeds are not
+
+
 @functools.cache
 def trained(terms: Any, model: Any = TINY, mesh: str = "1", accumulation: int = 1) -> Any:
     """Return state and metrics after two steps, on the host."""
     loss = SoftmaxConfig() if model.init_logit_bias is None else SigmoidConfig()
-    made = recipe(model, objective=(loss, *terms), accumulation=accumulation)
+    made = recipe(model, objective=(loss, *terms), accumulation=accumulation, seed=SEED)
     program = Program(made, mesh_of(mesh))
     state = program.init(parameters(model))
     for _ in range(2):
@@ -119,7 +122,7 @@ def test_terms_without_weight_are_not_traced_and_keep_their_state() -> None:
     for name in ("visual", "text", "logit_scale"):
         jax.tree.map(np.testing.assert_array_equal, alone.params[name], state.params[name])
     assert state.carried["self_distillation"]["steps"] == 0
-    program = Program(recipe(TINY, objective=(SoftmaxConfig(), *idle)), mesh_of("1"))
+    program = Program(recipe(TINY, objective=(SoftmaxConfig(), *idle), seed=SEED), mesh_of("1"))
     first = jax.device_get(program.init(parameters(TINY)))
     jax.tree.map(np.testing.assert_array_equal, first.carried, state.carried)
     for term in idle:

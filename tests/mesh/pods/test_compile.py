@@ -78,13 +78,15 @@ def shapes_of(params: Any, mesh: Mesh) -> Shapes:
 def _forms(shape: tuple[int, ...], tensor: int) -> Iterator[tuple[int, ...]]:
     """Yield the shapes that the compiler may give to a parameter.
 
-    It may take a layer from the stack, merge the axes of an attention projection, and split an axis
-    over tensor.
+    It may take a layer from the stack, merge the axes of an attention projection or of the patch
+    embedding, and split an axis over tensor.
     """
     layer = shape[1:]
     merged = []
+    if len(shape) == 4 and shape[0] == shape[1]:
+        merged = [(math.prod(shape[:-1]), shape[-1])]
     if len(layer) > 2:
-        merged = [(layer[0], math.prod(layer[1:])), (math.prod(layer[:-1]), layer[-1])]
+        merged += [(layer[0], math.prod(layer[1:])), (math.prod(layer[:-1]), layer[-1])]
     for dims in (shape, layer, *merged):
         yield dims
         for i, size in enumerate(dims):
@@ -190,7 +192,6 @@ def test_plan_compiles_what_train_runs(tmp_path):
     with (
         mock.patch.object(training, "Program", Recorded),
         mock.patch.object(pod, "Program", Recorded),
-        mock.patch.object(pod, "compile_loss", autospec=True),
         mock.patch.object(pod, "peak", autospec=True, return_value=0),
         mock.patch.object(processes, "compiler_options", autospec=True, return_value=options),
         mock.patch.object(jax, "jit", wraps=jax.jit) as jit,
