@@ -101,7 +101,8 @@ def abstract_mesh(
 ) -> AbstractMesh:
     """Return the mesh of devices that are not at hand, of the kind of `device`. Raises InputError
     unless all are used."""
-    return AbstractMesh(mesh_sizes(config, devices), AXES, abstract_device=device)
+    sizes, types = mesh_sizes(config, devices), (AxisType.Auto,) * 3
+    return AbstractMesh(sizes, AXES, axis_types=types, abstract_device=device)
 
 
 def batch_shards(mesh: AnyMesh) -> int:

@@ -432,7 +432,12 @@ def _frozen(config: CLIPConfig, mesh: AnyMesh, kernels_only: bool = False) -> Pa
 
 
 def context(
-    model: CLIP, mesh: Mesh, state: State, params: Params, inputs: Inputs, outputs: Outputs
+    model: CLIP,
+    mesh: sharding.AnyMesh,
+    state: State,
+    params: Params,
+    inputs: Inputs,
+    outputs: Outputs,
 ) -> Context:
     """Build the context of the objective's functions; parameters and outputs are differentiated."""
     axes = Axes(sharding.BATCH_AXES, sharding.DIMENSIONS["D"], sharding.DIMENSIONS["V"])
@@ -516,7 +521,7 @@ def texts_fit(recipe: Recipe, mesh: AnyMesh, inputs: Inputs) -> Bool[Array, ""]:
     return cast(TextLengths, recipe.text_lengths).fit(devices)
 
 
-def gradients(state: State, inputs: Inputs, *, recipe: Recipe, mesh: Mesh) -> Gradients:
+def gradients(state: State, inputs: Inputs, *, recipe: Recipe, mesh: sharding.AnyMesh) -> Gradients:
     """Compute the objective of a batch and its gradients.
 
     The towers encode the batch in chunks (`accumulation`), which takes the memory of one chunk; the
@@ -560,7 +565,7 @@ def gradients(state: State, inputs: Inputs, *, recipe: Recipe, mesh: Mesh) -> Gr
 
 
 def gradients_by_length(
-    state: State, inputs: Inputs, *, recipe: Recipe, mesh: Mesh
+    state: State, inputs: Inputs, *, recipe: Recipe, mesh: sharding.AnyMesh
 ) -> tuple[Gradients, Metrics]:
     """Compute the same with texts in groups by length; with full padding if they do not fit.
 
@@ -594,7 +599,9 @@ def without_idle(updates: Params, paths: tuple[str, ...]) -> Params:
     return jax.tree_util.tree_map_with_path(unless_idle, updates) if paths else updates
 
 
-def train_step(state: State, batch: Inputs, *, recipe: Recipe, mesh: Mesh) -> tuple[State, Metrics]:
+def train_step(
+    state: State, batch: Inputs, *, recipe: Recipe, mesh: sharding.AnyMesh
+) -> tuple[State, Metrics]:
     """Take one training step: encode, compute the objective and its gradients, update."""
     objective, optim, metrics = recipe.objective, recipe.optim, {}
     trainable, batch_stats = split_batch_stats(state.params)

@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import check_ranges
-from clip_jax.losses.objective import Axes, Context, Outputs, Result, Term
+from clip_jax.losses.objective import AnyMesh, Axes, Context, Outputs, Result, Term
 from clip_jax.models.clip import CLIP
 from clip_jax.models.decoder import IGNORED
 
@@ -73,7 +72,7 @@ def caption_loss(
     pad_id: int,
     chunk_size: int,
     bias: Float[Array, " V"] | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
     axes: Axes | None = None,
 ) -> Float[Array, " B"]:
     """Return each row's Σ −log p(label) over the positions whose label is no padding.

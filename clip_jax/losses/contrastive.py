@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.forms import PairLoss, dense
-from clip_jax.losses.objective import Context, Result, Term
+from clip_jax.losses.objective import AnyMesh, Context, Result, Term
 from clip_jax.losses.pairs import Pairs, Precision, Side
 from clip_jax.losses.prefixes import at_width, of_widths
 from clip_jax.losses.same_caption import caption_ids as number_captions
@@ -269,7 +269,7 @@ def contrastive_loss(
     inputs: tuple[Mapping[str, Array], Mapping[str, Array]] = ({}, {}),
     caption_ids: Int[Array, " B"] | tuple[Int[Array, "B ..."], Int[Array, " C"]] | None = None,
     text_weights: Float[Array, " C"] | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
     axes: tuple[str, ...] = (),
 ) -> Result:
     """Compute loss and metrics of L2-normalised embeddings; pair i is row i of both.
@@ -337,7 +337,7 @@ def contrastive_loss(
     return streamed(loss, image, text, logit_scale, logit_bias, mesh, route)
 
 
-def _shards(sizes: tuple[int, int], mesh: Mesh | None, axes: tuple[str, ...]) -> int:
+def _shards(sizes: tuple[int, int], mesh: AnyMesh | None, axes: tuple[str, ...]) -> int:
     """Return the number of shards of a batch. Raises InputError unless they divide its sizes."""
     if mesh is not None and (unknown := [axis for axis in axes if axis not in mesh.shape]):
         raise InputError(
@@ -446,7 +446,7 @@ def choose_form(
     return "blocked" if texts * width <= budget or shards == 1 else "ring"
 
 
-def devices_per_slice(mesh: Mesh, axes: tuple[str, ...]) -> int:
+def devices_per_slice(mesh: AnyMesh, axes: tuple[str, ...]) -> int:
     """Count the devices along `axes` within a slice, with fast links; 1 if slices are interleaved.
 
     Devices of one TPU slice share a `slice_index`; other backends have none and count as one.
@@ -454,6 +454,8 @@ def devices_per_slice(mesh: Mesh, axes: tuple[str, ...]) -> int:
     others = tuple(axis for axis in mesh.axis_names if axis not in axes)
     order = [mesh.axis_names.index(axis) for axis in (*axes, *others)]
     shards = math.prod(mesh.shape[axis] for axis in axes)
+    if isinstance(mesh, AbstractMesh):  # of a trace, which runs nothing
+        return shards
     devices = mesh.devices.transpose(order).reshape(shards, -1)
     slices = [[getattr(device, "slice_index", 0) for device in row] for row in devices]
     ring = slices.count(slices[0])

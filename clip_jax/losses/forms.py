@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from clip_jax.losses.objective import Result
+from clip_jax.losses.objective import AnyMesh, Result
 from clip_jax.losses.pairs import Pairs, Precision, Side, compare
 from clip_jax.losses.prefixes import at_width
 from clip_jax.losses.sums import NEAR, Statistics, Sums, accuracy, evaluate, summarise, weighted
@@ -58,7 +57,7 @@ def dense(
     text: Side,
     scale: Float[Array, ""],
     bias: Float[Array, ""],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     axes: tuple[str, ...],
 ) -> Result:
     """Compute each device's rows of the logits, [B / devices, B], at once; JAX differentiates."""

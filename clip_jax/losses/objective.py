@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from clip_jax.errors import InputError
@@ -34,6 +34,7 @@ Inputs = dict[str, Any]  # the batch by name: "image", "text", and further input
 Outputs = dict[str, Float[Array, "B ..."]]
 Metrics = dict[str, Any]  # name -> scalar
 Result = tuple[Float[Array, ""], Metrics]
+AnyMesh = Mesh | AbstractMesh  # an abstract one is that of a trace, which runs nothing
 
 # Metrics of the step itself, whose names no term's metric takes.
 OF_STEP = frozenset(
@@ -86,7 +87,7 @@ class Context:
     params: Params
     inputs: Inputs
     outputs: Outputs  # of the towers, and of the term's own `encode`
-    mesh: Mesh
+    mesh: AnyMesh
     axes: Axes
     frozen: Mapping[str, Params] = field(default_factory=dict)  # by the names of `frozen`
     carried: Any = None  # as `init` or the last `update` returned it

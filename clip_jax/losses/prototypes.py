@@ -19,13 +19,12 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.errors import InputError, check_ranges
 from clip_jax.losses.caption import product
-from clip_jax.losses.objective import Axes, Context, Parameter, Pass, Result, Term
+from clip_jax.losses.objective import AnyMesh, Axes, Context, Parameter, Pass, Result, Term
 from clip_jax.models.clip import CLIPConfig, Params, l2_normalize
 from clip_jax.models.images import ImageSpec, unstack
 from clip_jax.models.inputs import ViewInput
@@ -243,7 +242,7 @@ def sinkhorn(
     prototypes: Float[Array, "C K"],
     temperature: Float[Array, ""],
     *,
-    mesh: Mesh,
+    mesh: AnyMesh,
     axes: Axes,
     dtype: str,
     chunk_size: int,
@@ -295,7 +294,7 @@ def cross_entropy(
     potentials: Float[Array, " K"],
     temperatures: tuple[float, Float[Array, ""]],
     *,
-    mesh: Mesh,
+    mesh: AnyMesh,
     axes: Axes,
     dtype: str,
     chunk_size: int,

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from clip_jax.losses.forms import PairLoss
-from clip_jax.losses.objective import Result
+from clip_jax.losses.objective import AnyMesh, Result
 from clip_jax.losses.pairs import Side
 from clip_jax.losses.sums import (
     Statistics,
@@ -136,7 +135,7 @@ def streamed(
     text: Side,
     scale: Float[Array, ""],
     bias: Float[Array, ""],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     route: Route,
 ) -> Result:
     """Compute the loss in memory that grows with B; the backward pass visits all blocks again."""

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.extend.random import define_prng_impl
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Integer, UInt32
 
 _GOLDEN = 0x9E3779B9  # 2³² / golden ratio, which sets adjacent seeds and counters far apart
 
@@ -39,7 +39,7 @@ def _hash(key: UInt32[Array, " 2"], counter: UInt32[Array, "*S"]) -> UInt32[Arra
     return _mix(_mix(_mix(counter * jnp.uint32(_GOLDEN) + key[0]) + key[1]) ^ key[0])
 
 
-def _seed(seed: UInt32[Array, ""]) -> UInt32[Array, " 2"]:
+def _seed(seed: Integer[Array, ""]) -> UInt32[Array, " 2"]:
     return _child(jnp.zeros(2, jnp.uint32), seed)
 
 

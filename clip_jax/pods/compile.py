@@ -239,7 +239,7 @@ def estimate(request: Request) -> Facts:
     Collectives are left out."""
     recipe, topology, start = request.recipe, request.topology, CLOCK.now()
     device = topology.abstract_device
-    mesh: Any = sharding.abstract_mesh(request.mesh, topology.devices, device)
+    mesh = sharding.abstract_mesh(request.mesh, topology.devices, device)
     state, batch = shapes(recipe, mesh)
     known = _known(request, mesh, device, state, batch)
     reader = _reader(request, mesh, state)
@@ -337,7 +337,7 @@ def held_bytes(state: Any, batch: Any) -> dict[str, Any]:
     }
 
 
-def traced_loss(recipe: Recipe, mesh: Any, state: State, batch: Inputs) -> Any:
+def traced_loss(recipe: Recipe, mesh: sharding.AnyMesh, state: State, batch: Inputs) -> Any:
     """Trace value and gradients of the objective alone, as a function of the parameters that it
     takes, the towers' outputs, the inputs and the state of the terms."""
     objective, model, rows = recipe.objective, CLIP(recipe.model), sharding.batch_sharding(mesh)

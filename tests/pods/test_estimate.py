@@ -69,11 +69,11 @@ def test_a_loop_keeps_what_the_gradient_needs_of_every_layer():
     assert total == 3 * LAYERS * 2 * ROWS * WIDTH * WIDTH / 8
 
 
+@pytest.mark.parametrize("form", ["dense", "blocked", "ring"])
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2, tensor=2)])
-def test_work_of_a_step_is_that_of_the_formulas(mesh):
-    recipe = Recipe(
-        model=TINY, objective=(SoftmaxConfig(),), optim=OptimConfig(), steps=10, batch_size=64
-    )
+def test_work_of_a_step_is_that_of_the_formulas(mesh, form):
+    loss = SoftmaxConfig(form=form)
+    recipe = Recipe(model=TINY, objective=(loss,), optim=OptimConfig(), steps=10, batch_size=64)
     estimate = pod.estimate(
         Request(recipe=recipe, mesh=mesh, topology=Topology.parse("v5e:2x4"), schedules=False)
     )
