@@ -288,6 +288,9 @@ def _attend(mesh: AnyMesh, backend: attention.Backend) -> Callable[..., Array]:
         chosen = backend
         if backend == "auto":
             chosen = attention.choose(device, qkv.shape[1], local_heads, dim, qkv.dtype)
+        if chosen == "cudnn" and not isinstance(mesh, Mesh):
+            # JAX traces cuDNN's kernel only beside cuDNN; `short` computes and saves the same.
+            chosen = "short"
         match chosen:
             case "short":
                 from clip_jax.models.short_attention import short  # imports Pallas

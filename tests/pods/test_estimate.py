@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from clip_jax.pods import bounds
 from clip_jax.pods import compile as pod
 from clip_jax.pods.compile import Request
 from clip_jax.pods.estimate import Reader, Shares
+from clip_jax.pods.plan import V5E, announce
 from clip_jax.pods.topology import Topology
 from clip_jax.sharding import MeshConfig
 from clip_jax.step import Recipe
@@ -99,6 +101,24 @@ def test_estimates_agree_with_compiled_steps(name):
     seconds = bounds.step_seconds(bounds.bounds(topology.chip.device, estimate.works, ()))
     assert estimate.peak_bytes / 1e9 == pytest.approx(gigabytes, rel=0.1)
     assert 1e3 * (seconds["bound"] or math.nan) == pytest.approx(milliseconds, rel=0.02)
+
+
+@pytest.mark.parametrize(("devices", "rows", "gigabytes"), [(64, 256, 15.6), (8, 1_152, 62.5)])
+def test_estimates_agree_with_steps_that_were_compiled_for_gpus(devices, rows, gigabytes):
+    """Without cuDNN, beside which alone JAX traces its kernel."""
+    config, topology = load_config("vit_b16"), Topology.parse(f"H100:{devices}")
+    recipe = dataclasses.replace(config.recipe, batch_size=devices * rows)
+    request = Request(recipe=recipe, mesh=MeshConfig(), topology=topology, schedules=False)
+    estimate = pod.estimate(request)
+    assert dict(estimate.attention) == {"image": "cudnn", "text": "cudnn"}
+    assert estimate.peak_bytes / 1e9 == pytest.approx(gigabytes, rel=0.1)
+
+
+def test_a_loss_that_cannot_be_traced_has_no_estimate(capsys):
+    request = Request(recipe=load_config("vit_b32").recipe, mesh=MeshConfig(), topology=V5E)
+    with mock.patch.object(pod, "estimate", autospec=True, side_effect=ValueError("no devices")):
+        announce(request)
+    assert capsys.readouterr().err == "clip-jax: no estimate: no devices\n"
 
 
 def test_memory_of_accumulated_batches_is_that_of_one_chunk():
