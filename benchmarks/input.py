@@ -9,6 +9,10 @@ take crops with the scale (0.9, 1) to 224 pixels, tokenise captions to 77 ids, a
 256. open_clip returns normalised float32; clip_jax returns uint8, which the training step
 normalises.
 
+`clip_jax, turbo` is clip_jax with `--data.decoder turbo`, whose libraries are the extra `turbo`.
+With `--stages`, only these two are compared: the CPU time of one image by its parts, as JPEG, WebP
+and AVIF, in one thread.
+
 Each is first run with several numbers of workers, of which the best is used. Then both alternate,
 five times, each run in a process of its own that is warmed up before it is timed. CPU seconds
 include worker processes. All of it takes less than ten minutes and needs the extra `peers`.
@@ -30,14 +34,19 @@ WARM_BATCHES, TIMED_BATCHES, TUNING_BATCHES = 6, 20, 8
 ROUNDS = 5
 SETTINGS = {
     "open_clip": ({"workers": 1}, {"workers": 2}, {"workers": 3}, {"workers": 4}),
-    "clip_jax": (
-        {"workers": 0, "threads": 2},
-        {"workers": 0, "threads": 3},
-        {"workers": 1, "threads": 2},
-        {"workers": 2, "threads": 1},
-        {"workers": 2, "threads": 2},
+    **dict.fromkeys(
+        ("clip_jax", "clip_jax, turbo"),
+        (
+            {"workers": 0, "threads": 2},
+            {"workers": 0, "threads": 3},
+            {"workers": 1, "threads": 2},
+            {"workers": 2, "threads": 1},
+            {"workers": 2, "threads": 2},
+        ),
     ),
 }
+DECODERS = {"clip_jax": "pillow", "clip_jax, turbo": "turbo"}
+FORMATS = {"JPEG": {"quality": 90}, "WEBP": {"quality": 85}, "AVIF": {"quality": 75}}
 
 
 def write_photographs(folder: Path) -> None:
@@ -109,7 +118,7 @@ def open_clip_batches(tars: Path | str, workers: int):
         yield
 
 
-def clip_jax_batches(folder: Path, workers: int, threads: int):
+def clip_jax_batches(folder: Path, workers: int, threads: int, decoder: str):
     from clip_jax.data.batch_plan import constant
     from clip_jax.data.pipeline import DataConfig, build
     from clip_jax.data.sources.tar import TarConfig
@@ -121,6 +130,7 @@ def clip_jax_batches(folder: Path, workers: int, threads: int):
         crop_scale=(0.9, 1.0),
         workers=workers,
         threads=threads,
+        decoder=decoder,
     )
     plan = constant(BATCH, Square(SIZE))
     for batch in build(config, plan, tokenizer=ClipTokenizer(), context_length=77).batches():
@@ -146,8 +156,10 @@ def cpu_seconds() -> float:
 
 
 def measure(who: str, folder: Path, setting: dict[str, int], count: int) -> dict[str, float]:
-    make = {"open_clip": open_clip_batches, "clip_jax": clip_jax_batches}[who]
-    batches = make(folder, **setting)
+    if who == "open_clip":
+        batches = open_clip_batches(folder, **setting)
+    else:
+        batches = clip_jax_batches(folder, **setting, decoder=DECODERS[who])
     for _ in range(WARM_BATCHES):
         next(batches)
     start, start_cpu = time.perf_counter(), cpu_seconds()
@@ -158,6 +170,68 @@ def measure(who: str, folder: Path, setting: dict[str, int], count: int) -> dict
         "samples_per_second": count * BATCH / seconds,
         "cpu_milliseconds_per_sample": (cpu_seconds() - start_cpu) * 1000 / (count * BATCH),
     }
+
+
+def photographs(folder: Path, format: str) -> list[bytes]:
+    """Return the photographs of the first tar in a format."""
+    from PIL import Image
+
+    encoded = []
+    with tarfile.open(folder / "00000.tar") as tar:
+        for member in tar:
+            if member.name.endswith(".jpg"):
+                data = tar.extractfile(member).read()
+                if format != "JPEG":
+                    file = io.BytesIO()
+                    Image.open(io.BytesIO(data)).save(file, format, **FORMATS[format])
+                    data = file.getvalue()
+                encoded.append(data)
+    return encoded
+
+
+def stages(folder: Path) -> None:
+    """Print the CPU milliseconds of one image by decoder, format and stage, medians of `ROUNDS`."""
+    from unittest import mock
+
+    import numpy as np
+    from PIL import Image
+
+    from clip_jax.data.images import read_crops
+    from clip_jax.data.turbo import TurboImage
+    from clip_jax.models.images import Square
+
+    resizing = []
+
+    def timed(resize):
+        def wrapped(*args, **kwargs):
+            start = time.thread_time()
+            result = resize(*args, **kwargs)
+            resizing.append(time.thread_time() - start)
+            return result
+
+        return wrapped
+
+    print("| format | decoder | decode | resize | both |\n|---|---|---|---|---|")
+    for format in FORMATS:
+        data = photographs(folder, format)
+        found = {decoder: [] for decoder in DECODERS.values()}
+        with (
+            mock.patch.object(Image.Image, "resize", timed(Image.Image.resize)),
+            mock.patch.object(TurboImage, "resize", timed(TurboImage.resize)),
+        ):
+            for _ in range(ROUNDS):
+                for decoder, rounds in found.items():
+                    rng = np.random.default_rng(0)
+                    resizing.clear()
+                    start = time.thread_time()
+                    for one in data:
+                        read_crops(one, [Square(SIZE)], rng, (0.9, 1.0), decoder=decoder)
+                    both = time.thread_time() - start
+                    rounds.append((both - sum(resizing), sum(resizing), both))
+        for decoder, rounds in found.items():
+            values = (statistics.median(x) * 1000 / len(data) for x in zip(*rounds, strict=True))
+            cells = " | ".join(f"{value:.2f}" for value in values)
+            print(f"| {format} | {decoder} | {cells} |", flush=True)
 
 
 def run(who: str, folder: Path, setting: dict[str, int], count: int) -> dict[str, float]:
@@ -177,6 +251,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder for the photographs")
+    parser.add_argument("--stages", action="store_true", help="CPU time by format and stage")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
@@ -185,6 +260,9 @@ def main() -> None:
         print(json.dumps(measure(who, folder, setting, count)), flush=True)
         os._exit(0)  # without waiting for what the workers prefetch
     write_photographs(folder)
+    if arguments.stages:
+        stages(folder)
+        return
     best = {
         who: max(
             settings,
@@ -203,9 +281,9 @@ def main() -> None:
     for who, values in medians.items():
         rate, cpu = values["samples_per_second"], values["cpu_milliseconds_per_sample"]
         print(f"| {who} | {rate:,.0f} | {cpu:.2f} | {best[who]} |")
-    first, second = medians["clip_jax"], medians["open_clip"]
-    rate, cpu = (first[name] / second[name] for name in first)
-    print(f"| ratio | {rate:.2f} | {1 / cpu:.2f} | |")
+    for who, other in (("clip_jax", "open_clip"), ("clip_jax, turbo", "clip_jax")):
+        rate, cpu = (medians[who][name] / medians[other][name] for name in medians[who])
+        print(f"| ratio of {who} to {other} | {rate:.2f} | {1 / cpu:.2f} | |")
 
 
 if __name__ == "__main__":

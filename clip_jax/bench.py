@@ -22,7 +22,7 @@ from clip_jax.chips import find, peak_flops
 from clip_jax.clock import CLOCK
 from clip_jax.config import Config
 from clip_jax.config_files import with_weights
-from clip_jax.data import views
+from clip_jax.data import turbo, views
 from clip_jax.data.augment import augment
 from clip_jax.data.batch_plan import constant
 from clip_jax.data.images import ImageError, read_crops
@@ -119,6 +119,9 @@ def _stages(
             wall[name] += CLOCK.now() - start
             cpu[name] += CLOCK.thread_cpu() - start_cpu
 
+    if data.decoder == "turbo":
+        turbo.check_installed()
+    how = {"scaled": data.scaled_decode, "decoder": data.decoder}
     inputs = _inputs(config)
     has_views = any(isinstance(x, ViewInput) for x in inputs.values())
     number, count = 0, 0
@@ -132,11 +135,10 @@ def _stages(
             try:
                 image, caption = timed("read", read, rng)
                 if has_views:
-                    key, scaled = (data.seed, number), data.scaled_decode
-                    draw = functools.partial(views.draw, scaled=scaled)
-                    timed("views", draw, image, inputs, key)
+                    draw = functools.partial(views.draw, **how)
+                    timed("views", draw, image, inputs, (data.seed, number))
                 if isinstance(image, bytes):
-                    crop = functools.partial(read_crops, scaled=data.scaled_decode)
+                    crop = functools.partial(read_crops, **how)
                     crop_args = (image, [spec], crop_rng, data.crop_scale)
                     (image,) = timed("decode and crop", crop, *crop_args)
                     if data.augment != type(data.augment)():

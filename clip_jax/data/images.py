@@ -17,12 +17,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, Protocol, Self, TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
+from clip_jax.data import turbo
+from clip_jax.data.turbo import Box, TurboImage
 from clip_jax.errors import InputError
 from clip_jax.models.images import (
     OPENAI_MEAN,
@@ -44,8 +46,21 @@ Rules = Literal["openai", "transformers", "torchvision", "tensorflow"]
 Reason = Literal["unreadable", "empty", "not an image", "truncated", "corrupt", "too large"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+Decoder = Literal["pillow", "turbo"]
 ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike
+
+
+class _Resizable(Protocol):
+    """What Pillow's images and those of `turbo` have in common."""
+
+    def crop(self, box: Box) -> Self: ...
+
+    def resize(
+        self, size: tuple[int, int], resample: Image.Resampling, box: Box | None = None
+    ) -> Self: ...
+
+
+AnyImage = TypeVar("AnyImage", bound=_Resizable)
 
 # Warnings about metadata, palettes and sizes, which nobody can act on during a run.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -201,7 +216,13 @@ def read_ahead(
 def decode(image: ImageLike) -> Image.Image:
     """Convert an image, encoded (bytes or path) or not, to RGB. Raises ImageError."""
     with opened(image) as source:
-        return source.convert("RGB")
+        return _rgb(source)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB, without a copy of what is RGB."""
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def size_of(data: bytes) -> tuple[int, int]:
@@ -217,6 +238,7 @@ def read_crops(
     scale: tuple[float, float] | None = None,
     *,
     scaled: bool = True,
+    decoder: Decoder = "pillow",
 ) -> list[UInt8[np.ndarray, "_H _W 3"]]:
     """Decode an image and crop it, at random with `rng`, else in the middle. Raises ImageError.
 
@@ -228,30 +250,30 @@ def read_crops(
     times the image's. The first input decides; the others get the same box, resized from the image.
 
     With `scaled`, a JPEG is decoded at 1/2, 1/4 or 1/8 size where the crop still has at least as
-    many pixels a side as the input; the choice of the crop does not depend on it.
+    many pixels a side as the input; the choice of the crop does not depend on it. The decoder
+    `turbo` needs the extra `turbo` (see `clip_jax.data.turbo`).
     """
+
+    def wanted(spec: ImageSpec, full: tuple[int, int]) -> int:
+        return _reduction(full, spec, None if rng is None else scale) if scaled else 1
+
     box: Box = (0, 0, 0, 0)
     crops: list[UInt8[np.ndarray, "_H _W 3"]] = []
-    decoded: dict[int, Image.Image] = {}  # by the factor of its reduction
+    known: dict[int, Image.Image | TurboImage] = {}
     for spec in specs:
-        with opened(data, load=False) as image:
-            full = image.size
-            factor = _reduction(full, spec, None if rng is None else scale) if scaled else 1
-            factor = _reduce(image, factor)
-            if factor not in decoded:
-                decoded[factor] = image.convert("RGB")
+        image, full, factor = _decoded(data, functools.partial(wanted, spec), decoder, known)
         if not crops and rng is not None and scale is not None:
             aspect = 1.0 if isinstance(spec, Square) else full[0] / full[1]
             box = random_box(*full, rng, scale, aspect)
         elif not crops and isinstance(spec, Square):
             square = _square(full, spec.side, rng)
             box = square.box
-            crop = _crop_of_resized(decoded[factor], square, Image.Resampling.BICUBIC, factor)
+            crop = _crop_of_resized(image, square, Image.Resampling.BICUBIC, factor)
             crops.append(np.array(crop))
             continue
         elif not crops:
             box = (0, 0, *full)
-        crops.append(_resized_box(decoded[factor], spec, box, factor))
+        crops.append(_resized_box(image, spec, box, factor))
     return crops
 
 
@@ -264,22 +286,27 @@ class View(NamedTuple):
 
 
 def read_views(
-    image: ImageLike, views: Sequence[View], *, scaled: bool = True
+    image: ImageLike,
+    views: Sequence[View],
+    *,
+    scaled: bool = True,
+    decoder: Decoder = "pillow",
 ) -> list[UInt8[np.ndarray, "_H _W 3"]]:
     """Decode an image once and crop it for each view, as `read_crops` with `scale` does.
 
     With `scaled`, a JPEG is decoded at the size that the most detailed view needs. Raises
     ImageError.
     """
-    with opened(image, load=False) as source:
-        full = source.size
-        complete = [view.area == (1, 1) for view in views]
+    complete = [view.area == (1, 1) for view in views]
+
+    def wanted(full: tuple[int, int]) -> int:
         factors = [
             _reduction(full, view.spec, None if is_complete else view.area)
             for view, is_complete in zip(views, complete, strict=True)
         ]
-        factor = _reduce(source, min(factors) if scaled else 1)
-        decoded = source.convert("RGB")
+        return min(factors) if scaled else 1
+
+    decoded, full, factor = _decoded(image, wanted, decoder, {})
     crops = []
     for view, is_complete in zip(views, complete, strict=True):
         box: Box = (0, 0, *full)
@@ -288,6 +315,41 @@ def read_views(
             box = random_box(*full, view.rng, view.area, aspect)
         crops.append(_resized_box(decoded, view.spec, box, factor))
     return crops
+
+
+class _Decoded(NamedTuple):
+    """An RGB image at 1 / `factor` of its full size."""
+
+    image: Image.Image | TurboImage
+    full: tuple[int, int]
+    factor: int
+
+
+def _decoded(
+    source: ImageLike,
+    factor_of: Callable[[tuple[int, int]], int],
+    decoder: Decoder,
+    known: dict[int, Image.Image | TurboImage],
+) -> _Decoded:
+    """Decode an image, a JPEG at 1 / `factor_of(size)` of its size, unless it is `known` by its
+    factor; add it there. Raises ImageError.
+
+    What turbo cannot decode, such as other formats or damaged files, Pillow does or refuses.
+    """
+    if decoder == "turbo" and isinstance(source, bytes):
+        full = turbo.size_of(source)
+        if full is not None and math.prod(full) <= MAX_PIXELS:
+            factor = factor_of(full)
+            image = known.get(factor) or turbo.decode(source, full, factor)
+            if image is not None:
+                return _Decoded(known.setdefault(factor, image), full, factor)
+    with opened(source, load=False) as opened_image:
+        full = opened_image.size
+        factor = _reduce(opened_image, factor_of(full))
+        if factor not in known:
+            rgb = _rgb(opened_image)
+            known[factor] = TurboImage(np.asarray(rgb)) if decoder == "turbo" else rgb
+    return _Decoded(known[factor], full, factor)
 
 
 def _reduction(full: tuple[int, int], spec: ImageSpec, scale: tuple[float, float] | None) -> int:
@@ -330,7 +392,7 @@ def fitted(pixels: UInt8[np.ndarray, "H W C"], spec: ImageSpec) -> UInt8[np.ndar
 
 
 def _resized_box(
-    image: Image.Image, spec: ImageSpec, box: Box, factor: int
+    image: Image.Image | TurboImage, spec: ImageSpec, box: Box, factor: int
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Resize a box of the full image, of which `image` is 1 / `factor`, to the input's size."""
     left, top, right, bottom = box
@@ -386,8 +448,8 @@ def _square(
 
 
 def _crop_of_resized(
-    image: Image.Image, square: _Square, resample: Image.Resampling, factor: int = 1
-) -> Image.Image:
+    image: AnyImage, square: _Square, resample: Image.Resampling, factor: int = 1
+) -> AnyImage:
     """Resize an image and crop the square; `image` is 1 / `factor` of the full one."""
     side = square.side
     if factor > 1 or math.prod(square.resized) > _MAX_RESIZED_PIXELS:

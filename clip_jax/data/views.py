@@ -7,13 +7,18 @@ from typing import Any
 import numpy as np
 
 from clip_jax.data.augment import AugmentConfig, augment
-from clip_jax.data.images import ImageLike, View, read_views
+from clip_jax.data.images import Decoder, ImageLike, View, read_views
 from clip_jax.models.images import Patches, stack
 from clip_jax.models.inputs import Input, MaskInput, ViewInput
 
 
 def draw(
-    image: ImageLike, inputs: Mapping[str, Input], key: tuple[int, int], *, scaled: bool = True
+    image: ImageLike,
+    inputs: Mapping[str, Input],
+    key: tuple[int, int],
+    *,
+    scaled: bool = True,
+    decoder: Decoder = "pillow",
 ) -> dict[str, Any]:
     """Return those of a sample's inputs that are views or masks, each a batch of one.
 
@@ -32,7 +37,8 @@ def draw(
     each = [(name, x) for name, x in views.items() for _ in range(x.count)]
     wanted = [View(x.spec, x.area, rngs[name]) for name, x in each]
     packed: dict[str, list[Any]] = {name: [] for name in views}
-    for (name, x), crop in zip(each, read_views(image, wanted, scaled=scaled), strict=True):
+    crops = read_views(image, wanted, scaled=scaled, decoder=decoder)
+    for (name, x), crop in zip(each, crops, strict=True):
         how = AugmentConfig(flip=x.flip, color_jitter=x.color_jitter, grayscale=x.grayscale)
         packed[name].append(x.spec.pack(augment(crop, rngs[name], how)[None]))
     arrays: dict[str, Any] = {name: stack(several) for name, several in packed.items()}
