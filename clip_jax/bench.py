@@ -22,7 +22,7 @@ from clip_jax.chips import find, peak_flops
 from clip_jax.clock import CLOCK
 from clip_jax.config import Config
 from clip_jax.config_files import with_weights
-from clip_jax.data import turbo, views
+from clip_jax.data import views
 from clip_jax.data.augment import augment
 from clip_jax.data.batch_plan import constant
 from clip_jax.data.images import ImageError, read_crops
@@ -87,6 +87,7 @@ def measure_input(config: InputBench) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "workers": data.workers,
         "threads": data.threads,
+        "decoder": data.decoder,
         "cores": len(os.sched_getaffinity(0)),
         "stages": stages,
         **({"texts": _texts(config, used)} if len(used) else {}),
@@ -119,8 +120,6 @@ def _stages(
             wall[name] += CLOCK.now() - start
             cpu[name] += CLOCK.thread_cpu() - start_cpu
 
-    if data.decoder == "turbo":
-        turbo.check_installed()
     how = {"scaled": data.scaled_decode, "decoder": data.decoder}
     inputs = _inputs(config)
     has_views = any(isinstance(x, ViewInput) for x in inputs.values())
@@ -303,7 +302,8 @@ def _advice(result: dict[str, Any]) -> str:
     if max(1, result["workers"]) * max(1, result["threads"]) < result["cores"]:
         return "cores are idle: raise --data.threads or --data.workers"
     if result["limit"] == "decode and crop":
-        return "smaller files decode faster: clip-jax prepare --resize"
+        faster = " or --data.decoder turbo" if result["decoder"] == "pillow" else ""
+        return f"smaller files decode faster: clip-jax prepare --resize{faster}"
     return "raise --data.workers: each worker has its own Python interpreter"
 
 
