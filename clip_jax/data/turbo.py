@@ -3,7 +3,9 @@
 simplejpeg decodes as Pillow does, to the bit; both use libjpeg-turbo. cykooz_resizer computes the
 same filter as Pillow with the CPU's vector instructions. Its pixels do not depend on the CPU. They
 differ from Pillow's by at most 2 of 255 levels, in less than 1% of a photograph's values, and in
-less than 3% of those of any image.
+less than 3% of those of any image. Where the height shrinks much more than the width, Pillow 13
+begins with the columns, and this module with the rows, as older versions do: then up to a fifth of
+the values differ.
 """
 
 import math
@@ -48,7 +50,7 @@ class TurboImage:
 
         width, height = size
         left, top, right, bottom = box or (0, 0, *self.size)
-        # Pillow resizes rows first and rounds to bytes; then columns, of the rows that these need.
+        # As in Pillow, rows are resized first, and rounded to bytes; then columns.
         support = _SUPPORT[resample] * max(1.0, (bottom - top) / height)
         first = max(0, math.floor(top - support))
         pixels = self._pixels[first : math.ceil(bottom + support)]

@@ -61,6 +61,14 @@ def test_jpegs_are_decoded_as_by_pillow(kind, factor, photo):
     np.testing.assert_array_equal(np.asarray(found), wanted)
 
 
+def resize_rows_first(image, size, how, box=None):
+    """Resize by Pillow in two steps, since Pillow 13 may begin with the columns."""
+    left, top, right, bottom = box or (0, 0, *image.size)
+    width, _ = size
+    narrow = image.resize((width, image.height), how, box=(left, 0, right, image.height))
+    return narrow.resize(size, how, box=(0, top, width, bottom))
+
+
 @pytest.mark.parametrize("how", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
 @pytest.mark.parametrize("content", ["photo", "black and white noise"])
 def test_images_are_resized_as_by_pillow(how, content, photo):
@@ -77,7 +85,7 @@ def test_images_are_resized_as_by_pillow(how, content, photo):
     ]
     for box in boxes:
         for size in ((224, 224), (16, 30), (451, 300), (600, 40), (7, 500)):
-            assert_close(image.resize(size, how, box=box), photo.resize(size, how, box=box))
+            assert_close(image.resize(size, how, box=box), resize_rows_first(photo, size, how, box))
 
 
 @pytest.mark.parametrize("scale", [None, SQUEEZED])
