@@ -29,7 +29,7 @@ def get_config() -> Config:
     return Config(
         steps=390_625,
         batch_size=32_768,
-        model=dataclasses.replace(zoo.get("ViT-L/14"), remat="attention"),
+        model=dataclasses.replace(zoo.get("ViT-L/14"), remat="mlp"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=4e-4, warmup_steps=2_000),

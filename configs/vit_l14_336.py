@@ -29,7 +29,7 @@ def get_config() -> Config:
     return Config(
         steps=12_207,
         batch_size=32_768,
-        model=dataclasses.replace(zoo.get("ViT-L/14@336px"), remat="full"),
+        model=dataclasses.replace(zoo.get("ViT-L/14@336px"), remat="outputs"),
         init_from="runs/vit_l14",
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         objective=(SoftmaxConfig(),),

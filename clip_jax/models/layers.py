@@ -32,12 +32,14 @@ Norm = Literal["before", "branch", "after"]
 Biases = Literal["qkv", "qv", "none"]  # which of attention's queries, keys and values have a bias
 DType = Literal["float32", "bfloat16"]
 # Activations saved for the backward pass, which recomputes the others: from all to none.
-Remat = Literal["none", "hidden", "residual", "attention", "full"]
+Remat = Literal["none", "hidden", "mlp", "residual", "attention", "outputs", "full"]
 # Names of saved activations, and their size in widths per token (mean and variance are 2 numbers).
 KEPT = {
     "hidden": ("moments", "qkv", "attended", "residual", "hidden"),  # 9; recomputes norms, GELU
-    "residual": ("moments", "qkv", "attended", "residual"),  # 5; also the MLP's first matmul
+    "mlp": ("moments", "attended", "residual", "hidden"),  # 6; also queries, keys and values
+    "residual": ("moments", "qkv", "attended", "residual"),  # 5; norms and the MLP's first matmul
     "attention": ("moments", "qkv", "attended"),  # 4; also the projection of attention's output
+    "outputs": ("moments", "attended", "residual"),  # 2; both of "mlp" and "residual"
     "full": (),  # 0; recomputes everything
 }
 # Pattern of the names of these modules in a compiled step by the part of `plan` they belong to; the

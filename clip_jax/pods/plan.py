@@ -5,11 +5,12 @@ collectives are read from the result; times are bounds at the chips' peaks, and 
 (`bounds.py`). Before that, both are estimated from the traced step (`estimate.py`).
 """
 
+import bisect
 import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import tyro
@@ -30,7 +31,7 @@ from clip_jax.pods.topology import Topology
 from clip_jax.step import Recipe
 
 COMPILES = 8  # maximum number of compilations of --fit
-REMAT: tuple[Remat, ...] = ("none", "hidden", "residual", "attention", "full")  # cheapest first
+REMAT = get_args(Remat)  # cheapest first
 V5E = Topology.parse("v5e:16x16")
 # Bounds and estimates of the step time: name in `--json`, label, and relation of the MFU to it.
 BOUNDS = {
@@ -399,8 +400,9 @@ def valid_share(spec: NaFlex) -> float:
 def fit(config: PlanConfig, compile_: Compile) -> Plan:
     """Find the cheapest remat at which the batch fits, then the largest batch at that remat.
 
-    Bisects in steps of 8 pairs per device, guided by the memory of the batches before, with at
-    most COMPILES compilations. If the config's batch fits with no policy, the search goes down.
+    Bisects the policies, since cheaper ones need more memory; then the batch, in steps of 8 pairs
+    per device, guided by the memory of the batches before. There are at most COMPILES compilations.
+    If the config's batch fits with no policy, the search goes down.
     Only the result is compiled with schedules, once more.
     """
     left = COMPILES
@@ -418,10 +420,14 @@ def fit(config: PlanConfig, compile_: Compile) -> Plan:
         return assess(tried, compile_(request(tried)))
 
     wanted = max(config.batch_size // shards, 1)
-    for remat in REMAT:
-        assessed = attempt(remat, wanted)
-        if assessed.memory.fits:
-            break
+    assessed_by: dict[Remat, Plan] = {}
+
+    def does_fit(remat: Remat) -> bool:
+        assessed_by[remat] = attempt(remat, wanted)
+        return assessed_by[remat].memory.fits
+
+    remat = REMAT[bisect.bisect_left(REMAT, True, hi=len(REMAT) - 1, key=does_fit)]
+    assessed = assessed_by.get(remat) or attempt(remat, wanted)
     best = assessed if assessed.memory.fits else None
     low, high = (wanted, None) if best else (0, wanted)  # fits, does not fit
     while left and (high is None or high - low > max(8, low // 16)):
