@@ -6,7 +6,7 @@ import runpy
 import tomllib
 from collections import Counter
 
-from tests import guard
+from tests import guard, words
 from tests.conftest import ROOT
 
 # Tests of the repository, of files that several modules have to refuse, and of their choices.
@@ -56,6 +56,8 @@ def test_ci_names_files_that_exist_and_describes_and_times_each_stage():
     assert "unit" in stages
     assert stages == re.search(r"^all_stages=\((.*)\)$", script, re.M)[1].split()
     assert stages == re.findall(r"^#   ([a-z]+)  ", script, re.M)
+    jobs = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert stages == re.search(r"^ *stage: \[(.*)\]$", jobs, re.M)[1].split(", ")
     seconds = (ROOT / ".ci/seconds").read_text()
     assert stages == re.findall(r"^(\w+) +\d+$", seconds, re.M)
 
@@ -73,7 +75,7 @@ def test_files_state_the_address_and_the_version_of_pyproject(tmp_path):
     for name in script["STATED"]:
         text = (ROOT / name).read_text()
         assert script["written"](name, values) == text, "run `python docs/builder/project.py`"
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(script["written"](name, others))
         assert script["written"](name, values, tmp_path) == text
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*")]
@@ -136,16 +138,23 @@ def test_no_function_is_longer_than_80_lines():
                 assert lines <= 80, f"{path}: {node.name} has {lines} lines"
 
 
-# They say nothing of what they name: a position, a message, a path, rows.
-VAGUE = {"found", "told", "said", "asked", "given", "whole", "there", "place"}
+def test_the_package_uses_the_words_of_the_field():
+    assert not [line for path in sorted(PACKAGE.rglob("*.py")) for line in words.misused(path)]
 
 
-def test_names_say_what_they_name():
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [getattr(node, x, None) for x in ("id", "arg", "attr", "name", "asname")]
-            vague = {name for name in names if isinstance(name, str)} & VAGUE
-            assert not vague, f"{path}:{getattr(node, 'lineno', '')}: rename {vague}"
+def test_words_of_the_project_alone_are_listed(tmp_path):
+    page, module = tmp_path / "page.md", tmp_path / "module.py"
+    page.write_text("Extras: `peers`.\n\nIts peers\nhave a trunk.\n")
+    module.write_text('"""Dealt."""\n\ntrunk = 1  # hard ≤\nname = "tides"\n')
+    lines = [*words.misused(page), *words.misused(module)]
+    assert [line.removeprefix(f"{tmp_path}/").split(" is ")[0] for line in lines] == [
+        "page.md:3: 'peers'",
+        "page.md:4: 'trunk'",
+        "module.py:1: 'dealt'",
+        "module.py:3: 'hard ≤'",
+    ]
+    names = words.in_names(ast.parse("def place(path):\n    found = path.said"))
+    assert sorted(names) == [(1, "place"), (2, "found"), (2, "said")]
 
 
 def test_a_method_that_overrides_another_has_its_defaults():

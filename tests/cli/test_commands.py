@@ -24,6 +24,7 @@ from clip_jax.inference.search import SearchConfig
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.storage.files import as_path
 from clip_jax.train import Diverged, Preempted
+from tests import words
 from tests.conftest import DIGITS, ROOT
 
 SCALE = ("ladder", "collect", "choose", "fit", "divide", "plan", "relate", "ranks", "report")
@@ -365,11 +366,6 @@ def test_the_commands_of_a_configs_note_use_options_that_exist(path):
                 assert re.search(rf"^  (?:.*, )?{flag}\b", text, re.M), (name, flag)
 
 
-# Notes of its authors, for which the field has words of its own.
-PRIVATE = (
-    "table of words", "never-seen", "what is kept back", "what ships inside", "own cosine", "trunk",
-    "features of unit length", "lies whole", "encoding in chunks", "tides", "dealt", "peers ",
-)  # fmt: skip
 WITH_HELP = [
     *SHORTENED.values(),
     *(f"scale {verb}" for verb in SCALE),
@@ -399,7 +395,7 @@ def assert_stands_alone(help_text: str) -> None:
         assert re.match(r"[A-Z0-9\"`\[]", text), (option, text)
         assert not re.match(r"(Of|Which|Whose|None)\b", text), (option, text)
         assert re.search(r"\. \((default|required|repeatable).*\)$", text), (option, text)
-        assert not [word for word in PRIVATE if word in text.lower()]
+        assert not words.in_text(text)
 
 
 @pytest.mark.parametrize("command", WITH_HELP)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from clip_jax.cli import arguments, commands
-from tests import pages
+from tests import pages, words
 from tests.conftest import ROOT
 
 ALL = (
@@ -222,18 +222,6 @@ def test_sentences_are_short():
     assert len(re.findall(r"words .*docs/how-to/", done.stdout)) >= 12
 
 
-# The left column of the project's list of words: notes of its authors, for which the field has
-# words of its own. `peers` is the name of an extra.
-PRIVATE = (
-    "table of words", "never-seen", "what is kept back", "what ships inside", "own cosine", "trunk",
-    "one by one ≤", "hard ≤", "compiler ≈", "slices ms", "features of unit length", "lies whole",
-    "encoding in chunks", "tides", "dealt",
-)  # fmt: skip
-_EXTRA = re.compile(r"`peers`|\[[\w,]*\bpeers\b[\w,]*\]|test,peers|peers,")
-
-
 @pytest.mark.parametrize("page", [*ALL, ROOT / "BENCHMARKS.md", ROOT / "CONTRIBUTING.md"])
 def test_pages_use_the_words_of_the_field(page):
-    text = page.read_text()
-    assert not [word for word in PRIVATE if word in text.lower()]
-    assert not re.search(r"\bpeers\b", _EXTRA.sub("", text))
+    assert not list(words.misused(page))
