@@ -23,6 +23,7 @@ STATED = {  # where each file states them
     "mkdocs.yml": ("\nrepo_url: {address}",),
     "README.md": ("git clone {address}",),
     "docs/index.md": ("git clone {address}",),
+    ".github/ISSUE_TEMPLATE/config.yml": ("url: {address}/security/policy",),
     "notebooks/free_tpu.py": ('REPOSITORY = "{address}"',),
     "docs/install.md": ("git clone {address}", "dist/clip_jax_pods-{version}-py3-none-any.whl"),
 }
