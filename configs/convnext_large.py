@@ -28,7 +28,7 @@ def get_config() -> Config:
     return Config(
         steps=390_625,
         batch_size=32_768,
-        model=dataclasses.replace(zoo.get("convnext_large"), remat="residual"),
+        model=dataclasses.replace(zoo.get("convnext_large"), remat="hidden"),
         data=DataConfig(source=TarConfig(path="pairs/*.tar"), threads=16),
         objective=(SoftmaxConfig(),),
         optim=OptimConfig(learning_rate=4e-4, warmup_steps=2_000),
