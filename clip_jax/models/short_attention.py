@@ -23,7 +23,7 @@ _ROWS = 8  # rows per program: the sublanes of a register
 _ROOM = 64 << 20  # most bytes of VMEM for eight rows; with more, single rows are faster
 _HIDDEN = -1e30  # score of a masked key
 _FEW = 8  # most queries past full registers that do not fill one of their own
-_TOGETHER = 320_000  # most scores of one head each of what a loop's iteration computes
+_TOGETHER = 640_000  # most scores of one head each of what a loop's iteration computes
 
 Lengths = Int[Array, " B"] | None  # real tokens of each row; None: all
 Product = Callable[[Array, Array, int, int], Array]  # see `_dot`
@@ -426,7 +426,13 @@ def _backward(
         if few:
             rests[1] += _unstack(product(jnp.concatenate(ds), q[:tiled], 1, 0), heads)
             rests[2] += _unstack(product(jnp.concatenate(w), do[:tiled], 1, 0), heads)
-        results.append(list(zip(map(jnp.concatenate, outs), rests or [None] * 3, strict=True)))
+        scales = dim**-0.5, dim**-0.5, 1  # fewer products than scaling the scores' gradient
+        results.append(
+            [
+                (jnp.concatenate(out) * scale, None if rest is None else rest * scale)
+                for out, rest, scale in zip(outs, rests or [None] * 3, scales, strict=True)
+            ]
+        )
     return results
 
 
@@ -495,18 +501,19 @@ def _softmax(
         scores = jnp.where(key <= query, scores, _HIDDEN)
     if real is not None:
         scores = jnp.where(key < real, scores, _HIDDEN)
-    e = jnp.exp((scores - scores.max(axis, keepdims=True)) * dim**-0.5)
+    scale = dim**-0.5 * math.log2(math.e)  # powers of two, since `exp` scales by this once more
+    e = jnp.exp2((scores - scores.max(axis, keepdims=True)) * scale)
     return e, e.sum(axis, keepdims=True)
 
 
 def _dsoftmax(
     scores: Array, dweights: Array, dim: int, causal: bool, real: Array | None, axis: int
 ) -> tuple[Array, Array]:
-    """Return the gradient of scores, and their softmax."""
+    """Return the gradient of the scaled scores, and their softmax."""
     e, total = _softmax(scores, dim, causal, real, axis)
     weights = e * (1 / total)
     inner = (weights * dweights).sum(axis, keepdims=True)
-    return weights * (dweights - inner) * dim**-0.5, weights
+    return weights * (dweights - inner), weights
 
 
 def _dot(a: Array, b: Array, axis: int, other: int, exact: bool = False) -> Array:
