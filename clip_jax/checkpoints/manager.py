@@ -219,7 +219,7 @@ def restore_params(
     teacher.
     """
     if shardings is None:
-        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        first = jax.device_put(0, jax.local_devices()[0]).sharding
         shardings = jax.tree.map(lambda _: first, shapes)
     shapes = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
