@@ -37,8 +37,8 @@ from clip_jax.config_files import load_config
 from clip_jax.losses import SoftmaxConfig
 from clip_jax.models import attention, zoo
 from clip_jax.models.clip import CLIPConfig
-from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.short_attention import MAX_LENGTH, short, vmem_bytes
+from clip_jax.models.vit import ViTConfig
 from clip_jax.optim import OptimConfig
 from clip_jax.pods import compile as pod
 from clip_jax.pods import schedule
@@ -60,7 +60,7 @@ def towers(config: CLIPConfig) -> set[tuple[int, int, int, bool]]:
     """Return the length, heads, head size and causality of attention in both towers."""
     text, vision = config.text, config.vision
     shapes = {(text.context_length, text.num_heads, text.width // text.num_heads, text.causal)}
-    if not isinstance(vision, ResNetConfig):
+    if isinstance(vision, ViTConfig):
         size = vision.width // vision.num_heads
         shapes.add((vision.num_patches + vision.extra_tokens, vision.num_heads, size, False))
     return {shape for shape in shapes if shape[0] <= MAX_LENGTH}

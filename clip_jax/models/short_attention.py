@@ -387,6 +387,7 @@ def _backward(
     """Compute the gradients of q, k and v from the output's."""
     heads, tiled = _heads(rows[0][0][0], dim), _tiled(rows[0][0][0].shape[0])
     few = rows[0][0][0].shape[0] - tiled
+    scale = dim**-0.5  # of scores; it scales their gradients' products, which are smaller
     turned = [[x.T for x in (q, k, do)] for (q, k, _, do), _ in rows]
     of_last: list[Any] = [None] * len(rows)
 
@@ -417,7 +418,7 @@ def _backward(
             by_few = [x[n * few : (n + 1) * few, :tiled] for x in of_last[row]]
             dk += _outer(qt[:, tiled:], by_few[0])
             dv += _outer(dot[:, tiled:], by_few[1])
-        yield dq, dk, dv, ds[tiled:], w[tiled:]
+        yield dq * scale, dk * scale, dv, ds[tiled:], w[tiled:]
 
     results: list[list[Output]] = []
     parts = _staggered(rows, heads, last, head)
@@ -426,13 +427,8 @@ def _backward(
         if few:
             rests[1] += _unstack(product(jnp.concatenate(ds), q[:tiled], 1, 0), heads)
             rests[2] += _unstack(product(jnp.concatenate(w), do[:tiled], 1, 0), heads)
-        scales = dim**-0.5, dim**-0.5, 1  # fewer products than scaling the scores' gradient
-        results.append(
-            [
-                (jnp.concatenate(out) * scale, None if rest is None else rest * scale)
-                for out, rest, scale in zip(outs, rests or [None] * 3, scales, strict=True)
-            ]
-        )
+            rests[:2] = [x * scale for x in rests[:2]]
+        results.append(list(zip(map(jnp.concatenate, outs), rests or [None] * 3, strict=True)))
     return results
 
 
