@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, Self, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -50,14 +50,15 @@ Decoder = Literal["pillow", "turbo"]
 ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike
 
 
+@runtime_checkable
 class _Resizable(Protocol):
-    """What Pillow's images and those of `turbo` have in common."""
+    """What Pillow's images and those of `turbo` have in common. Methods return their own type."""
 
-    def crop(self, box: Box) -> Self: ...
+    def crop(self, box: Box) -> Any: ...
 
     def resize(
         self, size: tuple[int, int], resample: Image.Resampling, box: Box | None = None
-    ) -> Self: ...
+    ) -> Any: ...
 
 
 AnyImage = TypeVar("AnyImage", bound=_Resizable)
