@@ -49,7 +49,10 @@ def test_a_run_of_the_version_before_resumes(name, tmp_path):
     config = load_config(ROOT / f"configs/{name}.py")
     (tmp_path / "config.json").write_text(json.dumps(BEFORE[name]))
     resume(tmp_path, config)
-    assert load_config(tmp_path / "config.json") == config == of_run(to_dict(config))
+    assert of_run(to_dict(config)) == config
+    # What a step recomputes changes no result, so a config may choose it anew.
+    stored = load_config(tmp_path / "config.json")
+    assert replace(stored, model=replace(stored.model, remat=config.model.remat)) == config
     with pytest.raises(InputError, match=r"  seed: 0 in .*, 7 given"):
         resume(tmp_path, replace(config, seed=7))
 
