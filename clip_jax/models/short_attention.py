@@ -387,7 +387,7 @@ def _backward(
     """Compute the gradients of q, k and v from the output's."""
     heads, tiled = _heads(rows[0][0][0], dim), _tiled(rows[0][0][0].shape[0])
     few = rows[0][0][0].shape[0] - tiled
-    scale = dim**-0.5  # of scores; it scales their gradients' products, which are smaller
+    scale = dim**-0.5  # applied to the gradients of q and k, which are smaller than those of scores
     turned = [[x.T for x in (q, k, do)] for (q, k, _, do), _ in rows]
     of_last: list[Any] = [None] * len(rows)
 
@@ -497,7 +497,7 @@ def _softmax(
         scores = jnp.where(key <= query, scores, _HIDDEN)
     if real is not None:
         scores = jnp.where(key < real, scores, _HIDDEN)
-    scale = dim**-0.5 * math.log2(math.e)  # powers of two, since `exp` scales by this once more
+    scale = dim**-0.5 * math.log2(math.e)  # one product for the scale and the base; `exp` has two
     e = jnp.exp2((scores - scores.max(axis, keepdims=True)) * scale)
     return e, e.sum(axis, keepdims=True)
 
