@@ -69,7 +69,7 @@ def test_the_install_page_lists_every_extra():
     assert sorted(listed) == sorted(project["optional-dependencies"])
 
 
-def test_files_state_the_address_and_the_version_of_pyproject(tmp_path):
+def test_files_state_the_same_address_and_version(tmp_path):
     script = runpy.run_path(str(ROOT / "docs/builder/project.py"))
     values, others = script["read"](), {"address": "https://a.b/c-d/e.f", "version": "12.3.4"}
     for name in script["STATED"]:

@@ -1,8 +1,10 @@
-"""Write the repository's address and the version, as pyproject.toml has them, into other files.
+"""Write the repository's address and the version of `clip_jax/__init__.py` into other files.
+
+pyproject.toml has the address, and takes the version from the package.
 
     python docs/builder/project.py [--address ADDRESS] [--version VERSION]
 
-With an option, the script changes pyproject.toml first.
+With an option, the script changes these two files first.
 """
 
 import argparse
@@ -13,7 +15,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 STATED = {  # where each file states them
     "pyproject.toml": (
-        'version = "{version}"',
         'Repository = "{address}"',
         'Issues = "{address}/issues"',
         'Changelog = "{address}/blob/main/CHANGELOG.md"',
@@ -25,15 +26,21 @@ STATED = {  # where each file states them
     "docs/index.md": ("git clone {address}",),
     ".github/ISSUE_TEMPLATE/config.yml": ("url: {address}/security/policy",),
     "notebooks/free_tpu.py": ('REPOSITORY = "{address}"',),
-    "docs/install.md": ("git clone {address}", "dist/clip_jax_pods-{version}-py3-none-any.whl"),
+    "docs/install.md": (
+        "git clone {address}",
+        "\n{version}\n[CpuDevice",
+        "dist/clip_jax_pods-{version}-py3-none-any.whl",
+    ),
 }
 VALUES = {"address": r"https://[\w.-]+/[\w.-]+/[\w.-]+", "version": r"\d+(?:\.\d+)+"}
 
 
 def read(root: Path = ROOT) -> dict[str, str]:
-    """Return the address and the version of pyproject.toml."""
+    """Return the address that pyproject.toml has, and the version that the package has."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    return {"address": project["urls"]["Repository"], "version": project["version"]}
+    package = (root / "clip_jax/__init__.py").read_text()
+    (version,) = re.findall(r'^__version__ = "(.*)"$', package, re.M)
+    return {"address": project["urls"]["Repository"], "version": version}
 
 
 def written(name: str, values: dict[str, str], root: Path = ROOT) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import clip_jax
 from tests.conftest import ROOT
 
 EXAMPLES = ROOT / "studies/icons/examples"
@@ -28,7 +29,7 @@ def environment(tmp_path_factory):
     for name in ("clip_jax", "configs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in ("clip_jax_pods.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copyfile(ROOT / name, source / name)
     pip = (sys.executable, "-m", "pip")
     options = ("--no-index", "--no-deps", "--quiet")
@@ -44,8 +45,11 @@ def environment(tmp_path_factory):
     return folder / "venv"
 
 
-def run(environment: Path, folder: Path, *command: object) -> str:
-    """Run a program of the environment in a namespace without a network; return its output."""
+def run(environment: Path, folder: Path, *command: object, code: int = 0) -> str:
+    """Run a program of the environment in a namespace without a network.
+
+    Return its output, or what it says on standard error if it ends with another `code` than 0.
+    """
     done = subprocess.run(
         ["unshare", "-Urn", environment / "bin" / str(command[0]), *map(str, command[1:])],
         cwd=folder,
@@ -53,8 +57,8 @@ def run(environment: Path, folder: Path, *command: object) -> str:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
 
 
 def test_python_loads_the_bundled_model(environment, tmp_path):
@@ -78,3 +82,25 @@ def test_commands_take_its_name(environment, tmp_path):
     )
     assert [hit["key"].split("-")[0] for hit in hits] == ["umbrella"] * 3
     assert (tmp_path / "hits.png").exists()
+
+
+def test_the_command_refuses_to_run_beside_the_other_package_of_its_import_name(
+    environment, tmp_path
+):
+    (packages,) = environment.glob("lib/python*/site-packages")
+    other = packages / "clip_jax-0.0.6.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: clip-jax\nVersion: 0.0.6\n")
+    ours = packages / "clip_jax/__init__.py"
+    code = ours.read_text()
+    try:
+        ours.write_text("import a_module_of_the_other_package\n")
+        message = run(environment, tmp_path, "clip-jax", "--version", code=2)
+        assert message.count("\n") == 1
+        assert "version 0.0.6 of the package clip-jax" in message
+        assert str(packages) in message
+        assert "pip uninstall clip-jax &&" in message
+    finally:
+        ours.write_text(code)
+        shutil.rmtree(other)
+    assert run(environment, tmp_path, "clip-jax", "--version").strip() == clip_jax.__version__
