@@ -6,8 +6,8 @@
 1. Builds from two clean clones: a `build/` folder of a checkout would add modules that were deleted
    since. The first wheel is made from the first sdist, the second from the second clone, and the
    bytes of wheels and sdists must be equal. OUTPUT gets one of each.
-2. Installs the wheel with the extra `test` into an empty environment, and runs the unit tests there,
-   in a folder that has the repository without the package.
+2. Installs the wheel with the extra `test` into an empty environment, and runs the unit tests, in a
+   folder that has the repository without the package.
 3. Runs the README's commands in that environment and folder, and compares their outputs.
 
 It stops at the first failure. `--tag` also checks that the version is that of a tag such as v0.2.0.
@@ -40,7 +40,8 @@ README = """\
 import sys
 from pathlib import Path
 from tests import pages
-problems = pages.run(pages.ROOT / "README.md", Path.cwd(), by_hand=True, python=Path(sys.executable))
+python = Path(sys.executable)
+problems = pages.run(pages.ROOT / "README.md", Path.cwd(), by_hand=True, python=python)
 sys.exit("\\n".join(problems) or None)
 """
 
