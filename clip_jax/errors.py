@@ -1,15 +1,17 @@
-"""The error for invalid input, and checks of values that users set."""
+"""The error for invalid input, checks of values that users set, and former names of fields."""
 
 import contextlib
 import functools
 import math
 import numbers
 import operator
-from collections.abc import Generator
-from typing import Any
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, TypeVar
 
 _INT64 = 1 << 63
 _SHOWN = 200  # characters of a value in a message
+_Kind = TypeVar("_Kind", bound=type)
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".svg", ".pdf")
 
 
@@ -103,3 +105,55 @@ def read_worker(text: str, name: str = "worker") -> tuple[int, int]:
     if not (digits and 1 <= int(number) <= int(count)):
         raise InputError(f"{name}={text!r} must be i/n with i from 1 to n, such as 1/4.")
     return int(number) - 1, int(count)
+
+
+# Former names of dataclasses' fields: of each, the present name and the first version without it.
+_FORMER_FIELDS: dict[type, dict[str, tuple[str, str]]] = {}
+
+
+def renamed_fields(until: str, **present: str) -> Callable[[_Kind], _Kind]:
+    """Let a dataclass take fields by their former names, as in `window="shuffle_blocks"`.
+
+    In Python, a former name raises a DeprecationWarning. The command line prints its message; files
+    are read without a warning. `until` is the first version without the former names.
+    """
+
+    def decorate(kind: _Kind) -> _Kind:
+        create = kind.__init__
+
+        @functools.wraps(create)
+        def init(self: Any, *args: Any, **values: Any) -> None:
+            for name in filter(values.__contains__, present):
+                message = f"{kind.__name__}: {former_name(name, present[name], until)}"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+            create(self, *args, **with_present_names(kind, values))
+
+        kind.__init__ = init  # ty: ignore[invalid-assignment]
+        _FORMER_FIELDS[kind] = {name: (now, until) for name, now in present.items()}
+        return kind
+
+    return decorate
+
+
+def former_fields(kind: type) -> Mapping[str, tuple[str, str]]:
+    """Return the former names of a class's fields: of each, the present name and `until`."""
+    return {
+        name: row for base in kind.__mro__ for name, row in _FORMER_FIELDS.get(base, {}).items()
+    }
+
+
+def with_present_names(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of a dataclass's fields by the present names.
+
+    Raises InputError for a field that has a value by both names.
+    """
+    present = {name: now for name, (now, _) in former_fields(kind).items()}
+    for name, now in present.items():
+        if name in values and now in values:
+            raise InputError(f"{name} is the former name of {now}; set {now} alone.")
+    return {present.get(name, name): value for name, value in values.items()}
+
+
+def former_name(name: str, now: str, until: str) -> str:
+    """Return the warning for the use of a former name."""
+    return f"{name} is now {now}. The former name ends with clip_jax {until}."

@@ -9,7 +9,7 @@ import typing
 from typing import Any, Literal
 
 from clip_jax import parts
-from clip_jax.errors import InputError
+from clip_jax.errors import InputError, with_present_names
 from clip_jax.storage.files import as_path
 
 PLAIN = (bool, int, float, str, type(None))  # types of values that JSON has, too
@@ -89,6 +89,7 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
         raise InputError(f"{where}.type is {name!r:.200}; it must be {kind.__name__!r}.")
     hints = {name: parts.opened(hint) for name, hint in _hints(kind).items()}
     fields = {f.name: f for f in dataclasses.fields(kind)}
+    data = with_present_names(kind, data)
     if unknown := sorted(set(data) - set(fields)):
         raise InputError(
             f"{where} has unknown fields {unknown}; {kind.__name__} has {', '.join(fields)}."

@@ -1,4 +1,4 @@
-"""Every number that a person can give, out of its range; and a bug stays a bug."""
+"""Every number that a person can give, out of its range; a bug stays a bug; former names warn."""
 
 import dataclasses
 import math
@@ -10,8 +10,10 @@ from unittest import mock
 
 import pytest
 from matplotlib.backend_bases import FigureCanvasBase
+from packaging.version import Version
 
-from clip_jax import bench
+import clip_jax
+from clip_jax import bench, errors
 from clip_jax.cli import commands
 from clip_jax.cli.completion import CompletionConfig
 from clip_jax.config import Config
@@ -19,7 +21,14 @@ from clip_jax.convert.conversion import ConvertConfig
 from clip_jax.data.digits import DigitsConfig
 from clip_jax.data.order.mixture import MemberConfig
 from clip_jax.data.shapes import SampleDataConfig
-from clip_jax.errors import InputError, check_picture, check_ranges, read_worker
+from clip_jax.errors import (
+    InputError,
+    check_picture,
+    check_ranges,
+    former_fields,
+    read_worker,
+    renamed_fields,
+)
 from clip_jax.evals import suite
 from clip_jax.evals.evaluator import Encoder
 from clip_jax.export import ExportConfig
@@ -34,6 +43,7 @@ from clip_jax.scaling.choose import ChooseConfig
 from clip_jax.scaling.downstream import RelateConfig
 from clip_jax.scaling.planning import ScalePlanConfig
 from clip_jax.scaling.rank_correlation import RanksConfig
+from clip_jax.serialize import from_dict
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.serve.service import ServeConfig
 
@@ -263,3 +273,49 @@ def test_a_bug_in_one_data_set_does_not_leave_it_out(tmp_path):
     evaluator = suite.SuiteEvaluator(config, dict.fromkeys("ab", planted))
     with pytest.raises(ValueError, match="zip"):
         list(evaluator.run(mock.Mock(spec=Encoder)))
+
+
+@renamed_fields("99.0.0", window="buffer")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Renamed:
+    """A dataclass one of whose fields had another name."""
+
+    buffer: int = 8
+
+
+BY_FORMER_NAME: dict[str, typing.Any] = {"window": 3}
+
+
+def test_a_former_name_of_a_field_warns_and_names_the_present_one():
+    with pytest.warns(
+        DeprecationWarning, match="Renamed: window is now buffer. .* clip_jax 99.0.0"
+    ):
+        assert Renamed(**BY_FORMER_NAME) == Renamed(buffer=3)
+    assert dataclasses.replace(Renamed(), buffer=2).buffer == 2
+    assert from_dict(Renamed, {"window": 5}) == Renamed(buffer=5)
+    both = "window is the former name of buffer; set buffer alone"
+    with pytest.raises(InputError, match=both):
+        from_dict(Renamed, {"window": 5, "buffer": 5})
+    with pytest.warns(DeprecationWarning, match="window"), pytest.raises(InputError, match=both):
+        Renamed(**BY_FORMER_NAME, buffer=3)
+
+
+def test_former_names_end_with_the_version_that_they_name_and_lead_to_a_present_one():
+    this = Version(clip_jax.__version__)
+    kinds = [kind for kind in errors._FORMER_FIELDS if kind is not Renamed]
+    assert kinds
+    for kind in kinds:
+        fields = {field.name for field in dataclasses.fields(kind)}
+        for name, (present, until) in former_fields(kind).items():
+            assert present in fields
+            assert name not in fields
+            assert this < Version(until), f"remove {name} of {kind.__name__}"
+
+
+def test_a_former_public_name_warns_and_is_the_present_one(monkeypatch):
+    name = "load_model"
+    monkeypatch.setitem(vars(clip_jax)["_FORMER_NAMES"], name, ("load", "99.0.0"))
+    with pytest.warns(DeprecationWarning, match="clip_jax: load_model is now load. The former"):
+        assert getattr(clip_jax, name) is clip_jax.load
+    with pytest.raises(AttributeError, match="nonsense"):
+        getattr(clip_jax, "non" + "sense")

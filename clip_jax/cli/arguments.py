@@ -17,7 +17,8 @@ from types import FunctionType, NoneType
 from typing import Annotated, Any, Literal
 
 from clip_jax import parts
-from clip_jax.errors import InputError
+from clip_jax.display import say
+from clip_jax.errors import InputError, former_fields, former_name
 
 # Training options of open_clip, transformers and others, and their counterparts here.
 _ELSEWHERE = (
@@ -253,6 +254,7 @@ def parse(
     registry.primitive_rule(_path_rule)
     names = () if "--help-all" in args else _MOST_USED.get(verb.split()[0], ())
     about = f"\n\n{about}" if "--help-all" in args else ""
+    args = _with_present_names(args, kind if default is None else default)
     unset = [name for name in positional if f"--{name}" not in args]
     try:
         readable = _readable(names, verb, takes_json, config)
@@ -274,6 +276,29 @@ def parse(
             if is_bug and _is_ours(error):
                 raise error from None
         raise
+
+
+def _with_present_names(args: Sequence[str], config: Any) -> list[str]:
+    """Return arguments with the present names of options, with a warning for each former one.
+
+    `config` is the dataclass that the options are fields of, or an instance.
+    """
+    result: list[str] = []
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        *path, name = option.removeprefix("--").replace("-", "_").split(".")
+        owner = config if option.startswith("--") else None
+        for step in path:
+            is_entry = isinstance(owner, tuple) and step.isdecimal() and int(step) < len(owner)
+            owner = owner[int(step)] if is_entry else getattr(owner, step, None)
+        row = former_fields(owner if isinstance(owner, type) else type(owner)).get(name)
+        if row:
+            present, until = row
+            present = "--" + ".".join([*path, present]).replace("_", "-")
+            say(former_name(option, present, until))
+            option = present
+        result.append(f"{option}{equals}{value}")
+    return result
 
 
 @contextlib.contextmanager

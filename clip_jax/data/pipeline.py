@@ -32,7 +32,7 @@ from clip_jax.data.reinforced import Reinforcement
 from clip_jax.data.sources.any import SingleConfig, open_single
 from clip_jax.data.sources.shards import listed
 from clip_jax.data.tokenizers import make_tokenizer
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError, check_ranges, renamed_fields
 from clip_jax.models.images import ImageSpec
 from clip_jax.models.inputs import (
     FurtherTexts,
@@ -55,6 +55,7 @@ Tokenize = Callable[[Sequence[str], int, bool], Int32[np.ndarray, "B L"]]
 AnySourceConfig = SingleConfig | MixtureConfig
 
 
+@renamed_fields("0.3.0", window="shuffle_blocks")
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Settings of the input pipeline: the source of the pairs, and how they are read."""

@@ -17,7 +17,7 @@ from clip_jax.data.sources import StoredSource, digest
 from clip_jax.data.sources.any import absolute, open_images
 from clip_jax.display import say
 from clip_jax.engine import Counted, On, runner
-from clip_jax.errors import InputError, check_ranges, naming, read_worker
+from clip_jax.errors import InputError, check_ranges, naming, read_worker, renamed_fields
 from clip_jax.inference.loading import Model, load, unit
 from clip_jax.inference.predict import read_images
 from clip_jax.inference.stored import Floats
@@ -31,6 +31,7 @@ KEYS = 1_000_000  # up to so many images, all names are in the digest: one renam
 _LENGTH = 0.05  # largest difference of an embedding's length from 1; bfloat16 rounds to 1/256
 
 
+@renamed_fields("0.3.0", part="worker")
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
     """Embed images into a folder of Parquet files; running the command again resumes."""

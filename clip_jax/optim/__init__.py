@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import optax
 
-from clip_jax.errors import InputError, check_ranges
+from clip_jax.errors import InputError, check_ranges, renamed_fields
 from clip_jax.optim import wrappers
 from clip_jax.optim.adafactor import Adafactor
 from clip_jax.optim.lamb import LAMB
@@ -61,6 +61,9 @@ class AdamW(Optimizer):
         return [adam(config), decay(config)]
 
 
+@renamed_fields(
+    "0.3.0", image_rate="image_learning_rate_scale", text_rate="text_learning_rate_scale"
+)
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Settings of the optimizer and the learning-rate schedule; defaults: the paper's for ViT-B."""

@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Int
 
-from clip_jax.errors import check_ranges
+from clip_jax.errors import check_ranges, renamed_fields
 from clip_jax.models.clip import Params
 from clip_jax.optim.matrices import Rows, matrix_of, with_names
 from clip_jax.optim.optimizer import Optimizer, adam, decay
@@ -18,6 +18,7 @@ from clip_jax.optim.optimizer import Optimizer, adam, decay
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; brings singular values to 0.7 .. 1.2
 
 
+@renamed_fields("0.3.0", adam_rate="adam_learning_rate_scale")
 @dataclass(frozen=True, kw_only=True)
 class Muon(Optimizer):
     """Muon: orthogonalised momentum for linear maps, AdamW for all other parameters.

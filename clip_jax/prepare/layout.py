@@ -7,7 +7,7 @@ from clip_jax.data.augment import AugmentationsConfig
 from clip_jax.data.reinforced import EmbeddingType
 from clip_jax.data.sources.shards import BadShards
 from clip_jax.engine import On
-from clip_jax.errors import InputError, check_ranges, read_worker
+from clip_jax.errors import InputError, check_ranges, read_worker, renamed_fields
 from clip_jax.models.generation import GenerationConfig
 from clip_jax.models.layers import DType
 from clip_jax.optim import Tower
@@ -30,6 +30,7 @@ _NEEDS = {  # options that only have a meaning with another one
 _JOINED = 1 << 22  # rows compared at once, in memory: 16 bytes each, or 40 for perceptual hashes
 
 
+@renamed_fields("0.3.0", part="worker")
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(FilterConfig):
     """Settings of `clip-jax prepare`: source, destination, filters and shards."""

@@ -18,8 +18,10 @@ import pytest
 
 from clip_jax import __main__ as console_script
 from clip_jax.cli import arguments
-from clip_jax.cli.commands import COMMANDS, demo, main, search, train
+from clip_jax.cli.commands import COMMANDS, demo, embed, main, search, train
+from clip_jax.config import Config
 from clip_jax.config_files import load_config
+from clip_jax.inference.embed import EmbedConfig
 from clip_jax.inference.search import SearchConfig
 from clip_jax.serve.demo import DemoConfig
 from clip_jax.storage.files import as_path
@@ -442,3 +444,22 @@ def test_on_a_terminal_the_first_line_comes_at_once(capsys, monkeypatch):
 def test_json_is_printed_on_request_alone():
     for args, as_json in ((["nowhere"], False), (["nowhere", "--json"], True)):
         assert arguments.read(DemoConfig, args, ("model",), demo)[1] is as_json
+
+
+def test_a_former_name_of_an_option_works_and_the_warning_names_the_present_one(capsys):
+    config = load_config(DIGITS)
+    args = ["--optim.image-rate", "0.5", "--data.window=7", "--steps", "9"]
+    read = arguments.parse(Config, args, "train", train, config)
+    assert (read.optim.image_learning_rate_scale, read.data.shuffle_blocks, read.steps) == (
+        0.5,
+        7,
+        9,
+    )
+    rows = capsys.readouterr().err.splitlines()
+    assert len(rows) == 2
+    assert "--optim.image-rate is now --optim.image-learning-rate-scale. The former" in rows[0]
+    assert "--data.window is now --data.shuffle-blocks" in rows[1]
+    args = ["model", "in", "out", "--part", "1/2"]
+    config, _ = arguments.read(EmbedConfig, args, ("model", "source", "output"), embed)
+    assert config.worker == "1/2"
+    assert "--part is now --worker" in capsys.readouterr().err
