@@ -60,6 +60,7 @@ from clip_jax.serialize import to_dict
 from clip_jax.sharding import MeshConfig, make_mesh
 from clip_jax.step import Program, Recipe, State, shapes
 from tests import compilations, guard
+from tests.golden import artefacts as artefacts_of
 
 # A shell starts background jobs with SIGINT ignored, which processes inherit; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -581,6 +582,19 @@ def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
 def losses(workdir: Path) -> dict[int, float]:
     """Return a run's losses by step."""
     return {row["step"]: row["loss"] for row in rows(workdir) if "loss" in row}
+
+
+# ------------------------------------------------------------------ stored artefacts
+
+
+@pytest.fixture(params=artefacts_of.VERSIONS)
+def artefacts(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Return the current folder, which has the artefacts of an earlier version."""
+    artefacts_of.unpack(request.param, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 # ------------------------------------------------------------------ notebooks
