@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clip_jax import parts
-from clip_jax.checkpoints.run_config import read_run_config, upgrade
+from clip_jax.checkpoints.run_config import VERSION, read_run_config, upgrade
 from clip_jax.config import Config
 from clip_jax.convert.weight_files import WeightFiles
 from clip_jax.convert.weights import Weights, whole_model, with_context
@@ -24,7 +24,7 @@ from clip_jax.losses.contrastive import Contrastive
 from clip_jax.optim import Tower
 from clip_jax.serialize import from_dict, to_dict
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import content_of
+from clip_jax.storage.json_files import check_version, content_of
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 # Fields of a model that weights of one tower alone determine.
@@ -64,7 +64,10 @@ def load_config(path: str | Path) -> Config:
 def of_run(content: Any, where: str = "config") -> Config:
     """Read the content of a run's `config.json`, which an older version may have written."""
     parts.check(content, where)
-    return from_dict(Config, upgrade(content) if isinstance(content, dict) else content, where)
+    if isinstance(content, dict):
+        check_version(content, VERSION, where)
+        content = upgrade(content)
+    return from_dict(Config, content, where)
 
 
 def complete(run: dict[str, Any]) -> dict[str, Any]:

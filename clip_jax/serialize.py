@@ -92,7 +92,8 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     data = with_present_names(kind, data)
     if unknown := sorted(set(data) - set(fields)):
         raise InputError(
-            f"{where} has unknown fields {unknown}; {kind.__name__} has {', '.join(fields)}."
+            f"{where} has unknown fields {unknown}; {kind.__name__} has {', '.join(fields)}. If a "
+            "newer clip_jax wrote them, update clip_jax."
         )
     values = {key: from_dict(hints[key], value, f"{where}.{key}") for key, value in data.items()}
     missing = [

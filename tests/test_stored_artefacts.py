@@ -5,6 +5,7 @@
 
 import functools
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,18 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from clip_jax import __version__
+from clip_jax.config_files import load_config
 from clip_jax.convert.verify import relative_difference
 from clip_jax.data.sources import SampleError
 from clip_jax.data.sources.any import open_images
 from clip_jax.data.sources.array_record import decode_example, encode_example
 from clip_jax.errors import InputError
 from clip_jax.export import onnx, stablehlo
+from clip_jax.inference.evaluate import config_of_run
 from clip_jax.inference.loading import load, unit
 from clip_jax.inference.search import SearchConfig, search
+from clip_jax.prepare.layout import PrepareConfig
+from clip_jax.prepare.writer import prepare
 from tests.golden.artefacts import PREPARED, QUERY, STORES, VERSIONS, content_of, read_expected
 
 # Programs of other versions of JAX and onnxruntime sum float32 in another order.
@@ -261,3 +266,48 @@ def test_an_altered_copy_fails_the_check(artefacts, name):
 
 def test_each_check_has_an_altered_copy_that_fails_it():
     assert {check for check, _, _ in ALTERED.values()} == CHECKS.keys()
+
+
+# ------------------------------------------------------------------ newer formats
+
+
+NEWER = {
+    "model/manifest.json": lambda: load("model"),
+    "stablehlo/manifest.json": lambda: load("stablehlo"),
+    "run/config.json": lambda: load("run"),
+    "embeddings/embed.json": lambda: check_search("float32"),
+    "pairs/prepare.json": lambda: prepare(
+        PrepareConfig(source="tars/*.tar", destination=Path("pairs"))
+    ),
+}
+MESSAGE = r"written by a newer clip_jax \(format 99; this one reads up to \d\): update clip_jax"
+
+
+@pytest.mark.parametrize("path", NEWER)
+def test_a_newer_format_is_named(artefacts, path):
+    content = json.loads(Path(path).read_text())
+    Path(path).write_text(json.dumps(content | {"version": 99}))
+    with pytest.raises(InputError, match=f"^{path} was {MESSAGE}"):
+        NEWER[path]()
+    Path(path).write_text(json.dumps(content | {"version": "2"}))
+    with pytest.raises(InputError, match=f"^{path} has version='2'; it must be a positive integer"):
+        NEWER[path]()
+
+
+@pytest.mark.parametrize("read", [load_config, lambda path: config_of_run(path.parent)])
+def test_the_config_of_a_newer_run_is_named(artefacts, read):
+    path = Path("run/config.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"version": 99}))
+    with pytest.raises(InputError, match=f"{path}.* was {MESSAGE}"):
+        read(path)
+    path.write_text(json.dumps(content | {"version": 1}))
+    assert read(path) == load_config(path)
+
+
+def test_a_pair_of_a_newer_format_is_a_sample_with_that_reason(artefacts):
+    change_records("reinforced", "emb", lambda x: x.replace(b"{", b'{"version": 1, ', 1))
+    check_data("reinforced")
+    change_records("reinforced", "emb", lambda x: x.replace(b": 1", b": 99", 1))
+    with pytest.raises(SampleError, match=f"the pair was {MESSAGE}"):
+        check_data("reinforced")

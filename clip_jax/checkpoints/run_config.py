@@ -5,7 +5,7 @@ from typing import Any
 
 from clip_jax import parts, processes
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import read_json, recover_json
+from clip_jax.storage.json_files import check_version, read_json, recover_json
 
 
 def _rename_remat(config: dict[str, Any]) -> None:
@@ -15,6 +15,7 @@ def _rename_remat(config: dict[str, Any]) -> None:
         model["remat"] = "hidden"
 
 
+VERSION = 1  # of the format of a run directory; see `check_version`
 # Changes of field names and values since older versions: each edits the dict of a run's `Config`,
 # unless it is current already.
 UPGRADES: list[Callable[[dict[str, Any]], None]] = [_rename_remat]
@@ -25,18 +26,20 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
 
     A dict that has them already is unchanged.
     """
+    config.pop("version", None)
     for change in UPGRADES:
         change(config)
     return config
 
 
 def read_run_config(workdir: AnyPath, *, recover: bool = False) -> dict[str, Any]:
-    """Read a run's `config.json`; {} if there is none. Raises InputError if it is damaged, or needs
-    users' modules that were not imported.
+    """Read a run's `config.json`; {} if there is none. Raises InputError if it is damaged, is of
+    a newer format, or needs users' modules that were not imported.
 
     With `recover`, a damaged one counts as missing, and a copy of it is kept.
     """
     path = workdir / "config.json"
     config = recover_json(path, saves=processes.is_lead()) if recover else read_json(path)
+    check_version(config, VERSION, path)
     parts.check(config, path)
     return upgrade(config) if config else {}

@@ -19,6 +19,7 @@ from clip_jax.errors import InputError, naming
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.templates import check_template
 from clip_jax.serialize import from_dict, to_dict
+from clip_jax.storage.json_files import check_version
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -96,6 +97,8 @@ def read(folder: Path) -> Weights:
     path = folder / MANIFEST_NAME
     content = read_json(path)
     version = content.get("version")
+    if content.get("format") == FORMAT:
+        check_version(content, VERSION, path)
     if content.get("format") != FORMAT or version != VERSION:
         raise InputError(
             f"{path} has format {content.get('format')!r}, version {version!r}; {FORMAT!r}, "

@@ -24,12 +24,14 @@ from clip_jax.data.tokenizers import vocabulary
 from clip_jax.models.clip import CLIPConfig
 from clip_jax.models.inputs import StoredInput
 from clip_jax.serialize import to_dict
+from clip_jax.storage.json_files import check_version
 from clip_jax.storage.torch_pickle import read_torch
 
 EmbeddingType = Literal["float32", "float16", "int8"]
 Origin = Mapping[str, Any]  # what embeddings depend on besides the sample, by name; see `origin`
 SYNTHETIC = "synthetic"  # feature with the synthetic captions
 
+_VERSION = 1  # of the features of a pair; see `check_version`
 _Rows = Float32[np.ndarray, "_N _D"]
 _ROWS = {"image_emb": "image", "text_emb": "text", "syn_text_emb": "synthetic_text"}
 _FLOATS = {"float32": "<f4", "float16": "<f2"}
@@ -126,6 +128,8 @@ def from_features(
     """Return what is stored with a pair of so many captions; None: nothing. Raises SampleError."""
     with _reading():
         stored = json.loads(features.get("emb", [b"{}"])[0])
+        check_version(stored, _VERSION, "the pair")
+        stored.pop("version", None)
         origins = [{kind: dict(y) for kind, y in x.items()} for x in stored.pop("origins", ())]
         rows = {x: _decode(features[x], **stored) for x in _ROWS if x in features}
         texts = captions_of(features[SYNTHETIC]) if SYNTHETIC in features else []

@@ -25,8 +25,9 @@ from clip_jax.models.layers import DType
 from clip_jax.serialize import from_dict
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import read_json
+from clip_jax.storage.json_files import check_version, read_json
 
+_VERSION = 1  # of the format of a folder of embeddings; see `check_version`
 KEYS = 1_000_000  # up to so many images, all names are in the digest: one renamed file is noticed
 _LENGTH = 0.05  # largest difference of an embedding's length from 1; bfloat16 rounds to 1/256
 
@@ -266,11 +267,13 @@ def _check_manifest(config: EmbedConfig, model: Model, source: StoredSource) -> 
 
 
 def read_manifest(folder: AnyPath) -> Manifest | None:
-    """Read a folder's `embed.json`; None if there is none. Raises InputError if it is damaged."""
+    """Read a folder's `embed.json`; None if there is none. Raises InputError if it is damaged,
+    or of a newer format."""
     path, advice = folder / "embed.json", "Delete the folder and embed the images again."
     if not path.exists():
         return None
     content = read_json(path, advice=advice)
+    check_version(content, _VERSION, path)
     values = {x.name: content[x.name] for x in fields(Manifest) if x.name in content}
     try:
         with naming(path):

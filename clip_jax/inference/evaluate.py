@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from clip_jax import parts, processes, sharding
 from clip_jax.checkpoints.retention import split_name
+from clip_jax.checkpoints.run_config import VERSION
 from clip_jax.config import Config
 from clip_jax.config_files import of_run
 from clip_jax.data.digits import DigitsConfig
@@ -25,7 +26,7 @@ from clip_jax.inference.loading import load_on_mesh
 from clip_jax.models.layers import DType
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import content_of, parse
+from clip_jax.storage.json_files import check_version, content_of, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +133,14 @@ class Evaluators:
 def config_of_run(path: AnyPath) -> Config | None:
     """Return the config of a run directory; None if there is none that can be read.
 
-    Raises InputError if it needs users' modules that were not imported.
+    Raises InputError if it is of a newer format, or needs users' modules that were not imported.
     """
     path, _ = split_name(path)
     try:
         content = parse(content_of(path / "config.json"))
     except (OSError, ValueError):
         return None
+    check_version(content or {}, VERSION, path / "config.json")
     parts.check(content, path / "config.json")
     try:
         return of_run(content)

@@ -32,8 +32,9 @@ from clip_jax.prepare.filters import Filter
 from clip_jax.prepare.layout import Layout, PrepareConfig
 from clip_jax.storage import files
 from clip_jax.storage.files import AnyPath
-from clip_jax.storage.json_files import read_json
+from clip_jax.storage.json_files import check_version, read_json
 
+_VERSION = 1  # of the format of a prepared folder; see `check_version`
 _INSPECTED = 1_000  # samples
 _SHOWN = 5
 _TEST_IMAGES = 2_000  # images of an evaluation set that one task hashes
@@ -288,7 +289,9 @@ def _check_settings(folder: AnyPath, config: PrepareConfig, source: StoredSource
     settings["digest"] = digest(source, blocks=isinstance(source, BlockSource))
     settings["models"] = [model["digest"] for model in reinforce.describe_models(config)]
     path = folder / "prepare.json"
-    before = {name: value for name, value in read_json(path).items() if name in settings}
+    content = read_json(path)
+    check_version(content, _VERSION, path)
+    before = {name: value for name, value in content.items() if name in settings}
     # Older files lack the digest, the towers of teachers, and the options of models.
     default = {"digest": settings["digest"], "reinforce_towers": ["image", "text"]}
     default = default if config.has_models else settings

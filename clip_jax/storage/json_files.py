@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.clock import CLOCK, Clock
@@ -52,6 +53,24 @@ def read_json(path: AnyPath, *names: str, advice: str = "Restore a copy.") -> di
         having = f" with {', '.join(names)}" if names else ""
         raise InputError(f"{path} is damaged: it is not a JSON object{having}. {advice}")
     return value
+
+
+def check_version(content: Mapping[str, Any], reads: int, where: AnyPath | str) -> None:
+    """Raise InputError if a newer clip_jax wrote an object: its `version` is above `reads`.
+
+    An object without one has version 1. So a format needs the entry only once it has changed such
+    that earlier code would misread it.
+    """
+    version = content.get("version", 1)
+    if type(version) is not int or version < 1:
+        raise InputError(
+            f"{where} has version={version!r:.99}; it must be a positive integer. Restore a copy."
+        )
+    if version > reads:
+        raise InputError(
+            f"{where} was written by a newer clip_jax (format {version}; this one reads up to "
+            f"{reads}): update clip_jax."
+        )
 
 
 def recover_json(path: AnyPath, *, saves: bool = True) -> dict[str, Any]:
